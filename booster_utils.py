@@ -1,0 +1,323 @@
+"""ColossalAI's Booster: the plugins by name, launching, one training step's forward, backward and update."""
+
+import argparse
+import contextlib
+import math
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from colossalai import launch_from_torch
+from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
+from colossalai.booster import Booster
+from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.lazy import LazyInitContext
+from colossalai.nn.optimizer import HybridAdam
+from colossalai.shardformer.layer import cross_entropy_1d
+from transformers import LlamaConfig
+
+import host_accelerator
+from attn import SequenceParallelPolicy
+from console import say, world_size
+from data_utils import IGNORE_INDEX
+from model_utils import build_model, restore_rotary_precision
+
+PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
+INITIAL_LOSS_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks are divided: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
+
+    tp: int
+    pp: int
+    sp: int
+    dp: int
+    zero_stage: int
+
+
+def add_plugin_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallelism")
+    group.add_argument("-p", "--plugin", choices=PLUGINS, default="gemini", help="Booster plugin (default: gemini)")
+    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")
+    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or what divides)")
+    group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
+    group.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2),
+        help="hybrid_parallel: ZeRO stage (default: 1 with several data-parallel ranks, else 0)",
+    )
+    group.add_argument(
+        "--microbatch_size",
+        type=int,
+        default=1,
+        help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
+    )
+
+
+def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
+    """The layout that the flags ask for on `world_size()` ranks, defaults filled in. Not yet checked."""
+    ranks = world_size()
+    if args.plugin != "hybrid_parallel":
+        return Layout(tp=1, pp=1, sp=1, dp=ranks, zero_stage=2)
+    pp_given = args.pp or 1
+    heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
+    tp = args.tp or max(n for n in (1, 2, 4) if ranks % (n * pp_given * args.sp) == 0 and heads % (n * args.sp) == 0)
+    sequences = args.batch_size * args.accumulation_steps
+    two_stages = (
+        ranks % (tp * 2 * args.sp) == 0
+        and config.num_hidden_layers % 2 == 0
+        and sequences % args.microbatch_size == 0
+        and sequences // args.microbatch_size >= 2
+    )
+    pp = args.pp or (2 if two_stages else 1)
+    dp = ranks // (tp * pp * args.sp)
+    sharded = dp * args.sp > 1 and args.mixed_precision != "fp32"
+    zero_stage = args.zero if args.zero is not None else int(sharded)
+    return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage)
+
+
+def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
+    """One line for each size that does not divide, naming the flag and the numbers."""
+    hybrid_only = {"--tp": args.tp, "--pp": args.pp, "--zero": args.zero, "--sp": args.sp if args.sp != 1 else None}
+    if args.plugin != "hybrid_parallel":
+        problems = [
+            f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
+            for flag, value in hybrid_only.items()
+            if value is not None
+        ]
+        if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
+            problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
+        return problems
+
+    sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
+    problems = [f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if (value or 1) < 1]
+    if (args.tp or 1) * (args.pp or 1) * args.sp < 1 or problems:
+        return problems
+    given = (args.tp or 1) * (args.pp or 1) * args.sp
+    if world_size() % given:
+        return [
+            f"--tp/--pp/--sp: {args.tp or 1} x {args.pp or 1} x {args.sp} = {given} does not divide "
+            f"the {world_size()} ranks that were launched"
+        ]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    split = (args.tp or 1) * args.sp
+    if heads % split or kv_heads % split:
+        return [f"--tp/--sp: {split} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
+
+    layout = resolve_layout(args, config)
+    if config.vocab_size % layout.tp:
+        problems.append(f"--tp: {layout.tp} does not divide the model's vocabulary of {config.vocab_size}")
+    if config.num_hidden_layers % layout.pp:
+        problems.append(f"--pp: {layout.pp} does not divide the model's {config.num_hidden_layers} layers")
+    if args.max_length % layout.sp:
+        problems.append(f"--sp: {layout.sp} does not divide --max_length {args.max_length}")
+    if layout.pp > 1:
+        sequences = args.batch_size * args.accumulation_steps
+        if sequences % args.microbatch_size:
+            problems.append(
+                f"--microbatch_size: {args.microbatch_size} does not divide "
+                f"--batch_size x --accumulation_steps = {sequences}"
+            )
+        elif sequences // args.microbatch_size < layout.pp:
+            problems.append(
+                f"--pp: {layout.pp} stages need as many microbatches, but --batch_size x --accumulation_steps / "
+                f"--microbatch_size = {sequences // args.microbatch_size}"
+            )
+        if layout.sp > 1:
+            problems.append("--sp: sequence parallelism does not combine with --pp; use --pp 1")
+        if layout.zero_stage == 2:
+            problems.append("--zero: stage 2 does not combine with --pp; use --zero 1")
+        if config.tie_word_embeddings:
+            problems.append("--pp: the model ties its embeddings, which cannot be split over stages; use --pp 1")
+    if layout.zero_stage and args.mixed_precision == "fp32":
+        problems.append(f"--zero: stage {layout.zero_stage} needs -x fp16 or bf16, not fp32")
+    return problems
+
+
+def launch(seed: int) -> None:
+    """Joins the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not torch.cuda.is_available():
+        host_accelerator.install()
+    launch_from_torch(seed=seed, verbose=False)
+
+
+def shut_down(plugin: Plugin) -> None:
+    """Leaves the process groups in order; the plugin's own destructor runs too late, when torch is half unloaded."""
+    if mesh := getattr(plugin, "pg_mesh", None):
+        mesh.destroy_mesh_process_groups()
+        mesh.destroy_mesh_process_groups = lambda: None
+    dist.destroy_process_group()
+
+
+def build_plugin(args: argparse.Namespace, layout: Layout) -> Plugin:
+    """The plugin of `args.plugin`; says in one line what a machine without a GPU does instead."""
+    on_host = not torch.cuda.is_available()
+    common = dict(
+        precision=args.mixed_precision,
+        # Plugins compute the norm only to clip by it; an infinite bound gives the norm and clips nothing.
+        max_norm=args.gradient_clipping or math.inf,
+        initial_scale=INITIAL_LOSS_SCALE,
+    )
+    if args.plugin in ("zero2", "zero2_cpu"):
+        offload = args.plugin == "zero2_cpu"
+        return LowLevelZeroPlugin(stage=2, cpu_offload=offload, overlap_communication=not on_host, **common)
+    if args.plugin in ("gemini", "gemini_auto"):
+        automatic = args.plugin == "gemini_auto" and not on_host
+        if args.plugin == "gemini_auto" and on_host:
+            say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
+        return GeminiPlugin(
+            placement_policy="auto" if automatic else "static",
+            enable_gradient_accumulation=args.accumulation_steps > 1,
+            pin_memory=not on_host,
+            enable_async_reduce=not on_host,
+            **common,
+        )
+    sequence_parallel = layout.sp > 1
+    return HybridParallelPlugin(
+        tp_size=layout.tp,
+        pp_size=layout.pp,
+        sp_size=layout.sp,
+        zero_stage=layout.zero_stage,
+        microbatch_size=args.microbatch_size,
+        enable_sequence_parallelism=sequence_parallel,
+        sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
+        custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
+        overlap_communication=not on_host,
+        make_vocab_size_divisible_by=1,  # padded columns would count in the vocabulary-parallel loss
+        **common,
+    )
+
+
+def boost(
+    args: argparse.Namespace, config: LlamaConfig, plugin: Plugin
+) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
+    """Model and AdamW inside the plugin, weights not yet set (sharded_state.initialize or checkpoint_utils.load)."""
+    device = get_accelerator().get_current_device()
+    if isinstance(plugin, LowLevelZeroPlugin):
+        model = build_model(config, torch.device(device), DTYPES[args.mixed_precision])
+    else:
+        model = build_model(config, LazyInitContext(default_device=device))
+    if args.gradient_checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    optimizer = HybridAdam(
+        model.parameters(), lr=args.lr, betas=ADAM_BETAS, weight_decay=args.weight_decay, adamw_mode=True
+    )
+    booster = Booster(plugin=plugin)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    restore_rotary_precision(model, device)
+    model.train()
+    return booster, model, optimizer
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:
+    """Cross-entropy of the next token, in float32, summed over the labels that count.
+
+    Args:
+        logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
+        labels: [B, S], unshifted and whole; IGNORE_INDEX does not count.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    shard_config = getattr(plugin, "shard_config", None)
+    if shard_config is not None and shard_config.enable_sequence_parallelism:
+        group = shard_config.sequence_parallel_process_group
+        targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+    if shard_config is not None and shard_config.enable_tensor_parallelism:
+        group = shard_config.tensor_parallel_process_group
+        return cross_entropy_1d(logits, targets, process_group=group, vocab_size=None, dtype=torch.float32, mode="sum")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def gradient_ranks(plugin: Plugin) -> int:
+    """Over how many ranks the plugin averages gradients: data-parallel times sequence-parallel peers."""
+    return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
+
+
+def forward_backward(
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    micro_batches: list[dict[str, torch.Tensor]],
+    label_tokens: int,
+) -> torch.Tensor:
+    """Accumulates the gradient of the mean loss over one optimizer step's tokens.
+
+    Args:
+        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S].
+        label_tokens: labels that count in the whole step, over all ranks and micro-batches. The loss is the sum over
+            tokens divided by this one number, so no layout and no accumulation changes it.
+
+    Returns:
+        This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
+    """
+    plugin = booster.plugin
+    device = get_accelerator().get_current_device()
+    scale = gradient_ranks(plugin) / label_tokens
+
+    if getattr(plugin, "enable_pipeline_parallelism", False):
+        # Under the name `labels` the model would compute a loss of its own beside the criterion's.
+        batch = {
+            "input_ids": torch.cat([micro["input_ids"] for micro in micro_batches]),
+            "criterion_labels": torch.cat([micro["labels"] for micro in micro_batches]),
+        }
+        microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
+
+        def criterion(outputs, inputs):  # the schedule divides by the number of microbatches
+            return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
+
+        loss = booster.execute_pipeline(iter([batch]), model, criterion, optimizer, return_loss=True)["loss"]
+        return torch.zeros((), device=device) if loss is None else loss.detach() / scale
+
+    total = torch.zeros((), device=device)
+    can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
+    for index, micro in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        deferred = contextlib.nullcontext() if last or not can_defer else booster.no_sync(model, optimizer)
+        with deferred:
+            labels = micro["labels"].to(device, non_blocking=True)
+            logits = model(input_ids=micro["input_ids"].to(device, non_blocking=True)).logits
+            loss = token_loss(logits, labels, plugin)
+            booster.backward(loss * scale, optimizer)
+        total += loss.detach()
+    return total
+
+
+def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
+    """The optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
+    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # one name a plugin
+        mixin = getattr(optimizer, name, None)
+        if isinstance(mixin, FP16MixedPrecisionMixin):
+            return mixin
+    return None
+
+
+def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[float, bool]:
+    """Clips and updates; returns the gradient norm before clipping and whether fp16 overflowed, skipping the update."""
+    scaler = loss_scaler(optimizer)
+    scale = scaler.loss_scale if scaler else 1.0
+    optimizer.step()
+    skipped = bool(scaler.found_overflow.item()) if scaler else False
+    if skipped and hasattr(model, "chunk_manager"):
+        # Gemini leaves this on after a skipped step, and would add the next gradients to the overflowed ones.
+        model.chunk_manager.accumulating_grads = False
+    optimizer.zero_grad()
+    return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped

@@ -1,0 +1,327 @@
+"""What training reads: the tokenizer, packed sequences of a prepared data set, and the order of the sequences.
+
+`dataset_preparation.py` writes the folder of tokens that `PackedDataset` reads. S is the sequence length, `max_length`.
+"""
+
+import hashlib
+import itertools
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from sentencepiece import SentencePieceProcessor
+from torch.utils.data import Dataset, Sampler
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+
+from console import InputError
+
+IGNORE_INDEX = -100
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+HUB_TIMEOUT_SECONDS = 5
+PROBE = (
+    "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
+    "  two spaces first",
+    "\x00\n<0x0A> ▁",
+)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder (`tokenizer.model` alone is enough) or from the Hugging Face hub.
+
+    Raises InputError if there is none, or if it lacks a BOS or EOS token.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~"))):
+        raise InputError(f"--tokenizer: {name_or_path} does not exist; give a folder with a tokenizer or a hub name")
+    try:
+        tokenizer = _from_folder(path) if path.is_dir() else _from_hub(name_or_path)
+        if not tokenizer:  # what transformers returns for a damaged tokenizer.model
+            raise ValueError("damaged tokenizer.model")
+    except InputError:
+        raise
+    # tokenizers raises bare Exception on a damaged file.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--tokenizer: cannot load {name_or_path} ({reason}); "
+            "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
+        ) from error
+    missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise InputError(f"--tokenizer: {name_or_path} has no {' and no '.join(missing)}; set it in its configuration")
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    fast = (folder / "tokenizer.json").is_file()
+    if fast or (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
+    if (folder / "tokenizer.model").is_file():
+        return LlamaTokenizer.from_pretrained(folder, legacy=False)
+    raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        _check_hub_has(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _check_hub_has(name: str) -> None:
+    """Fails at once where from_pretrained would go on retrying for most of a minute."""
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise InputError(
+            f"--tokenizer: {name} is no folder, and the hub refuses it (HTTP {status}); check the name"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"--tokenizer: {name} is no folder, is not in the hub's cache on this machine, and the hub cannot be "
+            "reached; give a folder that holds tokenizer.model"
+        ) from error
+
+
+class TextEncoder:
+    """Turns documents into BOS + ids + EOS.
+
+    Uses SentencePiece itself, which is faster, where the tokenizer is based on a model that gives the same ids.
+    A special token spelled out in a document, such as `</s>`, stays text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self.sentencepiece = self._matching_sentencepiece()
+
+    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
+        """One array of `dtype` per document, [number of tokens]."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents)]
+
+    def _encode(self, documents: Sequence[str]) -> list[list[int]]:
+        if self.sentencepiece:
+            return self.sentencepiece.encode(list(documents), num_threads=1)
+        return self._encode_with_tokenizer(documents) if documents else []
+
+    def _encode_with_tokenizer(self, documents: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(list(documents), **options)["input_ids"]
+
+    def _matching_sentencepiece(self) -> SentencePieceProcessor | None:
+        vocab_file = getattr(self.tokenizer, "vocab_file", None)
+        if not vocab_file:
+            return None
+        try:
+            model = SentencePieceProcessor(model_file=vocab_file)
+        except (OSError, RuntimeError):
+            return None
+        return model if model.encode(list(PROBE)) == self._encode_with_tokenizer(PROBE) else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that the ids depend on."""
+        if self.sentencepiece:
+            rules = self.sentencepiece.serialized_model_proto()
+        elif self.tokenizer.is_fast:
+            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            rules = json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True).encode()
+        else:
+            rules = json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab()], sort_keys=True).encode()
+        frame = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, bool(self.sentencepiece)]
+        return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared folder. Raises InputError if it is missing, damaged or of another format version."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--dataset: {folder / MANIFEST_NAME} cannot be read ({error!r}); delete the folder to prepare it anew"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"--dataset: {folder} has format version {version}, this program reads {FORMAT_VERSION}; prepare it anew"
+        )
+    return manifest
+
+
+class PackedDataset(Dataset):
+    """Sequence i is the tokens [i * S, (i + 1) * S) of the stream in a prepared folder.
+
+    Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels.
+    Raises InputError if a shard is missing or of the wrong size, or if the stream is shorter than one sequence.
+    """
+
+    def __init__(self, folder: str | Path, max_length: int):
+        self.folder = Path(folder)
+        self.max_length = max_length
+        self.manifest = read_manifest(self.folder)
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self._shard_ends = list(itertools.accumulate(shard["tokens"] for shard in self.manifest["shards"]))
+        self._opened: dict[int, np.memmap] = {}
+        for shard in self.manifest["shards"]:
+            self._check_size(self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
+        if len(self) == 0:
+            raise InputError(
+                f"--max_length: one sequence takes {max_length} tokens, but the whole data set has "
+                f"{self.manifest['total_tokens']} ({self.folder}); lower --max_length or give more data"
+            )
+
+    @staticmethod
+    def _check_size(path: Path, expected: int) -> None:
+        found = path.stat().st_size if path.is_file() else 0
+        if found != expected:
+            raise InputError(
+                f"--dataset: {path} has {found} bytes instead of {expected}; delete its folder to prepare it anew"
+            )
+
+    def __len__(self) -> int:
+        return self.manifest["total_tokens"] // self.max_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        ids = torch.from_numpy(self._tokens(index * self.max_length, (index + 1) * self.max_length))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
+        pieces = []
+        while start < stop:
+            number = bisect_right(self._shard_ends, start)
+            shard = self._shard(number)
+            shard_start = self._shard_ends[number] - len(shard)
+            pieces.append(shard[start - shard_start : stop - shard_start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces).astype(np.int64)
+
+    def _shard(self, number: int) -> np.memmap:
+        if number not in self._opened:
+            path = self.folder / self.manifest["shards"][number]["file"]
+            self._opened[number] = np.memmap(path, self.dtype, mode="r")
+        return self._opened[number]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": {}}
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens at the end of the stream that fill no whole sequence and are left out."""
+        return self.manifest["total_tokens"] % self.max_length
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 that changes with the tokens, wherever their folder lies and whatever `max_length` is."""
+        shards = [shard["sha256"] for shard in self.manifest["shards"]]
+        content = [self.manifest["dtype"], self.manifest["tokenizer_fingerprint"], shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def splitmix64(x: int) -> int:
+    """One step of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+class Permutation(Sequence[int]):
+    """A pseudo-random permutation of range(n), keyed by (seed, epoch), in O(1) memory.
+
+    A balanced Feistel network permutes the next power of four; values outside range(n) are sent through it again
+    until they fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, n: int, seed: int, epoch: int):
+        self.n = n
+        self.half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        key = splitmix64(splitmix64(seed & 0xFFFFFFFFFFFFFFFF) ^ epoch)
+        self.keys = [splitmix64(key + number) for number in range(self.ROUNDS)]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.n:
+            raise IndexError(f"index {index} of {self.n}")
+        value = self._feistel(index)
+        while value >= self.n:
+            value = self._feistel(value)
+        return value
+
+    def _feistel(self, value: int) -> int:
+        mask = (1 << self.half_bits) - 1
+        left, right = value >> self.half_bits, value & mask
+        for key in self.keys:
+            left, right = right, left ^ (splitmix64(right ^ key) & mask)
+        return left << self.half_bits | right
+
+
+class GlobalOrder:
+    """The endless order in which a run reads its sequences, the same on every rank.
+
+    Position p is the (p % n)-th sequence of epoch p // n, so a batch may straddle two epochs and within an epoch
+    each sequence comes exactly once. Without shuffling, each epoch goes through the sequences as they are stored.
+    """
+
+    def __init__(self, num_sequences: int, seed: int, shuffle: bool = True):
+        self.num_sequences = num_sequences
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+
+    def __getitem__(self, position: int) -> int:
+        epoch, index = divmod(position, self.num_sequences)
+        if not self.shuffle:
+            return index
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, Permutation(self.num_sequences, self.seed, epoch)
+        return self._permutation[index]
+
+
+class ShardedSampler(Sampler[int]):
+    """A data-parallel rank's share of the order: positions start + rank, start + rank + num_replicas, ... below stop.
+
+    `start` and `stop` count sequences over all ranks from the beginning of training, across epochs. Hence a run that
+    resumes at `start` on another number of ranks continues the same order. The first four arguments are those of
+    `torch.utils.data.DistributedSampler`, so that `functools.partial(ShardedSampler, seed=..., start=..., stop=...)`
+    can stand for it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_replicas: int,
+        rank: int,
+        shuffle: bool = True,
+        *,
+        seed: int,
+        start: int = 0,
+        stop: int,
+    ):
+        self.order = GlobalOrder(len(dataset), seed, shuffle)
+        self.positions = range(start + rank, stop, num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.order.__getitem__, self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)

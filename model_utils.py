@@ -1,0 +1,170 @@
+"""LLaMA models: the table of sizes, construction without initialising, seeded weights, parameter and FLOP counts."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import no_init_weights
+
+from console import InputError
+
+# One line a model: layers, hidden size, FFN size, heads, KV heads, context, vocabulary, RMSNorm epsilon.
+# Sizes: Touvron et al. 2023, "LLaMA" (arXiv:2302.13971) table 2 and "Llama 2" (arXiv:2307.09288) table 1;
+# epsilon: 1e-6 in LLaMA-1's params.json, 1e-5 in LLaMA-2's.
+_SIZES = {
+    "7b": (32, 4096, 11008, 32, 32, 4096, 32000, 1e-5),
+    "13b": (40, 5120, 13824, 40, 40, 4096, 32000, 1e-5),
+    "30b": (60, 6656, 17920, 52, 52, 2048, 32000, 1e-6),
+    "65b": (80, 8192, 22016, 64, 64, 2048, 32000, 1e-6),
+    "70b": (80, 8192, 28672, 64, 8, 4096, 32000, 1e-5),
+    "tiny": (4, 256, 688, 4, 4, 1024, 4096, 1e-5),  # for laptops
+    "test": (4, 64, 176, 4, 2, 128, 1024, 1e-5),  # for tests
+}
+
+
+def _config(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, context: int, vocab: int, epsilon: float
+) -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        vocab_size=vocab,
+        rope_theta=10000.0,
+        rms_norm_eps=epsilon,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+MODEL_CONFIGS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
+
+
+def load_config(name_or_path: str) -> LlamaConfig:
+    """The configuration that `--config` names: a built-in one, a config.json, or a folder that holds one.
+
+    Raises:
+        InputError: unknown name, unreadable file, or a model that is not LLaMA.
+    """
+    if name_or_path in MODEL_CONFIGS:
+        return LlamaConfig.from_dict(MODEL_CONFIGS[name_or_path].to_dict())
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        known = ", ".join(MODEL_CONFIGS)
+        raise InputError(
+            f"--config: {name_or_path!r} is neither a known model ({known}) nor a config.json or its folder"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("model_type") != "llama":
+            found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+            raise InputError(f"--config: {path} describes model_type {found!r}; this program trains 'llama' alone")
+        config = LlamaConfig.from_dict(values)
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"--config: {path} cannot be read as a LLaMA config.json: {error}") from error
+    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"--config: {path}: hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
+            f"{config.num_key_value_heads} key-value heads do not divide one another"
+        )
+    config.use_cache = False
+    return config
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Name and full (unsharded) shape of one parameter, in Hugging Face's layout."""
+
+    name: str
+    shape: torch.Size
+
+    @property
+    def group(self) -> str:
+        """The part of the model it belongs to: 'model.layers.7', or the module's own name outside the layers."""
+        parts = self.name.split(".")
+        return ".".join(parts[:3]) if parts[:2] == ["model", "layers"] else self.name.removesuffix(".weight")
+
+
+def parameter_specs(config: LlamaConfig) -> list[ParameterSpec]:
+    """Every parameter of the model, in the model's order, without allocating any."""
+    with torch.device("meta"), no_init_weights():
+        model = LlamaForCausalLM(config)
+    return [ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters()]
+
+
+def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
+    """Number of parameters; without the input embedding, unless it is tied to the output, when asked so."""
+    skipped = "" if input_embedding or config.tie_word_embeddings else "model.embed_tokens.weight"
+    return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.name != skipped)
+
+
+def model_flops_per_token(config: LlamaConfig, seq_length: int) -> int:
+    """Forward and backward FLOPs a token: 6 N + 12 L H S, N without the input embedding.
+
+    The convention of PaLM (arXiv:2204.02311, appendix B) and torchtitan: attention is counted in full, not halved for
+    causality, and recomputation is not counted.
+    """
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
+    return 6 * count_parameters(config, input_embedding=False) + attention
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def build_model(
+    config: LlamaConfig, context: contextlib.AbstractContextManager, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """The model with its weights not yet set (see `initial_weight`), made inside `context`.
+
+    Args:
+        context: decides where parameters are allocated, a torch.device or ColossalAI's LazyInitContext.
+        dtype: of the parameters.
+    """
+    with no_init_weights(), _default_dtype(dtype), context:
+        return LlamaForCausalLM(config)
+
+
+def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: torch.device) -> torch.Tensor:
+    """The initial value of one parameter, float32 and full: normal with std 0.02, ones for norms, zeros for biases.
+
+    A pure function of seed and name, so that every plugin, layout and number of ranks starts from the same weights.
+    """
+    if spec.name.endswith("norm.weight"):
+        return torch.ones(spec.shape, dtype=torch.float32, device=device)
+    if spec.name.endswith(".bias"):
+        return torch.zeros(spec.shape, dtype=torch.float32, device=device)
+    digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    weight = torch.empty(spec.shape, dtype=torch.float32, device=device)
+    return weight.normal_(std=config.initializer_range, generator=generator)
+
+
+def restore_rotary_precision(model: nn.Module, device: torch.device) -> None:
+    """Recomputes the rotary frequencies in float32 on `device`.
+
+    Plugins cast a model's buffers to fp16 or bf16 with the rest. Rounded to bf16, the fastest frequency is off by up to
+    2**-9, eight radians at position 4096, and the trained model would not be the one that Hugging Face runs.
+    """
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, device)
+            module.original_inv_freq = module.inv_freq

@@ -1,0 +1,113 @@
+"""Pretrains a LLaMA on text in RedPajama's format.
+
+A laptop, without a GPU:
+    python pretrain.py -c tiny -p zero2 -d data/ --tokenizer tokenizer/ -x bf16 -b 8 -l 256 -s 20
+Eight GPUs of one machine:
+    torchrun --standalone --nproc_per_node 8 pretrain.py -c 7b -p zero2 -x bf16 -a -g --accumulation_steps 64
+Several machines:
+    colossalai run --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 70b -p gemini -x bf16 -a -g
+"""
+
+import console
+
+console.quiet_third_parties()
+
+import argparse
+from pathlib import Path
+
+import checkpoint_utils
+import sharded_state
+import train_utils
+from attn import select_attention
+from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from console import InputError, say
+from data_utils import PackedDataset, load_tokenizer
+from dataset_preparation import prepare_dataset
+from model_utils import MODEL_CONFIGS, load_config
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = train_utils.ArgumentParser(prog="pretrain.py", description=__doc__)
+    model = parser.add_argument_group("model and data")
+    known = ", ".join(MODEL_CONFIGS)
+    model.add_argument("-c", "--config", default="7b", help=f"{known}, or a config.json or its folder (default: 7b)")
+    model.add_argument(
+        "-d",
+        "--dataset",
+        default="togethercomputer/RedPajama-Data-1T-Sample",
+        help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text` "
+        "(default: togethercomputer/RedPajama-Data-1T-Sample)",
+    )
+    model.add_argument(
+        "--tokenizer",
+        default="hf-internal-testing/llama-tokenizer",
+        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
+    )
+    model.add_argument("--init_from", type=Path, help="Hugging Face model folder to take the initial weights from")
+    model.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=Path("~/.cache/llama-training").expanduser(),
+        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
+    )
+    model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    add_plugin_args(parser)
+    train_utils.add_training_args(parser)
+    train_utils.add_warmup_arg(parser)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse_args()
+
+    # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
+    config = load_config(args.config)
+    train_utils.validate_args(args, config)
+    layout = resolve_layout(args, config)
+    tokenizer = load_tokenizer(args.tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
+        )
+    if args.init_from and args.load:
+        raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
+    if args.init_from:
+        checkpoint_utils.check_pretrained(args.init_from, config)
+    dataset = PackedDataset(prepare_dataset(args.dataset, tokenizer, args.cache_dir), args.max_length)
+    state, checkpoint = train_utils.resume_state(args, dataset)
+    if checkpoint:
+        checkpoint_utils.check_model(checkpoint / "model", config, "--load")
+    plan = train_utils.make_plan(args, layout, dataset, state)
+    config.torch_dtype = DTYPES[args.mixed_precision]
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    attention = select_attention(config, args.flash_attention, sequence_parallel=layout.sp > 1)
+    train_utils.announce(args, config, dataset, plan, attention)
+    if args.dry_run:
+        return 0
+
+    launch(args.seed)
+    plugin = build_plugin(args, layout)
+    booster, model, optimizer = boost(args, config, plugin)
+    lr_scheduler = train_utils.build_scheduler(optimizer, args.warmup_steps, state, plan)
+    if checkpoint:
+        checkpoint_utils.load(checkpoint, plugin, model, optimizer, lr_scheduler, config)
+        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
+    elif args.init_from:
+        checkpoint_utils.load_pretrained(args.init_from, plugin, model, optimizer)
+        say(f"initial weights: {args.init_from}")
+    else:
+        sharded_state.initialize(plugin, model, optimizer, config, args.seed)
+    loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+
+    checkpoint, interrupted = train_utils.train(
+        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
+    )
+
+    checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer)
+    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    shut_down(plugin)
+    return train_utils.INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    console.run(main, "pretrain.py")

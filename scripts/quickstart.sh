@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Sets up, makes a small sample corpus, and pretrains a small LLaMA on it: a first look in a few minutes, on every GPU
+# of this machine, or on its CPU. All of it goes to quickstart/ in the repository.
+#
+#   bash scripts/quickstart.sh
+#
+# A second run reuses installation and corpus and trains anew. Environment: see scripts/setup.sh --help
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if (($# > 0)); then
+    usage "${BASH_SOURCE[0]}"
+    [[ $1 == -h || $1 == --help ]] && exit 0
+    exit 2
+fi
+
+set_up
+export HF_HUB_OFFLINE=1 # everything is on this machine
+
+"$python" scripts/make_sample_data.py --output_dir quickstart
+
+launch=("$python")
+if command -v nvidia-smi >/dev/null; then
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    ((gpus == 0)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
+fi
+command=("${launch[@]}" pretrain.py
+    -c tiny -p zero2 -d quickstart/data --tokenizer quickstart/tokenizer
+    -x bf16 -b 8 -l 256 --lr 1e-3 -s 20 --max_steps 200 -i 100
+    -o quickstart/checkpoint -t quickstart/tb_logs)
+
+if [[ -e quickstart/checkpoint || -e quickstart/tb_logs ]]; then
+    echo "quickstart: removing the checkpoints and logs of the last quickstart"
+    rm -rf quickstart/checkpoint quickstart/tb_logs
+fi
+echo "quickstart: running, in $PWD:"
+printf '\n   '
+printf ' %q' "${command[@]}"
+printf '\n\n'
+"${command[@]}"
+
+"$python" - quickstart/tb_logs/metrics.jsonl <<'PY'
+import json
+import sys
+losses = [(row["step"], row["loss"]) for row in map(json.loads, open(sys.argv[1])) if "loss" in row]
+(first, start), (last, end) = losses[0], losses[-1]
+print(f"\nquickstart: loss {start:.3f} at step {first}, {end:.3f} at step {last}")
+PY
+cat <<TEXT
+quickstart: checkpoints    quickstart/checkpoint
+quickstart: final model    quickstart/checkpoint/final
+quickstart: TensorBoard    $python -m tensorboard.main --logdir quickstart/tb_logs
+quickstart: the model continues "Return the":
+TEXT
+"$python" scripts/generate.py --model quickstart/checkpoint/final --prompt "Return the"

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Installs everything the programs need into .venv in the repository. Later runs reuse it and end at once.
+#
+#   bash scripts/setup.sh         what training needs
+#   bash scripts/setup.sh --dev   also what scripts/test.sh needs
+#
+# Environment:
+#   PYTHON=/path/python3.12     the interpreter to make .venv with (3.11 or later; default: python3)
+#   LLAMA_PYTHON=/path/python   use this interpreter as it is, with its own torch and ColossalAI, and install nothing:
+#                               for machines that come with them, or have no network
+
+# Other scripts source this file and call set_up. It leaves the repository root as the working directory, and
+# $python as the interpreter to run.
+set -euo pipefail
+
+readonly MINIMUM_PYTHON=3.11
+readonly INSTALL_LOG=.venv/install.log
+readonly INSTALLING=.venv/installing # exists while an installation has not succeeded
+
+say() { echo "setup: $*"; }
+fail() {
+    echo "setup: error: $*" >&2
+    exit 1
+}
+
+# Prints the comment that opens a script.
+usage() { sed -n '2,/^[^#]*$/{/^#/s/^# \{0,1\}//p}' "$1"; }
+
+python_version() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
+
+# Runs a command with its output in the log, whose end is shown if the command fails.
+logged() {
+    if ! "$@" >>"$INSTALL_LOG" 2>&1; then
+        tail -n 20 "$INSTALL_LOG" >&2
+        fail "this failed: $* (all of its output: $INSTALL_LOG)"
+    fi
+}
+
+make_environment() {
+    local base=${PYTHON:-python3} version have
+    version=$(python_version "$base") ||
+        fail "there is no working '$base'; install Python $MINIMUM_PYTHON or later, or set PYTHON to its path"
+    have=$(python_version .venv/bin/python || true)
+    # Without PYTHON an environment that works is kept, whatever python3 has become since.
+    if [[ ! -e $INSTALLING && -n $have && (-z ${PYTHON:-} || $have == "$version") ]]; then
+        return
+    fi
+    [[ $(printf '%s\n' "$MINIMUM_PYTHON" "$version" | sort -V | head -n 1) == "$MINIMUM_PYTHON" ]] ||
+        fail "'$base' is Python $version, but $MINIMUM_PYTHON or later is needed; set PYTHON to the path of another"
+    say "making .venv with Python $version"
+    rm -rf .venv
+    mkdir .venv
+    touch "$INSTALLING"
+    logged "$base" -m venv .venv
+}
+
+# Installs unless it was done with these very files and this Python. The stamp is written only after success.
+install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
+    local stamp=.venv/$1.stamp message=$2 state
+    shift 2
+    state=$(python_version .venv/bin/python && cat -- "$@")
+    [[ -f $stamp && $(<"$stamp") == "$state" ]] && return
+    say "$message (first time only; progress: $INSTALL_LOG)"
+    touch "$INSTALLING"
+    local file
+    for file in "$@"; do
+        local options=(--requirement "$file")
+        [[ $file != requirements-colossalai.txt ]] || options+=(--no-deps)
+        logged .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${options[@]}"
+    done
+    printf '%s' "$state" >"$stamp"
+    rm "$INSTALLING"
+}
+
+check_given_python() {
+    python_version "$LLAMA_PYTHON" >/dev/null || fail "LLAMA_PYTHON='$LLAMA_PYTHON' is not a Python that runs"
+    "$LLAMA_PYTHON" - <<'PY' || fail "LLAMA_PYTHON='$LLAMA_PYTHON' lacks the packages named above; install them there"
+import importlib.util
+import sys
+needed = ("torch", "transformers", "datasets", "sentencepiece", "tensorboard", "colossalai")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+sys.exit(f"missing: {', '.join(missing)}" if missing else 0)
+PY
+}
+
+set_up() { # [--dev]
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    if [[ -n ${LLAMA_PYTHON:-} ]]; then
+        check_given_python
+        python=$LLAMA_PYTHON
+        return
+    fi
+    ( # The lock on the repository folder lasts as long as this subshell.
+        flock --nonblock 9 || {
+            say "waiting for another set-up of this folder to end"
+            flock 9
+        }
+        make_environment
+        install_once run "installing requirements.txt and ColossalAI, 1 to 5 minutes" \
+            requirements.txt requirements-colossalai.txt
+        [[ ${1:-} != --dev ]] || install_once dev "installing requirements-dev.txt, 10 seconds" requirements-dev.txt
+    ) 9<.
+    python=.venv/bin/python
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    case ${1:-} in
+        -h | --help) usage "$0" ;;
+        "" | --dev)
+            set_up "$@"
+            say "ready: $python"
+            ;;
+        *) fail "unknown option '$1'; see bash scripts/setup.sh --help" ;;
+    esac
+fi

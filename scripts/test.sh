@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Lints and tests, in the environment that scripts/setup.sh makes.
+#
+#   bash scripts/test.sh                        lint, then all tests
+#   bash scripts/test.sh tests/test_attn.py -x  pytest alone, with these arguments
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [[ ${1:-} == --help ]]; then
+    usage "${BASH_SOURCE[0]}"
+    exit
+fi
+
+set_up --dev
+export HF_HUB_OFFLINE=1  # tests bring their own data
+export OMP_NUM_THREADS=1 # several processes of a test share the cores
+
+if (($# == 0)); then
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m codespell_lib
+    if command -v shellcheck >/dev/null; then
+        shellcheck --external-sources .ci/run scripts/*.sh
+    fi
+fi
+exec "$python" -m pytest -q --timeout 900 "$@"

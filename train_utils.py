@@ -1,0 +1,516 @@
+"""What pretraining and fine-tuning share: flags and their validation, the run's state and plan, the training loop."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.booster import Booster
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+import checkpoint_utils
+from booster_utils import Layout, forward_backward, layout_problems, loss_scaler, optimizer_step
+from console import InputError, RunError, rank, say
+from data_utils import PackedDataset, ShardedSampler
+from model_utils import count_parameters
+from performance_evaluator import PerformanceEvaluator
+
+MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
+MAX_SKIPPED_IN_A_ROW = 50
+INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports mistakes on the command line as InputError, so that one rank prints one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see --help)")
+
+
+class _Given(argparse.Action):
+    """Stores the value and, in NAME_given, that the user set it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_given", True)
+
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """Flags that pretrain.py and finetune.py share."""
+    batch = parser.add_argument_group("batch and duration")
+    batch.add_argument("-e", "--num_epochs", type=int, default=1, help="passes over the data (default: 1)")
+    batch.add_argument(
+        "-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank and micro-batch (default: 2)"
+    )
+    batch.add_argument(
+        "--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step (default: 1)"
+    )
+    batch.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
+    batch.add_argument("--max_steps", type=int, help="end after this many optimizer steps (default: end of the data)")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    optimization.add_argument("-w", "--weight_decay", type=float, default=0.1, help="decoupled (default: 0.1)")
+    optimization.add_argument(
+        "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0: no clipping (default: 1.0)"
+    )
+    optimization.add_argument("--seed", type=int, default=42, help="of weights and data order (default: 42)")
+
+    compute = parser.add_argument_group("precision and memory")
+    compute.add_argument(
+        "-x",
+        "--mixed_precision",
+        choices=("fp16", "bf16", "fp32"),
+        default="fp16",
+        help="working precision; master weights are always float32 (default: fp16)",
+    )
+    compute.add_argument(
+        "-g", "--gradient_checkpoint", action="store_true", help="recompute activations in the backward pass"
+    )
+    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel")
+    compute.add_argument("--compile", action="store_true", help="torch.compile the decoder layers (zero2, zero2_cpu)")
+
+    output = parser.add_argument_group("checkpoints and logs")
+    output.add_argument(
+        "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
+    )
+    output.add_argument("-o", "--save_dir", type=Path, default="checkpoint", help="folder (default: checkpoint)")
+    output.add_argument("-f", "--load", metavar="PATH|latest", help="checkpoint to resume from")
+    output.add_argument(
+        "-t",
+        "--tensorboard_dir",
+        type=Path,
+        default="tb_logs",
+        help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
+    )
+    output.add_argument(
+        "--log_interval", type=int, default=10, help="optimizer steps between lines in the terminal (default: 10)"
+    )
+    output.add_argument("--dry_run", action="store_true", help="check everything, print the plan and end")
+
+    for old, new in (("--weigth_decay", "weight_decay"), ("--grad_clip", "gradient_clipping")):
+        parser.add_argument(old, dest=new, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--grad_checkpoint",
+        dest="gradient_checkpoint",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(warmup_steps_given=False)
+    parser.add_argument(
+        "-s",
+        "--warmup_steps",
+        type=int,
+        default=2000,
+        action=_Given,
+        help="optimizer steps of linear warm-up (default: 2000)",
+    )
+
+
+def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
+    """Checks the flags against one another and the model, before anything is allocated.
+
+    Raises:
+        InputError: with one line for every problem found.
+    """
+    problems = []
+    for name, least in (
+        ("num_epochs", 1),
+        ("batch_size", 1),
+        ("accumulation_steps", 1),
+        ("max_length", 2),
+        ("max_steps", 1),
+        ("save_interval", 1),
+        ("log_interval", 1),
+        ("warmup_steps", 0),
+        ("num_workers", 0),
+        ("seed", 0),
+    ):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            problems.append(f"--{name}: {value} is below the least possible, {least}")
+    for name, zero_allowed in (("lr", False), ("weight_decay", True), ("gradient_clipping", True)):
+        value = getattr(args, name)
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+            problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
+    if args.max_length > config.max_position_embeddings:
+        problems.append(
+            f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
+        )
+    if args.compile and not args.plugin.startswith("zero2"):
+        problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
+    for name in ("save_dir", "tensorboard_dir"):
+        problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
+    if not problems:
+        problems = layout_problems(args, config)
+    if problems:
+        raise InputError(*problems)
+
+
+def _folder_problems(flag: str, folder: Path) -> list[str]:
+    """What keeps `folder` from being made or written to, without making it."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"{flag}: {existing} is a file; give a folder"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{flag}: no permission to write in {existing}; give another folder"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------- state and plan
+
+
+@dataclass
+class TrainState:
+    """Everything that a run carries from one step to the next beside weights and optimizer, saved as one."""
+
+    epoch: int = 0
+    step: int = 0  # optimizer steps since the start of training
+    sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
+    tokens: int = 0
+    skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
+    seed: int = 0
+    max_length: int = 0
+    data_fingerprint: str = ""
+    schedule_steps: int = 0  # length of the learning-rate schedule
+
+    @property
+    def adam_steps(self) -> int:
+        return self.step - self.skipped_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run: sequences x tokens a step, and where it ends."""
+
+    layout: Layout
+    global_batch: int  # sequences in an optimizer step
+    max_length: int
+    total_steps: int
+    total_sequences: int  # in all epochs
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.max_length
+
+
+def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[TrainState, Path | None]:
+    """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to other data, another seed or another sequence length.
+    """
+    fresh = TrainState(seed=args.seed, max_length=args.max_length, data_fingerprint=dataset.fingerprint)
+    if args.load is None:
+        return fresh, None
+    folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
+    saved = checkpoint_utils.read_running_states(folder)
+    state = TrainState(**{name: saved[name] for name in asdict(fresh)})
+    problems = [
+        f"--load: {folder} was trained with --{name} {getattr(state, name)}, not {getattr(fresh, name)}"
+        for name in ("seed", "max_length")
+        if getattr(state, name) != getattr(fresh, name)
+    ]
+    if state.data_fingerprint != fresh.data_fingerprint:
+        problems.append(f"--load: {folder} was trained on other data or with another tokenizer than --dataset gives")
+    if problems:
+        raise InputError(*problems)
+    return state, folder
+
+
+def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, state: TrainState) -> Plan:
+    """Works out the run's length and says it.
+
+    Raises:
+        InputError: too little data for a step, a finished run, or a warm-up longer than the run that nobody asked for.
+    """
+    global_batch = args.batch_size * args.accumulation_steps * layout.dp
+    total_sequences = args.num_epochs * len(dataset)
+    total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch
+    if total_steps == 0:
+        raise InputError(
+            f"--dataset: {len(dataset)} sequences x --num_epochs {args.num_epochs} do not fill one global batch of "
+            f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
+        )
+    if args.max_steps is not None:
+        total_steps = min(total_steps, args.max_steps)
+    if total_steps <= state.step:
+        raise InputError(
+            f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
+            "raise --max_steps or --num_epochs"
+        )
+    if getattr(args, "warmup_steps", 0) > total_steps and not args.warmup_steps_given:
+        raise InputError(
+            f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
+            f"give a shorter one, such as -s {max(1, total_steps // 20)}"
+        )
+    return Plan(layout, global_batch, args.max_length, total_steps, total_sequences)
+
+
+def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
+    """Prints what is about to run, in a few lines on rank 0."""
+    layout = plan.layout
+    split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
+    say(f"model: {args.config}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
+    say(f"data: {len(dataset):,} sequences of {plan.max_length} tokens; {dataset.tail_tokens} tokens left over")
+    say(f"plugin: {args.plugin}, {layout.dp} data-parallel{split if args.plugin == 'hybrid_parallel' else ''}")
+    say(
+        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {layout.dp} ranks = "
+        f"{plan.global_batch} sequences x {plan.max_length} tokens = {plan.tokens_per_step:,} tokens"
+    )
+    say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_steps * plan.tokens_per_step:,} tokens")
+
+
+def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Fraction of the peak learning rate for the optimizer step of index `step`: linear up, cosine down to a tenth."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_scheduler(optimizer: OptimizerWrapper, warmup_steps: int, state: TrainState, plan: Plan) -> LRScheduler:
+    if state.schedule_steps not in (0, plan.total_steps):
+        say(f"learning rate: its schedule now ends at step {plan.total_steps}, not {state.schedule_steps} as before")
+    state.schedule_steps = plan.total_steps
+    schedule = partial(cosine_with_warmup, warmup_steps=warmup_steps, total_steps=plan.total_steps)
+    return LambdaLR(optimizer.optim, schedule)
+
+
+def build_dataloader(
+    plugin: Plugin, dataset: PackedDataset, args: argparse.Namespace, state: TrainState, plan: Plan
+) -> DataLoader:
+    """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
+    stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
+    sampler = partial(ShardedSampler, seed=state.seed, start=state.sequences, stop=stop)
+    return plugin.prepare_dataloader(
+        dataset,
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        distributed_sampler_cls=sampler,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """TensorBoard, metrics.jsonl and the terminal, on rank 0; a resumed run continues the curves without a seam."""
+
+    def __init__(self, args: argparse.Namespace, state: TrainState, plan: Plan):
+        self.main = rank() == 0
+        if not self.main:
+            return
+        args.tensorboard_dir.mkdir(parents=True, exist_ok=True)
+        self.interval, self.total_steps = args.log_interval, plan.total_steps
+        self.file = self._open_after(args.tensorboard_dir / "metrics.jsonl", state.step)
+        self.board = SummaryWriter(str(args.tensorboard_dir), purge_step=state.step + 1)
+        self.bar = tqdm(
+            total=plan.total_steps, initial=state.step, unit="step", desc="training", disable=not sys.stderr.isatty()
+        )
+
+    @staticmethod
+    def _open_after(path: Path, step: int):
+        """Opens the file for appending, less the lines of steps that a resumed run is going to repeat."""
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    keep = line.endswith("\n") and json.loads(line)["step"] <= step
+                except (ValueError, KeyError):
+                    keep = False
+                if keep:
+                    kept.append(line)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+        return open(path, "a", encoding="utf-8", buffering=1)
+
+    def log(self, values: dict) -> None:
+        if not self.main:
+            return
+        step = values["step"]
+        self.file.write(json.dumps(values) + "\n")
+        for key, value in values.items():
+            if key not in ("step", "epoch") and value is not None:
+                self.board.add_scalar(f"train/{key}", value, step)
+        mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+        norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
+        line = (
+            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {norm}, {values['tokens_per_second']:,.0f} tok/s{mfu}"
+        )
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
+            say(f"step {step}/{self.total_steps}: {line}")
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1 on any rank; the ranks agree on it at the next step. A second SIGINT kills."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame) -> None:
+        self.received = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor]) -> None:
+    """Asserts that ranks with the same data-parallel coordinate got the same batch, and the others different ones."""
+    digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (loader.sampler.positions.start, digest))
+    by_coordinate = {}
+    for number, (coordinate, other) in enumerate(gathered):
+        if by_coordinate.setdefault(coordinate, other) != other:
+            raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {coordinate}")
+
+
+def train(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    lr_scheduler: LRScheduler,
+    loader: DataLoader,
+    state: TrainState,
+    plan: Plan,
+    checkpoint: Path | None = None,
+) -> tuple[Path, bool]:
+    """Trains from `state` to the end of `plan`; returns the last checkpoint and whether a signal ended the run early.
+
+    Args:
+        checkpoint: the one that the run resumes from, to be named if training fails before the next.
+
+    Raises:
+        RunError: the loss or the gradient is no longer finite, or a checkpoint could not be written.
+    """
+    accelerator = get_accelerator()
+    device = accelerator.get_current_device()
+    evaluator = PerformanceEvaluator(config, plan.max_length, dist.get_world_size(), accelerator.get_device_name())
+    metrics = Metrics(args, state, plan)
+    stop = StopRequest()
+    skipped_in_a_row = 0
+    label_tokens = plan.global_batch * (plan.max_length - 1)
+    batches = iter(loader)
+    first_step = state.step
+    evaluator.restart()
+    while state.step < plan.total_steps:
+        waited = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
+        waited = time.perf_counter() - waited
+        if state.step == first_step:
+            check_same_batch(loader, micro_batches[0])
+
+        loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
+        totals = torch.stack([loss_sum.double() / plan.layout.tp, torch.tensor(float(stop.received), device=device)])
+        dist.all_reduce(totals)
+        loss, stopping = totals[0].item() / label_tokens, totals[1].item() > 0
+        lr = lr_scheduler.get_last_lr()[0]
+        if not math.isfinite(loss):
+            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, checkpoint))
+        scaler = loss_scaler(optimizer)
+        loss_scale = scaler.loss_scale if scaler else 1.0
+        grad_norm, skipped = optimizer_step(model, optimizer)
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
+            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, checkpoint))
+        lr_scheduler.step()
+
+        state.step += 1
+        state.sequences += plan.global_batch
+        state.tokens += plan.tokens_per_step
+        state.epoch = (state.sequences - 1) // len(loader.dataset)
+        state.skipped_steps += skipped
+        seconds = time.perf_counter() - evaluator.last
+        throughput = evaluator.lap(plan.tokens_per_step)
+        metrics.log(
+            {
+                "step": state.step,
+                "epoch": state.epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": None if skipped else grad_norm,
+                "tokens": state.tokens,
+                "tokens_per_second": throughput.tokens_per_second,
+                "tflops": throughput.tflops,
+                "mfu": throughput.mfu,
+                "data_wait": waited / seconds,
+                "memory_gb": accelerator.max_memory_allocated() / 1e9,
+                "loss_scale": loss_scale,
+                "skipped_steps": state.skipped_steps,
+            }
+        )
+        if state.step % args.save_interval == 0 or state.step == plan.total_steps or stopping:
+            checkpoint = save_checkpoint(args, config, booster, model, optimizer, lr_scheduler, state)
+            evaluator.restart()
+        if stopping:
+            break
+    metrics.close()
+    return checkpoint, state.step < plan.total_steps
+
+
+def save_checkpoint(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    lr_scheduler: LRScheduler,
+    state: TrainState,
+) -> Path:
+    running_states = {**asdict(state), "adam_steps": state.adam_steps}
+    folder = checkpoint_utils.save(
+        args.save_dir, booster.plugin, model, optimizer, lr_scheduler, config, running_states
+    )
+    say(f"checkpoint: {folder}")
+    return folder
+
+
+def _diverged(what: str, step: int, lr: float, checkpoint: Path | None) -> str:
+    resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint was saved yet; start again"
+    return f"{what} at step {step}, learning rate {lr:.3e}: training stopped; {resume}, with a lower --lr or other data"
