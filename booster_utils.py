@@ -26,12 +26,13 @@ import host_accelerator
 from attn import SequenceParallelPolicy
 from console import say, world_size
 from data_utils import IGNORE_INDEX
-from model_utils import build_model, restore_rotary_precision
+from model_utils import build_model, count_parameters, restore_rotary_precision
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
 INITIAL_LOSS_SCALE = 2.0**16
+GEMINI_CHUNK_PARAMETERS = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def shut_down(plugin: Plugin) -> None:
     dist.destroy_process_group()
 
 
-def build_plugin(args: argparse.Namespace, layout: Layout) -> Plugin:
+def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) -> Plugin:
     """The plugin of `args.plugin`; says in one line what a machine without a GPU does instead."""
     on_host = not torch.cuda.is_available()
     common = dict(
@@ -181,8 +182,14 @@ def build_plugin(args: argparse.Namespace, layout: Layout) -> Plugin:
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
+        # Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often:
+        # a small model gets small chunks, so that it is sharded as a large one is.
+        chunk_parameters = min(GEMINI_CHUNK_PARAMETERS, count_parameters(config) // 8)
         return GeminiPlugin(
             placement_policy="auto" if automatic else "static",
+            min_chunk_size_m=chunk_parameters / 2**20,
+            search_range_m=chunk_parameters // 2**20,
+            hidden_dim=config.hidden_size,
             enable_gradient_accumulation=args.accumulation_steps > 1,
             pin_memory=not on_host,
             enable_async_reduce=not on_host,
@@ -204,6 +211,25 @@ def build_plugin(args: argparse.Namespace, layout: Layout) -> Plugin:
     )
 
 
+def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> HybridAdam:
+    """ColossalAI's fused AdamW for parameters on GPU and host, with LLaMA's betas.
+
+    Its path for bf16 gradients on the host, which is Gemini's when it offloads, ignores the scale by which gradients
+    are clipped. So they are widened on the way in, one parameter at a time, and take its C++ path, which does not.
+    """
+    optimizer = HybridAdam(model.parameters(), lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
+
+    def widen_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
+        if parameter.grad.dtype is torch.bfloat16:
+            parameter.grad = parameter.grad.float()
+
+    def drop_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
+        parameter.grad = None
+
+    optimizer._pre_update, optimizer._post_update = widen_gradient, drop_gradient
+    return optimizer
+
+
 def boost(
     args: argparse.Namespace, config: LlamaConfig, plugin: Plugin
 ) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
@@ -218,9 +244,7 @@ def boost(
     if args.compile:
         for layer in model.model.layers:
             layer.compile()
-    optimizer = HybridAdam(
-        model.parameters(), lr=args.lr, betas=ADAM_BETAS, weight_decay=args.weight_decay, adamw_mode=True
-    )
+    optimizer = build_optimizer(model, args.lr, args.weight_decay)
     booster = Booster(plugin=plugin)
     model, optimizer, *_ = booster.boost(model, optimizer)
     restore_rotary_precision(model, device)

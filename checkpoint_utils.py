@@ -350,6 +350,8 @@ def load(
     states = read_running_states(folder)
     sharded_state.restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
     lr_scheduler.load_state_dict(json.loads((folder / LR_SCHEDULER).read_text(encoding="utf-8")))
+    for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr  # a scheduler leaves this to the optimizer's own state
     scaler, saved = loss_scaler(optimizer), states["loss_scaler"]
     if scaler is not None and saved is not None:
         grad_scaler = scaler.grad_scaler

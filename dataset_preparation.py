@@ -398,7 +398,8 @@ def _exclusive_lock(path: Path) -> Iterator[None]:
 def _build(folder: Path, source: Source, encoder: TextEncoder, num_workers: int, shard_tokens: int) -> None:
     started = time.monotonic()
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in (partial, folder):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir()
     writer = ShardWriter(partial, shard_tokens)
     slice_documents, slice_tokens, skipped = Counter(), Counter(), Counter()

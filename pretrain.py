@@ -86,7 +86,7 @@ def main() -> int:
         return 0
 
     launch(args.seed)
-    plugin = build_plugin(args, layout)
+    plugin = build_plugin(args, layout, config)
     booster, model, optimizer = boost(args, config, plugin)
     lr_scheduler = train_utils.build_scheduler(optimizer, args.warmup_steps, state, plan)
     if checkpoint:

@@ -144,6 +144,7 @@ def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrappe
         replicated = False
         if isinstance(optimizer, GeminiOptimizer):
             start, stop, storage, adam_state = _gemini_part(optimizer, numbers[id(parameter)])
+            replicated = optimizer.chunk_manager.get_chunk(parameter).keep_gathered
         elif isinstance(optimizer, LowLevelZeroOptimizer):
             start, stop, storage, adam_state = _zero_part(optimizer, parameter)
         else:

@@ -15,7 +15,7 @@ set -euo pipefail
 
 readonly MINIMUM_PYTHON=3.11
 readonly INSTALL_LOG=.venv/install.log
-readonly INSTALLING=.venv/installing # exists while an installation has not succeeded
+readonly INSTALLING=.venv/installing # exists until a new .venv is complete; an interrupted one is made again
 
 say() { echo "setup: $*"; }
 fail() {
@@ -54,14 +54,13 @@ make_environment() {
     logged "$base" -m venv .venv
 }
 
-# Installs unless it was done with these very files and this Python. The stamp is written only after success.
+# Installs, unless that was done with these very files and this Python. The stamp is written after success.
 install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
     local stamp=.venv/$1.stamp message=$2 state
     shift 2
     state=$(python_version .venv/bin/python && cat -- "$@")
     [[ -f $stamp && $(<"$stamp") == "$state" ]] && return
     say "$message (first time only; progress: $INSTALL_LOG)"
-    touch "$INSTALLING"
     local file
     for file in "$@"; do
         local options=(--requirement "$file")
@@ -69,7 +68,7 @@ install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
         logged .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${options[@]}"
     done
     printf '%s' "$state" >"$stamp"
-    rm "$INSTALLING"
+    rm -f "$INSTALLING"
 }
 
 check_given_python() {

@@ -195,13 +195,13 @@ class TestTextEncoder:
 
 
 class TestPacking:
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         files=st.lists(
             st.lists(st.text(alphabet="aé \n</s>1😀", max_size=40), min_size=1, max_size=8), min_size=1, max_size=3
         ),
         max_length=st.integers(1, 40),
-        shard_tokens=st.integers(1, 100),
+        shard_tokens=st.integers(1, 30),
         num_workers=st.sampled_from([1, 2]),
     )
     def test_equals_the_obvious_reference(
@@ -236,16 +236,16 @@ class TestPacking:
         assert dataset.tail_tokens == len(expected) % max_length
 
     def test_many_batches_in_several_processes_give_identical_bytes(self, tokenizer, tmp_path):
-        rows = [{"text": inspect.getsource(pydoc)[i * 100 :]} for i in range(40)]
+        rows = [{"text": inspect.getsource(pydoc)[i * 100 :]} for i in range(110)]
         write_jsonl(tmp_path / "long.jsonl", rows)
-        one, three = (
+        one, two = (
             prepare_dataset(str(tmp_path), tokenizer, tmp_path / f"cache{workers}", workers, shard_tokens=500_001)
-            for workers in (1, 3)
+            for workers in (1, 2)
         )
-        assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in three.iterdir())
+        assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
         assert len(list(one.iterdir())) > 3
         for path in one.iterdir():
-            assert path.read_bytes() == (three / path.name).read_bytes()
+            assert path.read_bytes() == (two / path.name).read_bytes()
 
     def test_works_in_loader_processes_and_when_pickled(self, tokenizer, words):
         dataset = PackedDataset(prepare_dataset(str(words[0]), tokenizer, words[1]), 16)
@@ -515,6 +515,9 @@ class TestCache:
         assert prepare_dataset(str(source), tokenizer, tmp_path / "cache", 2) == folder
         assert (folder / "manifest.json").stat() == before
         assert capsys.readouterr().out == ""
+        (folder / "manifest.json").unlink()
+        assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") == folder
+        assert len(PackedDataset(folder, 4)) > 0
         os.utime(source, ns=(0, 0))
         assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") != folder
 
@@ -525,7 +528,7 @@ class TestCache:
         wait_until(lambda: any(path.stat().st_size for path in cache.glob("*.partial/tokens-*.bin")))
         children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
         builder.send_signal(signal.SIGKILL)
-        builder.communicate()
+        builder.communicate(timeout=30)
         wait_until(lambda: not any(map(is_running, children)))
         assert not list(cache.glob("*/manifest.json"))
         folder = prepare_dataset(str(slow_source), tokenizer, cache, 2)
