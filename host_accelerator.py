@@ -1,9 +1,9 @@
 """Lets ColossalAI train on a machine without a GPU: its plugins, unchanged, on host memory over Gloo.
 
-Everything goes through ColossalAI's own extension points (`set_accelerator`, `KernelLoader.register_extension`), save
-two names that have none: Gemini's memory monitor, which calls torch.cuda directly, and
-`torch.distributed.is_hccl_available`, which its pipeline module asks for and current torch no longer has.
-With a GPU present nothing here is installed.
+It goes through ColossalAI's own extension points (`set_accelerator`, `KernelLoader.register_extension`) where it can.
+Three things have none: Gemini's memory monitor, which calls torch.cuda directly; Gemini's chunks, which take "cpu" for
+the place that they offload to; and `torch.distributed.is_hccl_available`, which the pipeline module asks for and
+current torch no longer has. With a GPU present nothing here is installed.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from colossalai.accelerator import set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.kernel.kernel_loader import CPUAdamLoader
+from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.memory_tracer import memory_monitor, memstats_collector
 
 
@@ -140,10 +141,25 @@ class _HostMemoryMonitor(memory_monitor.MemoryMonitor):
         return 0
 
 
+def _keep_chunks_in_place() -> None:
+    """Makes host memory the place where a Gemini chunk computes, with nowhere to offload to."""
+    close_chunk = Chunk.close_chunk
+
+    def close_in_place(chunk: Chunk) -> None:
+        close_chunk(chunk)
+        if not chunk.is_gathered and chunk.cuda_shard is None:
+            chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
+
+    def stay(chunk: Chunk, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None: ...
+
+    Chunk.close_chunk, Chunk.shard_move = close_in_place, stay
+
+
 def install() -> None:
     """Makes host memory ColossalAI's accelerator in this process. Call once, before any plugin is built."""
     set_accelerator(HostAccelerator())
     CPUAdamLoader.register_extension(_TorchAdamExtension)
+    _keep_chunks_in_place()
     memory_monitor.SyncCudaMemoryMonitor = memstats_collector.SyncCudaMemoryMonitor = _HostMemoryMonitor
     if not hasattr(dist, "is_hccl_available"):
         dist.is_hccl_available = lambda: False
