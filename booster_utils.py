@@ -2,10 +2,14 @@
 
 import argparse
 import contextlib
+import fcntl
+import importlib.util
+import io
 import math
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +21,8 @@ from colossalai.booster import Booster
 from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.kernel.extensions.base_extension import _Extension
+from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
 from colossalai.nn.optimizer import HybridAdam
 from colossalai.shardformer.layer import cross_entropy_1d
@@ -24,7 +30,7 @@ from transformers import LlamaConfig
 
 import host_accelerator
 from attn import SequenceParallelPolicy
-from console import say, world_size
+from console import local_rank, say, world_size
 from data_utils import IGNORE_INDEX
 from model_utils import build_model, count_parameters, restore_rotary_precision
 
@@ -158,6 +164,27 @@ def launch(seed: int) -> None:
     launch_from_torch(seed=seed, verbose=False)
 
 
+def build_kernels() -> None:
+    """Builds ColossalAI's C++ and CUDA extensions for Adam unless they are built: one rank a node, the others waiting.
+
+    Two builds at once, or the lock that a killed build left behind, would break or block every rank.
+    """
+    if not torch.cuda.is_available():
+        return
+    if local_rank() == 0:
+        folder = Path(_Extension.get_jit_extension_folder_path())
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "build.lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
+            for loader, name in ((CPUAdamLoader, "cpu_adam_x86"), (FusedOptimizerLoader, "fused_optim_cuda")):
+                if importlib.util.find_spec(f"colossalai._C.{name}") is None and not (folder / f"{name}.so").exists():
+                    say(f"building ColossalAI's extension {name}: the first time only, about a minute")
+                with contextlib.redirect_stdout(io.StringIO()):
+                    loader().load()
+    dist.barrier()
+
+
 def shut_down(plugin: Plugin) -> None:
     """Leaves the process groups in order; the plugin's own destructor runs too late, when torch is half unloaded."""
     if mesh := getattr(plugin, "pg_mesh", None):
@@ -217,7 +244,9 @@ def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> H
     Its path for bf16 gradients on the host, which is Gemini's when it offloads, ignores the scale by which gradients
     are clipped. So they are widened on the way in, one parameter at a time, and take its C++ path, which does not.
     """
-    optimizer = HybridAdam(model.parameters(), lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
+    build_kernels()
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
+        optimizer = HybridAdam(model.parameters(), lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
 
     def widen_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
         if parameter.grad.dtype is torch.bfloat16:

@@ -229,7 +229,7 @@ def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -306,7 +306,7 @@ def pretrained_weights(folder: Path) -> dict[str, Path]:
                 files = dict.fromkeys(file.keys(), single)
         else:
             raise InputError(f"--init_from: {folder} holds no model.safetensors nor its index")
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"--init_from: the weights in {folder} cannot be read: {error}") from error
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     if missing:

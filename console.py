@@ -49,6 +49,7 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "galore_torch", "peft", "datasets"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # ColossalAI's strings, on Python 3.12
     for name in ("colossalai", "transformers", "bitsandbytes", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -72,13 +72,15 @@ def load_config(name_or_path: str) -> LlamaConfig:
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
             raise InputError(f"--config: {path} describes model_type {found!r}; this program trains 'llama' alone")
         config = LlamaConfig.from_dict(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, TypeError, ValueError, KeyError) as error:
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        if hidden % heads or heads % kv_heads:
+            raise InputError(
+                f"--config: {path}: hidden size {hidden}, {heads} heads and {kv_heads} key-value heads "
+                "do not divide one another"
+            )
+        parameter_specs(config)
+    except (OSError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"--config: {path} cannot be read as a LLaMA config.json: {error}") from error
-    if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(
-            f"--config: {path}: hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
-            f"{config.num_key_value_heads} key-value heads do not divide one another"
-        )
     config.use_cache = False
     return config
 
@@ -99,8 +101,7 @@ class ParameterSpec:
 
 def parameter_specs(config: LlamaConfig) -> list[ParameterSpec]:
     """Every parameter of the model, in the model's order, without allocating any."""
-    with torch.device("meta"), no_init_weights():
-        model = LlamaForCausalLM(config)
+    model = build_model(config, torch.device("meta"))
     return [ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters()]
 
 
@@ -140,7 +141,9 @@ def build_model(
         dtype: of the parameters.
     """
     with no_init_weights(), _default_dtype(dtype), context:
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        model.tie_weights()  # which no_init_weights leaves out; it does so only where the configuration ties them
+    return model
 
 
 def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: torch.device) -> torch.Tensor:
@@ -161,8 +164,8 @@ def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: 
 def restore_rotary_precision(model: nn.Module, device: torch.device) -> None:
     """Recomputes the rotary frequencies in float32 on `device`.
 
-    Plugins cast a model's buffers to fp16 or bf16 with the rest. Rounded to bf16, the fastest frequency is off by up to
-    2**-9, eight radians at position 4096, and the trained model would not be the one that Hugging Face runs.
+    Plugins cast a model's buffers to fp16 or bf16 with the rest. Rounded to bf16, a frequency is off by up to 2**-9 of
+    itself, five radians at position 4096, and the trained model would not be the one that Hugging Face runs.
     """
     for module in model.modules():
         if hasattr(module, "inv_freq"):
