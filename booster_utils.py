@@ -79,10 +79,15 @@ def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
         return Layout(tp=1, pp=1, sp=1, dp=ranks, zero_stage=2)
     pp_given = args.pp or 1
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
-    tp = args.tp or max(n for n in (1, 2, 4) if ranks % (n * pp_given * args.sp) == 0 and heads % (n * args.sp) == 0)
+    tp = args.tp or max(
+        n for n in (1, 2, 4) if ranks % (n * pp_given * args.sp) == heads % (n * args.sp) == config.vocab_size % n == 0
+    )
     sequences = args.batch_size * args.accumulation_steps
     two_stages = (
-        ranks % (tp * 2 * args.sp) == 0
+        ranks % (tp * 2) == 0
+        and args.sp == 1
+        and args.zero != 2
+        and not config.tie_word_embeddings
         and config.num_hidden_layers % 2 == 0
         and sequences % args.microbatch_size == 0
         and sequences // args.microbatch_size >= 2
@@ -108,8 +113,10 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         return problems
 
     sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
-    problems = [f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if (value or 1) < 1]
-    if (args.tp or 1) * (args.pp or 1) * args.sp < 1 or problems:
+    problems = [
+        f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if value is not None and value < 1
+    ]
+    if problems:
         return problems
     given = (args.tp or 1) * (args.pp or 1) * args.sp
     if world_size() % given:
@@ -182,7 +189,7 @@ def build_kernels() -> None:
                     say(f"building ColossalAI's extension {name}: the first time only, about a minute")
                 with contextlib.redirect_stdout(io.StringIO()):
                     loader().load()
-    dist.barrier()
+    dist.barrier(device_ids=[torch.cuda.current_device()])
 
 
 def shut_down(plugin: Plugin) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -46,11 +47,12 @@ def quiet_third_parties() -> None:
     """Silences messages of libraries that the user of these programs cannot act on. Call before importing them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "galore_torch", "peft", "datasets"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # ColossalAI's strings, on Python 3.12
-    for name in ("colossalai", "transformers", "bitsandbytes", "datasets"):
+    for name in ("colossalai", "bitsandbytes", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -58,9 +60,9 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     """Runs a program's main() and ends the process with its status.
 
     An InputError becomes one line a problem on rank 0 and exit status 2 on every rank; any other error a traceback.
-    A process that has succeeded ends without the interpreter's finalisation: Gloo's threads outlive their process group
-    there, ask for the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs
-    of two ranks with torch 2.13).
+    The process ends without the interpreter's finalisation. There, Gloo's threads outlive their process group, ask for
+    the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
+    torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
     """
     try:
         status = main()
@@ -72,6 +74,9 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     except RunError as error:
         if rank() == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
+        status = RUN_FAILED
+    except Exception:
+        traceback.print_exc()
         status = RUN_FAILED
     sys.stdout.flush()
     sys.stderr.flush()

@@ -33,6 +33,7 @@ from performance_evaluator import PerformanceEvaluator
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 MAX_SKIPPED_IN_A_ROW = 50
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
 
 
@@ -311,7 +312,7 @@ def build_dataloader(
     """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
     sampler = partial(ShardedSampler, seed=state.seed, start=state.sequences, stop=stop)
-    return plugin.prepare_dataloader(
+    loader = plugin.prepare_dataloader(
         dataset,
         batch_size=args.batch_size,
         shuffle=True,
@@ -320,6 +321,14 @@ def build_dataloader(
         pin_memory=torch.cuda.is_available(),
         distributed_sampler_cls=sampler,
     )
+    loader.worker_init_fn = _ignore_stop_signals
+    return loader
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Launchers signal a rank's loader processes with it; they are to last until the rank has saved and ended."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -348,7 +357,7 @@ class Metrics:
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 try:
                     keep = line.endswith("\n") and json.loads(line)["step"] <= step
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     keep = False
                 if keep:
                     kept.append(line)
@@ -390,7 +399,7 @@ class StopRequest:
 
     def __init__(self):
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number, frame) -> None:
@@ -398,15 +407,17 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor]) -> None:
-    """Asserts that ranks with the same data-parallel coordinate got the same batch, and the others different ones."""
+def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_parallel: int) -> None:
+    """Asserts that there is one share of the data a data-parallel rank, and one batch among the ranks of a share."""
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (loader.sampler.positions.start, digest))
-    by_coordinate = {}
-    for number, (coordinate, other) in enumerate(gathered):
-        if by_coordinate.setdefault(coordinate, other) != other:
-            raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {coordinate}")
+    by_share = {}
+    for number, (share, other) in enumerate(gathered):
+        if by_share.setdefault(share, other) != other:
+            raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {share}")
+    if len(by_share) != data_parallel:
+        raise AssertionError(f"{len(by_share)} shares of the data are read by {data_parallel} data-parallel ranks")
 
 
 def train(
@@ -444,7 +455,7 @@ def train(
         micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
         waited = time.perf_counter() - waited
         if state.step == first_step:
-            check_same_batch(loader, micro_batches[0])
+            check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
         loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
         totals = torch.stack([loss_sum.double() / plan.layout.tp, torch.tensor(float(stop.received), device=device)])

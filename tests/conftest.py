@@ -1,0 +1,99 @@
+"""A small corpus, its tokenizer, and pretraining runs on them."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, Run, start_pretrain
+from transformers import PreTrainedTokenizerBase
+
+from data_utils import GlobalOrder, PackedDataset, load_tokenizer
+from dataset_preparation import prepare_dataset
+
+SEQUENCE_LENGTH = 64
+EPOCH = 24  # sequences in `few_data`
+SEED = 42  # the default
+
+
+def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
+    """What a run reads between two positions in the order of its data, [stop - start, SEQUENCE_LENGTH]."""
+    order = GlobalOrder(len(dataset), SEED)
+    return torch.stack([dataset[order[position]]["input_ids"] for position in range(start, stop)])
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """A folder with the corpus in `data`, and `tokenizer`, whose vocabulary is that of the model `test`."""
+    folder = tmp_path_factory.mktemp("sample")
+    program = [sys.executable, ROOT / "scripts" / "make_sample_data.py"]
+    subprocess.run([*program, "--output_dir", folder, "--megabytes", "0.5", "--vocab_size", "1024"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def sample_tokenizer(sample) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(sample / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def sample_dataset(sample, sample_tokenizer, cache_dir) -> PackedDataset:
+    return PackedDataset(prepare_dataset(str(sample / "data"), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def few_data(sample, sample_tokenizer, tmp_path_factory) -> Path:
+    """A file of one document that makes EPOCH sequences of SEQUENCE_LENGTH tokens, so that a short run has epochs."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    rows = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
+    ids = sample_tokenizer("\n".join(rows), add_special_tokens=False)["input_ids"]
+    text = sample_tokenizer.decode(ids[: EPOCH * SEQUENCE_LENGTH + SEQUENCE_LENGTH // 2])
+    path.write_text(json.dumps({"text": text}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_flags(sample, cache_dir) -> list:
+    """The flags that make a run small and quick."""
+    data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir]
+    return ["-c", "test", *data, "-l", SEQUENCE_LENGTH, "-s", "4"]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, sample_flags, sample_dataset) -> Callable[..., Run]:
+    """Starts a small run in a folder of its own, or in `folder`; `with start(...) as run:` ends it."""
+    numbers = itertools.count()
+    root = tmp_path_factory.mktemp("runs")
+
+    def start(*args, folder: Path | None = None, **kwargs) -> Run:
+        return start_pretrain(*sample_flags, *args, folder=folder or root / str(next(numbers)), **kwargs)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def pretrain(start) -> Callable[..., Run]:
+    """Runs to the end, successfully unless `check` is False; more than `processes=1` of them under torchrun."""
+
+    def pretrain(*args, check: bool = True, **kwargs) -> Run:
+        with start(*args, **kwargs) as run:
+            run.wait()
+            assert run.returncode == 0 or not check, run.output()
+            return run
+
+    return pretrain
+
+
+@pytest.fixture(scope="session")
+def finished_run(pretrain, few_data) -> Run:
+    """Three steps of zero2 in bf16, one epoch of `few_data`, with a checkpoint at the first and at the end."""
+    return pretrain("-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 8, "-s", 1, "-i", 2)

@@ -1,0 +1,460 @@
+"""Checkpoints on real disks and ranks: the same bytes from every plugin, complete or absent, found and refused."""
+
+import json
+import os
+import resource
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import boosted, random_states, run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import checkpoint_utils
+import sharded_state
+from booster_utils import loss_scaler
+from checkpoint_utils import check_model, check_pretrained, find_checkpoint, is_complete, pretrained_weights
+from console import InputError, RunError
+from model_utils import load_config, parameter_specs
+from sharded_state import MASTER, MOMENTS
+from train_utils import cosine_with_warmup
+
+STATES = {"epoch": 0, "step": 6, "adam_steps": 5}
+LAYOUTS = [
+    (1, "-p zero2"),
+    (2, "-p zero2"),
+    (2, "-p gemini"),
+    (2, "-p hybrid_parallel --tp 1 --pp 1 --zero 1"),
+    (4, "-p hybrid_parallel --tp 2 --pp 2"),
+]
+
+
+def scheduler_of(optimizer):
+    return LambdaLR(optimizer.optim, partial(cosine_with_warmup, warmup_steps=4, total_steps=20))
+
+
+def save_random(folder, flags, states=STATES):
+    """Saves random state as at step 6 and returns the checkpoint's folder."""
+    run = boosted(flags + " -b 2")
+    values = random_states(run.config)
+    parts = (run.plugin, run.model, run.optimizer)
+    sharded_state.restore(*parts, lambda name, key: values[name, key], states["adam_steps"])
+    scheduler = scheduler_of(run.optimizer)
+    scheduler.last_epoch = 5
+    scheduler.step()
+    return checkpoint_utils.save(folder, *parts, scheduler, run.config, states)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of two ranks under zero2. Not to be changed."""
+    return run_ranks(2, save_random, tmp_path_factory.mktemp("saved"), "-p zero2")[0]
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestSave:
+    def test_is_the_documented_folder(self, saved):
+        assert saved.name == "epoch0-step6"
+        assert sorted(path.name for path in saved.iterdir()) == [
+            "lr_scheduler",
+            "manifest.json",
+            "model",
+            "optimizer",
+            "running_states.json",
+        ]
+        assert is_complete(saved)
+        assert json.loads((saved / "running_states.json").read_text()) == {**STATES, "loss_scaler": None}
+        assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+    @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
+    def test_every_layout_writes_the_same_bytes(self, saved, tmp_path, ranks, flags):
+        folders = run_ranks(ranks, save_random, tmp_path, flags)
+        assert folders == [tmp_path / "epoch0-step6"] * ranks
+        assert content_of(folders[0]) == content_of(saved)
+
+    def test_tensors_are_full_and_exact(self, saved):
+        config = load_config("test")
+        values = random_states(config)
+        model, optimizer = {}, {}
+        for path in (saved / "model").glob("*.safetensors"):
+            model.update(load_file(path))
+            with safe_open(path, framework="pt") as file:
+                assert file.metadata() == {"format": "pt"}
+        for path in (saved / "optimizer").glob("*.safetensors"):
+            optimizer.update(load_file(path))
+        assert model.keys() == {spec.name for spec in parameter_specs(config)}
+        assert optimizer.keys() == {f"{name}.{key}" for name, key in values}
+        for (name, key), value in values.items():
+            assert torch.equal(optimizer[f"{name}.{key}"], value)
+            if key == MASTER:
+                assert torch.equal(model[name], value.bfloat16())
+
+    def test_model_is_one_that_hugging_face_loads(self, saved):
+        config = AutoConfig.from_pretrained(saved / "model")
+        assert config.torch_dtype == torch.bfloat16
+        assert config.use_cache
+        assert config.architectures == ["LlamaForCausalLM"]
+        index = json.loads((saved / "model" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 2 * sum(spec.shape.numel() for spec in parameter_specs(config))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            saved / "model", torch_dtype="auto", output_loading_info=True
+        )
+        assert not any(loading.values())
+        values = random_states(config)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, values[name, MASTER].bfloat16())
+
+    def test_replaces_a_checkpoint_of_its_name(self, tmp_path):
+        (tmp_path / "epoch0-step6" / "model").mkdir(parents=True)
+        (tmp_path / "epoch0-step6" / "model" / "stale").touch()
+        (tmp_path / ".epoch0-step6.incomplete").mkdir()
+        (tmp_path / ".epoch0-step6.incomplete" / "stale").touch()
+        run_ranks(1, save_random, tmp_path, "-p zero2")
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch0-step6"]
+        assert "stale" not in [path.name for path in tmp_path.rglob("*")]
+        assert is_complete(tmp_path / "epoch0-step6")
+
+
+class TestFailedSave:
+    """Ranks that may not write a file larger than some size, as on a full disk."""
+
+    @pytest.mark.parametrize(
+        ("failing", "size"), [(0, 100_000), (1, 100_000), (0, 10)], ids=["tensors", "other rank's tensors", "all"]
+    )
+    @pytest.mark.parametrize("flags", ["-p zero2", "-p gemini"])
+    def test_every_rank_raises_and_the_earlier_checkpoint_stays(self, tmp_path, flags, failing, size):
+        messages = run_ranks(2, save_twice_and_fail, tmp_path, flags, failing, size)
+        for message in messages:
+            assert message.startswith(f"the checkpoint could not be written: rank {failing}: ")
+            assert "File too large" in message
+            assert "\n" not in message
+        visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+        assert visible == ["epoch0-step6"]
+        assert find_checkpoint("latest", tmp_path) == tmp_path / "epoch0-step6"
+
+    def test_every_rank_raises_when_the_folder_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        for message in run_ranks(2, message_of, tmp_path / "file", "-p zero2", STATES):
+            assert message.startswith("the checkpoint could not be written: rank 0: NotADirectoryError: ")
+
+    def test_a_rank_that_dies_leaves_the_earlier_checkpoint(self, tmp_path):
+        with pytest.raises(torch.multiprocessing.ProcessExitedException):
+            run_ranks(1, save_twice_and_die, tmp_path)
+        assert (tmp_path / ".epoch0-step7.incomplete").is_dir()
+        assert find_checkpoint("latest", tmp_path) == tmp_path / "epoch0-step6"
+        run_ranks(1, save_random, tmp_path, "-p zero2", {**STATES, "step": 7})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0-step6", "epoch0-step7"]
+
+
+def message_of(folder, flags, states):
+    with pytest.raises(RunError) as caught:
+        save_random(folder, flags, states)
+    return str(caught.value)
+
+
+def save_twice_and_fail(folder, flags, failing, size):
+    save_random(folder, flags)
+    if dist.get_rank() == failing:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    message = message_of(folder, flags, {**STATES, "step": 7})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return message
+
+
+def save_twice_and_die(folder):
+    save_random(folder, "-p zero2")
+    checkpoint_utils._write_model_index = lambda *arguments: os._exit(9)
+    save_random(folder, "-p zero2", {**STATES, "step": 7})
+
+
+class TestLoad:
+    @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
+    def test_under_every_layout_bit_for_bit(self, saved, ranks, flags):
+        values = random_states(load_config("test"))
+        found = {}
+        for part, learning_rate in run_ranks(ranks, load_and_gather, saved, flags):
+            assert learning_rate == pytest.approx(3e-4 * cosine_with_warmup(6, 4, 20))
+            found.update(part)
+        assert found.keys() == values.keys()
+        assert all(torch.equal(found[key], values[key]) for key in values)
+
+    def test_weights_of_a_model_folder(self, saved):
+        values = random_states(load_config("test"))
+        for part in run_ranks(2, load_weights_alone, saved / "model", "-p gemini"):
+            for (name, key), value in part.items():
+                expected = values[name, key].bfloat16().float() if key == MASTER else torch.zeros_like(value)
+                assert torch.equal(value, expected)
+
+    @pytest.mark.parametrize(
+        ("ranks", "flags"),
+        [
+            (1, "-p zero2"),
+            (1, "-p gemini"),
+            (1, "-p hybrid_parallel --zero 0"),
+            (2, "-p hybrid_parallel --tp 1 --zero 1"),
+        ],
+    )
+    def test_loss_scale_of_fp16(self, tmp_path, ranks, flags):
+        assert run_ranks(ranks, save_and_load_loss_scale, tmp_path, flags) == [(512.0, 77, 1)] * ranks
+
+    def test_bf16_checkpoint_in_an_fp16_run_keeps_the_initial_scale(self, saved):
+        assert run_ranks(1, load_in_fp16, saved) == [2.0**16]
+
+
+def gather_all(run):
+    gathered = {}
+    for shard in sharded_state.local_shards(run.plugin, run.model, run.optimizer):
+        for key in (MASTER, *MOMENTS):
+            if (full := shard.gather(key, writer=0)) is not None:
+                gathered[shard.spec.name, key] = full
+    return gathered
+
+
+def load_into(run, folder):
+    scheduler = scheduler_of(run.optimizer)
+    checkpoint_utils.load(folder, run.plugin, run.model, run.optimizer, scheduler, run.config)
+
+
+def load_and_gather(folder, flags):
+    run = boosted(flags + " -b 2")
+    load_into(run, folder)
+    (learning_rate,) = {group["lr"] for group in run.optimizer.param_groups}
+    return gather_all(run), learning_rate
+
+
+def load_weights_alone(folder, flags):
+    run = boosted(flags)
+    checkpoint_utils.load_pretrained(folder, run.plugin, run.model, run.optimizer)
+    return gather_all(run)
+
+
+def grad_scaler_of(run):
+    return loss_scaler(run.optimizer).grad_scaler
+
+
+def save_and_load_loss_scale(folder, flags):
+    run = boosted(flags + " -x fp16")
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    scaler = grad_scaler_of(run)
+    scaler._scale.fill_(512.0)
+    scaler._growth_step, scaler._hysteresis_step = 77, 1
+    parts = (run.plugin, run.model, run.optimizer, scheduler_of(run.optimizer), run.config)
+    saved = checkpoint_utils.save(folder, *parts, {"epoch": 0, "step": 3, "adam_steps": 0})
+    other = boosted(flags + " -x fp16")
+    load_into(other, saved)
+    scaler = grad_scaler_of(other)
+    return scaler.scale.item(), scaler._growth_step, scaler._hysteresis_step
+
+
+def load_in_fp16(folder):
+    run = boosted("-p zero2 -x fp16")
+    load_into(run, folder)
+    return loss_scaler(run.optimizer).loss_scale
+
+
+def make_checkpoint(folder, files=("model/config.json", "optimizer/x", "lr_scheduler", "running_states.json")):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("content")
+    manifest = {"format": 1, "files": {name: len("content") for name in files}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+class TestIsComplete:
+    def test_complete(self, tmp_path):
+        assert is_complete(make_checkpoint(tmp_path))
+
+    @pytest.mark.parametrize("name", ["model/config.json", "optimizer/x", "running_states.json", "manifest.json"])
+    def test_missing_and_truncated_files(self, tmp_path, name):
+        path = make_checkpoint(tmp_path) / name
+        path.write_text(path.read_text()[:-1])
+        assert not is_complete(tmp_path)
+        path.unlink()
+        assert not is_complete(tmp_path)
+
+    @pytest.mark.parametrize("manifest", ["", "[]", "{}", "null", '{"files": [1]}', '{"files": {"lr_scheduler": "7"}}'])
+    def test_manifest_of_something_else(self, tmp_path, manifest):
+        (make_checkpoint(tmp_path) / "manifest.json").write_text(manifest)
+        assert not is_complete(tmp_path)
+
+    def test_no_folder(self, tmp_path):
+        assert not is_complete(tmp_path / "none")
+
+
+class TestFindCheckpoint:
+    def test_latest_has_the_highest_step_as_a_number(self, tmp_path):
+        for name in ("epoch0-step9", "epoch0-step10", "epoch1-step100", "epoch2-step99"):
+            make_checkpoint(tmp_path / name)
+        assert find_checkpoint("latest", tmp_path).name == "epoch1-step100"
+
+    def test_latest_is_complete_and_visible(self, tmp_path):
+        make_checkpoint(tmp_path / "epoch0-step5")
+        (make_checkpoint(tmp_path / "epoch0-step6") / "optimizer" / "x").unlink()
+        for name in (".epoch0-step7.incomplete", "epoch0-step8-copy", "final"):
+            make_checkpoint(tmp_path / name)
+        assert find_checkpoint("latest", tmp_path).name == "epoch0-step5"
+
+    @pytest.mark.parametrize("folder", ["", "none"])
+    def test_latest_of_none(self, tmp_path, folder):
+        message = f"--load latest: no complete checkpoint in --save_dir {tmp_path / folder}"
+        assert error_of(find_checkpoint, "latest", tmp_path / folder) == message
+
+    def test_a_path(self, tmp_path):
+        assert find_checkpoint(str(make_checkpoint(tmp_path / "any name")), tmp_path) == tmp_path / "any name"
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            (["config.json"], "holds a Hugging Face model without training state; .* --init_from, .* --config"),
+            (["manifest.json"], "is an incomplete checkpoint; choose another, or 'latest'"),
+            (["running_states.json"], "is an incomplete checkpoint; choose another, or 'latest'"),
+            (["notes.txt"], "is not a checkpoint; give a folder epochE-stepS, or 'latest'"),
+            ([], "is not a checkpoint; give a folder epochE-stepS, or 'latest'"),
+        ],
+    )
+    def test_other_folders(self, tmp_path, files, message):
+        for name in files:
+            (tmp_path / name).touch()
+        with pytest.raises(InputError, match=f"--load: {tmp_path} {message}"):
+            find_checkpoint(str(tmp_path), tmp_path)
+
+    def test_file_and_nothing(self, tmp_path):
+        (tmp_path / "file").touch()
+        assert "is not a checkpoint" in error_of(find_checkpoint, str(tmp_path / "file"), tmp_path)
+        assert "does not exist" in error_of(find_checkpoint, str(tmp_path / "none"), tmp_path)
+
+
+def error_of(function, *arguments):
+    """The single line of the InputError that a call ends in."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestCheckModel:
+    def test_the_same_sizes(self, saved):
+        config = load_config("test")
+        config.torch_dtype, config.max_position_embeddings = torch.float16, 2048
+        check_model(saved / "model", config, "--load")
+
+    def test_lists_every_difference(self, saved):
+        config = load_config("test")
+        config.num_hidden_layers, config.vocab_size = 2, 512
+        assert error_of(check_model, saved / "model", config, "--load") == (
+            f"--load: {saved / 'model'} is of another model than --config: "
+            "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
+        )
+
+    @pytest.mark.parametrize("key", checkpoint_utils.SHAPE_KEYS)
+    def test_every_size_counts(self, saved, key):
+        config = load_config("test")
+        setattr(config, key, getattr(config, key) * 2 if key != "tie_word_embeddings" else True)
+        assert key in error_of(check_model, saved / "model", config, "--load")
+
+
+class TestPretrainedWeights:
+    @pytest.fixture
+    def single(self, tmp_path):
+        """A model folder as Hugging Face writes a small one: a single file and no index."""
+        AutoModelForCausalLM.from_config(load_config("test")).save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_one_file_and_several(self, single, saved):
+        config = load_config("test")
+        assert set(pretrained_weights(single).values()) == {single / "model.safetensors"}
+        assert len(set(pretrained_weights(saved / "model").values())) == 7
+        for folder in (single, saved / "model"):
+            assert pretrained_weights(folder).keys() == {spec.name for spec in parameter_specs(config)}
+            check_pretrained(folder, config)
+
+    def test_none(self, tmp_path):
+        assert "holds no model.safetensors nor its index" in error_of(pretrained_weights, tmp_path)
+        assert "has no config.json" in error_of(check_pretrained, tmp_path, load_config("test"))
+
+    def test_damaged_file(self, single):
+        (single / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes()[:1000])
+        assert f"--init_from: the weights in {single} cannot be read" in error_of(pretrained_weights, single)
+
+    @pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 1}', '{"weight_map": {"x": 1}}'])
+    def test_damaged_index(self, tmp_path, index):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert "cannot be read" in error_of(pretrained_weights, tmp_path)
+
+    def test_file_that_the_index_names_is_missing(self, tmp_path):
+        index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_file({"b": torch.zeros(1)}, tmp_path / "2.safetensors")
+        assert "lacks 1.safetensors, 3.safetensors, which its index names" in error_of(pretrained_weights, tmp_path)
+
+    def test_missing_weights_and_other_sizes(self, single):
+        weights = load_file(single / "model.safetensors")
+        del weights["model.norm.weight"], weights["lm_head.weight"]
+        save_file(weights, single / "model.safetensors")
+        message = error_of(check_pretrained, single, load_config("test"))
+        assert message == f"--init_from: the weights in {single} lack model.norm.weight (2 missing)"
+        assert "is of another model" in error_of(check_pretrained, single, load_config("tiny"))
+
+
+def small_tokenizer():
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def export(checkpoint, target):
+    checkpoint_utils.export(checkpoint, target, small_tokenizer())
+
+
+class TestExport:
+    def test_replaces_an_earlier_one_and_loads(self, saved, tmp_path):
+        target = tmp_path / "final"
+        target.mkdir()
+        (target / "stale.safetensors").write_bytes(b"")
+        before = content_of(saved)
+        run_ranks(2, export, saved, target)
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        assert not (target / "stale.safetensors").exists()
+        assert content_of(saved) == before
+        values = random_states(load_config("test"))
+        model = AutoModelForCausalLM.from_pretrained(target, torch_dtype="auto")
+        assert torch.equal(model.lm_head.weight, values["lm_head.weight", MASTER].bfloat16())
+        assert AutoTokenizer.from_pretrained(target).get_vocab() == small_tokenizer().get_vocab()
+
+    def test_costs_no_space_on_the_same_disk(self, saved, tmp_path):
+        run_ranks(1, export, saved, tmp_path / "final")
+        for path in (saved / "model").glob("*.safetensors"):
+            assert path.samefile(tmp_path / "final" / path.name)
+
+    def test_copies_to_another_disk(self, saved):
+        memory = Path("/dev/shm")
+        if not memory.is_dir() or memory.stat().st_dev == saved.stat().st_dev:
+            pytest.skip("there is no second file system here")
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            target = Path(folder, "final")
+            run_ranks(1, export, saved, target)
+            for path in (saved / "model").iterdir():
+                assert (target / path.name).read_bytes() == path.read_bytes()
+
+    def test_failure_reaches_every_rank_and_leaves_the_earlier_one(self, saved, tmp_path):
+        (tmp_path / "final").mkdir()
+        for message in run_ranks(2, export_error, saved.parent / "none", tmp_path / "final"):
+            assert "FileNotFoundError" in message
+        assert (tmp_path / "final").is_dir()
+
+
+def export_error(checkpoint, target):
+    with pytest.raises(RunError) as caught:
+        export(checkpoint, target)
+    return str(caught.value)

@@ -1,0 +1,127 @@
+"""Exit statuses and output, of real programs."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import console
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_program(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def run_main(statements, **environment):
+    """A program whose main() consists of `statements`."""
+    body = textwrap.indent(textwrap.dedent(statements), "    ")
+    code = (
+        f"import console\nfrom console import InputError, RunError\ndef main():\n{body}\nconsole.run(main, 'train.py')"
+    )
+    return run_program(code, **environment)
+
+
+class TestRun:
+    @pytest.mark.parametrize("status", [0, 3, 75])
+    def test_status_of_main(self, status):
+        program = run_main(f"print('unflushed', end=''); return {status}")
+        assert (program.returncode, program.stdout, program.stderr) == (status, "unflushed", "")
+
+    def test_input_error_is_a_line_a_problem_and_status_2(self):
+        program = run_main("raise InputError('--lr: -1 is bad', '--batch_size: 0 is bad')")
+        assert program.returncode == 2
+        assert program.stdout == ""
+        assert program.stderr == "train.py: error: --lr: -1 is bad\ntrain.py: error: --batch_size: 0 is bad\n"
+
+    def test_run_error_is_one_message_and_status_1(self):
+        program = run_main("raise RunError('loss nan at step 7')")
+        assert (program.returncode, program.stderr) == (1, "train.py: loss nan at step 7\n")
+
+    @pytest.mark.parametrize(("error", "status"), [("InputError('x')", 2), ("RunError('x')", 1)])
+    def test_other_ranks_are_silent_and_end_alike(self, error, status):
+        program = run_main(f"raise {error}", RANK="1")
+        assert (program.returncode, program.stdout, program.stderr) == (status, "", "")
+
+    @pytest.mark.parametrize("rank", ["0", "1"])
+    def test_any_other_error_is_a_traceback_on_every_rank(self, rank):
+        program = run_main("raise ZeroDivisionError('why')", RANK=rank)
+        assert program.returncode == 1
+        assert program.stderr.startswith("Traceback")
+        assert program.stderr.endswith("ZeroDivisionError: why\n")
+
+    def test_help_exits_as_argparse_does(self):
+        program = run_main("import sys; sys.exit(0)")
+        assert (program.returncode, program.stderr) == (0, "")
+
+    def test_success_does_not_wait_for_threads_or_finalisers(self):
+        program = run_main(
+            """
+            import atexit, threading, time
+            atexit.register(print, "finalised")
+            threading.Thread(target=time.sleep, args=(300,)).start()
+            return 0
+            """
+        )
+        assert (program.returncode, program.stdout) == (0, "")
+
+
+class TestRanks:
+    def test_without_a_launcher(self, monkeypatch):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        assert (console.rank(), console.local_rank(), console.world_size()) == (0, 0, 1)
+
+    def test_with_one(self, monkeypatch):
+        for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+            monkeypatch.setenv(name, value)
+        assert (console.rank(), console.local_rank(), console.world_size()) == (9, 1, 16)
+
+    def test_say_prints_on_rank_0_alone(self, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "0")
+        console.say("one line")
+        monkeypatch.setenv("RANK", "1")
+        console.say("not this")
+        assert capsys.readouterr() == ("one line\n", "")
+
+
+class TestQuietThirdParties:
+    LOUD = """
+        import logging, warnings
+        import colossalai.booster
+        import bitsandbytes, transformers
+        transformers.logging.get_logger("transformers.models").warning("advice")
+        """
+
+    def test_imports_and_advice_print_nothing(self):
+        program = run_program("import console; console.quiet_third_parties()" + textwrap.dedent(self.LOUD))
+        assert (program.returncode, program.stdout, program.stderr) == (0, "", "")
+        assert run_program(self.LOUD).stderr  # or there is nothing to silence any more
+
+    def test_modules_of_the_programs_print_nothing(self):
+        program = run_program("import pretrain")
+        assert (program.returncode, program.stdout, program.stderr) == (0, "", "")
+
+    def test_errors_and_warnings_of_others_are_still_seen(self):
+        program = run_program(
+            """
+            import console
+            console.quiet_third_parties()
+            import logging, warnings
+            import transformers
+            warnings.warn("mine")
+            transformers.logging.get_logger("transformers.models").error("theirs")
+            """
+        )
+        assert "mine" in program.stderr
+        assert "theirs" in program.stderr
+
+    def test_settings_of_the_user_are_kept(self):
+        code = "import console, os; console.quiet_third_parties(); print(os.environ['TRANSFORMERS_VERBOSITY'])"
+        assert run_program(code, TRANSFORMERS_VERBOSITY="info").stdout == "info\n"

@@ -1,0 +1,200 @@
+"""A run that ends and goes on, as planned or not, is the run that never ended."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+import torch
+from conftest import EPOCH, SEQUENCE_LENGTH, batch_at
+from launching import optimizer_states
+from transformers import AutoModelForCausalLM
+
+from data_utils import PackedDataset
+from dataset_preparation import prepare_dataset
+from train_utils import INTERRUPTED
+
+GLOBAL_BATCH = 8
+EPOCHS = 3
+STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # an epoch is three steps; with -i 2, step 2 is inside one and step 6 ends one
+TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb")  # metrics that differ from run to run
+
+# Number of processes and flags. Every layout makes the same global batch.
+LAYOUTS = {
+    "zero2 fp32": (1, "-x fp32 -p zero2 -b 8"),
+    "zero2 bf16": (1, "-x bf16 -p zero2 -b 4 --accumulation_steps 2"),
+    "zero2 fp16": (1, "-x fp16 -p zero2 -b 8"),
+    "gemini bf16": (2, "-x bf16 -p gemini -b 2 --accumulation_steps 2"),
+    "hybrid fp32": (4, "-x fp32 -p hybrid_parallel --tp 2 --pp 2 -b 8 --microbatch_size 4"),
+    "hybrid bf16": (4, "-x bf16 -p hybrid_parallel --tp 2 --pp 2 -b 8 --microbatch_size 4"),
+    # only to resume in
+    "zero2 fp32, 2 ranks": (2, "-x fp32 -p zero2 -b 1 --accumulation_steps 4"),
+    "zero2 fp32, accumulating": (1, "-x fp32 -p zero2 -b 2 --accumulation_steps 4"),
+    "tensor fp32": (2, "-x fp32 -p hybrid_parallel --tp 2 --pp 1 -b 4 --accumulation_steps 2"),
+}
+
+
+def train(pretrain, few_data, layout: str, *args, **kwargs):
+    processes, flags = LAYOUTS[layout]
+    flags = [*flags.split(), "-d", few_data, "-e", EPOCHS, "-i", 2, "--lr", "1e-2", *args]
+    return pretrain(*flags, processes=processes, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole_run(pretrain, few_data):
+    """The uninterrupted run of a layout, which saves at every second step."""
+    runs = {}
+
+    def whole_run(layout: str):
+        if layout not in runs:
+            # A resumed fp16 run starts with the scale that it finds, not with this or its own initial one.
+            change = "booster_utils.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
+            runs[layout] = train(pretrain, few_data, layout, change=change)
+        return runs[layout]
+
+    return whole_run
+
+
+def curve(run, after: int = 0) -> list[dict]:
+    """What the run's steps did, to the last digit."""
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics]
+    return [row for row in rows if row["step"] > after]
+
+
+def assert_same_end(run, whole) -> None:
+    """That the last checkpoints hold the same bits."""
+    name = f"epoch{EPOCHS - 1}-step{STEPS}"
+    states, expected = (optimizer_states(folder / name) for folder in (run.save_dir, whole.save_dir))
+    assert states.keys() == expected.keys()
+    different = [key for key in states if not torch.equal(states[key], expected[key])]
+    assert not different
+    for file in (whole.save_dir / name / "model").iterdir():
+        assert file.read_bytes() == (run.save_dir / name / "model" / file.name).read_bytes()
+    states, expected = (
+        json.loads((folder / name / "running_states.json").read_text()) for folder in (run.save_dir, whole.save_dir)
+    )
+    assert states == expected
+
+
+def test_run_ends_with_the_data(whole_run):
+    run = whole_run("zero2 fp32")
+    assert run.column("step") == list(range(1, STEPS + 1))
+    assert run.column("epoch") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    folders = {folder.name for folder in run.save_dir.iterdir()}
+    assert folders == {*(f"epoch{(step - 1) // 3}-step{step}" for step in (2, 4, 6, 8, 9)), "final"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "checkpoint"),
+    [
+        ("zero2 fp32", "epoch0-step2"),
+        ("zero2 fp32", "epoch1-step6"),
+        ("zero2 bf16", "epoch1-step4"),
+        ("gemini bf16", "epoch0-step2"),
+        ("zero2 fp16", "epoch0-step2"),
+        ("hybrid bf16", "epoch1-step6"),
+    ],
+)
+def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
+    whole = whole_run(layout)
+    run = train(pretrain, few_data, layout, "-f", whole.save_dir / checkpoint)
+    step = int(checkpoint.partition("step")[2])
+    assert curve(run) == curve(whole, after=step)
+    assert run.column("step")[0] == step + 1
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("layout", "other", "tolerance"),
+    [
+        # The first loss depends on the restored weights and data alone, the later ones on Adam's moments too.
+        ("hybrid fp32", "zero2 fp32, accumulating", 2e-6),
+        ("zero2 fp32", "zero2 fp32, 2 ranks", 2e-6),
+        ("zero2 fp32", "tensor fp32", 2e-6),
+        ("gemini bf16", "zero2 bf16", 7e-4),
+        ("zero2 bf16", "gemini bf16", 7e-4),
+    ],
+)
+def test_resume_in_another_layout(pretrain, few_data, whole_run, layout, other, tolerance):
+    """Tolerances: test_parity.py."""
+    whole = whole_run(layout)
+    run = train(pretrain, few_data, other, "-f", whole.save_dir / "epoch0-step2")
+    for key in ("step", "epoch", "tokens", "lr"):
+        assert run.column(key) == whole.column(key)[2:]
+    assert run.column("loss") == pytest.approx(whole.column("loss")[2:], rel=tolerance)
+
+
+def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, cache_dir):
+    """Split over four ranks, saved, and loaded by transformers, it has the loss that the run goes on with."""
+    run = whole_run("hybrid fp32")
+    model = AutoModelForCausalLM.from_pretrained(run.save_dir / "epoch0-step2" / "model")
+    dataset = PackedDataset(prepare_dataset(str(few_data), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
+    assert len(dataset) == EPOCH
+    third_batch = batch_at(dataset, 2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)
+        [dataset[order[position]]["input_ids"] for position in range(2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)]
+    )
+    loss = model(third_batch, labels=third_batch).loss.item()
+    assert loss == pytest.approx(run.column("loss")[2], rel=2e-6)
+
+
+# Sends a signal to the process of one rank when a step has been logged.
+SIGNAL = """
+log = train_utils.Metrics.log
+def log_and_signal(self, values):
+    log(self, values)
+    if values["step"] == {step} and console.rank() == {rank}:
+        os.kill(os.getpid(), signal.{name})
+train_utils.Metrics.log = log_and_signal
+"""
+
+
+def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):
+    """The steps after the last checkpoint are done again; a newer folder that is incomplete is passed over."""
+    whole = whole_run("zero2 bf16")
+    killed = train(pretrain, few_data, "zero2 bf16", change=SIGNAL.format(name="SIGKILL", step=5, rank=0), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert curve(killed) == curve(whole)[:5]
+    incomplete = killed.save_dir / "epoch2-step8"
+    shutil.copytree(killed.save_dir / "epoch1-step4", incomplete)
+    os.truncate(next((incomplete / "optimizer").iterdir()), 100)
+
+    run = train(pretrain, few_data, "zero2 bf16", "-f", "latest", folder=killed.folder)
+    assert f"resumed: {run.save_dir / 'epoch1-step4'}" in run.stdout
+    assert curve(run) == curve(whole)
+    assert_same_end(run, whole)
+
+
+def test_signal_to_one_rank(pretrain, few_data, whole_run):
+    """All ranks stop after the same step, save, and leave a model that loads; the rest of the run then follows."""
+    whole = whole_run("gemini bf16")
+    stopped = train(
+        pretrain, few_data, "gemini bf16", change=SIGNAL.format(name="SIGUSR1", step=4, rank=1), check=False
+    )
+    assert stopped.returncode != 0
+    assert f"exitcode  : {INTERRUPTED}" in stopped.stderr  # torchrun's report; its own status is 1
+    assert curve(stopped) == curve(whole)[:5]
+    AutoModelForCausalLM.from_pretrained(stopped.save_dir / "final")
+
+    run = train(pretrain, few_data, "gemini bf16", "-f", "latest", folder=stopped.folder)
+    assert f"resumed: {run.save_dir / 'epoch1-step5'}" in run.stdout
+    assert curve(run) == curve(whole)
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_terminate(start, processes):
+    """SIGTERM from outside, to the program or to its launcher, as a cluster's scheduler sends it."""
+    with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000, processes=processes) as run:
+        run.wait_until(lambda: len(run.metrics) >= 3, "the third step")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            run.process.terminate()
+        run.wait()
+    steps = run.column("step")
+    assert steps == list(range(1, len(steps) + 1))
+    epoch = run.column("epoch")[-1]
+    assert (run.save_dir / f"epoch{epoch}-step{steps[-1]}" / "manifest.json").is_file()
+    AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
+    assert run.returncode == INTERRUPTED if processes == 1 else run.returncode != 0

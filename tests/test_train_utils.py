@@ -1,0 +1,489 @@
+"""Flags, the plan of a run, the learning-rate schedule, batches by rank, metrics and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import boosted, run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from booster_utils import Layout, resolve_layout
+from console import InputError
+from data_utils import GlobalOrder
+from model_utils import load_config
+from pretrain import parse_args
+from train_utils import (
+    Metrics,
+    Plan,
+    StopRequest,
+    TrainState,
+    announce,
+    build_dataloader,
+    build_scheduler,
+    check_same_batch,
+    cosine_with_warmup,
+    make_plan,
+    resume_state,
+    validate_args,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TestFlags:
+    # The table of the specification: flag, short form, default.
+    @pytest.mark.parametrize(
+        ("flag", "short", "default"),
+        [
+            ("config", "c", "7b"),
+            ("plugin", "p", "gemini"),
+            ("dataset", "d", "togethercomputer/RedPajama-Data-1T-Sample"),
+            ("num_epochs", "e", 1),
+            ("batch_size", "b", 2),
+            ("lr", None, 3e-4),
+            ("weight_decay", "w", 0.1),
+            ("warmup_steps", "s", 2000),
+            ("gradient_checkpoint", "g", False),
+            ("max_length", "l", 4096),
+            ("mixed_precision", "x", "fp16"),
+            ("save_interval", "i", 1000),
+            ("save_dir", "o", Path("checkpoint")),
+            ("load", "f", None),
+            ("gradient_clipping", None, 1.0),
+            ("tensorboard_dir", "t", Path("tb_logs")),
+            ("flash_attention", "a", False),
+            ("tokenizer", None, "hf-internal-testing/llama-tokenizer"),
+        ],
+    )
+    def test_names_short_forms_and_defaults(self, flag, short, default):
+        assert getattr(parse_args([]), flag) == default
+        if default is False:
+            arguments, value = [], True
+        else:
+            value = {"plugin": "zero2", "mixed_precision": "bf16"}.get(flag, 7 if isinstance(default, int) else "1")
+            arguments, value = [str(value)], type(default)(value) if default is not None else value
+        for spelling in (f"--{flag}", f"-{short}") if short else (f"--{flag}",):
+            assert getattr(parse_args([spelling, *arguments]), flag) == value
+
+    def test_older_spellings_are_accepted_and_unlisted(self, capsys):
+        args = parse_args(["--weigth_decay", "0.2", "--grad_checkpoint", "--grad_clip", "3"])
+        assert (args.weight_decay, args.gradient_checkpoint, args.gradient_clipping) == (0.2, True, 3.0)
+        with pytest.raises(SystemExit):
+            parse_args(["--help"])
+        listed = capsys.readouterr().out
+        assert "--weight_decay" in listed
+        assert not any(old in listed for old in ("weigth_decay", "grad_checkpoint", "--grad_clip "))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+            (["--batch", "4"], "unrecognized arguments: --batch 4 (see --help)"),
+            (["-b", "two"], "argument -b/--batch_size: invalid int value: 'two' (see --help)"),
+            (["-p", "zero9"], "argument -p/--plugin: invalid choice: 'zero9'"),
+        ],
+    )
+    def test_mistakes_are_input_errors(self, arguments, message):
+        with pytest.raises(InputError) as caught:
+            parse_args(arguments)
+        assert str(caught.value).startswith(message)
+
+
+def problems_of(flags, model="test"):
+    try:
+        validate_args(parse_args(["-l", "128", *flags.split()]), load_config(model))
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
+class TestValidate:
+    def test_defaults_are_valid(self):
+        validate_args(parse_args([]), load_config("7b"))
+
+    @pytest.mark.parametrize(
+        ("flags", "problem"),
+        [
+            ("-e 0", "--num_epochs: 0 is below the least possible, 1"),
+            ("-b 0", "--batch_size: 0 is below the least possible, 1"),
+            ("--accumulation_steps -1", "--accumulation_steps: -1 is below the least possible, 1"),
+            ("-l 1", "--max_length: 1 is below the least possible, 2"),
+            ("-l 129", "--max_length: 129 is above the model's context of 128 tokens"),
+            ("--max_steps 0", "--max_steps: 0 is below the least possible, 1"),
+            ("-i 0", "--save_interval: 0 is below the least possible, 1"),
+            ("--log_interval 0", "--log_interval: 0 is below the least possible, 1"),
+            ("-s -1", "--warmup_steps: -1 is below the least possible, 0"),
+            ("--num_workers -1", "--num_workers: -1 is below the least possible, 0"),
+            ("--seed -1", "--seed: -1 is below the least possible, 0"),
+            ("--lr 0", "--lr: 0.0 is not a positive number"),
+            ("--lr nan", "--lr: nan is not a positive number"),
+            ("--lr inf", "--lr: inf is not a positive number"),
+            ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
+            ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
+            ("--compile", "--compile: goes with -p zero2 or zero2_cpu, not with gemini"),
+            ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
+        ],
+    )
+    def test_each_problem(self, flags, problem):
+        assert problems_of(flags) == [problem]
+
+    @pytest.mark.parametrize("flags", ["-s 0", "-w 0 --gradient_clipping 0", "-p zero2 --compile", "-l 2"])
+    def test_least_values_are_allowed(self, flags):
+        assert problems_of(flags) == []
+
+    def test_all_problems_at_once(self):
+        flags = "-e 0 -b 0 --lr -1 -l 4096 --compile -o /dev/null -t /dev/null/logs"
+        names = [problem.split(":")[0] for problem in problems_of(flags)]
+        assert names == [
+            "--num_epochs",
+            "--batch_size",
+            "--lr",
+            "--max_length",
+            "--compile",
+            "--save_dir",
+            "--tensorboard_dir",
+        ]
+
+    def test_folders_are_checked_and_not_made(self, tmp_path):
+        assert problems_of(f"-o {tmp_path}/a/b -t {tmp_path}/c") == []
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "file").touch()
+        assert problems_of(f"-o {tmp_path}/file/b") == [f"--save_dir: {tmp_path}/file is a file; give a folder"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_folder_without_permission(self, tmp_path):
+        tmp_path.chmod(0o500)
+        (problem,) = problems_of(f"-o {tmp_path}/a")
+        assert problem == f"--save_dir: no permission to write in {tmp_path}; give another folder"
+
+
+FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
+
+
+def plan_of(flags, data, **state):
+    """The plan on four ranks for `data` sequences."""
+    return make_plan(parse_args(["-s", "0", *flags.split()]), FOUR_RANKS, range(data), TrainState(**state))
+
+
+class TestPlan:
+    def test_global_batch_and_end_of_the_data(self):
+        plan = plan_of("-b 3 --accumulation_steps 5 -l 100", data=125)
+        assert (plan.global_batch, plan.tokens_per_step) == (3 * 5 * 4, 6000)
+        assert (plan.total_steps, plan.total_sequences) == (2, 125)
+
+    def test_epochs_share_their_last_batch(self):
+        assert plan_of("-b 1 -e 3", data=10).total_steps == 7  # 30 sequences in batches of 4
+
+    @pytest.mark.parametrize(("max_steps", "total"), [(1, 1), (24, 24), (25, 25), (26, 25)])
+    def test_max_steps(self, max_steps, total):
+        assert plan_of(f"-b 1 --max_steps {max_steps}", data=100).total_steps == total
+
+    @pytest.mark.parametrize(("batch_size", "total"), [(2, 25), (4, 17), (1, 40), (30, 11)])
+    def test_resume_with_another_batch_goes_on_where_the_data_was_left(self, batch_size, total):
+        resumed = dict(step=10, sequences=80)  # ten steps of eight; 120 are left of 200
+        if total == 10:
+            with pytest.raises(InputError, match="checkpoint is at step 10 and the run ends at step 10"):
+                plan_of(f"-b {batch_size}", data=200, **resumed)
+        else:
+            assert plan_of(f"-b {batch_size}", data=200, **resumed).total_steps == total
+
+    def test_resume_of_a_finished_run(self):
+        with pytest.raises(InputError, match="at step 10 and the run ends at step 5; raise --max_steps"):
+            plan_of("-b 1 --max_steps 5", data=100, step=10, sequences_=None) if False else plan_of(
+                "-b 1 --max_steps 5", 100, step=10
+            )
+
+    def test_too_little_data(self):
+        message = "7 sequences x --num_epochs 1 do not fill one global batch of 8"
+        with pytest.raises(InputError, match=message):
+            plan_of("-b 2", data=7)
+        assert plan_of("-b 2 -e 2", data=7).total_steps == 1
+
+    def test_default_warmup_longer_than_the_run_is_an_error_and_a_chosen_one_is_not(self):
+        args = parse_args(["-b", "1"])
+        with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
+            make_plan(args, FOUR_RANKS, range(100), TrainState())
+        args = parse_args(["-b", "1", "-s", "2000"])
+        assert make_plan(args, FOUR_RANKS, range(100), TrainState()).total_steps == 25
+
+    def test_announces_the_global_batch_and_the_layout(self, capsys):
+        args = parse_args(
+            [
+                "-c",
+                "test",
+                "-p",
+                "hybrid_parallel",
+                "-b",
+                "2",
+                "--accumulation_steps",
+                "3",
+                "-l",
+                "64",
+                "-x",
+                "bf16",
+                "-s",
+                "0",
+            ]
+        )
+        plan = make_plan(args, Layout(2, 1, 1, 4, 1), PackedStub(100), TrainState())
+        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [
+            "model: test, 315,968 parameters, bf16; attention: plain",
+            "data: 100 sequences of 64 tokens; 5 tokens left over",
+            "plugin: hybrid_parallel, 4 data-parallel, tp 2 x pp 1 x sp 1, ZeRO 1",
+            "global batch: 2 x 3 accumulated x 4 ranks = 24 sequences x 64 tokens = 1,536 tokens",
+            "length: 4 optimizer steps, 6,144 tokens",
+        ]
+
+
+class PackedStub:
+    """The length of a data set and what identifies it."""
+
+    fingerprint, tail_tokens = "abc", 5
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def __len__(self):
+        return self.sequences
+
+
+class TestResumeState:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        folder = tmp_path / "epoch1-step9"
+        folder.mkdir()
+        state = TrainState(1, 9, 72, 4608, 2, seed=42, max_length=64, data_fingerprint="abc", schedule_steps=20)
+        (folder / "running_states.json").write_text(json.dumps({**asdict(state), "adam_steps": 7, "loss_scaler": None}))
+        (folder / "manifest.json").write_text('{"files": {}}')
+        return folder, state
+
+    def test_fresh(self):
+        state, folder = resume_state(parse_args(["-l", "64", "--seed", "3"]), PackedStub(8))
+        assert (state, folder) == (TrainState(seed=3, max_length=64, data_fingerprint="abc"), None)
+
+    def test_everything_comes_back(self, checkpoint):
+        folder, state = checkpoint
+        for load in ("latest", str(folder)):
+            args = parse_args(["-l", "64", "-o", str(folder.parent), "-f", load])
+            assert resume_state(args, PackedStub(8)) == (state, folder)
+        assert state.adam_steps == 7
+
+    def test_names_all_that_differs(self, checkpoint):
+        folder, _ = checkpoint
+        dataset = PackedStub(8)
+        dataset.fingerprint = "other"
+        with pytest.raises(InputError) as caught:
+            resume_state(parse_args(["-l", "32", "--seed", "1", "-f", str(folder)]), dataset)
+        assert caught.value.problems == (
+            f"--load: {folder} was trained with --seed 42, not 1",
+            f"--load: {folder} was trained with --max_length 64, not 32",
+            f"--load: {folder} was trained on other data or with another tokenizer than --dataset gives",
+        )
+
+
+class TestSchedule:
+    def test_warm_up_is_linear_from_the_first_step_and_ends_at_the_peak(self):
+        values = [cosine_with_warmup(step, 4, 100) for step in range(5)]
+        assert values == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+    def test_cosine_ends_at_a_tenth(self):
+        assert cosine_with_warmup(52, 4, 100) == pytest.approx(0.55)  # half way
+        assert cosine_with_warmup(100, 4, 100) == pytest.approx(0.1)
+        assert cosine_with_warmup(99, 4, 100) == pytest.approx(0.1, abs=1e-3)
+        assert cosine_with_warmup(1000, 4, 100) == pytest.approx(0.1)
+        falling = [cosine_with_warmup(step, 4, 100) for step in range(4, 101)]
+        assert falling == sorted(falling, reverse=True)
+
+    def test_without_warm_up_and_with_nothing_else(self):
+        assert cosine_with_warmup(0, 0, 10) == 1.0
+        assert [cosine_with_warmup(step, 10, 10) for step in (0, 9)] == [0.1, 1.0]
+        assert cosine_with_warmup(0, 0, 0) > 0
+
+    def test_scheduler_sets_the_first_step_and_says_when_the_end_moves(self, capsys):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        wrapper, state, plan = Namespace(optim=optimizer), TrainState(), plan_of("-b 1", data=80)
+        scheduler = build_scheduler(wrapper, 4, state, plan)
+        rates = []
+        for _ in range(plan.total_steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates == pytest.approx([1e-3 * cosine_with_warmup(step, 4, 20) for step in range(20)])
+        assert state.schedule_steps == 20
+        build_scheduler(wrapper, 4, state, plan)
+        assert capsys.readouterr().out == ""
+        build_scheduler(wrapper, 4, state, plan_of("-b 1", data=40))
+        assert capsys.readouterr().out == "learning rate: its schedule now ends at step 10, not 20 as before\n"
+
+
+class TestDataloader:
+    @pytest.mark.parametrize(
+        ("ranks", "flags", "coordinates"),
+        [
+            (2, "-p zero2", [0, 1]),
+            (2, "-p gemini", [0, 1]),
+            (2, "-p hybrid_parallel --tp 2 --pp 1", [0, 0]),
+            (2, "-p hybrid_parallel --tp 1 --pp 2", [0, 0]),
+            (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2", [0, 0]),
+            (4, "-p hybrid_parallel --tp 2 --pp 1", [0, 0, 1, 1]),
+        ],
+    )
+    def test_peers_read_the_same_and_others_their_share_of_the_order(self, ranks, flags, coordinates):
+        data_parallel = len(set(coordinates))
+        order = GlobalOrder(50, 42, True)
+        for batches, coordinate in zip(run_ranks(ranks, read_batches, flags, data_parallel), coordinates, strict=True):
+            positions = range(20 + coordinate, 52, data_parallel)  # from sequence 20 of the order on, 32 in all
+            assert batches == [[order[first], order[second]] for first, second in pairs(positions)]
+
+    def test_a_peer_with_another_batch_is_found_out(self):
+        messages = run_ranks(2, read_differently, "-p hybrid_parallel --tp 2 --pp 1")
+        assert messages == ["rank 1 reads another batch than its model-parallel peers at 20"] * 2
+
+    def test_ranks_without_a_share_of_their_own_are_found_out(self):
+        messages = run_ranks(2, count_shares, "-p hybrid_parallel --tp 2 --pp 1")
+        assert messages == ["1 shares of the data are read by 2 data-parallel ranks"] * 2
+
+
+def pairs(positions):
+    return zip(positions[::2], positions[1::2], strict=True)
+
+
+def loader_of(flags):
+    run = boosted(flags + " -b 2 -s 0 --num_workers 0 -e 2")
+    dataset = [{"input_ids": torch.tensor([number])} for number in range(50)]
+    layout = resolve_layout(run.args, run.config)
+    state = TrainState(step=5, sequences=20, seed=42)
+    plan = Plan(layout, 2 * layout.dp, 64, total_steps=5 + 16 // layout.dp, total_sequences=100)
+    return build_dataloader(run.plugin, dataset, run.args, state, plan)
+
+
+def read_batches(flags, data_parallel):
+    loader = loader_of(flags)
+    batches = list(loader)
+    check_same_batch(loader, batches[0], data_parallel)
+    return [batch["input_ids"].flatten().tolist() for batch in batches]
+
+
+def read_differently(flags):
+    loader = loader_of(flags)
+    batch = next(iter(loader))
+    batch["input_ids"][0] += dist.get_rank()
+    with pytest.raises(AssertionError) as caught:
+        check_same_batch(loader, batch, data_parallel=1)
+    return str(caught.value)
+
+
+def count_shares(flags):
+    loader = loader_of(flags)
+    with pytest.raises(AssertionError) as caught:
+        check_same_batch(loader, next(iter(loader)), data_parallel=2)
+    return str(caught.value)
+
+
+def line(step):
+    return json.dumps({"step": step}) + "\n"
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        ("before", "kept"),
+        [
+            ([line(1), line(2), line(3)], [line(1), line(2)]),
+            ([line(1), line(2)], [line(1), line(2)]),
+            ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
+            ([line(1), '{"st'], [line(1)]),
+            ([line(1), "\x00" * 8], [line(1)]),
+            ([line(1), "{}\n", "\n", "[]\n", line(2)], [line(1), line(2)]),
+            ([], []),
+        ],
+    )
+    def test_a_resumed_file_ends_at_the_checkpoints_step(self, tmp_path, before, kept):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(before))
+        with Metrics._open_after(path, step=2) as file:
+            file.write("new\n")
+        assert path.read_text() == "".join([*kept, "new\n"])
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_run_and_resumed_run_make_one_curve(self, tmp_path, capsys):
+        for first, last in ((0, 3), (2, 4)):
+            metrics = metrics_of(tmp_path / "logs", step=first)
+            for step in range(first + 1, last + 1):
+                metrics.log(values_of(step, loss=10 * first + step))
+            metrics.close()
+        lines = [json.loads(text) for text in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+        assert [(values["step"], values["loss"]) for values in lines] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+        assert lines[0] == values_of(1, loss=1)
+        events = EventAccumulator(str(tmp_path / "logs")).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+            (1, 1.0),
+            (2, 2.0),
+            (3, 23.0),
+            (4, 24.0),
+        ]
+        assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
+        assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
+
+    def test_a_skipped_step_is_named(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
+        metrics.close()
+        assert capsys.readouterr().out.endswith("overflow, step skipped, 1,000 tok/s, MFU 45.7%\n")
+
+    def test_other_ranks_write_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "1")
+        metrics = metrics_of(tmp_path / "logs")
+        metrics.log(values_of(1, loss=5))
+        metrics.close()
+        assert not (tmp_path / "logs").exists()
+        assert capsys.readouterr() == ("", "")
+
+
+def metrics_of(folder, step=0):
+    plan = Plan(Layout(1, 1, 1, 1, 2), 1, 64, total_steps=4, total_sequences=4)
+    return Metrics(Namespace(tensorboard_dir=folder, log_interval=2), TrainState(step=step), plan)
+
+
+def values_of(step, loss):
+    rates = {"lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 1000.0, "mfu": None}
+    return {"step": step, "epoch": 0, "loss": loss, **rates}
+
+
+class TestStopRequest:
+    @pytest.fixture(autouse=True)
+    def _handlers(self):
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = [signal.getsignal(number) for number in numbers]
+        yield
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+    def test_is_set_by_a_signal(self, number):
+        stop = StopRequest()
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+
+    def test_a_second_interrupt_kills(self):
+        code = "import time, train_utils; train_utils.StopRequest(); print('ready', flush=True); time.sleep(60)"
+        with subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == -signal.SIGINT
