@@ -231,6 +231,9 @@ PLUGINS = [
     (1, "-p zero2_cpu"),
     (1, "-p gemini"),
     (2, "-p gemini"),
+    (1, "-p zero2 --accumulation_steps 2"),
+    (1, "-p gemini --accumulation_steps 2"),
+    (1, f"{HYBRID} --zero 1 --accumulation_steps 2"),
     (1, f"{HYBRID} --zero 0"),
     (2, f"{HYBRID} --tp 2"),
     (2, f"{HYBRID} --tp 1 --pp 2"),
@@ -293,10 +296,10 @@ def prepared(flags):
 
 
 def batches(run):
-    """This rank's share of the two sequences."""
+    """This rank's share of the two sequences, in micro-batches."""
     layout = resolve_layout(run.args, run.config)
     share = tokens() if layout.dp == 1 else tokens()[dist.get_rank() : dist.get_rank() + 1]
-    return [{"input_ids": share, "labels": share}]
+    return [{"input_ids": micro, "labels": micro} for micro in share.chunk(run.args.accumulation_steps)]
 
 
 def steps(flags, precision):

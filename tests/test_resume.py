@@ -134,8 +134,6 @@ def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, c
     dataset = PackedDataset(prepare_dataset(str(few_data), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
     assert len(dataset) == EPOCH
     third_batch = batch_at(dataset, 2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)
-        [dataset[order[position]]["input_ids"] for position in range(2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)]
-    )
     loss = model(third_batch, labels=third_batch).loss.item()
     assert loss == pytest.approx(run.column("loss")[2], rel=2e-6)
 

@@ -1,0 +1,298 @@
+"""Input that cannot be used: a line that names the flag, exit status 2, and nothing written."""
+
+import gzip
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import Run, start_pretrain
+
+import pretrain as program
+from console import USAGE_ERROR, InputError
+from model_utils import load_config
+
+TEXT = {"text": "Some words of an ordinary document, enough of them to make tokens. " * 20}
+
+
+@pytest.fixture
+def problems(monkeypatch, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
+    """What main() objects to, given flags and what the launcher would set; it must not get as far as launching."""
+
+    def problems(*args, ranks: int = 1) -> list[str]:
+        folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
+        flags = [*sample_flags, "-p", "zero2", *folders, *args]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, flags)])
+        monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError) as raised:
+            program.main()
+        assert sorted(tmp_path.rglob("*")) == before
+        assert all("\n" not in problem for problem in raised.value.problems)
+        return list(raised.value.problems)
+
+    return problems
+
+
+def config_file(folder: Path, **changes) -> Path:
+    """A config.json of the model `test` with something changed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**load_config("test").to_dict(), **changes}))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- the flags
+
+HYBRID = "-p hybrid_parallel"
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "expected"),
+    [
+        ("-c 8b", 1, ["--config", "8b", "7b, 13b, 30b, 65b, 70b, tiny, test"]),
+        ("-p ddp", 1, ["--plugin", "ddp", "hybrid_parallel"]),
+        ("-x fp8", 1, ["--mixed_precision", "fp8"]),
+        ("-b many", 1, ["--batch_size", "many"]),
+        ("--learning_rate 1", 1, ["--learning_rate"]),
+        ("--max_step 1", 1, ["--max_step "]),  # no guessing from the beginning of a flag
+        ("-d no/such/folder", 1, ["--dataset", "no/such/folder"]),
+        ("--tokenizer ./no/such/folder", 1, ["--tokenizer", "no/such/folder"]),
+        ("-l 256", 1, ["--max_length", "256", "128"]),
+        ("-b 0", 1, ["--batch_size", "0"]),
+        ("-b -2", 1, ["--batch_size", "-2"]),
+        ("-e 0", 1, ["--num_epochs", "0"]),
+        ("-l 1", 1, ["--max_length", "1"]),
+        ("-i 0", 1, ["--save_interval", "0"]),
+        ("-s -1", 1, ["--warmup_steps", "-1"]),
+        ("--accumulation_steps 0", 1, ["--accumulation_steps", "0"]),
+        ("--max_steps 0", 1, ["--max_steps", "0"]),
+        ("--seed -1", 1, ["--seed", "-1"]),
+        ("--num_workers -1", 1, ["--num_workers", "-1"]),
+        ("--log_interval 0", 1, ["--log_interval", "0"]),
+        ("--lr 0", 1, ["--lr", "0"]),
+        ("--lr nan", 1, ["--lr", "nan"]),
+        ("--lr -0.1", 1, ["--lr", "-0.1"]),
+        ("-w -0.1", 1, ["--weight_decay", "-0.1"]),
+        ("--gradient_clipping -1", 1, ["--gradient_clipping", "-1"]),
+        ("-p gemini -x fp32", 1, ["--mixed_precision", "gemini", "zero2"]),
+        ("-p gemini --compile", 1, ["--compile", "zero2"]),
+        ("--tp 2", 2, ["--tp", "hybrid_parallel"]),
+        ("-b 4000", 1, ["--dataset", "4000"]),
+        ("-b 1000 --accumulation_steps 2", 2, ["--dataset", "4000"]),
+        (f"{HYBRID} --tp 8", 8, ["--tp", "8", "4 heads", "2 key-value heads"]),
+        (f"{HYBRID} --tp 1 --pp 3 -b 4", 3, ["--pp", "3", "4 layers"]),
+        (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
+        (f"{HYBRID} --tp 0", 1, ["--tp", "0"]),
+        (f"{HYBRID} --pp -1", 1, ["--pp", "-1"]),
+        (f"{HYBRID} --microbatch_size 0", 1, ["--microbatch_size", "0"]),
+        (f"{HYBRID} --tp 1 --pp 2 -b 4 --microbatch_size 3", 2, ["--microbatch_size", "3", "4"]),
+        (f"{HYBRID} --tp 1 --pp 2 -b 1", 2, ["--pp", "2", "1"]),
+        (f"{HYBRID} --tp 1 --pp 2 --zero 2", 2, ["--zero", "2", "--pp"]),
+        (f"{HYBRID} --tp 1 --pp 2 --sp 2 -b 4", 4, ["--sp", "--pp"]),
+        (f"{HYBRID} --tp 1 --pp 1 --sp 2 -l 63", 2, ["--sp", "2", "63"]),
+        (f"{HYBRID} --tp 1 --pp 1 --zero 1 -x fp32", 2, ["--zero", "1", "fp32"]),
+        ("-f no/such/folder", 1, ["--load", "no/such/folder"]),
+        ("-f latest", 1, ["--load", "--save_dir"]),
+    ],
+)
+def test_flags(problems, flags, ranks, expected):
+    (problem,) = problems(*flags.split(), ranks=ranks)
+    assert all(part in problem for part in expected), problem
+
+
+def test_every_problem_is_named_at_once(problems):
+    found = problems("-b", 0, "--lr", 0, "-l", 999)
+    assert [problem.partition(":")[0] for problem in found] == ["--batch_size", "--lr", "--max_length"]
+
+
+def test_default_warmup_longer_than_the_run(problems, sample, cache_dir, sample_dataset, monkeypatch, tmp_path):
+    """Without -s; whoever gives one may make it longer than the run."""
+    data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir, "-l", 64]
+    flags = ["-c", "test", "-p", "zero2", *data, "--max_steps", 20]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*flags, "--dry_run"])])
+    with pytest.raises(InputError, match=r"--warmup_steps: the default of 2000 .* 20 steps; .* -s 1"):
+        program.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*flags, "-s", 2000, "--dry_run"])])
+    assert program.main() == 0
+
+
+def test_vocabulary_larger_than_the_models(problems, tmp_path):
+    (problem,) = problems("-c", config_file(tmp_path, vocab_size=1000))
+    assert all(part in problem for part in ("--tokenizer", "1024", "1000"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "config.json"),
+        ("{", "config.json"),
+        ("[1]", "list"),
+        ('{"model_type": "gpt2"}', "gpt2"),
+        ('{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3}', "100"),
+    ],
+)
+def test_config_file(problems, tmp_path, content, expected):
+    (tmp_path / "config.json").write_text(content)
+    (problem,) = problems("-c", tmp_path)
+    assert problem.startswith("--config: ")
+    assert expected in problem
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir"])
+def test_folder_is_a_file(problems, tmp_path, flag):
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        (problem,) = problems(f"--{flag}", folder)
+        assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_write(problems, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    (problem,) = problems("--save_dir", tmp_path / "locked" / "checkpoint")
+    assert problem.startswith("--save_dir: no permission")
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+ROW = json.dumps(TEXT).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.jsonl", b"", "empty"),
+        ("blank.jsonl", b"\n\n", "no usable row"),
+        ("text.jsonl", b"Once upon a time\n", "line 1"),
+        ("cut.jsonl", ROW + ROW[:40], "line 2"),
+        ("list.jsonl", b"[1, 2]\n", "line 1"),
+        ("column.jsonl", b'{"content": "words"}\n', "no column 'text'"),
+        ("null.jsonl", b'{"text": null}\n' * 3, "3 with text missing or null"),
+        ("numbers.jsonl", b'{"text": 3}\n' * 2, "2 with text not a string"),
+        ("latin.jsonl", '{"text": "café"}\n'.encode("latin-1"), "UTF-8"),
+        ("cut.jsonl.gz", gzip.compress(ROW * 99)[:-20], "cannot be read"),
+        ("not.jsonl.gz", ROW, "cannot be read"),
+        ("not.parquet", ROW, "cannot be read"),
+        ("words.txt", b"Once upon a time\n", "known kind"),
+        ("short.jsonl", b'{"text": "short"}\n', "lower --max_length or give more data"),
+    ],
+)
+def test_data(problems, tmp_path, cache_dir, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content)
+    (problem,) = problems("-d", path)
+    assert expected in problem
+    assert problem.startswith("--max_length: " if name == "short.jsonl" else "--dataset: ")
+    assert not list(cache_dir.glob("*.partial"))
+
+
+def test_damaged_tokenizer(problems, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing like a model")
+    (problem,) = problems("--tokenizer", tmp_path)
+    assert problem.startswith(f"--tokenizer: cannot load {tmp_path} ")
+
+
+# ----------------------------------------------------------------------------------------------------- the checkpoints
+
+
+@pytest.fixture
+def checkpoint(finished_run, few_data, tmp_path) -> tuple[Path, list]:
+    """A copy of a checkpoint, and the flags with which it could be resumed."""
+    folder = tmp_path / "saved" / "epoch0-step2"
+    shutil.copytree(finished_run.save_dir / "epoch0-step2", folder)
+    return folder, ["-d", few_data, "-x", "bf16", "-b", 8, "-f", folder]
+
+
+def test_hugging_face_folder_is_no_checkpoint(problems, checkpoint, finished_run):
+    folder, flags = checkpoint
+    for model in (folder / "model", finished_run.save_dir / "final"):
+        (problem,) = problems(*flags, "-f", model)
+        assert problem.startswith(f"--load: {model} ")
+        assert "--init_from" in problem
+
+
+@pytest.mark.parametrize("damage", ["manifest", "weights", "truncated"])
+def test_incomplete_checkpoint(problems, checkpoint, damage):
+    folder, flags = checkpoint
+    weights = sorted((folder / "optimizer").iterdir())[0]
+    if damage == "truncated":
+        os.truncate(weights, 1000)
+    else:
+        (folder / "manifest.json" if damage == "manifest" else weights).unlink()
+    (problem,) = problems(*flags)
+    assert problem.startswith(f"--load: {folder} is an incomplete checkpoint")
+    (problem,) = problems(*flags, "-f", "latest", "-o", folder.parent)
+    assert problem.startswith("--load latest: no complete checkpoint")
+
+
+def test_some_folder_is_no_checkpoint(problems, checkpoint, tmp_path):
+    _, flags = checkpoint
+    (problem,) = problems(*flags, "-f", tmp_path)
+    assert problem.startswith(f"--load: {tmp_path} is not a checkpoint")
+
+
+def test_checkpoint_of_another_run(problems, checkpoint, sample, tmp_path):
+    _, flags = checkpoint
+    cases = {
+        "num_hidden_layers 4 (not 2)": ["-c", config_file(tmp_path, num_hidden_layers=2)],
+        "--seed 42, not 43": ["--seed", 43],
+        "--max_length 64, not 32": ["-l", 32],
+        "other data": ["-d", sample / "data"],
+        "at step 2 and the run ends at step 2": ["--max_steps", 2],
+    }
+    for expected, changed in cases.items():
+        (problem,) = problems(*flags, *changed)
+        assert problem.startswith("--load: ")
+        assert expected in problem
+
+
+def test_init_from(problems, finished_run, checkpoint, tmp_path):
+    folder, flags = checkpoint
+    model = finished_run.save_dir / "final"
+    cases = {
+        "is not a Hugging Face model folder": ["--init_from", folder],
+        "num_key_value_heads 2 (not 4)": ["--init_from", model, "-c", config_file(tmp_path, num_key_value_heads=4)],
+        "give one of them": ["--init_from", model, *flags],
+    }
+    for expected, changed in cases.items():
+        (problem,) = problems(*changed)
+        assert problem.startswith("--init_from: ")
+        assert expected in problem
+
+
+# -------------------------------------------------------------------------------------------------- in real processes
+
+
+def assert_refused(run: Run, expected: str) -> None:
+    (line,) = (line for line in run.stderr.splitlines() if line.startswith("pretrain.py: "))
+    assert line.startswith(f"pretrain.py: error: {expected}")
+    assert run.stdout == ""
+    assert not run.save_dir.exists()
+    assert not (run.folder / "tb_logs").exists()
+
+
+def test_exit_status_and_output(tmp_path):
+    """Without --tokenizer and offline: what someone meets who has not read the README."""
+    with start_pretrain("-d", tmp_path, folder=tmp_path / "run") as run:
+        assert run.wait() == USAGE_ERROR
+    assert_refused(run, "--tokenizer: hf-internal-testing/llama-tokenizer ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_other_ranks_are_silent(tmp_path):
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    with start_pretrain("-c", "8b", folder=tmp_path / "run", env=env) as run:
+        assert run.wait() == USAGE_ERROR
+    assert run.stdout + run.stderr == ""
+
+
+def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
+    """The second rank waits for what the first one prepares."""
+    (tmp_path / "file.jsonl").write_text("{")
+    run = pretrain("-p", "zero2", "-d", tmp_path / "file.jsonl", processes=2, check=False)
+    assert run.returncode != 0
+    assert_refused(run, "--dataset: ")
