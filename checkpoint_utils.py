@@ -4,36 +4,38 @@
         model/              config.json, safetensors: what AutoModelForCausalLM loads
         optimizer/          float32 master weights and Adam moments, full tensors by parameter name
         lr_scheduler, running_states.json
-        manifest.json       every file and its size; written last
+        manifest.json       every file with size and checksum; written last
 
-One file holds one decoder layer, and the writing is dealt out over the data-parallel ranks.
+One file holds one decoder layer. checkpoint_writer.py writes what this module names, finds, verifies and loads.
 """
 
 import copy
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+import xxhash
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-import sharded_state
 from booster_utils import loss_scaler
-from console import InputError, RunError, rank
-from model_utils import load_config, parameter_specs
+from console import InputError, RunError, rank, say, world_size
+from model_utils import count_parameters, load_config, parameter_specs
+from sharded_state import MASTER, MOMENTS, restore
 
+CHECKPOINT = "epoch{epoch}-step{step}"
 MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 LR_SCHEDULER = "lr_scheduler"
+CHECKSUM_CHUNK = 2**24  # bytes
+_CLAIMED = []  # open files whose locks this process holds
 SHAPE_KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -45,11 +47,10 @@ SHAPE_KEYS = (
 )
 
 
-def checkpoint_name(epoch: int, step: int) -> str:
-    return f"epoch{epoch}-step{step}"
+# --------------------------------------------------------------------------------------------------- files and folders
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Forces a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -58,37 +59,90 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is whole whenever it is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
 
 
-def _raise_together(error: Exception | None) -> None:
-    """Raises on every rank when any has failed, so that none waits for one that is gone."""
+def checksum(path: Path) -> dict:
+    """Size in bytes and XXH3-64 of a file, as the manifest has them."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHECKSUM_CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3_64": digest.hexdigest()}
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Puts a finished folder in its place, that of an older one of the same name too."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
+    """Takes a folder for this run's checkpoints, until the process ends. For rank 0 alone.
+
+    Raises:
+        InputError: another run has it, it cannot be written to, or it has no room for one checkpoint.
+    """
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        _CLAIMED.append(open(save_dir / ".lock", "w"))  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
+    try:
+        fcntl.lockf(_CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"--save_dir: another run is writing to {save_dir}; give another folder") from error
+    check_room(save_dir, config)
+
+
+def check_room(save_dir: Path, config: LlamaConfig) -> None:
+    """Raises InputError where the file system has no room for one checkpoint."""
+    needed, free = checkpoint_bytes(config), shutil.disk_usage(save_dir).free
+    if free < needed:
+        raise InputError(
+            f"--save_dir: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {save_dir}"
+        )
+
+
+def gather_errors(error: str | None) -> list[str | None]:
+    """Every rank's error, by rank. Collective."""
     errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    first = next((f"rank {number}: {text}" for number, text in enumerate(errors) if text), None)
+    dist.all_gather_object(errors, error)
+    return errors
+
+
+def raise_together(error: str | None) -> None:
+    """Raises RunError on every rank when any has an error, so that none waits for one that is gone."""
+    first = next((f"rank {number}: {text}" for number, text in enumerate(gather_errors(error)) if text), None)
     if first:
-        raise RunError(
-            f"the checkpoint could not be written: {first}; nothing incomplete stands under its name"
-        ) from error
+        raise RunError(f"the checkpoint could not be written, and nothing incomplete stands under its name: {first}")
 
 
-def _on_rank_zero(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], None]) -> None:
     """Runs `action` on rank 0, with all ranks waiting for it and sharing its failure."""
     error = None
     if rank() == 0:
         try:
             action()
-        except OSError as caught:
-            error = caught
-    _raise_together(error)
+        except (OSError, InputError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+    raise_together(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# -------------------------------------------------------------------------------------------------------------- layout
 
 
-def _file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
+def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
     """File name of each part of the model (see ParameterSpec.group), the same under every layout."""
     groups = list(dict.fromkeys(spec.group for spec in parameter_specs(config)))
     return {
@@ -96,100 +150,28 @@ def _file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
     }
 
 
-def _write_tensors(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig):
-    """Writes this rank's share of model/ and optimizer/. Collective: a rank that cannot write goes on taking part."""
-    model_files, optimizer_files = _file_names(config, "model"), _file_names(config, "optimizer")
-    positions = {group: number for number, group in enumerate(model_files)}
-    error = None
-    shards = sharded_state.local_shards(plugin, model, optimizer)
-    for group, members in groupby(shards, key=lambda shard: shard.spec.group):
-        weights, states = {}, {}
-        for shard in members:
-            writer = positions[group] % dist.get_world_size(shard.data_group)
-            for key in (sharded_state.MASTER, *sharded_state.MOMENTS):
-                full = shard.gather(key, writer)
-                if full is None or error:
-                    continue
-                states[f"{shard.spec.name}.{key}"] = full.contiguous()
-                if key == sharded_state.MASTER:
-                    weights[shard.spec.name] = full.to(config.torch_dtype).contiguous()
-        if weights:
-            try:
-                for kind, files, tensors in (("model", model_files, weights), ("optimizer", optimizer_files, states)):
-                    save_file(tensors, folder / kind / files[group], metadata={"format": "pt"})
-                    _sync(folder / kind / files[group])
-            except (OSError, SafetensorError) as caught:
-                error = caught
-    _raise_together(error)
+def checkpoint_bytes(config: LlamaConfig) -> int:
+    """Size of a checkpoint: the weights in `config.torch_dtype`, and three float32 numbers a parameter."""
+    return count_parameters(config) * (config.torch_dtype.itemsize + 12)
 
 
-def _write_model_index(folder: Path, config: LlamaConfig) -> None:
-    files = _file_names(config, "model")
-    specs = parameter_specs(config)
+def write_model_index(folder: Path, config: LlamaConfig) -> list[str]:
+    """Writes config.json and the index of the safetensors; returns their names."""
+    index, config_file = "model.safetensors.index.json", "config.json"
+    files, specs = file_names(config, "model"), parameter_specs(config)
     size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
-    index = {"metadata": {"total_size": size}, "weight_map": {spec.name: files[spec.group] for spec in specs}}
-    _write_json(folder / "model.safetensors.index.json", index)
+    weight_map = {spec.name: files[spec.group] for spec in specs}
+    write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
     saved = copy.deepcopy(config)
     saved.use_cache = True
     saved.architectures = ["LlamaForCausalLM"]
-    saved.to_json_file(folder / "config.json")
-    _sync(folder / "config.json")
+    saved.to_json_file(folder / config_file)
+    sync(folder / config_file)
+    return [index, config_file]
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Puts a finished folder in its place; the only moment at which a folder of that name may be absent is a rename."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def save(
-    save_dir: Path,
-    plugin: Plugin,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    config: LlamaConfig,
-    running_states: dict,
-) -> Path:
-    """Writes one checkpoint, collectively, and returns its folder.
-
-    Args:
-        running_states: the run's state as JSON; `epoch` and `step` name the folder.
-
-    Raises:
-        RunError: on every rank, when any could not write.
-    """
-    target = save_dir / checkpoint_name(running_states["epoch"], running_states["step"])
-    temporary = target.with_name(f".{target.name}.incomplete")
-
-    def begin():
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "model").mkdir(parents=True)
-        (temporary / "optimizer").mkdir()
-
-    def finish():
-        _write_model_index(temporary / "model", config)
-        _write_json(temporary / LR_SCHEDULER, lr_scheduler.state_dict())
-        _write_json(temporary / RUNNING_STATES, {**running_states, "loss_scaler": _loss_scaler_state(optimizer)})
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        _write_json(temporary / MANIFEST, {"format": 1, "files": sizes})
-        for folder in (temporary / "model", temporary / "optimizer", temporary):
-            _sync(folder)
-        _replace(temporary, target)
-
-    _on_rank_zero(begin)
-    _write_tensors(temporary, plugin, model, optimizer, config)
-    _on_rank_zero(finish)
-    return target
-
-
-def _loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
+def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
+    """Dynamic loss scale and its counters under fp16, else None."""
     scaler = loss_scaler(optimizer)
     if scaler is None:
         return None
@@ -202,52 +184,74 @@ def _loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
 
 
 def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load. Collective.
+    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     The weights are hard links where the file system has them, so that the folder costs no space.
     """
     temporary = target.with_name(f".{target.name}.incomplete")
-
-    def action():
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint / "model", temporary, copy_function=os.link)
+    except (OSError, shutil.Error):
         shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            shutil.copytree(checkpoint / "model", temporary, copy_function=os.link)
-        except (OSError, shutil.Error):
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(checkpoint / "model", temporary)
-        tokenizer.save_pretrained(temporary)
-        _replace(temporary, target)
-
-    _on_rank_zero(action)
+        shutil.copytree(checkpoint / "model", temporary)
+    tokenizer.save_pretrained(temporary)
+    replace_folder(temporary, target)
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# ---------------------------------------------------------------------------------------------------------------- find
+
+
+def _manifest(folder: Path) -> dict[str, dict] | None:
+    """The manifest's files, or None where there is no readable one."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: {"bytes": int(file["bytes"]), "xxh3_64": str(file["xxh3_64"])} for name, file in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder has a manifest and every file of it in its size."""
+    files = _manifest(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return files is not None and all(
+            (folder / name).stat().st_size == file["bytes"] for name, file in files.items()
+        )
+    except OSError:
         return False
 
 
+def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of everything that is or was to be a checkpoint, by step."""
+    found = []
+    for folder in save_dir.glob("*epoch*-step*"):
+        match = re.fullmatch(r"\.?epoch(\d+)-step(\d+)(\.incomplete|\.old)?", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[2]), folder))
+    return sorted(found)
+
+
+def complete_checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of the complete checkpoints in a folder, by step."""
+    return [(step, folder) for step, folder in _checkpoints(save_dir) if folder.name[0] != "." and is_complete(folder)]
+
+
 def find_checkpoint(load: str, save_dir: Path) -> Path:
-    """The folder that `--load` names; `latest` is the complete one with most steps in `save_dir`.
+    """The folder that `--load` names; `latest` is the newest complete one in `save_dir`, and says what it passed over.
 
     Raises:
         InputError: there is none, or it is something else than a complete checkpoint.
     """
     if load == "latest":
-        steps = {}
-        for folder in save_dir.glob("epoch*-step*"):
-            match = re.fullmatch(r"epoch(\d+)-step(\d+)", folder.name)
-            if match and is_complete(folder):
-                steps[folder] = (int(match[2]), int(match[1]))
-        if not steps:
+        complete = complete_checkpoints(save_dir)
+        step, newest = complete[-1] if complete else (-1, None)
+        for other_step, folder in _checkpoints(save_dir):
+            if other_step >= step and folder != newest:
+                say(f"--load latest: passing over {folder}, which is incomplete")
+        if newest is None:
             raise InputError(f"--load latest: no complete checkpoint in --save_dir {save_dir}")
-        return max(steps, key=steps.get)
+        return newest
     folder = Path(load)
     if not folder.exists():
         raise InputError(f"--load: {folder} does not exist; give a folder epochE-stepS, or 'latest'")
@@ -263,6 +267,21 @@ def find_checkpoint(load: str, save_dir: Path) -> Path:
     raise InputError(f"--load: {folder} is not a checkpoint; give a folder epochE-stepS, or 'latest'")
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Files of a checkpoint whose size or checksum is not the manifest's; each rank reads its share. Collective."""
+    files = sorted(_manifest(folder).items())
+    damaged = []
+    for name, expected in files[rank() :: world_size()]:
+        try:
+            if checksum(folder / name) != expected:
+                damaged.append(name)
+        except OSError:
+            damaged.append(name)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, damaged)
+    return sorted(name for names in gathered for name in names)
+
+
 def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
     """Refuses a folder whose config.json describes another model than `config`."""
     saved = load_config(str(folder))
@@ -274,6 +293,9 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
 
 def read_running_states(folder: Path) -> dict:
     return json.loads((folder / RUNNING_STATES).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
 
 
 class _LazySafetensors:
@@ -319,7 +341,8 @@ def check_pretrained(folder: Path, config: LlamaConfig) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"--init_from: {folder} is not a Hugging Face model folder: it has no config.json")
     check_model(folder, config, "--init_from")
-    missing = [spec.name for spec in parameter_specs(config) if spec.name not in pretrained_weights(folder)]
+    weights = pretrained_weights(folder)
+    missing = [spec.name for spec in parameter_specs(config) if spec.name not in weights]
     if missing:
         raise InputError(f"--init_from: the weights in {folder} lack {missing[0]} ({len(missing)} missing)")
 
@@ -327,31 +350,28 @@ def check_pretrained(folder: Path, config: LlamaConfig) -> None:
 def load_pretrained(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
     """Sets the weights from a Hugging Face model folder, each rank reading its own slices."""
     weights = _LazySafetensors(pretrained_weights(folder))
-    sharded_state.restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
+    restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
 
 
-def load(
-    folder: Path,
-    plugin: Plugin,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    config: LlamaConfig,
-) -> None:
-    """Restores weights, Adam moments, learning-rate schedule and loss scale, each rank reading its own slices."""
-    files = _file_names(config, "optimizer")
+def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig) -> None:
+    """Restores weights, Adam moments and loss scale. Collective.
+
+    Raises:
+        InputError: on every rank, when a file is damaged.
+    """
+    damaged = damaged_files(folder)
+    if damaged:
+        raise InputError(*(f"--load: {folder / name} is damaged; choose another checkpoint" for name in damaged))
+    files = file_names(config, "optimizer")
     tensors = _LazySafetensors(
         {
             f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
             for spec in parameter_specs(config)
-            for key in (sharded_state.MASTER, *sharded_state.MOMENTS)
+            for key in (MASTER, *MOMENTS)
         }
     )
     states = read_running_states(folder)
-    sharded_state.restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
-    lr_scheduler.load_state_dict(json.loads((folder / LR_SCHEDULER).read_text(encoding="utf-8")))
-    for group, lr in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr  # a scheduler leaves this to the optimizer's own state
+    restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
     scaler, saved = loss_scaler(optimizer), states["loss_scaler"]
     if scaler is not None and saved is not None:
         grad_scaler = scaler.grad_scaler

@@ -85,12 +85,14 @@ def main() -> int:
     if args.dry_run:
         return 0
 
+    if console.rank() == 0:
+        checkpoint_utils.claim_folder(args.save_dir, config)
     launch(args.seed)
     plugin = build_plugin(args, layout, config)
     booster, model, optimizer = boost(args, config, plugin)
-    lr_scheduler = train_utils.build_scheduler(optimizer, args.warmup_steps, state, plan)
+    lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
     if checkpoint:
-        checkpoint_utils.load(checkpoint, plugin, model, optimizer, lr_scheduler, config)
+        checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     elif args.init_from:
         checkpoint_utils.load_pretrained(args.init_from, plugin, model, optimizer)
@@ -103,7 +105,7 @@ def main() -> int:
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
     )
 
-    checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer)
+    checkpoint_utils.on_rank_zero(lambda: checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer))
     say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
     shut_down(plugin)
     return train_utils.INTERRUPTED if interrupted else 0

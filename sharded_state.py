@@ -68,6 +68,10 @@ class LocalShard:
             shape[self.split_dim] //= self.tp_size
         return torch.Size(shape)
 
+    def is_writer(self, writer: int) -> bool:
+        """Whether this rank is 0 in tp_group and, modulo its size, `writer` in data_group."""
+        return self.tp_rank == 0 and dist.get_rank(self.data_group) == writer % dist.get_world_size(self.data_group)
+
     def tensor(self, key: str) -> torch.Tensor:
         """The master weight or a moment of this rank's range, flat; a view of the optimizer's storage."""
         whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))
@@ -86,11 +90,13 @@ class LocalShard:
         return rows.reshape(-1)[self.start - first * row_size : self.stop - first * row_size]
 
     def gather(self, key: str, writer: int) -> torch.Tensor | None:
-        """The full tensor, on the host, on the rank of index `writer` in data_group and 0 in tp_group; None on others.
+        """The full tensor on the rank that `is_writer` names, None on the others.
 
-        Collective over the ranks that share the parameter. Takes one tensor-parallel part at a time of device memory.
+        Collective over the ranks that share the parameter. It may be the optimizer's own storage; what is not takes one
+        tensor at a time of device memory.
         """
         part = self.tensor(key)
+        writer %= dist.get_world_size(self.data_group)
         if not self.replicated and dist.get_world_size(self.data_group) > 1:
             whole = torch.zeros(self.tp_shape.numel(), dtype=part.dtype, device=get_accelerator().get_current_device())
             whole[self.start : self.stop] = part
@@ -101,10 +107,10 @@ class LocalShard:
         part = part.view(self.tp_shape)
         is_writer = self.tp_rank == 0
         if self.split_dim is None:
-            return part.cpu() if is_writer else None
+            return part if is_writer else None
         parts = [torch.empty_like(part) for _ in range(self.tp_size)] if is_writer else None
         dist.gather(part.contiguous(), parts, dist.get_global_rank(self.tp_group, 0), group=self.tp_group)
-        return torch.cat(parts, dim=self.split_dim).cpu() if is_writer else None
+        return torch.cat(parts, dim=self.split_dim) if is_writer else None
 
 
 def _gemini_part(optimizer: GeminiOptimizer, number: int) -> tuple[int, int, torch.Tensor, dict]:

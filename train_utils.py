@@ -2,13 +2,11 @@
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import signal
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +16,16 @@ from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import LlamaConfig
 
 import checkpoint_utils
 from booster_utils import Layout, forward_backward, layout_problems, loss_scaler, optimizer_step
-from console import InputError, RunError, rank, say
+from checkpoint_writer import CheckpointWriter
+from console import InputError, RunError, say
 from data_utils import PackedDataset, ShardedSampler
+from metrics import Metrics
 from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
 
@@ -100,6 +98,13 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     output.add_argument("-o", "--save_dir", type=Path, default="checkpoint", help="folder (default: checkpoint)")
     output.add_argument("-f", "--load", metavar="PATH|latest", help="checkpoint to resume from")
     output.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="resume with other data, seed, recipe or length than the checkpoint's, and say what is other",
+    )
+    output.add_argument("--keep_checkpoints", type=int, help="newest checkpoints to keep (default: all)")
+    output.add_argument("--keep_every", type=int, help="keep also those at multiples of this step (default: none)")
+    output.add_argument(
         "-t",
         "--tensorboard_dir",
         type=Path,
@@ -148,6 +153,8 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         ("max_length", 2),
         ("max_steps", 1),
         ("save_interval", 1),
+        ("keep_checkpoints", 1),
+        ("keep_every", 1),
         ("log_interval", 1),
         ("warmup_steps", 0),
         ("num_workers", 0),
@@ -198,10 +205,7 @@ class TrainState:
     sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
     tokens: int = 0
     skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
-    seed: int = 0
-    max_length: int = 0
-    data_fingerprint: str = ""
-    schedule_steps: int = 0  # length of the learning-rate schedule
+    settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
 
     @property
     def adam_steps(self) -> int:
@@ -223,35 +227,31 @@ class Plan:
         return self.global_batch * self.max_length
 
 
+SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping")
+
+
 def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[TrainState, Path | None]:
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to other data, another seed or another sequence length.
+        InputError: `--load` names no checkpoint.
     """
-    fresh = TrainState(seed=args.seed, max_length=args.max_length, data_fingerprint=dataset.fingerprint)
     if args.load is None:
-        return fresh, None
+        return TrainState(), None
     folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
     saved = checkpoint_utils.read_running_states(folder)
-    state = TrainState(**{name: saved[name] for name in asdict(fresh)})
-    problems = [
-        f"--load: {folder} was trained with --{name} {getattr(state, name)}, not {getattr(fresh, name)}"
-        for name in ("seed", "max_length")
-        if getattr(state, name) != getattr(fresh, name)
-    ]
-    if state.data_fingerprint != fresh.data_fingerprint:
-        problems.append(f"--load: {folder} was trained on other data or with another tokenizer than --dataset gives")
-    if problems:
-        raise InputError(*problems)
+    state = TrainState(**{name: saved[name] for name in asdict(TrainState())})
+    if state.settings["data"] != dataset.fingerprint and args.allow_changes:
+        state.sequences = 0  # the position was one in other data
     return state, folder
 
 
 def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, state: TrainState) -> Plan:
-    """Works out the run's length and says it.
+    """Works out the run's length, and takes this run's settings into the state.
 
     Raises:
-        InputError: too little data for a step, a finished run, or a warm-up longer than the run that nobody asked for.
+        InputError: too little data for a step, a finished run, a warm-up longer than the run that nobody asked for, or
+            settings that differ from the checkpoint's.
     """
     global_batch = args.batch_size * args.accumulation_steps * layout.dp
     total_sequences = args.num_epochs * len(dataset)
@@ -268,12 +268,29 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
             f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
             "raise --max_steps or --num_epochs"
         )
-    if getattr(args, "warmup_steps", 0) > total_steps and not args.warmup_steps_given:
+    if args.warmup_steps > total_steps and not args.warmup_steps_given:
         raise InputError(
             f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
+    changes = [
+        f"--load: {_setting(name)} was {state.settings[name]} in the checkpoint and is {value} now"
+        for name, value in settings.items()
+        if state.settings and state.settings[name] != value
+    ]
+    if changes and not args.allow_changes:
+        raise InputError(*changes[:-1], f"{changes[-1]}; --allow_changes resumes all the same")
+    for change in changes:
+        say(f"{change}, as --allow_changes allows")
+    state.settings = settings
     return Plan(layout, global_batch, args.max_length, total_steps, total_sequences)
+
+
+def _setting(name: str) -> str:
+    names = {"schedule_steps": "the length of the run, with it of the learning-rate schedule,", "data": "the data"}
+    return names.get(name, f"--{name}")
 
 
 def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
@@ -298,12 +315,12 @@ def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
     return MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_scheduler(optimizer: OptimizerWrapper, warmup_steps: int, state: TrainState, plan: Plan) -> LRScheduler:
-    if state.schedule_steps not in (0, plan.total_steps):
-        say(f"learning rate: its schedule now ends at step {plan.total_steps}, not {state.schedule_steps} as before")
-    state.schedule_steps = plan.total_steps
-    schedule = partial(cosine_with_warmup, warmup_steps=warmup_steps, total_steps=plan.total_steps)
-    return LambdaLR(optimizer.optim, schedule)
+def build_scheduler(optimizer: OptimizerWrapper, args: argparse.Namespace, state: TrainState, plan: Plan) -> LambdaLR:
+    """The schedule at the state's step; a function of the step alone, so that a resume needs nothing else."""
+    for group in optimizer.optim.param_groups:
+        group["initial_lr"] = args.lr
+    schedule = partial(cosine_with_warmup, warmup_steps=args.warmup_steps, total_steps=plan.total_steps)
+    return LambdaLR(optimizer.optim, schedule, last_epoch=state.step - 1)
 
 
 def build_dataloader(
@@ -311,7 +328,7 @@ def build_dataloader(
 ) -> DataLoader:
     """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
-    sampler = partial(ShardedSampler, seed=state.seed, start=state.sequences, stop=stop)
+    sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop)
     loader = plugin.prepare_dataloader(
         dataset,
         batch_size=args.batch_size,
@@ -329,66 +346,6 @@ def _ignore_stop_signals(worker: int) -> None:
     """Launchers signal a rank's loader processes with it; they are to last until the rank has saved and ended."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-
-class Metrics:
-    """TensorBoard, metrics.jsonl and the terminal, on rank 0; a resumed run continues the curves without a seam."""
-
-    def __init__(self, args: argparse.Namespace, state: TrainState, plan: Plan):
-        self.main = rank() == 0
-        if not self.main:
-            return
-        args.tensorboard_dir.mkdir(parents=True, exist_ok=True)
-        self.interval, self.total_steps = args.log_interval, plan.total_steps
-        self.file = self._open_after(args.tensorboard_dir / "metrics.jsonl", state.step)
-        self.board = SummaryWriter(str(args.tensorboard_dir), purge_step=state.step + 1)
-        self.bar = tqdm(
-            total=plan.total_steps, initial=state.step, unit="step", desc="training", disable=not sys.stderr.isatty()
-        )
-
-    @staticmethod
-    def _open_after(path: Path, step: int):
-        """Opens the file for appending, less the lines of steps that a resumed run is going to repeat."""
-        if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    keep = line.endswith("\n") and json.loads(line)["step"] <= step
-                except (ValueError, KeyError, TypeError):
-                    keep = False
-                if keep:
-                    kept.append(line)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
-        return open(path, "a", encoding="utf-8", buffering=1)
-
-    def log(self, values: dict) -> None:
-        if not self.main:
-            return
-        step = values["step"]
-        self.file.write(json.dumps(values) + "\n")
-        for key, value in values.items():
-            if key not in ("step", "epoch") and value is not None:
-                self.board.add_scalar(f"train/{key}", value, step)
-        mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
-        norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
-        line = (
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {norm}, {values['tokens_per_second']:,.0f} tok/s{mfu}"
-        )
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
-        if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
-            say(f"step {step}/{self.total_steps}: {line}")
-
-    def close(self) -> None:
-        if self.main:
-            self.bar.close()
-            self.board.close()
-            self.file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -426,7 +383,7 @@ def train(
     booster: Booster,
     model: ModelWrapper,
     optimizer: OptimizerWrapper,
-    lr_scheduler: LRScheduler,
+    lr_scheduler: LambdaLR,
     loader: DataLoader,
     state: TrainState,
     plan: Plan,
@@ -443,7 +400,8 @@ def train(
     accelerator = get_accelerator()
     device = accelerator.get_current_device()
     evaluator = PerformanceEvaluator(config, plan.max_length, dist.get_world_size(), accelerator.get_device_name())
-    metrics = Metrics(args, state, plan)
+    metrics = Metrics(args.tensorboard_dir, state.step, plan.total_steps, args.log_interval)
+    writer = CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every)
     stop = StopRequest()
     skipped_in_a_row = 0
     label_tokens = plan.global_batch * (plan.max_length - 1)
@@ -458,18 +416,22 @@ def train(
             check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
         loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
-        totals = torch.stack([loss_sum.double() / plan.layout.tp, torch.tensor(float(stop.received), device=device)])
+        totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)
+        totals[0] = loss_sum / plan.layout.tp
         dist.all_reduce(totals)
-        loss, stopping = totals[0].item() / label_tokens, totals[1].item() > 0
+        total_loss, stopping, save_failed = totals.tolist()
+        loss = total_loss / label_tokens
+        if save_failed:
+            writer.wait()
         lr = lr_scheduler.get_last_lr()[0]
         if not math.isfinite(loss):
-            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, checkpoint))
+            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer.latest or checkpoint))
         scaler = loss_scaler(optimizer)
         loss_scale = scaler.loss_scale if scaler else 1.0
         grad_norm, skipped = optimizer_step(model, optimizer)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
-            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, checkpoint))
+            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer.latest or checkpoint))
         lr_scheduler.step()
 
         state.step += 1
@@ -496,30 +458,26 @@ def train(
                 "skipped_steps": state.skipped_steps,
             }
         )
+        metrics.note(writer.take_reports())
         if state.step % args.save_interval == 0 or state.step == plan.total_steps or stopping:
-            checkpoint = save_checkpoint(args, config, booster, model, optimizer, lr_scheduler, state)
+            writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
             evaluator.restart()
         if stopping:
             break
+    writer.wait()
+    metrics.note(writer.take_reports())
     metrics.close()
-    return checkpoint, state.step < plan.total_steps
+    return writer.latest, state.step < plan.total_steps
 
 
-def save_checkpoint(
-    args: argparse.Namespace,
-    config: LlamaConfig,
-    booster: Booster,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    lr_scheduler: LRScheduler,
-    state: TrainState,
-) -> Path:
-    running_states = {**asdict(state), "adam_steps": state.adam_steps}
-    folder = checkpoint_utils.save(
-        args.save_dir, booster.plugin, model, optimizer, lr_scheduler, config, running_states
-    )
-    say(f"checkpoint: {folder}")
-    return folder
+def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: TrainState) -> dict[str, dict]:
+    """The JSON files of a checkpoint."""
+    running_states = asdict(state) | {
+        "adam_steps": state.adam_steps,
+        "loss_scaler": checkpoint_utils.loss_scaler_state(optimizer),
+    }
+    schedule = {"last_epoch": lr_scheduler.last_epoch, "base_lrs": lr_scheduler.base_lrs}
+    return {checkpoint_utils.RUNNING_STATES: running_states, checkpoint_utils.LR_SCHEDULER: schedule}
 
 
 def _diverged(what: str, step: int, lr: float, checkpoint: Path | None) -> str:

@@ -1,0 +1,247 @@
+"""Writes checkpoints behind the training: copied to host memory, then written, checked and put in place by a thread.
+
+Every rank writes the files that are its own and, once they are on disk, a part file with their sizes and checksums.
+Rank 0 waits for all parts, makes the manifest of them, and renames the folder into its place: a checkpoint either is
+complete or does not exist. The threads run no collective operation; the training thread hears of their errors.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from checkpoint_utils import (
+    CHECKPOINT,
+    MANIFEST,
+    check_room,
+    checksum,
+    complete_checkpoints,
+    file_names,
+    gather_errors,
+    on_rank_zero,
+    raise_together,
+    replace_folder,
+    sync,
+    write_json,
+    write_model_index,
+)
+from console import rank, say, world_size
+from sharded_state import MASTER, MOMENTS, local_shards
+
+POLL_SECONDS = 0.05
+SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
+
+Group = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
+
+
+class CheckpointWriter:
+    """At most one checkpoint is in flight; `save` waits for the one before, `wait` for the last."""
+
+    def __init__(self, save_dir: Path, config: LlamaConfig, keep: int | None = None, keep_every: int | None = None):
+        """
+        Args:
+            keep: newest checkpoints to keep; None keeps all.
+            keep_every: checkpoints at multiples of this step are kept whatever their age.
+        """
+        self.save_dir, self.config = save_dir, config
+        self.keep, self.keep_every = keep, keep_every
+        self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
+        self.latest: Path | None = None
+        self._reports: list[str] = []
+        self.error: str | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
+
+    def save(
+        self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
+    ) -> None:
+        """Starts to write a checkpoint, collectively; returns when the weights may change again.
+
+        Args:
+            documents: JSON files beside the tensors; `epoch` and `step` in running_states.json name the folder.
+
+        Raises:
+            RunError: on every rank, when the checkpoint before failed on any, or this one has no room.
+        """
+        started = time.perf_counter()
+        self.wait()
+        states = documents["running_states.json"]
+        target = self.save_dir / CHECKPOINT.format(**states)
+        temporary = target.with_name(f".{target.name}.incomplete")
+        on_rank_zero(lambda: self._begin(temporary))
+        groups = self._gathered(plugin, model, optimizer)
+        behind = self._fits_in_memory(plugin, model, optimizer)
+        files: dict[str, dict] = {}
+        if behind:
+            groups = [self._staged(group, tensors) for group, tensors in groups]
+            get_accelerator().synchronize()
+        else:
+            self._write(groups, temporary, files)
+        stall = time.perf_counter() - started
+
+        def work() -> None:
+            if behind:
+                self._write(groups, temporary, files)
+            try:
+                self._conclude(temporary, target, documents, files, started, stall)
+            except OSError as error:
+                self.error = self.error or f"{type(error).__name__}: {error}"
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint in flight is in its place, on every rank.
+
+        Raises:
+            RunError: on every rank, when it failed on any.
+        """
+        if self._thread is None:
+            return
+        if rank() != 0:
+            self._thread.join()
+        # A rank that could not even write its part file would leave rank 0's thread waiting for it.
+        self._abandoned = any(gather_errors(self.error))
+        self._thread.join()
+        self._thread = None
+        raise_together(self.error)
+
+    def take_reports(self) -> list[str]:
+        """One line on each checkpoint that was finished since the last call; on rank 0."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _begin(self, temporary: Path) -> None:
+        self.save_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        check_room(self.save_dir, self.config)
+        (temporary / "model").mkdir(parents=True)
+        (temporary / "optimizer").mkdir()
+
+    def _gathered(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> Iterator[Group]:
+        """Full tensors of this rank's files, which are dealt out over the data-parallel ranks. Collective."""
+        positions = {group: number for number, group in enumerate(self.model_files)}
+        for group, members in groupby(local_shards(plugin, model, optimizer), key=lambda shard: shard.spec.group):
+            tensors = {}
+            for shard in members:
+                for key in (MASTER, *MOMENTS):
+                    full = shard.gather(key, positions[group])
+                    if full is not None:
+                        tensors[f"{shard.spec.name}.{key}"] = full.detach()
+            if tensors:
+                yield group, tensors
+
+    def _staged(self, group: str, tensors: dict[str, torch.Tensor]) -> Group:
+        """Copies to host buffers that are kept for the next time: pinned beside a GPU, faulted in everywhere."""
+        staged = {}
+        for name, tensor in tensors.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            staged[name] = self._buffers[name].copy_(tensor, non_blocking=True)
+        return group, staged
+
+    def _fits_in_memory(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> bool:
+        if self._buffers:
+            return True
+        positions = {group: number for number, group in enumerate(self.model_files)}
+        needed = sum(
+            shard.spec.shape.numel() * 12
+            for shard in local_shards(plugin, model, optimizer)
+            if shard.is_writer(positions[shard.spec.group])
+        )
+        memory = psutil.virtual_memory()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        fits = needed * ranks < memory.available - SPARE_HOST_MEMORY * memory.total
+        if not fits:
+            say("checkpoints: too little host memory to write them behind the training; training waits for each")
+        return fits
+
+    def _write(self, groups: Iterable[Group], temporary: Path, files: dict[str, dict]) -> None:
+        """Writes and checks this rank's files. After an error it goes on through `groups`, which may be collective."""
+        for group, tensors in groups:
+            if self.error:
+                continue
+            suffix = f".{MASTER}"
+            weights = {
+                name.removesuffix(suffix): tensor.to("cpu", self.config.torch_dtype).contiguous()
+                for name, tensor in tensors.items()
+                if name.endswith(suffix)
+            }
+            states = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            try:
+                for name, content in (
+                    (f"model/{self.model_files[group]}", weights),
+                    (f"optimizer/{self.optimizer_files[group]}", states),
+                ):
+                    save_file(content, temporary / name, metadata={"format": "pt"})
+                    sync(temporary / name)
+                    files[name] = checksum(temporary / name)
+            except Exception as error:  # safetensors raises its own, for a full disk too
+                self.error = f"{type(error).__name__}: {error}"
+
+    def _conclude(
+        self, temporary: Path, target: Path, documents: dict, files: dict[str, dict], started: float, stall: float
+    ) -> None:
+        part = {"error": self.error} if self.error else {"files": files}
+        write_json(temporary / f"part-{rank():05d}.json", part)
+        if rank() != 0:
+            self.latest = target
+            return
+        all_files = self._wait_for_parts(temporary)
+        if all_files is None:
+            return
+        for name, content in documents.items():
+            write_json(temporary / name, content)
+            all_files[name] = checksum(temporary / name)
+        for name in write_model_index(temporary / "model", self.config):
+            all_files[f"model/{name}"] = checksum(temporary / "model" / name)
+        write_json(temporary / MANIFEST, {"format": 1, "files": all_files})
+        for folder in (temporary / "model", temporary / "optimizer", temporary):
+            sync(folder)
+        replace_folder(temporary, target)
+        self.latest = target
+        size, seconds = sum(file["bytes"] for file in all_files.values()) / 1e9, time.perf_counter() - started
+        self._reports.append(
+            f"checkpoint: {target}, {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s; "
+            f"training waited {stall * 1000:.0f} ms"
+        )
+        remove_old_checkpoints(self.save_dir, self.keep, self.keep_every)
+
+    def _wait_for_parts(self, temporary: Path) -> dict[str, dict] | None:
+        """The files of all ranks, or None when a rank has failed."""
+        files = {}
+        for number in range(world_size()):
+            path = temporary / f"part-{number:05d}.json"
+            while not path.exists():
+                if self._abandoned:
+                    return None
+                time.sleep(POLL_SECONDS)
+            part = json.loads(path.read_text(encoding="utf-8"))
+            if "error" in part:
+                raise OSError(f"rank {number}: {part['error']}")
+            files.update(part["files"])
+            path.unlink()
+        return files
+
+
+def remove_old_checkpoints(save_dir: Path, keep: int | None, keep_every: int | None) -> None:
+    """Removes complete checkpoints older than the newest `keep`, manifest first, so that none is ever half there."""
+    if keep is None:
+        return
+    for step, folder in complete_checkpoints(save_dir)[:-keep]:
+        if not keep_every or step % keep_every:
+            (folder / MANIFEST).unlink()
+            shutil.rmtree(folder, ignore_errors=True)

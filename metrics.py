@@ -1,0 +1,76 @@
+"""What a run reports: TensorBoard, metrics.jsonl and the terminal, on rank 0."""
+
+import json
+import sys
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from console import rank, say
+
+
+class Metrics:
+    """One row an optimizer step. A run that resumes continues the curves without a seam."""
+
+    def __init__(self, folder: Path, step: int, total_steps: int, interval: int):
+        """
+        Args:
+            step: the step that the run resumes after; what was logged of later ones is dropped.
+            interval: steps between lines in the terminal, where it shows no progress bar.
+        """
+        self.main = rank() == 0
+        if not self.main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.interval, self.total_steps = interval, total_steps
+        self.file = self._open_after(folder / "metrics.jsonl", step)
+        self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
+
+    @staticmethod
+    def _open_after(path: Path, step: int):
+        """Opens the file for appending, less the lines of steps that a resumed run is going to repeat."""
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    keep = line.endswith("\n") and json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError):
+                    keep = False
+                if keep:
+                    kept.append(line)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+        return open(path, "a", encoding="utf-8", buffering=1)
+
+    def log(self, values: dict) -> None:
+        if not self.main:
+            return
+        step = values["step"]
+        self.file.write(json.dumps(values) + "\n")
+        for key, value in values.items():
+            if key not in ("step", "epoch") and value is not None:
+                self.board.add_scalar(f"train/{key}", value, step)
+        mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+        norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
+        line = (
+            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {norm}, {values['tokens_per_second']:,.0f} tok/s{mfu}"
+        )
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
+            say(f"step {step}/{self.total_steps}: {line}")
+
+    def note(self, messages: list[str]) -> None:
+        """Prints lines between the progress bar's updates."""
+        for message in messages if self.main else ():
+            self.bar.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
