@@ -184,7 +184,7 @@ def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
 
 
 def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load.
+    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
     The weights are hard links where the file system has them, so that the folder costs no space.
     """
@@ -196,7 +196,28 @@ def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(checkpoint / "model", temporary)
     tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
     replace_folder(temporary, target)
+
+
+def _model_card(checkpoint: Path) -> str:
+    """The facts of the run that made a checkpoint, as the hub shows them."""
+    states, config = read_running_states(checkpoint), load_config(str(checkpoint / "model"))
+    facts = {
+        "parameters": f"{count_parameters(config):,}",
+        "layers, hidden size, heads, key-value heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
+        f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "weights": str(config.torch_dtype).removeprefix("torch."),
+        "optimizer steps": f"{states['step']:,} of {states['settings']['schedule_steps']:,}",
+        "tokens": f"{states['tokens']:,}",
+    }
+    facts |= {name.replace("_", " "): value for name, value in states["settings"].items() if name != "schedule_steps"}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n---\n\n"
+        f"# LLaMA, {checkpoint.name}\n\nA causal language model in Hugging Face's layout.\n\n"
+        f"| of the run | |\n|---|---|\n{rows}\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- find
@@ -267,19 +288,16 @@ def find_checkpoint(load: str, save_dir: Path) -> Path:
     raise InputError(f"--load: {folder} is not a checkpoint; give a folder epochE-stepS, or 'latest'")
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Files of a checkpoint whose size or checksum is not the manifest's; each rank reads its share. Collective."""
-    files = sorted(_manifest(folder).items())
+def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Files of a checkpoint, or of one share of them, whose size or checksum is not the manifest's."""
     damaged = []
-    for name, expected in files[rank() :: world_size()]:
+    for name, expected in sorted(_manifest(folder).items())[share::shares]:
         try:
             if checksum(folder / name) != expected:
                 damaged.append(name)
         except OSError:
             damaged.append(name)
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, damaged)
-    return sorted(name for names in gathered for name in names)
+    return damaged
 
 
 def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
@@ -359,9 +377,11 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     Raises:
         InputError: on every rank, when a file is damaged.
     """
-    damaged = damaged_files(folder)
-    if damaged:
-        raise InputError(*(f"--load: {folder / name} is damaged; choose another checkpoint" for name in damaged))
+    damaged = [None] * dist.get_world_size()
+    dist.all_gather_object(damaged, damaged_files(folder, rank(), world_size()))
+    problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
+    if problems:
+        raise InputError(*problems)
     files = file_names(config, "optimizer")
     tensors = _LazySafetensors(
         {

@@ -1,0 +1,53 @@
+"""Makes of a checkpoint a folder for AutoModelForCausalLM and AutoTokenizer, with a model card.
+
+    python scripts/export_hf.py --checkpoint checkpoint/epoch0-step1000 --tokenizer tokenizer/ --output my_model
+
+The checkpoint's files are verified first. It needs no GPU and no memory to speak of: weights are linked or copied.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
+console.quiet_third_parties()
+
+import argparse
+
+import checkpoint_utils
+from console import InputError
+from data_utils import load_tokenizer
+from train_utils import ArgumentParser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(prog="export_hf.py", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder epochE-stepS")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--tokenizer",
+        default="hf-internal-testing/llama-tokenizer",
+        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if not checkpoint_utils.is_complete(args.checkpoint):
+        raise InputError(f"--checkpoint: {args.checkpoint} is not a complete checkpoint; give a folder epochE-stepS")
+    if args.output.exists():
+        raise InputError(f"--output: {args.output} exists; give another folder")
+    tokenizer = load_tokenizer(args.tokenizer)
+    damaged = checkpoint_utils.damaged_files(args.checkpoint)
+    if damaged:
+        raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
+    checkpoint_utils.export(args.checkpoint, args.output, tokenizer)
+    print(f"model: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main, "export_hf.py")
