@@ -209,6 +209,8 @@ def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) 
         max_norm=args.gradient_clipping or math.inf,
         initial_scale=INITIAL_LOSS_SCALE,
     )
+    if on_host and args.mixed_precision == "fp16":
+        say("fp16: it works without a GPU, slowly; -x bf16 is many times as fast")
     if args.plugin in ("zero2", "zero2_cpu"):
         offload = args.plugin == "zero2_cpu"
         return LowLevelZeroPlugin(stage=2, cpu_offload=offload, overlap_communication=not on_host, **common)

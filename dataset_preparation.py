@@ -103,7 +103,9 @@ def resolve_source(name: str) -> Source:
             raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}")
         return Source(name, [_source_file(root, root.parent)])
     if not root.is_dir():
-        raise InputError(f"--dataset: {name} is neither a file nor a folder on this machine; check the path")
+        raise InputError(
+            f"--dataset: {name} is neither a file nor a folder here; data of the hub must be downloaded first"
+        )
     if (root / "dataset_dict.json").is_file():
         splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
         if "train" not in splits and len(splits) > 1:

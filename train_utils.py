@@ -86,10 +86,15 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         help="working precision; master weights are always float32 (default: fp16)",
     )
     compute.add_argument(
-        "-g", "--gradient_checkpoint", action="store_true", help="recompute activations in the backward pass"
+        "-g",
+        "--gradient_checkpoint",
+        action="store_true",
+        help="recompute activations in the backward pass (default: off)",
     )
-    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel")
-    compute.add_argument("--compile", action="store_true", help="torch.compile the decoder layers (zero2, zero2_cpu)")
+    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
+    compute.add_argument(
+        "--compile", action="store_true", help="torch.compile the decoder layers of zero2 and zero2_cpu (default: off)"
+    )
 
     output = parser.add_argument_group("checkpoints and logs")
     output.add_argument(
@@ -129,7 +134,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(warmup_steps_given=False)
-    parser.add_argument(
+    parser.add_argument_group("warm-up").add_argument(
         "-s",
         "--warmup_steps",
         type=int,

@@ -73,10 +73,12 @@ install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
 
 check_given_python() {
     python_version "$LLAMA_PYTHON" >/dev/null || fail "LLAMA_PYTHON='$LLAMA_PYTHON' is not a Python that runs"
-    "$LLAMA_PYTHON" - <<'PY' || fail "LLAMA_PYTHON='$LLAMA_PYTHON' lacks the packages named above; install them there"
+    "$LLAMA_PYTHON" - "$@" <<'PY' || fail "LLAMA_PYTHON='$LLAMA_PYTHON' lacks the packages named above; install them there"
 import importlib.util
 import sys
-needed = ("torch", "transformers", "datasets", "sentencepiece", "tensorboard", "colossalai")
+needed = ["torch", "transformers", "datasets", "sentencepiece", "tensorboard", "xxhash", "colossalai"]
+if "--dev" in sys.argv:
+    needed += ["pytest", "pytest_timeout", "hypothesis", "ruff", "codespell_lib"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 sys.exit(f"missing: {', '.join(missing)}" if missing else 0)
 PY
@@ -85,7 +87,7 @@ PY
 set_up() { # [--dev]
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     if [[ -n ${LLAMA_PYTHON:-} ]]; then
-        check_given_python
+        check_given_python "$@"
         python=$LLAMA_PYTHON
         return
     fi
