@@ -104,7 +104,7 @@ def resolve_source(name: str) -> Source:
         return Source(name, [_source_file(root, root.parent)])
     if not root.is_dir():
         raise InputError(
-            f"--dataset: {name} is neither a file nor a folder here; data of the hub must be downloaded first"
+            f"--dataset: {name} is neither a file nor a folder here; download it from the hub first"
         )
     if (root / "dataset_dict.json").is_file():
         splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
@@ -447,7 +447,7 @@ def _build(folder: Path, source: Source, encoder: TextEncoder, num_workers: int,
         shutil.rmtree(partial, ignore_errors=True)
     console.say(
         f"tokenized {slice_documents.total():,} documents into {slice_tokens.total():,} tokens "
-        f"in {time.monotonic() - started:.1f} s; skipped rows: {reasons or 'none'}"
+        f"in {time.monotonic() - started:.1f} s; skipped rows: {reasons or 'none'}\nkept for the next time in {folder}"
     )
 
 
