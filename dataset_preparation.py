@@ -103,9 +103,7 @@ def resolve_source(name: str) -> Source:
             raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}")
         return Source(name, [_source_file(root, root.parent)])
     if not root.is_dir():
-        raise InputError(
-            f"--dataset: {name} is neither a file nor a folder here; download it from the hub first"
-        )
+        raise InputError(f"--dataset: {name} is neither a file nor a folder here; download it from the hub first")
     if (root / "dataset_dict.json").is_file():
         splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
         if "train" not in splits and len(splits) > 1:

@@ -140,12 +140,12 @@ def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, c
 
 # Sends a signal to the process of one rank when a step has been logged.
 SIGNAL = """
-log = train_utils.Metrics.log
+log = metrics.Metrics.log
 def log_and_signal(self, values):
     log(self, values)
     if values["step"] == {step} and console.rank() == {rank}:
         os.kill(os.getpid(), signal.{name})
-train_utils.Metrics.log = log_and_signal
+metrics.Metrics.log = log_and_signal
 """
 
 

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from booster_utils import Layout, resolve_layout
 from console import InputError
 from data_utils import GlobalOrder
+from metrics import Metrics
 from model_utils import load_config
 from pretrain import parse_args
 from train_utils import (
-    Metrics,
     Plan,
     StopRequest,
     TrainState,
@@ -171,7 +171,7 @@ FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
 
 def plan_of(flags, data, **state):
     """The plan on four ranks for `data` sequences."""
-    return make_plan(parse_args(["-s", "0", *flags.split()]), FOUR_RANKS, range(data), TrainState(**state))
+    return make_plan(parse_args(["-s", "0", *flags.split()]), FOUR_RANKS, PackedStub(data), TrainState(**state))
 
 
 class TestPlan:
@@ -198,9 +198,7 @@ class TestPlan:
 
     def test_resume_of_a_finished_run(self):
         with pytest.raises(InputError, match="at step 10 and the run ends at step 5; raise --max_steps"):
-            plan_of("-b 1 --max_steps 5", data=100, step=10, sequences_=None) if False else plan_of(
-                "-b 1 --max_steps 5", 100, step=10
-            )
+            plan_of("-b 1 --max_steps 5", 100, step=10)
 
     def test_too_little_data(self):
         message = "7 sequences x --num_epochs 1 do not fill one global batch of 8"
@@ -211,9 +209,9 @@ class TestPlan:
     def test_default_warmup_longer_than_the_run_is_an_error_and_a_chosen_one_is_not(self):
         args = parse_args(["-b", "1"])
         with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
-            make_plan(args, FOUR_RANKS, range(100), TrainState())
+            make_plan(args, FOUR_RANKS, PackedStub(100), TrainState())
         args = parse_args(["-b", "1", "-s", "2000"])
-        assert make_plan(args, FOUR_RANKS, range(100), TrainState()).total_steps == 25
+        assert make_plan(args, FOUR_RANKS, PackedStub(100), TrainState()).total_steps == 25
 
     def test_announces_the_global_batch_and_the_layout(self, capsys):
         args = parse_args(
@@ -259,37 +257,71 @@ class PackedStub:
 
 
 class TestResumeState:
+    SETTINGS = {  # noqa: RUF012
+        "seed": 42,
+        "max_length": 64,
+        "lr": 3e-4,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "gradient_clipping": 1.0,
+        "schedule_steps": 16,
+        "data": "abc",
+    }
+    FLAGS = ("-l", "64", "-s", "0", "-b", "2", "-e", "3")
+
     @pytest.fixture
     def checkpoint(self, tmp_path):
         folder = tmp_path / "epoch1-step9"
         folder.mkdir()
-        state = TrainState(1, 9, 72, 4608, 2, seed=42, max_length=64, data_fingerprint="abc", schedule_steps=20)
-        (folder / "running_states.json").write_text(json.dumps({**asdict(state), "adam_steps": 7, "loss_scaler": None}))
-        (folder / "manifest.json").write_text('{"files": {}}')
+        state = TrainState(1, 9, 72, 4608, 2, self.SETTINGS)
+        text = json.dumps({**asdict(state), "adam_steps": 7, "loss_scaler": None})
+        (folder / "running_states.json").write_text(text)
+        files = {"running_states.json": {"bytes": len(text), "xxh3_64": ""}}
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
         return folder, state
 
     def test_fresh(self):
-        state, folder = resume_state(parse_args(["-l", "64", "--seed", "3"]), PackedStub(8))
-        assert (state, folder) == (TrainState(seed=3, max_length=64, data_fingerprint="abc"), None)
+        args = parse_args(list(self.FLAGS))
+        assert resume_state(args, PackedStub(43)) == (TrainState(), None)
+        state = TrainState()
+        make_plan(args, FOUR_RANKS, PackedStub(43), state)
+        assert state.settings == self.SETTINGS
 
     def test_everything_comes_back(self, checkpoint):
         folder, state = checkpoint
         for load in ("latest", str(folder)):
-            args = parse_args(["-l", "64", "-o", str(folder.parent), "-f", load])
-            assert resume_state(args, PackedStub(8)) == (state, folder)
+            args = parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", load])
+            assert resume_state(args, PackedStub(43)) == (state, folder)
         assert state.adam_steps == 7
+        assert make_plan(args, FOUR_RANKS, PackedStub(43), state).total_steps == 16
 
-    def test_names_all_that_differs(self, checkpoint):
+    def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
         folder, _ = checkpoint
-        dataset = PackedStub(8)
+        dataset = PackedStub(43)
         dataset.fingerprint = "other"
+        flags = ["-l", "32", "-s", "0", "-b", "2", "-e", "3", "--seed", "1", "--lr", "1e-3", "-f", str(folder)]
+        args = parse_args(flags)
+        state, _ = resume_state(args, dataset)
         with pytest.raises(InputError) as caught:
-            resume_state(parse_args(["-l", "32", "--seed", "1", "-f", str(folder)]), dataset)
-        assert caught.value.problems == (
-            f"--load: {folder} was trained with --seed 42, not 1",
-            f"--load: {folder} was trained with --max_length 64, not 32",
-            f"--load: {folder} was trained on other data or with another tokenizer than --dataset gives",
-        )
+            make_plan(args, FOUR_RANKS, dataset, state)
+        lines = [
+            "--load: --seed was 42 in the checkpoint and is 1 now",
+            "--load: --max_length was 64 in the checkpoint and is 32 now",
+            "--load: --lr was 0.0003 in the checkpoint and is 0.001 now",
+            "--load: the data was abc in the checkpoint and is other now",
+        ]
+        assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes all the same")
+
+        args = parse_args([*flags, "--allow_changes"])
+        state, _ = resume_state(args, dataset)
+        assert state.sequences == 0  # other data are read from their beginning
+        plan = make_plan(args, FOUR_RANKS, dataset, state)
+        assert plan.total_steps == 9 + 3 * 43 // 8
+        said = capsys.readouterr().out.splitlines()
+        assert [
+            line.removesuffix(", as --allow_changes allows") for line in said if "length of the run" not in line
+        ] == lines
+        assert (state.settings["lr"], state.settings["data"]) == (1e-3, "other")
 
 
 class TestSchedule:
@@ -310,21 +342,18 @@ class TestSchedule:
         assert [cosine_with_warmup(step, 10, 10) for step in (0, 9)] == [0.1, 1.0]
         assert cosine_with_warmup(0, 0, 0) > 0
 
-    def test_scheduler_sets_the_first_step_and_says_when_the_end_moves(self, capsys):
-        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-        wrapper, state, plan = Namespace(optim=optimizer), TrainState(), plan_of("-b 1", data=80)
-        scheduler = build_scheduler(wrapper, 4, state, plan)
+    @pytest.mark.parametrize("resumed", [0, 1, 4, 7, 19])
+    def test_scheduler_is_a_function_of_the_step(self, resumed):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5.0)
+        args, plan = parse_args(["-s", "4", "--lr", "1e-3"]), plan_of("-b 1", data=80)
+        scheduler = build_scheduler(Namespace(optim=optimizer), args, TrainState(step=resumed), plan)
         rates = []
-        for _ in range(plan.total_steps):
+        for _ in range(resumed, plan.total_steps):
             rates.append(optimizer.param_groups[0]["lr"])
+            assert scheduler.get_last_lr() == [rates[-1]]
             optimizer.step()
             scheduler.step()
-        assert rates == pytest.approx([1e-3 * cosine_with_warmup(step, 4, 20) for step in range(20)])
-        assert state.schedule_steps == 20
-        build_scheduler(wrapper, 4, state, plan)
-        assert capsys.readouterr().out == ""
-        build_scheduler(wrapper, 4, state, plan_of("-b 1", data=40))
-        assert capsys.readouterr().out == "learning rate: its schedule now ends at step 10, not 20 as before\n"
+        assert rates == pytest.approx([1e-3 * cosine_with_warmup(step, 4, 20) for step in range(resumed, 20)])
 
 
 class TestDataloader:
@@ -363,7 +392,7 @@ def loader_of(flags):
     run = boosted(flags + " -b 2 -s 0 --num_workers 0 -e 2")
     dataset = [{"input_ids": torch.tensor([number])} for number in range(50)]
     layout = resolve_layout(run.args, run.config)
-    state = TrainState(step=5, sequences=20, seed=42)
+    state = TrainState(step=5, sequences=20)
     plan = Plan(layout, 2 * layout.dp, 64, total_steps=5 + 16 // layout.dp, total_sequences=100)
     return build_dataloader(run.plugin, dataset, run.args, state, plan)
 
@@ -451,8 +480,7 @@ class TestMetrics:
 
 
 def metrics_of(folder, step=0):
-    plan = Plan(Layout(1, 1, 1, 1, 2), 1, 64, total_steps=4, total_sequences=4)
-    return Metrics(Namespace(tensorboard_dir=folder, log_interval=2), TrainState(step=step), plan)
+    return Metrics(folder, step, total_steps=4, interval=2)
 
 
 def values_of(step, loss):
