@@ -28,7 +28,7 @@ if command -v nvidia-smi >/dev/null; then
 fi
 command=("${launch[@]}" pretrain.py
     -c tiny -p zero2 -d quickstart/data --tokenizer quickstart/tokenizer
-    -x bf16 -b 8 -l 256 --lr 1e-3 -s 20 --max_steps 200 -i 100
+    -x bf16 -b 8 -l 256 --lr 3e-3 -s 20 --max_steps 400 -i 200
     -o quickstart/checkpoint -t quickstart/tb_logs)
 
 if [[ -e quickstart/checkpoint || -e quickstart/tb_logs ]]; then
@@ -44,9 +44,9 @@ printf '\n\n'
 "$python" - quickstart/tb_logs/metrics.jsonl <<'PY'
 import json
 import sys
-losses = [(row["step"], row["loss"]) for row in map(json.loads, open(sys.argv[1])) if "loss" in row]
-(first, start), (last, end) = losses[0], losses[-1]
-print(f"\nquickstart: loss {start:.3f} at step {first}, {end:.3f} at step {last}")
+losses = [json.loads(line)["loss"] for line in open(sys.argv[1])]
+end = sum(losses[-20:]) / 20
+print(f"\nquickstart: loss {losses[0]:.2f} at step 1, {end:.2f} on average over the last 20 of {len(losses)} steps")
 PY
 cat <<TEXT
 quickstart: checkpoints    quickstart/checkpoint
