@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-import xxhash
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import SafetensorError, safe_open
@@ -27,6 +26,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from booster_utils import loss_scaler
 from console import InputError, RunError, rank, say, world_size
+from files import checksum, replace_folder, sync, write_json
 from model_utils import count_parameters, load_config, parameter_specs
 from sharded_state import MASTER, MOMENTS, restore
 
@@ -34,7 +34,6 @@ CHECKPOINT = "epoch{epoch}-step{step}"
 MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 LR_SCHEDULER = "lr_scheduler"
-CHECKSUM_CHUNK = 2**24  # bytes
 _CLAIMED = []  # open files whose locks this process holds
 SHAPE_KEYS = (
     "num_hidden_layers",
@@ -47,44 +46,7 @@ SHAPE_KEYS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------- files and folders
-
-
-def sync(path: Path) -> None:
-    """Forces a file's content, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def checksum(path: Path) -> dict:
-    """Size in bytes and XXH3-64 of a file, as the manifest has them."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHECKSUM_CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "xxh3_64": digest.hexdigest()}
-
-
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Puts a finished folder in its place, that of an older one of the same name too."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+# ------------------------------------------------------------------------------------------------------ all or no rank
 
 
 def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
@@ -134,7 +96,7 @@ def on_rank_zero(action: Callable[[], None]) -> None:
     if rank() == 0:
         try:
             action()
-        except (OSError, InputError) as caught:
+        except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
     raise_together(error)
 

@@ -26,18 +26,15 @@ from checkpoint_utils import (
     CHECKPOINT,
     MANIFEST,
     check_room,
-    checksum,
     complete_checkpoints,
     file_names,
     gather_errors,
     on_rank_zero,
     raise_together,
-    replace_folder,
-    sync,
-    write_json,
     write_model_index,
 )
 from console import rank, say, world_size
+from files import checksum, replace_folder, sync, write_json
 from sharded_state import MASTER, MOMENTS, local_shards
 
 POLL_SECONDS = 0.05
@@ -64,6 +61,7 @@ class CheckpointWriter:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._abandoned = False
+        self._temporary: Path | None = None
 
     def save(
         self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
@@ -81,6 +79,7 @@ class CheckpointWriter:
         states = documents["running_states.json"]
         target = self.save_dir / CHECKPOINT.format(**states)
         temporary = target.with_name(f".{target.name}.incomplete")
+        self._temporary = temporary
         on_rank_zero(lambda: self._begin(temporary))
         groups = self._gathered(plugin, model, optimizer)
         behind = self._fits_in_memory(plugin, model, optimizer)
@@ -117,6 +116,8 @@ class CheckpointWriter:
         self._abandoned = any(gather_errors(self.error))
         self._thread.join()
         self._thread = None
+        if rank() == 0 and (self._abandoned or self.error):
+            shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error)
 
     def take_reports(self) -> list[str]:

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 import console
 from console import InputError
 from data_utils import FORMAT_VERSION, MANIFEST_NAME, TextEncoder, read_manifest
+from files import sync, write_json
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 SLICE_COLUMN = "red_pajama_subset"
@@ -325,7 +326,8 @@ class ShardWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            _sync_and_close(self._file)
+            self._file.close()
+            sync(Path(self._file.name))
             name = Path(self._file.name).name
             self.shards.append({"file": name, "tokens": self._tokens, "sha256": self._hash.hexdigest()})
             self._file = None
@@ -434,12 +436,10 @@ def _build(folder: Path, source: Source, encoder: TextEncoder, num_workers: int,
             },
             "shards": writer.shards,
         }
-        file = open(partial / MANIFEST_NAME, "w")  # noqa: SIM115
-        json.dump(manifest, file, indent=2)
-        _sync_and_close(file)
-        _sync_folder(partial)
+        write_json(partial / MANIFEST_NAME, manifest)
+        sync(partial)
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     finally:
         encoded_batches.close()
         shutil.rmtree(partial, ignore_errors=True)
@@ -447,17 +447,3 @@ def _build(folder: Path, source: Source, encoder: TextEncoder, num_workers: int,
         f"tokenized {slice_documents.total():,} documents into {slice_tokens.total():,} tokens "
         f"in {time.monotonic() - started:.1f} s; skipped rows: {reasons or 'none'}\nkept for the next time in {folder}"
     )
-
-
-def _sync_and_close(file: io.IOBase) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 import checkpoint_utils
 import sharded_state
 import train_utils
+from arguments import ArgumentParser, add_training_args, add_warmup_arg, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
 from console import InputError, say
@@ -27,7 +28,7 @@ from model_utils import MODEL_CONFIGS, load_config
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = train_utils.ArgumentParser(prog="pretrain.py", description=__doc__)
+    parser = ArgumentParser(prog="pretrain.py", description=__doc__)
     model = parser.add_argument_group("model and data")
     known = ", ".join(MODEL_CONFIGS)
     model.add_argument("-c", "--config", default="7b", help=f"{known}, or a config.json or its folder (default: 7b)")
@@ -52,8 +53,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
     add_plugin_args(parser)
-    train_utils.add_training_args(parser)
-    train_utils.add_warmup_arg(parser)
+    add_training_args(parser)
+    add_warmup_arg(parser)
     return parser.parse_args(arguments)
 
 
@@ -62,7 +63,7 @@ def main() -> int:
 
     # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
     config = load_config(args.config)
-    train_utils.validate_args(args, config)
+    validate_args(args, config)
     layout = resolve_layout(args, config)
     tokenizer = load_tokenizer(args.tokenizer)
     if len(tokenizer) > config.vocab_size:

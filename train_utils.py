@@ -1,9 +1,8 @@
-"""What pretraining and fine-tuning share: flags and their validation, the run's state and plan, the training loop."""
+"""What pretraining and fine-tuning share beyond their flags: the run's state and plan, and the training loop."""
 
 import argparse
 import hashlib
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 import checkpoint_utils
-from booster_utils import Layout, forward_backward, layout_problems, loss_scaler, optimizer_step
+from booster_utils import Layout, forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, say
 from data_utils import PackedDataset, ShardedSampler
@@ -33,169 +32,6 @@ MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.
 MAX_SKIPPED_IN_A_ROW = 50
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
-
-
-# --------------------------------------------------------------------------------------------------------------- flags
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Reports mistakes on the command line as InputError, so that one rank prints one line."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str):
-        raise InputError(f"{message} (see --help)")
-
-
-class _Given(argparse.Action):
-    """Stores the value and, in NAME_given, that the user set it."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values)
-        setattr(namespace, f"{self.dest}_given", True)
-
-
-def add_training_args(parser: argparse.ArgumentParser) -> None:
-    """Flags that pretrain.py and finetune.py share."""
-    batch = parser.add_argument_group("batch and duration")
-    batch.add_argument("-e", "--num_epochs", type=int, default=1, help="passes over the data (default: 1)")
-    batch.add_argument(
-        "-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank and micro-batch (default: 2)"
-    )
-    batch.add_argument(
-        "--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step (default: 1)"
-    )
-    batch.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
-    batch.add_argument("--max_steps", type=int, help="end after this many optimizer steps (default: end of the data)")
-
-    optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
-    optimization.add_argument("-w", "--weight_decay", type=float, default=0.1, help="decoupled (default: 0.1)")
-    optimization.add_argument(
-        "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0: no clipping (default: 1.0)"
-    )
-    optimization.add_argument("--seed", type=int, default=42, help="of weights and data order (default: 42)")
-
-    compute = parser.add_argument_group("precision and memory")
-    compute.add_argument(
-        "-x",
-        "--mixed_precision",
-        choices=("fp16", "bf16", "fp32"),
-        default="fp16",
-        help="working precision; master weights are always float32 (default: fp16)",
-    )
-    compute.add_argument(
-        "-g",
-        "--gradient_checkpoint",
-        action="store_true",
-        help="recompute activations in the backward pass (default: off)",
-    )
-    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
-    compute.add_argument(
-        "--compile", action="store_true", help="torch.compile the decoder layers of zero2 and zero2_cpu (default: off)"
-    )
-
-    output = parser.add_argument_group("checkpoints and logs")
-    output.add_argument(
-        "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
-    )
-    output.add_argument("-o", "--save_dir", type=Path, default="checkpoint", help="folder (default: checkpoint)")
-    output.add_argument("-f", "--load", metavar="PATH|latest", help="checkpoint to resume from")
-    output.add_argument(
-        "--allow_changes",
-        action="store_true",
-        help="resume with other data, seed, recipe or length than the checkpoint's, and say what is other",
-    )
-    output.add_argument("--keep_checkpoints", type=int, help="newest checkpoints to keep (default: all)")
-    output.add_argument("--keep_every", type=int, help="keep also those at multiples of this step (default: none)")
-    output.add_argument(
-        "-t",
-        "--tensorboard_dir",
-        type=Path,
-        default="tb_logs",
-        help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
-    )
-    output.add_argument(
-        "--log_interval", type=int, default=10, help="optimizer steps between lines in the terminal (default: 10)"
-    )
-    output.add_argument("--dry_run", action="store_true", help="check everything, print the plan and end")
-
-    for old, new in (("--weigth_decay", "weight_decay"), ("--grad_clip", "gradient_clipping")):
-        parser.add_argument(old, dest=new, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--grad_checkpoint",
-        dest="gradient_checkpoint",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
-
-
-def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(warmup_steps_given=False)
-    parser.add_argument_group("warm-up").add_argument(
-        "-s",
-        "--warmup_steps",
-        type=int,
-        default=2000,
-        action=_Given,
-        help="optimizer steps of linear warm-up (default: 2000)",
-    )
-
-
-def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
-    """Checks the flags against one another and the model, before anything is allocated.
-
-    Raises:
-        InputError: with one line for every problem found.
-    """
-    problems = []
-    for name, least in (
-        ("num_epochs", 1),
-        ("batch_size", 1),
-        ("accumulation_steps", 1),
-        ("max_length", 2),
-        ("max_steps", 1),
-        ("save_interval", 1),
-        ("keep_checkpoints", 1),
-        ("keep_every", 1),
-        ("log_interval", 1),
-        ("warmup_steps", 0),
-        ("num_workers", 0),
-        ("seed", 0),
-    ):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            problems.append(f"--{name}: {value} is below the least possible, {least}")
-    for name, zero_allowed in (("lr", False), ("weight_decay", True), ("gradient_clipping", True)):
-        value = getattr(args, name)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
-    if args.max_length > config.max_position_embeddings:
-        problems.append(
-            f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
-        )
-    if args.compile and not args.plugin.startswith("zero2"):
-        problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
-    for name in ("save_dir", "tensorboard_dir"):
-        problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
-    if not problems:
-        problems = layout_problems(args, config)
-    if problems:
-        raise InputError(*problems)
-
-
-def _folder_problems(flag: str, folder: Path) -> list[str]:
-    """What keeps `folder` from being made or written to, without making it."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        return [f"{flag}: {existing} is a file; give a folder"]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"{flag}: no permission to write in {existing}; give another folder"]
-    return []
 
 
 # ------------------------------------------------------------------------------------------------------- state and plan
@@ -430,13 +266,13 @@ def train(
             writer.wait()
         lr = lr_scheduler.get_last_lr()[0]
         if not math.isfinite(loss):
-            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer.latest or checkpoint))
+            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer, checkpoint))
         scaler = loss_scaler(optimizer)
         loss_scale = scaler.loss_scale if scaler else 1.0
         grad_norm, skipped = optimizer_step(model, optimizer)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
-            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer.latest or checkpoint))
+            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer, checkpoint))
         lr_scheduler.step()
 
         state.step += 1
@@ -485,6 +321,8 @@ def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: Train
     return {checkpoint_utils.RUNNING_STATES: running_states, checkpoint_utils.LR_SCHEDULER: schedule}
 
 
-def _diverged(what: str, step: int, lr: float, checkpoint: Path | None) -> str:
-    resume = f"resume from {checkpoint}" if checkpoint else "no checkpoint was saved yet; start again"
+def _diverged(what: str, step: int, lr: float, writer: CheckpointWriter, checkpoint: Path | None) -> str:
+    writer.wait()
+    last = writer.latest or checkpoint
+    resume = f"resume from {last}" if last else "no checkpoint was saved yet; start again"
     return f"{what} at step {step}, learning rate {lr:.3e}: training stopped; {resume}, with a lower --lr or other data"

@@ -17,9 +17,9 @@ console.quiet_third_parties()
 import argparse
 
 import checkpoint_utils
+from arguments import ArgumentParser
 from console import InputError
 from data_utils import load_tokenizer
-from train_utils import ArgumentParser
 
 
 def parse_args() -> argparse.Namespace:

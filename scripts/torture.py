@@ -46,8 +46,8 @@ def child() -> None:
     import console
 
     console.quiet_third_parties()
-    import checkpoint_utils
     import checkpoint_writer
+    import files
     import pretrain
 
     fatal, count = int(os.environ.get("TORTURE_OPERATION", 0)), 0
@@ -63,7 +63,7 @@ def child() -> None:
 
             return call
 
-        for module in (checkpoint_utils, checkpoint_writer):
+        for module in (files, checkpoint_writer):
             for name in FILE_OPERATIONS:
                 if hasattr(module, name):
                     setattr(module, name, counted(getattr(module, name)))

@@ -265,12 +265,13 @@ class TestStep:
         losses = [result[0] for result in results]
         assert sum(losses) / (ranks if "--tp 2" in flags else 1) == pytest.approx(loss, rel=3e-3)
         for _, norms, skipped, scales in results:
+            assert norms[-1] == pytest.approx(norm, rel=2e-2)
             if precision == "fp16":
                 assert norms[:2] == [math.inf, math.inf]
                 assert skipped == [True, True, False]
                 assert scales == [2.0**16, 2.0**16, 2.0**15]
-            assert norms[-1] == pytest.approx(norm, rel=2e-2)
-            assert not skipped[-1]
+            else:
+                assert (skipped, scales) == ([False], [None])
 
     def test_clipping(self, expected):
         _, norm = expected
@@ -328,7 +329,9 @@ def first_moments(flags):
 
 
 class TestLossScaler:
-    @pytest.mark.parametrize(("ranks", "flags"), [*PLUGINS, (1, "-p gemini_auto"), (2, f"{HYBRID} --tp 1 --zero 2")])
+    """The layouts that TestStep leaves out."""
+
+    @pytest.mark.parametrize(("ranks", "flags"), [(1, "-p gemini_auto"), (2, f"{HYBRID} --tp 1 --zero 2")])
     def test_is_found_under_fp16_alone(self, ranks, flags):
         assert run_ranks(ranks, initial_scales, flags) == [{"fp16": 2.0**16, "bf16": None}] * ranks
 

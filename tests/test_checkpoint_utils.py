@@ -22,6 +22,7 @@ from booster_utils import loss_scaler
 from checkpoint_utils import check_model, check_pretrained, find_checkpoint, is_complete, pretrained_weights
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError
+from files import checksum
 from model_utils import load_config, parameter_specs
 from sharded_state import MASTER, MOMENTS
 
@@ -262,11 +263,11 @@ def load_in_fp16(folder):
     return loss_scaler(run.optimizer).loss_scale
 
 
-def make_checkpoint(folder, files=("model/config.json", "optimizer/x", "lr_scheduler", "running_states.json")):
-    for name in files:
+def make_checkpoint(folder, names=("model/config.json", "optimizer/x", "lr_scheduler", "running_states.json")):
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("content")
-    manifest = {"format": 1, "files": {name: checkpoint_utils.checksum(folder / name) for name in files}}
+    manifest = {"format": 1, "files": {name: checksum(folder / name) for name in names}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

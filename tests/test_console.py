@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_program(code, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **environment}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -384,7 +384,8 @@ class TestSources:
         folder = prepare_dataset(str(tmp_path), tokenizer, tmp_path / "cache")
         assert stream_of(folder).tolist() == reference_stream(tokenizer, ["good", "fine"])
         output = capsys.readouterr().out
-        assert output.count("\n") == 1
+        assert output.count("\n") == 2
+        assert output.endswith(f"kept for the next time in {folder}\n")
         for reason in (
             "2 with text missing or null",
             "2 with text not a string",

@@ -132,7 +132,12 @@ def test_tensorboard_has_the_same_curves(finished_run):
 
 
 def test_checkpoint_folders(finished_run):
-    assert {folder.name for folder in finished_run.save_dir.iterdir()} == {"epoch0-step2", "epoch0-step3", "final"}
+    assert {folder.name for folder in finished_run.save_dir.iterdir()} == {
+        "epoch0-step2",
+        "epoch0-step3",
+        "final",
+        ".lock",
+    }
     folder = finished_run.save_dir / "epoch0-step3"
     kinds = {"model", "optimizer", "lr_scheduler", "running_states.json", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == kinds

@@ -35,7 +35,6 @@ LAYOUTS = [
     (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2"),
     (2, "-p hybrid_parallel --tp 2 --pp 1 -x fp32"),
     (4, "-p hybrid_parallel --tp 2 --pp 1 --zero 1"),
-    (4, "-p hybrid_parallel --tp 1 --pp 2 --zero 1"),
     (4, "-p hybrid_parallel --tp 2 --pp 2"),
 ]
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from processes import boosted, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from arguments import validate_args
 from booster_utils import Layout, resolve_layout
 from console import InputError
 from data_utils import GlobalOrder
@@ -33,7 +34,6 @@ from train_utils import (
     cosine_with_warmup,
     make_plan,
     resume_state,
-    validate_args,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
