@@ -145,6 +145,8 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         value = getattr(args, name)
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
             problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
+    if args.seed >= 2**32:
+        problems.append(f"--seed: {args.seed} is above the greatest possible, {2**32 - 1}")
     if args.max_length > config.max_position_embeddings:
         problems.append(
             f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"

@@ -80,7 +80,10 @@ def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
     pp_given = args.pp or 1
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     tp = args.tp or max(
-        n for n in (1, 2, 4) if ranks % (n * pp_given * args.sp) == heads % (n * args.sp) == config.vocab_size % n == 0
+        n
+        for n in (1, 2, 4)
+        if ranks % (n * pp_given * args.sp) == heads % (n * args.sp) == 0
+        and config.vocab_size % n == config.intermediate_size % n == 0
     )
     sequences = args.batch_size * args.accumulation_steps
     two_stages = (
@@ -130,6 +133,8 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         return [f"--tp/--sp: {split} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
 
     layout = resolve_layout(args, config)
+    if config.intermediate_size % layout.tp:
+        problems.append(f"--tp: {layout.tp} does not divide the model's FFN size of {config.intermediate_size}")
     if config.vocab_size % layout.tp:
         problems.append(f"--tp: {layout.tp} does not divide the model's vocabulary of {config.vocab_size}")
     if config.num_hidden_layers % layout.pp:

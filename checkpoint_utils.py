@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 LR_SCHEDULER = "lr_scheduler"
 _CLAIMED = []  # open files whose locks this process holds
-SHAPE_KEYS = (
+MODEL_KEYS = (
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
@@ -43,6 +43,12 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "vocab_size",
     "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
 )
 
 
@@ -64,6 +70,8 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
         fcntl.lockf(_CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise InputError(f"--save_dir: another run is writing to {save_dir}; give another folder") from error
+    for remains in save_dir.glob(".epoch*-step*.incomplete"):
+        shutil.rmtree(remains, ignore_errors=True)
     check_room(save_dir, config)
 
 
@@ -76,16 +84,16 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
         )
 
 
-def gather_errors(error: str | None) -> list[str | None]:
-    """Every rank's error, by rank. Collective."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return errors
+def gather(value: object) -> list:
+    """Every rank's value, by rank. Collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def raise_together(error: str | None) -> None:
     """Raises RunError on every rank when any has an error, so that none waits for one that is gone."""
-    first = next((f"rank {number}: {text}" for number, text in enumerate(gather_errors(error)) if text), None)
+    first = next((f"rank {number}: {text}" for number, text in enumerate(gather(error)) if text), None)
     if first:
         raise RunError(f"the checkpoint could not be written, and nothing incomplete stands under its name: {first}")
 
@@ -148,18 +156,22 @@ def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
 def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
-    The weights are hard links where the file system has them, so that the folder costs no space.
+    The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
     """
     temporary = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint / "model", temporary, copy_function=os.link)
+        shutil.copytree(checkpoint / "model", temporary, copy_function=_link_weights)
     except (OSError, shutil.Error):
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(checkpoint / "model", temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
     replace_folder(temporary, target)
+
+
+def _link_weights(source: str, target: str) -> None:
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 
 def _model_card(checkpoint: Path) -> str:
@@ -265,7 +277,7 @@ def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
     """Refuses a folder whose config.json describes another model than `config`."""
     saved = load_config(str(folder))
-    different = [key for key in SHAPE_KEYS if getattr(saved, key) != getattr(config, key)]
+    different = [key for key in MODEL_KEYS if getattr(saved, key) != getattr(config, key)]
     if different:
         listing = ", ".join(f"{key} {getattr(saved, key)} (not {getattr(config, key)})" for key in different)
         raise InputError(f"{flag}: {folder} is of another model than --config: {listing}")
@@ -339,8 +351,7 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     Raises:
         InputError: on every rank, when a file is damaged.
     """
-    damaged = [None] * dist.get_world_size()
-    dist.all_gather_object(damaged, damaged_files(folder, rank(), world_size()))
+    damaged = gather(damaged_files(folder, rank(), world_size()))
     problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
     if problems:
         raise InputError(*problems)

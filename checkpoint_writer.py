@@ -28,7 +28,7 @@ from checkpoint_utils import (
     check_room,
     complete_checkpoints,
     file_names,
-    gather_errors,
+    gather,
     on_rank_zero,
     raise_together,
     write_model_index,
@@ -96,7 +96,7 @@ class CheckpointWriter:
                 self._write(groups, temporary, files)
             try:
                 self._conclude(temporary, target, documents, files, started, stall)
-            except OSError as error:
+            except Exception as error:
                 self.error = self.error or f"{type(error).__name__}: {error}"
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
@@ -110,13 +110,16 @@ class CheckpointWriter:
         """
         if self._thread is None:
             return
-        if rank() != 0:
-            self._thread.join()
-        # A rank that could not even write its part file would leave rank 0's thread waiting for it.
-        self._abandoned = any(gather_errors(self.error))
-        self._thread.join()
+        # Many short exchanges, since one that waits for the slowest disk would outlast the process group's patience.
+        # And a rank that could not even write its part file would leave rank 0's thread waiting for it.
+        writing = True
+        while writing:
+            ranks = gather((self._thread.is_alive(), self.error))
+            writing = any(alive for alive, _ in ranks)
+            self._abandoned = any(error for _, error in ranks)
+            time.sleep(POLL_SECONDS if writing else 0)
         self._thread = None
-        if rank() == 0 and (self._abandoned or self.error):
+        if rank() == 0 and self._abandoned:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error)
 
@@ -175,14 +178,14 @@ class CheckpointWriter:
         for group, tensors in groups:
             if self.error:
                 continue
-            suffix = f".{MASTER}"
-            weights = {
-                name.removesuffix(suffix): tensor.to("cpu", self.config.torch_dtype).contiguous()
-                for name, tensor in tensors.items()
-                if name.endswith(suffix)
-            }
-            states = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             try:
+                suffix = f".{MASTER}"
+                weights = {
+                    name.removesuffix(suffix): tensor.to("cpu", self.config.torch_dtype).contiguous()
+                    for name, tensor in tensors.items()
+                    if name.endswith(suffix)
+                }
+                states = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
                 for name, content in (
                     (f"model/{self.model_files[group]}", weights),
                     (f"optimizer/{self.optimizer_files[group]}", states),
@@ -219,7 +222,10 @@ class CheckpointWriter:
             f"checkpoint: {target}, {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s; "
             f"training waited {stall * 1000:.0f} ms"
         )
-        remove_old_checkpoints(self.save_dir, self.keep, self.keep_every)
+        try:
+            remove_old_checkpoints(self.save_dir, self.keep, self.keep_every)
+        except OSError as error:
+            self._reports.append(f"checkpoint: an old one could not be removed: {error}")
 
     def _wait_for_parts(self, temporary: Path) -> dict[str, dict] | None:
         """The files of all ranks, or None when a rank has failed."""

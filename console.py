@@ -10,6 +10,7 @@ from typing import NoReturn
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
+KEYBOARD_INTERRUPT = 130
 
 
 class InputError(Exception):
@@ -75,6 +76,8 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         if rank() == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         status = RUN_FAILED
+    except KeyboardInterrupt:
+        status = KEYBOARD_INTERRUPT
     except Exception:
         traceback.print_exc()
         status = RUN_FAILED

@@ -31,6 +31,8 @@ class Metrics:
     @staticmethod
     def _open_after(path: Path, step: int):
         """Opens the file for appending, less the lines of steps that a resumed run is going to repeat."""
+        if step == 0 and path.exists() and path.stat().st_size > 0:
+            path.replace(path.with_name("metrics.previous.jsonl"))  # another run's
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

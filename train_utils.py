@@ -30,7 +30,7 @@ from performance_evaluator import PerformanceEvaluator
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 MAX_SKIPPED_IN_A_ROW = 50
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
 
 
@@ -75,15 +75,20 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Raises:
-        InputError: `--load` names no checkpoint.
+        InputError: `--load` names no checkpoint, or a new run would mix its own with those that are there.
     """
     if args.load is None:
+        if checkpoint_utils.complete_checkpoints(args.save_dir):
+            raise InputError(
+                f"--save_dir: {args.save_dir} holds the checkpoints of a run; resume it with -f latest, or give another"
+            )
         return TrainState(), None
     folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
     saved = checkpoint_utils.read_running_states(folder)
     state = TrainState(**{name: saved[name] for name in asdict(TrainState())})
-    if state.settings["data"] != dataset.fingerprint and args.allow_changes:
-        state.sequences = 0  # the position was one in other data
+    order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
+    if args.allow_changes and any(state.settings[name] != value for name, value in order.items()):
+        state.sequences = 0  # the position was one in another order
     return state, folder
 
 
@@ -193,7 +198,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on any rank; the ranks agree on it at the next step. A second SIGINT kills."""
+    """Set by any of STOP_SIGNALS on any rank; the ranks agree on it at the next step. A second SIGINT kills."""
 
     def __init__(self):
         self.received = False

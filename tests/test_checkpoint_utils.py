@@ -358,10 +358,12 @@ class TestCheckModel:
             "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
         )
 
-    @pytest.mark.parametrize("key", checkpoint_utils.SHAPE_KEYS)
-    def test_every_size_counts(self, saved, key):
+    @pytest.mark.parametrize("key", checkpoint_utils.MODEL_KEYS)
+    def test_everything_that_makes_another_model_counts(self, saved, key):
         config = load_config("test")
-        setattr(config, key, getattr(config, key) * 2 if key != "tie_word_embeddings" else True)
+        value = getattr(config, key)
+        other = {bool: True, str: "gelu", type(None): {"rope_type": "linear", "factor": 2.0}}
+        setattr(config, key, other.get(type(value)) or value * 2)
         assert key in error_of(check_model, saved / "model", config, "--load")
 
 
