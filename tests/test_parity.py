@@ -2,6 +2,7 @@
 
 import functools
 import math
+import statistics
 
 import pytest
 import torch
@@ -63,11 +64,20 @@ def plain_training(sample_dataset):
     return train
 
 
-def largest_difference(values: list[float | None], reference: list[float]) -> float:
+def differences(values: list[float | None], reference: list[float]) -> list[float]:
     """Relative, over all steps but those without a value."""
     assert len(values) == len(reference) == STEPS
     pairs = zip(values, reference, strict=True)
-    return max(abs(value - other) / other for value, other in pairs if value is not None)
+    return [abs(value - other) / other for value, other in pairs if value is not None]
+
+
+def largest_difference(values: list[float | None], reference: list[float]) -> float:
+    return max(differences(values, reference))
+
+
+def typical_difference(values: list[float | None], reference: list[float]) -> float:
+    """The median: roundings grow from step to step, until single late steps lie far apart in any two correct runs."""
+    return statistics.median(differences(values, reference))
 
 
 def test_the_plain_loop_trains_and_clips(plain_training):
@@ -122,7 +132,7 @@ def test_fp32(pretrain, plain_training, layout):
     losses, norms = plain_training(torch.float32)
     run = train(pretrain, "fp32", layout)
     assert largest_difference(run.column("loss"), losses) < 5e-6
-    assert largest_difference(run.column("grad_norm"), norms) < 5e-4
+    assert typical_difference(run.column("grad_norm"), norms) < 1e-4
     assert largest_difference(run.column("lr"), [learning_rate(step) for step in range(STEPS)]) < 1e-9
     assert run.column("tokens") == [(step + 1) * GLOBAL_BATCH * SEQUENCE_LENGTH for step in range(STEPS)]
 
@@ -136,8 +146,9 @@ def test_bf16(pretrain, plain_training, layout):
     """
     losses, norms = plain_training(torch.bfloat16)
     run = train(pretrain, "bf16", layout)
-    assert largest_difference(run.column("loss"), losses) < 4e-3
-    assert largest_difference(run.column("grad_norm"), norms) < 2e-1
+    assert typical_difference(run.column("loss"), losses) < 2e-3
+    assert largest_difference(run.column("loss"), losses) < 2e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 5e-2
     assert run.column("loss")[0] == pytest.approx(losses[0], rel=2e-5)
     assert run.column("grad_norm")[0] == pytest.approx(norms[0], rel=2e-3)
 
@@ -149,8 +160,9 @@ def test_fp16(pretrain, plain_training, layout):
     run = train(pretrain, "fp16", layout)
     assert set(run.column("loss_scale")) == {2.0**16}
     assert run.column("skipped_steps") == [0] * STEPS
-    assert largest_difference(run.column("loss"), losses) < 2e-3
-    assert largest_difference(run.column("grad_norm"), norms) < 6e-2
+    assert typical_difference(run.column("loss"), losses) < 1e-3
+    assert largest_difference(run.column("loss"), losses) < 1e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 2e-2
 
 
 @pytest.mark.parametrize("layout", FP16_OVERFLOW.values(), ids=FP16_OVERFLOW)
@@ -167,8 +179,9 @@ def test_fp16_overflow(pretrain, plain_training, layout):
     assert run.column("loss_scale")[0] == 2.0**20
     assert run.column("loss_scale")[-1] < 2.0**20
     losses, norms = plain_training(torch.float32, skipped=tuple(step for step in range(STEPS) if skipped[step]))
-    assert largest_difference(run.column("loss"), losses) < 4e-3
-    assert largest_difference(run.column("grad_norm"), norms) < 6e-2
+    assert typical_difference(run.column("loss"), losses) < 2e-3
+    assert largest_difference(run.column("loss"), losses) < 2e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 2e-2
 
 
 @pytest.mark.parametrize(
