@@ -148,7 +148,7 @@ def test_bf16(pretrain, plain_training, layout):
     run = train(pretrain, "bf16", layout)
     assert typical_difference(run.column("loss"), losses) < 2e-3
     assert largest_difference(run.column("loss"), losses) < 2e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 5e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 8e-2
     assert run.column("loss")[0] == pytest.approx(losses[0], rel=2e-5)
     assert run.column("grad_norm")[0] == pytest.approx(norms[0], rel=2e-3)
 
@@ -160,9 +160,9 @@ def test_fp16(pretrain, plain_training, layout):
     run = train(pretrain, "fp16", layout)
     assert set(run.column("loss_scale")) == {2.0**16}
     assert run.column("skipped_steps") == [0] * STEPS
-    assert typical_difference(run.column("loss"), losses) < 1e-3
+    assert typical_difference(run.column("loss"), losses) < 2e-3
     assert largest_difference(run.column("loss"), losses) < 1e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 2e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 4e-2
 
 
 @pytest.mark.parametrize("layout", FP16_OVERFLOW.values(), ids=FP16_OVERFLOW)
@@ -181,7 +181,7 @@ def test_fp16_overflow(pretrain, plain_training, layout):
     losses, norms = plain_training(torch.float32, skipped=tuple(step for step in range(STEPS) if skipped[step]))
     assert typical_difference(run.column("loss"), losses) < 2e-3
     assert largest_difference(run.column("loss"), losses) < 2e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 2e-2
+    assert typical_difference(run.column("grad_norm"), norms) < 4e-2
 
 
 @pytest.mark.parametrize(
