@@ -19,7 +19,7 @@ readonly INSTALLING=.venv/installing # exists until a new .venv is complete; an 
 
 say() { echo "setup: $*"; }
 fail() {
-    echo "setup: error: $*" >&2
+    echo "$(basename "$0" .sh): error: $*" >&2
     exit 1
 }
 

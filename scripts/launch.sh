@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Starts a program of this repository on one machine, or on every host of a hosts file. Other scripts source it:
+#
+#   source .../launch.sh
+#   prepare "$@"              # --help; sets python, hosts, nproc_per_node and processes
+#   launch pretrain.py FLAGS "$@"
+#
+# Environment:
+#   HOSTFILE=/path/hosts.txt    one host name a line (default: hosts.txt beside the script; without it, this machine)
+#   NPROC_PER_NODE=8            processes a machine, one for each GPU (default: its GPUs; without a GPU 1)
+#   MASTER_ADDR=node1           several machines: where rank 0 runs (default: the first host)
+#   MASTER_PORT=29500           several machines: a port that is free there
+#   SSH_PORT=22                 several machines: the port of their ssh servers
+#   LLAMA_PYTHON=/path/python   the interpreter (default: the one of .venv, which scripts/setup.sh makes, else python3)
+# shellcheck disable=SC2034 # the variables are for the calling script
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/setup.sh
+source "$root/scripts/setup.sh"
+
+find_python() {
+    if [[ -n ${LLAMA_PYTHON:-} ]]; then
+        check_given_python
+        python=$LLAMA_PYTHON
+    elif [[ -x $root/.venv/bin/python ]]; then
+        python=$root/.venv/bin/python
+    else
+        python=python3
+        "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("colossalai"))' 2>/dev/null ||
+            fail "ColossalAI is not installed; run: bash $root/scripts/setup.sh"
+    fi
+    python=$(command -v "$python")
+    export PATH="${python%/*}:$PATH" # `colossalai run` calls torchrun by its name
+}
+
+# Sets hosts, the number of machines.
+read_hostfile() {
+    local beside
+    beside=$(cd "$(dirname "$0")" && pwd)/hosts.txt
+    hosts=1
+    if [[ -z ${HOSTFILE:-} ]]; then
+        [[ -e $beside ]] || return 0
+        HOSTFILE=$beside
+    fi
+    [[ -f $HOSTFILE && -r $HOSTFILE ]] ||
+        fail "HOSTFILE: there is no file '$HOSTFILE'; write one host name a line into it, or unset HOSTFILE"
+    local names faulty
+    names=$(awk 'NF' "$HOSTFILE")
+    [[ -n $names ]] || fail "HOSTFILE: '$HOSTFILE' names no host; write one host name a line into it"
+    faulty=$(awk 'NF > 1 || /#/' <<<"$names" | head -n 1)
+    [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' has the line '$faulty', which is not one host name"
+    faulty=$(awk '{print $1}' <<<"$names" | sort | uniq -d | head -n 1)
+    [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' names the host '$faulty' twice"
+    hosts=$(wc -l <<<"$names")
+}
+
+# Sets nproc_per_node.
+count_processes() {
+    local gpus=0
+    if command -v nvidia-smi >/dev/null; then
+        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    fi
+    nproc_per_node=${NPROC_PER_NODE:-}
+    if [[ -z $nproc_per_node ]]; then
+        if [[ -n ${HOSTFILE:-} ]] && ((gpus == 0)); then
+            fail "NPROC_PER_NODE: this machine has no GPU to tell how many each host has; set it"
+        fi
+        nproc_per_node=$((gpus > 0 ? gpus : 1))
+    fi
+    [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] ||
+        fail "NPROC_PER_NODE: '$nproc_per_node' is not a number of processes; give one for each GPU"
+    if [[ -z ${HOSTFILE:-} ]] && ((gpus > 0 && nproc_per_node > gpus)); then
+        fail "NPROC_PER_NODE: $nproc_per_node processes need as many GPUs, but this machine has $gpus"
+    fi
+}
+
+prepare() { # "$@" of the calling script
+    if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+        usage "$0"
+        exit
+    fi
+    find_python
+    read_hostfile
+    count_processes
+    processes=$((hosts * nproc_per_node))
+    # torchrun would leave one thread to each process, and Adam on the host is as fast as its threads.
+    local cores
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
+}
+
+launch() { # PROGRAM FLAGS...
+    local program=$root/$1
+    shift
+    if [[ -z ${HOSTFILE:-} ]] && ((processes == 1)); then
+        exec "$python" "$program" "$@"
+    elif [[ -z ${HOSTFILE:-} ]]; then
+        exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc_per_node" "$program" "$@"
+    fi
+    local options=(--nproc_per_node "$nproc_per_node" --hostfile "$HOSTFILE")
+    options+=(--master_addr "${MASTER_ADDR:-$(awk 'NF {print $1; exit}' "$HOSTFILE")}")
+    options+=(--master_port "${MASTER_PORT:-29500}")
+    [[ -z ${SSH_PORT:-} ]] || options+=(--ssh-port "$SSH_PORT")
+    # `colossalai run` joins the flags to one line of shell.
+    exec "$python" -c 'from colossalai.cli import cli; cli()' run "${options[@]}" "$program" "${@@Q}"
+}
