@@ -46,13 +46,22 @@ Group = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float
 class CheckpointWriter:
     """At most one checkpoint is in flight; `save` waits for the one before, `wait` for the last."""
 
-    def __init__(self, save_dir: Path, config: LlamaConfig, keep: int | None = None, keep_every: int | None = None):
+    def __init__(
+        self,
+        save_dir: Path,
+        config: LlamaConfig,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        background: bool = True,
+    ):
         """
         Args:
             keep: newest checkpoints to keep; None keeps all.
             keep_every: checkpoints at multiples of this step are kept whatever their age.
+            background: whether to copy the state to host memory and write it behind the training, where it fits.
         """
         self.save_dir, self.config = save_dir, config
+        self.background = background
         self.keep, self.keep_every = keep, keep_every
         self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
         self.latest: Path | None = None
@@ -82,7 +91,7 @@ class CheckpointWriter:
         self._temporary = temporary
         on_rank_zero(lambda: self._begin(temporary))
         groups = self._gathered(plugin, model, optimizer)
-        behind = self._fits_in_memory(plugin, model, optimizer)
+        behind = self.background and self._fits_in_memory(plugin, model, optimizer)
         files: dict[str, dict] = {}
         if behind:
             groups = [self._staged(group, tensors) for group, tensors in groups]
@@ -122,6 +131,11 @@ class CheckpointWriter:
         if rank() == 0 and self._abandoned:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is in flight on any rank. Collective."""
+        return any(gather(self._thread is not None and self._thread.is_alive()))
 
     def take_reports(self) -> list[str]:
         """One line on each checkpoint that was finished since the last call; on rank 0."""

@@ -1,0 +1,125 @@
+"""How long a checkpoint holds up training, written in the foreground and behind the training, side by side.
+
+    python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o /tmp/stall
+
+Trains on random tokens. Each round takes a few steps without a save, a save that training waits for to its end, and a
+save in the background with training going on until it is in its place. Prints a line a save, and the medians.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
+console.quiet_third_parties()
+
+import shutil
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+
+import sharded_state
+from arguments import ArgumentParser, add_training_args
+from attn import select_attention
+from booster_utils import (
+    DTYPES,
+    add_plugin_args,
+    boost,
+    build_plugin,
+    forward_backward,
+    launch,
+    optimizer_step,
+    resolve_layout,
+    shut_down,
+)
+from checkpoint_utils import LR_SCHEDULER, RUNNING_STATES
+from checkpoint_writer import CheckpointWriter
+from console import say
+from model_utils import count_parameters, load_config
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("-c", "--config", default="tiny")
+    parser.add_argument("--rounds", type=int, default=3, help="of each kind of save (default: 3)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps timed without a save (default: 5)")
+    add_plugin_args(parser)
+    add_training_args(parser)
+    args = parser.parse_args()
+    config = load_config(args.config)
+    layout = resolve_layout(args, config)
+    config.torch_dtype = DTYPES[args.mixed_precision]
+    say(select_attention(config, args.flash_attention, layout.sp > 1))
+    launch(args.seed)
+    plugin = build_plugin(args, layout, config)
+    booster, model, optimizer = boost(args, config, plugin)
+    sharded_state.initialize(plugin, model, optimizer, config, args.seed)
+    accelerator = get_accelerator()
+
+    def train_step() -> float:
+        """Seconds of one optimizer step."""
+        started = time.perf_counter()
+        ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length))
+        batch = {"input_ids": ids, "labels": ids}
+        label_tokens = layout.dp * args.batch_size * (args.max_length - 1)
+        forward_backward(booster, model, optimizer, [batch], label_tokens)
+        optimizer_step(model, optimizer)
+        accelerator.synchronize()
+        dist.barrier()
+        return time.perf_counter() - started
+
+    def save(writer: CheckpointWriter, number: int) -> None:
+        states = {"epoch": 0, "step": number, "adam_steps": 1, "loss_scaler": None}
+        writer.save(plugin, model, optimizer, {RUNNING_STATES: states, LR_SCHEDULER: {}})
+
+    for _ in range(3):
+        train_step()
+    accelerator.reset_peak_memory_stats()
+    quiet = [train_step() for _ in range(args.steps)]
+    peak_before = accelerator.max_memory_allocated()
+    foreground = CheckpointWriter(args.save_dir, config, keep=1, background=False)
+    background = CheckpointWriter(args.save_dir, config, keep=1)
+    rows = {"waited for": [], "in the background": []}
+    during, number = [], 0
+    gigabytes = count_parameters(config) * (config.torch_dtype.itemsize + 12) / 1e9
+    say(f"{count_parameters(config):,} parameters, {args.plugin}, {console.world_size()} ranks, {gigabytes:.2f} GB a save")
+    for _ in range(args.rounds):
+        for name, writer in (("waited for", foreground), ("in the background", background)):
+            number += 1
+            train_step()
+            started = time.perf_counter()
+            save(writer, number)
+            if writer is foreground:
+                writer.wait()
+            stall = time.perf_counter() - started
+            while writer.writing:
+                during.append(train_step())
+            writer.wait()
+            written = time.perf_counter() - started
+            rows[name].append((stall, gigabytes / written))
+            say(f"{name}: training waited {stall * 1000:.0f} ms, in its place after {written:.1f} s")
+    peak_after = accelerator.max_memory_allocated()
+
+    say("\n| save | training waits, ms (first) | GB/s to disk |\n|---|---|---|")
+    for name, values in rows.items():
+        stalls, rates = zip(*values, strict=True)
+        stall, rate = statistics.median(stalls[1:] or stalls), statistics.median(rates)
+        say(f"| {name} | {stall * 1000:.0f} ({stalls[0] * 1000:.0f}) | {rate:.2f} |")
+    say(
+        f"step: {statistics.median(quiet) * 1000:.0f} ms, while a checkpoint is written "
+        f"{statistics.median(during or [float('nan')]) * 1000:.0f} ms; "
+        f"peak device memory {peak_before / 1e9:.3f} GB before, {peak_after / 1e9:.3f} GB with saves"
+    )
+    shut_down(plugin)
+    if console.rank() == 0:
+        shutil.rmtree(args.save_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main, "checkpoint_stall.py")
