@@ -221,6 +221,15 @@ class PackedDataset(Dataset):
         return {**self.__dict__, "_opened": {}}
 
     @property
+    def mean_length(self) -> float:
+        """Tokens in a sequence."""
+        return self.max_length
+
+    @property
+    def description(self) -> str:
+        return f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
+
+    @property
     def tail_tokens(self) -> int:
         """Tokens at the end of the stream that fill no whole sequence and are left out."""
         return self.manifest["total_tokens"] % self.max_length

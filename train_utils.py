@@ -23,7 +23,7 @@ import checkpoint_utils
 from booster_utils import Layout, forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, say
-from data_utils import PackedDataset, ShardedSampler
+from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler
 from metrics import Metrics
 from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
@@ -59,13 +59,13 @@ class Plan:
 
     layout: Layout
     global_batch: int  # sequences in an optimizer step
-    max_length: int
+    mean_length: float  # tokens in a sequence; packed ones are all of max_length
     total_steps: int
     total_sequences: int  # in all epochs
 
     @property
     def tokens_per_step(self) -> int:
-        return self.global_batch * self.max_length
+        return round(self.global_batch * self.mean_length)
 
 
 SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping")
@@ -131,7 +131,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
     for change in changes:
         say(f"{change}, as --allow_changes allows")
     state.settings = settings
-    return Plan(layout, global_batch, args.max_length, total_steps, total_sequences)
+    return Plan(layout, global_batch, dataset.mean_length, total_steps, total_sequences)
 
 
 def _setting(name: str) -> str:
@@ -144,11 +144,11 @@ def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDatas
     layout = plan.layout
     split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
     say(f"model: {args.config}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
-    say(f"data: {len(dataset):,} sequences of {plan.max_length} tokens; {dataset.tail_tokens} tokens left over")
+    say(f"data: {dataset.description}")
     say(f"plugin: {args.plugin}, {layout.dp} data-parallel{split if args.plugin == 'hybrid_parallel' else ''}")
     say(
         f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {layout.dp} ranks = "
-        f"{plan.global_batch} sequences x {plan.max_length} tokens = {plan.tokens_per_step:,} tokens"
+        f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_steps * plan.tokens_per_step:,} tokens")
 
@@ -223,6 +223,20 @@ def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_pa
         raise AssertionError(f"{len(by_share)} shares of the data are read by {data_parallel} data-parallel ranks")
 
 
+def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -> tuple[int, int, int]:
+    """Labels that count, tokens, and positions with padding, in one optimizer step over all ranks. Collective."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in micro_batches:
+        positions = torch.tensor(batch["input_ids"].numel())
+        counts += torch.stack(
+            [(batch["labels"][:, 1:] != IGNORE_INDEX).sum(), batch.get("token_count", positions), positions]
+        )
+    counts = counts.to(get_accelerator().get_current_device())
+    dist.all_reduce(counts)
+    label_tokens, tokens, positions = (counts // (layout.tp * layout.pp * layout.sp)).tolist()
+    return label_tokens, tokens, positions
+
+
 def train(
     args: argparse.Namespace,
     config: LlamaConfig,
@@ -245,12 +259,13 @@ def train(
     """
     accelerator = get_accelerator()
     device = accelerator.get_current_device()
-    evaluator = PerformanceEvaluator(config, plan.max_length, dist.get_world_size(), accelerator.get_device_name())
+    evaluator = PerformanceEvaluator(
+        config, round(plan.mean_length), dist.get_world_size(), accelerator.get_device_name()
+    )
     metrics = Metrics(args.tensorboard_dir, state.step, plan.total_steps, args.log_interval)
     writer = CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every)
     stop = StopRequest()
     skipped_in_a_row = 0
-    label_tokens = plan.global_batch * (plan.max_length - 1)
     batches = iter(loader)
     first_step = state.step
     evaluator.restart()
@@ -261,6 +276,7 @@ def train(
         if state.step == first_step:
             check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
+        label_tokens, tokens, positions = count_tokens(micro_batches, plan.layout)
         loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
         totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)
         totals[0] = loss_sum / plan.layout.tp
@@ -282,11 +298,11 @@ def train(
 
         state.step += 1
         state.sequences += plan.global_batch
-        state.tokens += plan.tokens_per_step
+        state.tokens += tokens
         state.epoch = (state.sequences - 1) // len(loader.dataset)
         state.skipped_steps += skipped
         seconds = time.perf_counter() - evaluator.last
-        throughput = evaluator.lap(plan.tokens_per_step)
+        throughput = evaluator.lap(tokens)
         metrics.log(
             {
                 "step": state.step,
@@ -299,6 +315,7 @@ def train(
                 "tflops": throughput.tflops,
                 "mfu": throughput.mfu,
                 "data_wait": waited / seconds,
+                "padding": 1 - tokens / positions,
                 "memory_gb": accelerator.max_memory_allocated() / 1e9,
                 "loss_scale": loss_scale,
                 "skipped_steps": state.skipped_steps,

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from arguments import validate_args
 from booster_utils import Layout, resolve_layout
 from console import InputError
-from data_utils import GlobalOrder
+from data_utils import GlobalOrder, PackedDataset
 from metrics import Metrics
 from model_utils import load_config
 from pretrain import parse_args
@@ -171,7 +171,8 @@ FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
 
 def plan_of(flags, data, **state):
     """The plan on four ranks for `data` sequences."""
-    return make_plan(parse_args(["-s", "0", *flags.split()]), FOUR_RANKS, PackedStub(data), TrainState(**state))
+    args = parse_args(["-s", "0", *flags.split()])
+    return make_plan(args, FOUR_RANKS, PackedStub(data, args.max_length), TrainState(**state))
 
 
 class TestPlan:
@@ -248,9 +249,10 @@ class PackedStub:
     """The length of a data set and what identifies it."""
 
     fingerprint, tail_tokens = "abc", 5
+    mean_length, description = PackedDataset.mean_length, PackedDataset.description
 
-    def __init__(self, sequences):
-        self.sequences = sequences
+    def __init__(self, sequences, max_length=64):
+        self.sequences, self.max_length = sequences, max_length
 
     def __len__(self):
         return self.sequences
@@ -393,7 +395,7 @@ def loader_of(flags):
     dataset = [{"input_ids": torch.tensor([number])} for number in range(50)]
     layout = resolve_layout(run.args, run.config)
     state = TrainState(step=5, sequences=20)
-    plan = Plan(layout, 2 * layout.dp, 64, total_steps=5 + 16 // layout.dp, total_sequences=100)
+    plan = Plan(layout, 2 * layout.dp, 64.0, total_steps=5 + 16 // layout.dp, total_sequences=100)
     return build_dataloader(run.plugin, dataset, run.args, state, plan)
 
 
