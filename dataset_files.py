@@ -1,0 +1,182 @@
+"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow as `datasets` saves it."""
+
+import codecs
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from console import InputError
+
+FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
+READ_BYTES = 2**20
+COLUMNAR_ROWS = 64
+
+
+class Span(NamedTuple):
+    """The rows that begin at the bytes [start, stop) of a plain JSONL file; to its end where `stop` is None."""
+
+    start: int = 0
+    stop: int | None = None
+
+
+WHOLE = Span()
+
+
+class Row(NamedTuple):
+    """A row by column, and how many bytes of the (compressed) file, up to its row or its batch of rows, are read."""
+
+    columns: dict
+    position: int
+
+
+def can_be_split(path: str | Path) -> bool:
+    """Whether a part of the file can be read without what precedes it."""
+    return str(path).lower().endswith((".jsonl", ".json"))
+
+
+def read_rows(
+    path: Path, required: Sequence[str], *, only: Sequence[str] | None = None, span: Span = WHOLE, start_row: int = 0
+) -> Iterator[Row]:
+    """Reads a file from its row of index `start_row` on, in constant memory.
+
+    Args:
+        required: columns that must be there; in a JSONL file its first row is what counts.
+        only: columns to read where the others can be left unread, which is in columnar files.
+
+    Raises:
+        InputError: the file is damaged, a line of it is no JSON object, or a required column is missing.
+    """
+    suffix = path.suffix.lower()
+    number = start_row
+    try:
+        if suffix == ".parquet":
+            rows = _parquet_rows(path, required, only, start_row)
+        elif suffix == ".arrow":
+            rows = _arrow_rows(path, required, only, start_row)
+        else:
+            rows = _json_rows(path, required, span, start_row)
+        for row in rows:
+            yield row
+            number += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--dataset: {path} cannot be read beyond row {number} ({reason}); copy it again") from error
+
+
+def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) -> Iterator[Row]:
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    with open(path, "rb") as raw:
+        if compression:
+            lines = io.BufferedReader(pa.CompressedInputStream(raw, compression), READ_BYTES)
+        else:
+            lines = raw
+        if span.start:  # a line that begins before the span belongs to the span before
+            raw.seek(span.start - 1)
+            _read_line(lines, path)
+        number, skipped, position = 0, 0, raw.tell()
+        while (span.stop is None or position < span.stop) and (line := _read_line(lines, path)):
+            number += 1
+            position = raw.tell()
+            if line.isspace():
+                continue
+            skipped += 1
+            if skipped <= start_row:
+                continue
+            columns = _parse_line(line, path, span, number)
+            if skipped == 1 and not span.start:
+                _require(columns, required, path)
+            yield Row(columns, position)
+        if number == 0 and span == WHOLE:
+            raise InputError(f"--dataset: {path} is empty; copy it again or remove it")
+
+
+def _read_line(lines: io.BufferedIOBase, path: Path) -> bytes:
+    line = lines.readline(MAX_LINE_BYTES)
+    if len(line) == MAX_LINE_BYTES:
+        raise InputError(
+            f"--dataset: {path} has a line of more than {MAX_LINE_BYTES:,} bytes; write one JSON object a line"
+        )
+    return line
+
+
+def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{_place(path, span, number)}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        remedy = "correct or remove it" if line.endswith(b"\n") else "the file seems cut off: copy it again"
+        raise InputError(
+            f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{_place(path, span, number)}: a JSON {type(row).__name__}; "
+            'each line must be an object like {"text": "..."}'
+        )
+    return row
+
+
+def _place(path: Path, span: Span, number: int) -> str:
+    """Names a line by its number in the file, given its number in the span."""
+    with open(path, "rb") as file:
+        remaining = span.start
+        while remaining and (chunk := file.read(min(READ_BYTES, remaining))):
+            number += chunk.count(b"\n")
+            remaining -= len(chunk)
+        file.seek(max(0, span.start - 1))
+        if span.start and file.read(1) != b"\n":  # the span's first line begins within it, behind this one
+            number += 1
+    return f"--dataset: {path}, line {number}"
+
+
+def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
+    with pa.parquet.ParquetFile(path) as parquet:
+        names = parquet.schema_arrow.names
+        _require(names, required, path)
+        columns = [name for name in names if only is None or name in only]
+        size, total = path.stat().st_size, parquet.metadata.num_rows
+        group, first = 0, 0  # row groups that lie wholly before the start are not read
+        while group < parquet.num_row_groups and first + parquet.metadata.row_group(group).num_rows <= start_row:
+            first += parquet.metadata.row_group(group).num_rows
+            group += 1
+        groups = range(group, parquet.num_row_groups)
+        for table in parquet.iter_batches(COLUMNAR_ROWS, row_groups=groups, columns=columns):
+            yield from _table_rows(table, start_row - first, size * (first + table.num_rows) // total)
+            first += table.num_rows
+
+
+def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
+    with pa.memory_map(str(path)) as raw, pa.ipc.open_stream(raw) as stream:
+        _require(stream.schema.names, required, path)
+        columns = [name for name in stream.schema.names if only is None or name in only]
+        first = 0
+        for batch in stream:
+            for start in range(max(0, start_row - first), batch.num_rows, COLUMNAR_ROWS):
+                yield from _table_rows(batch.slice(start, COLUMNAR_ROWS).select(columns), 0, raw.tell())
+            first += batch.num_rows
+
+
+def _table_rows(table: pa.RecordBatch, skip: int, position: int) -> Iterator[Row]:
+    for columns in table.slice(max(0, skip)).to_pylist():
+        yield Row(columns, position)
+
+
+def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> None:
+    for name in required:
+        if name not in columns:
+            raise InputError(
+                f"--dataset: {path} has no column '{name}', only: {', '.join(columns)}; "
+                f"rename the column that holds the {_MEANINGS.get(name, 'values')} to '{name}'"
+            )
+
+
+_MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}

@@ -1,0 +1,229 @@
+"""Lists and fetches what a data set holds on the Hugging Face hub, and files that it names by URL.
+
+A data set's loading script is never run. The client is huggingface_hub, so `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` and
+`HF_HUB_OFFLINE` mean what they mean everywhere.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlparse
+
+import filelock
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import get_session
+
+from console import InputError
+
+CONVERTED = "refs/convert/parquet"  # the branch to which the hub's own converter writes every data set it can read
+TIMEOUT_SECONDS = 10
+HEAD_REQUESTS = 16  # at a time
+
+
+class Repository(NamedTuple):
+    """A data set at one commit: size in bytes and content hash of every file by its path."""
+
+    name: str
+    commit: str
+    files: dict[str, tuple[int, str]]
+
+
+class RemoteFile(NamedTuple):
+    """A file behind a URL; `version` is its ETag or date."""
+
+    url: str
+    size: int
+    version: str
+
+
+class Unreachable(Exception):
+    """The hub gave no answer."""
+
+
+def downloads_folder() -> Path:
+    return Path(constants.HF_HOME, "downloads")
+
+
+def list_repository(name: str, revision: str | None) -> Repository:
+    """What a data set holds at a branch, tag or commit.
+
+    Raises:
+        InputError: there is no such data set or revision, or this user may not read it.
+        Unreachable: there is no way to the hub.
+    """
+    api = HfApi()
+    try:
+        info = api.dataset_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+        if info.gated:
+            api.auth_check(name, repo_type="dataset")
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _refusal(name, revision, error) from error
+    except OSError as error:
+        raise Unreachable(_reason(error)) from error
+    files = {
+        sibling.rfilename: (sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or "")
+        for sibling in info.siblings or []
+    }
+    return Repository(name, info.sha, files)
+
+
+def has_converted_branch(name: str) -> bool:
+    try:
+        branches = HfApi().list_repo_refs(name, repo_type="dataset").converts
+    except HfHubHTTPError:
+        return False
+    except OSError as error:
+        raise Unreachable(_reason(error)) from error
+    return any(branch.ref == CONVERTED for branch in branches)
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"--dataset: {name} is gated; accept its terms on its page of the hub, then log in with `hf auth login` "
+            "or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"--dataset_revision: {name} has no branch, tag or commit '{revision}' on the hub")
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"--dataset: {name} is no file or folder here, and the hub has no such data set that you may read; check "
+            "the name, or set HF_TOKEN if it is private"
+        )
+    if isinstance(error, HFValidationError):
+        return InputError(f"--dataset: {name} is neither a file nor a folder here, nor a name of the form OWNER/NAME")
+    if isinstance(error, EntryNotFoundError):
+        return InputError(f"--dataset: {name} has lost a file since it was listed; start again")
+    status = error.response.status_code if getattr(error, "response", None) is not None else "no status"
+    return InputError(f"--dataset: the hub refuses {name} (HTTP {status}); try again later, or check HF_TOKEN")
+
+
+def fetch(repository: str, commit: str, path: str) -> Path:
+    """Where a file of a data set lies on this machine, downloaded or resumed first if it is not whole here."""
+    try:
+        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=commit))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"--dataset: {path} of {repository} is not on this machine, and the hub cannot be reached; download it "
+            "where there is a network, into the same HF_HOME"
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(repository, commit, error) from error
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+            raise  # of the disk
+        raise _broken_off(f"{repository}/{path}", error) from error
+
+
+def _reason(error: OSError) -> str:
+    return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else type(error).__name__
+
+
+def _broken_off(what: str, error: Exception) -> InputError:
+    reason = (str(error).split("\n")[0] or type(error).__name__)[:200]
+    return InputError(f"--dataset: {what} cannot be downloaded ({reason}); start again to resume it")
+
+
+# Files behind URLs
+
+
+def read_url_lists(repository: Repository, paths: Sequence[str]) -> dict[str, list[str]]:
+    """The URLs in the text files `paths` of a data set, one a line."""
+    lists = {}
+    for path in paths:
+        lines = fetch(repository.name, repository.commit, path).read_text(encoding="utf-8").split()
+        strange = [line for line in lines if urlparse(line).scheme not in ("http", "https")]
+        if strange or not lines:
+            raise InputError(f"--dataset: {path} of {repository.name} is no list of URLs ({[*strange, 'empty'][0]!r})")
+        lists[path] = lines
+    return lists
+
+
+def remote_files(urls: Sequence[str]) -> list[RemoteFile]:
+    """Asks for the size of every file. Raises InputError that names the first one that cannot be had."""
+    with ThreadPoolExecutor(HEAD_REQUESTS) as pool:
+        try:
+            return list(pool.map(_head, urls))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _head(url: str) -> RemoteFile:
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        response = get_session().head(url, headers=headers, allow_redirects=True, timeout=TIMEOUT_SECONDS)
+        response.raise_for_status()
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--dataset: {url} cannot be had ({reason}); leave its slice out: --dataset_slices") from error
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return RemoteFile(url, int(response.headers.get("Content-Length", 0)), version)
+
+
+def download(file: RemoteFile) -> Path:
+    """Where the file lies on this machine, downloaded first, or resumed, if it is not whole here."""
+    place = urlparse(file.url)
+    parts = [part for part in unquote(place.path).split("/") if part not in ("", ".", "..")]
+    target = downloads_folder().joinpath(place.netloc.replace(":", "_"), *parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(file.version.encode()).hexdigest()[:12]
+    partial = target.with_name(f"{target.name}.{key}.part")  # never continued with bytes of another version
+    with filelock.FileLock(f"{target}.lock"):
+        if target.is_file() and file.size in (0, target.stat().st_size):
+            return target
+        try:
+            with open(partial, "ab") as output:
+                if not file.size or output.tell() < file.size:
+                    http_get(file.url, output, resume_size=output.tell(), headers={"Accept-Encoding": "identity"})
+        except OSError as error:
+            if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+                raise  # of the disk
+            raise _broken_off(file.url, error) from error
+        found = partial.stat().st_size
+        if file.size and found != file.size:
+            partial.unlink()
+            raise InputError(f"--dataset: {file.url} has {found} bytes instead of {file.size}; start again")
+        partial.replace(target)
+    return target
+
+
+# Listings that outlast the network
+
+
+def recall(key: str) -> dict | None:
+    """What `remember` kept under `key`."""
+    try:
+        return json.loads(_record(key).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def remember(key: str, listing: dict) -> None:
+    """Keeps a listing beside the downloads, so that what is downloaded can be used on a machine without a network."""
+    path = _record(key)
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(listing), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        return  # a cache that cannot be written serves those who have a network
+
+
+def _record(key: str) -> Path:
+    return downloads_folder() / "listings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
