@@ -18,10 +18,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from booster_utils import loss_scaler
@@ -280,7 +281,7 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
     different = [key for key in MODEL_KEYS if getattr(saved, key) != getattr(config, key)]
     if different:
         listing = ", ".join(f"{key} {getattr(saved, key)} (not {getattr(config, key)})" for key in different)
-        raise InputError(f"{flag}: {folder} is of another model than --config: {listing}")
+        raise InputError(f"{flag}: {folder} is of another model than this run's: {listing}")
 
 
 def read_running_states(folder: Path) -> dict:
@@ -290,59 +291,38 @@ def read_running_states(folder: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- load
 
 
-class _LazySafetensors:
-    """Tensors by name from several files, of which one is open at a time and only the slices asked for are read."""
+class LazyTensors:
+    """Tensors by name from several files, safetensors or .bin.
+
+    One file is open at a time, and only the slices asked for are read.
+    """
 
     def __init__(self, files: dict[str, Path]):
         self.files = files
         self.path, self.file = None, None
 
     def __getitem__(self, name: str):
+        """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""
         if self.files[name] != self.path:
             self.path = self.files[name]
-            self.file = safe_open(self.path, framework="pt")
-        return self.file.get_slice(name)
+            self.file = (
+                mapped_tensors(self.path) if self.path.suffix == ".bin" else safe_open(self.path, framework="pt")
+            )
+        return self.file[name] if self.path.suffix == ".bin" else self.file.get_slice(name)
+
+    def shape(self, name: str) -> torch.Size:
+        tensor = self[name]
+        return tensor.shape if isinstance(tensor, torch.Tensor) else torch.Size(tensor.get_shape())
 
 
-def pretrained_weights(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each parameter in a Hugging Face model folder.
-
-    Raises:
-        InputError: the folder holds no such weights, or not all that its index names.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, mapped; those of the format before torch 1.6 cannot be, and are read."""
     try:
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in weight_map.items()}
-        elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                files = dict.fromkeys(file.keys(), single)
-        else:
-            raise InputError(f"--init_from: {folder} holds no model.safetensors nor its index")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"--init_from: the weights in {folder} cannot be read: {error}") from error
-    missing = sorted({path.name for path in files.values() if not path.is_file()})
-    if missing:
-        raise InputError(f"--init_from: {folder} lacks {', '.join(missing)}, which its index names")
-    return files
-
-
-def check_pretrained(folder: Path, config: LlamaConfig) -> None:
-    """Refuses, before anything is allocated, a model folder that `load_pretrained` could not load into `config`."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--init_from: {folder} is not a Hugging Face model folder: it has no config.json")
-    check_model(folder, config, "--init_from")
-    weights = pretrained_weights(folder)
-    missing = [spec.name for spec in parameter_specs(config) if spec.name not in weights]
-    if missing:
-        raise InputError(f"--init_from: the weights in {folder} lack {missing[0]} ({len(missing)} missing)")
-
-
-def load_pretrained(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Sets the weights from a Hugging Face model folder, each rank reading its own slices."""
-    weights = _LazySafetensors(pretrained_weights(folder))
-    restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig) -> None:
@@ -356,7 +336,7 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     if problems:
         raise InputError(*problems)
     files = file_names(config, "optimizer")
-    tensors = _LazySafetensors(
+    tensors = LazyTensors(
         {
             f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
             for spec in parameter_specs(config)

@@ -6,8 +6,6 @@ A sequence may span two shards, and nothing depends on the sequence length or on
 """
 
 import codecs
-import contextlib
-import fcntl
 import glob
 import hashlib
 import io
@@ -37,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 import console
 from console import InputError
 from data_utils import FORMAT_VERSION, MANIFEST_NAME, TextEncoder, read_manifest
-from files import sync, write_json
+from files import exclusive_lock, sync, write_json
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 SLICE_COLUMN = "red_pajama_subset"
@@ -361,7 +359,8 @@ def prepare_dataset(
             num_workers = 1 if resolved.size < SMALL_SOURCE_BYTES else len(os.sched_getaffinity(0))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive_lock(folder.with_suffix(".lock")):
+            waiting = "another job is preparing the same data set; waiting for it"
+            with exclusive_lock(folder.with_suffix(".lock"), waiting):
                 if not manifest.is_file():
                     _build(folder, resolved, encoder, num_workers, shard_tokens)
         except OSError as error:
@@ -383,18 +382,6 @@ def _wait_for(manifest: Path) -> None:
         if os.getppid() != parent:
             sys.exit("the launcher is gone; no longer waiting for the data set")
         time.sleep(POLL_SECONDS)
-
-
-@contextlib.contextmanager
-def _exclusive_lock(path: Path) -> Iterator[None]:
-    """Held by this process alone: unlike flock's, a lockf lock does not pass on to forked workers."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            console.say("another job is preparing the same data set; waiting for it")
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _build(folder: Path, source: Source, encoder: TextEncoder, num_workers: int, shard_tokens: int) -> None:

@@ -1,11 +1,16 @@
 """Files and folders that are whole or absent, and that stay when the machine stops."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
+
+from console import say
 
 CHECKSUM_CHUNK = 2**24  # bytes
 
@@ -45,3 +50,19 @@ def replace_folder(temporary: Path, target: Path) -> None:
     temporary.rename(target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, waiting: str) -> Iterator[None]:
+    """Held by this process alone: unlike flock's, a lockf lock does not pass on to forked workers.
+
+    Args:
+        waiting: what rank 0 says when another process has it.
+    """
+    with open(path, "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            say(waiting)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield

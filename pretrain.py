@@ -25,6 +25,7 @@ from console import InputError, say
 from data_utils import PackedDataset, load_tokenizer
 from dataset_preparation import prepare_dataset
 from model_utils import MODEL_CONFIGS, load_config
+from pretrained import check_pretrained, load_pretrained
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +74,7 @@ def main() -> int:
     if args.init_from and args.load:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
-        checkpoint_utils.check_pretrained(args.init_from, config)
+        initial_weights = check_pretrained(args.init_from, config)
     dataset = PackedDataset(prepare_dataset(args.dataset, tokenizer, args.cache_dir), args.max_length)
     state, checkpoint = train_utils.resume_state(args, dataset)
     if checkpoint:
@@ -96,7 +97,7 @@ def main() -> int:
         checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     elif args.init_from:
-        checkpoint_utils.load_pretrained(args.init_from, plugin, model, optimizer)
+        load_pretrained(initial_weights, plugin, model, optimizer)
         say(f"initial weights: {args.init_from}")
     else:
         sharded_state.initialize(plugin, model, optimizer, config, args.seed)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from processes import boosted, random_states, run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,11 +19,12 @@ import checkpoint_utils
 import checkpoint_writer
 import sharded_state
 from booster_utils import loss_scaler
-from checkpoint_utils import check_model, check_pretrained, find_checkpoint, is_complete, pretrained_weights
+from checkpoint_utils import check_model, find_checkpoint, is_complete
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError
 from files import checksum
 from model_utils import load_config, parameter_specs
+from pretrained import check_pretrained, load_pretrained
 from sharded_state import MASTER, MOMENTS
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
@@ -236,7 +237,7 @@ def load_and_gather(folder, flags):
 
 def load_weights_alone(folder, flags):
     run = boosted(flags)
-    checkpoint_utils.load_pretrained(folder, run.plugin, run.model, run.optimizer)
+    load_pretrained(check_pretrained(folder, run.config), run.plugin, run.model, run.optimizer)
     return gather_all(run)
 
 
@@ -354,7 +355,7 @@ class TestCheckModel:
         config = load_config("test")
         config.num_hidden_layers, config.vocab_size = 2, 512
         assert error_of(check_model, saved / "model", config, "--load") == (
-            f"--load: {saved / 'model'} is of another model than --config: "
+            f"--load: {saved / 'model'} is of another model than this run's: "
             "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
         )
 
@@ -365,49 +366,6 @@ class TestCheckModel:
         other = {bool: True, str: "gelu", type(None): {"rope_type": "linear", "factor": 2.0}}
         setattr(config, key, other.get(type(value)) or value * 2)
         assert key in error_of(check_model, saved / "model", config, "--load")
-
-
-class TestPretrainedWeights:
-    @pytest.fixture
-    def single(self, tmp_path):
-        """A model folder as Hugging Face writes a small one: a single file and no index."""
-        AutoModelForCausalLM.from_config(load_config("test")).save_pretrained(tmp_path)
-        return tmp_path
-
-    def test_one_file_and_several(self, single, saved):
-        config = load_config("test")
-        assert set(pretrained_weights(single).values()) == {single / "model.safetensors"}
-        assert len(set(pretrained_weights(saved / "model").values())) == 7
-        for folder in (single, saved / "model"):
-            assert pretrained_weights(folder).keys() == {spec.name for spec in parameter_specs(config)}
-            check_pretrained(folder, config)
-
-    def test_none(self, tmp_path):
-        assert "holds no model.safetensors nor its index" in error_of(pretrained_weights, tmp_path)
-        assert "has no config.json" in error_of(check_pretrained, tmp_path, load_config("test"))
-
-    def test_damaged_file(self, single):
-        (single / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes()[:1000])
-        assert f"--init_from: the weights in {single} cannot be read" in error_of(pretrained_weights, single)
-
-    @pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 1}', '{"weight_map": {"x": 1}}'])
-    def test_damaged_index(self, tmp_path, index):
-        (tmp_path / "model.safetensors.index.json").write_text(index)
-        assert "cannot be read" in error_of(pretrained_weights, tmp_path)
-
-    def test_file_that_the_index_names_is_missing(self, tmp_path):
-        index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        save_file({"b": torch.zeros(1)}, tmp_path / "2.safetensors")
-        assert "lacks 1.safetensors, 3.safetensors, which its index names" in error_of(pretrained_weights, tmp_path)
-
-    def test_missing_weights_and_other_sizes(self, single):
-        weights = load_file(single / "model.safetensors")
-        del weights["model.norm.weight"], weights["lm_head.weight"]
-        save_file(weights, single / "model.safetensors")
-        message = error_of(check_pretrained, single, load_config("test"))
-        assert message == f"--init_from: the weights in {single} lack model.norm.weight (2 missing)"
-        assert "is of another model" in error_of(check_pretrained, single, load_config("tiny"))
 
 
 def small_tokenizer():
