@@ -29,7 +29,7 @@ from colossalai.shardformer.layer import cross_entropy_1d
 from transformers import LlamaConfig
 
 import host_accelerator
-from attn import SequenceParallelPolicy
+from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
 from console import local_rank, say, world_size
 from data_utils import IGNORE_INDEX
 from model_utils import build_model, count_parameters, restore_rotary_precision
@@ -282,6 +282,7 @@ def boost(
         model = build_model(config, torch.device(device), DTYPES[args.mixed_precision])
     else:
         model = build_model(config, LazyInitContext(default_device=device))
+    attend_inside_documents(model)
     if args.gradient_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
@@ -319,6 +320,43 @@ def gradient_ranks(plugin: Plugin) -> int:
     return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
 
 
+def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model is called with, from a batch on the host."""
+    inputs = {"input_ids": batch["input_ids"]}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"]
+        inputs["attention_mask"] = document_boundaries(batch["position_ids"])
+    return inputs
+
+
+def _loss_of(model: ModelWrapper, batch: dict[str, torch.Tensor], plugin: Plugin) -> torch.Tensor:
+    device = get_accelerator().get_current_device()
+    labels = batch["labels"].to(device, non_blocking=True)
+    inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
+    return token_loss(model(**inputs).logits, labels, plugin)
+
+
+def _pipeline_loss(
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper | None,
+    micro_batches: list[dict[str, torch.Tensor]],
+    scale: float,
+) -> torch.Tensor:
+    """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
+    plugin = booster.plugin
+    batch = {name: torch.cat([micro[name] for micro in micro_batches]) for name in micro_batches[0]}
+    # Under the name `labels` the model would compute a loss of its own beside the criterion's.
+    inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
+    microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
+
+    def criterion(outputs, inputs):  # the schedule divides by the number of microbatches
+        return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
+
+    loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer, return_loss=True)["loss"]
+    return torch.zeros((), device=get_accelerator().get_current_device()) if loss is None else loss.detach()
+
+
 def forward_backward(
     booster: Booster,
     model: ModelWrapper,
@@ -329,7 +367,8 @@ def forward_backward(
     """Accumulates the gradient of the mean loss over one optimizer step's tokens.
 
     Args:
-        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S].
+        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S], and where several
+            documents share a sequence `position_ids`, [B, S], which restart at 0 with each (see attn.py).
         label_tokens: labels that count in the whole step, over all ranks and micro-batches. The loss is the sum over
             tokens divided by this one number, so no layout and no accumulation changes it.
 
@@ -337,32 +376,18 @@ def forward_backward(
         This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
     """
     plugin = booster.plugin
-    device = get_accelerator().get_current_device()
     scale = gradient_ranks(plugin) / label_tokens
 
     if getattr(plugin, "enable_pipeline_parallelism", False):
-        # Under the name `labels` the model would compute a loss of its own beside the criterion's.
-        batch = {
-            "input_ids": torch.cat([micro["input_ids"] for micro in micro_batches]),
-            "criterion_labels": torch.cat([micro["labels"] for micro in micro_batches]),
-        }
-        microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
+        return _pipeline_loss(booster, model, optimizer, micro_batches, scale) / scale
 
-        def criterion(outputs, inputs):  # the schedule divides by the number of microbatches
-            return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
-
-        loss = booster.execute_pipeline(iter([batch]), model, criterion, optimizer, return_loss=True)["loss"]
-        return torch.zeros((), device=device) if loss is None else loss.detach() / scale
-
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=get_accelerator().get_current_device())
     can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
     for index, micro in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         deferred = contextlib.nullcontext() if last or not can_defer else booster.no_sync(model, optimizer)
         with deferred:
-            labels = micro["labels"].to(device, non_blocking=True)
-            logits = model(input_ids=micro["input_ids"].to(device, non_blocking=True)).logits
-            loss = token_loss(logits, labels, plugin)
+            loss = _loss_of(model, micro, plugin)
             booster.backward(loss * scale, optimizer)
         total += loss.detach()
     return total

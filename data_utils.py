@@ -165,13 +165,15 @@ def read_manifest(folder: Path) -> dict:
 class PackedDataset(Dataset):
     """Sequence i is the tokens [i * S, (i + 1) * S) of the stream in a prepared folder.
 
-    Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels.
+    Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels. With
+    `document_ends`, the ids of the tokens BOS and EOS, items hold what keeps documents apart (see `mark_documents`).
     Raises InputError if a shard is missing or of the wrong size, or if the stream is shorter than one sequence.
     """
 
-    def __init__(self, folder: str | Path, max_length: int):
+    def __init__(self, folder: str | Path, max_length: int, document_ends: tuple[int, int] | None = None):
         self.folder = Path(folder)
         self.max_length = max_length
+        self.document_ends = document_ends
         self.manifest = read_manifest(self.folder)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self._shard_ends = list(itertools.accumulate(shard["tokens"] for shard in self.manifest["shards"]))
@@ -199,7 +201,8 @@ class PackedDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         ids = torch.from_numpy(self._tokens(index * self.max_length, (index + 1) * self.max_length))
-        return {"input_ids": ids, "labels": ids.clone()}
+        item = {"input_ids": ids, "labels": ids.clone()}
+        return mark_documents(item, *self.document_ends) if self.document_ends else item
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         pieces = []
@@ -240,6 +243,22 @@ class PackedDataset(Dataset):
         shards = [shard["sha256"] for shard in self.manifest["shards"]]
         content = [self.manifest["dtype"], self.manifest["tokenizer_fingerprint"], shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[str, torch.Tensor]:
+    """Adds `position_ids`, int64 [S], which restart at 0 at each BOS, whose label then does not count.
+
+    BOS alone marks the documents, since TextEncoder writes none inside of one. Where a tokenizer has the same token for
+    both, a document opens with the second of two.
+    """
+    ids = item["input_ids"]
+    opens = ids == bos
+    if bos == eos:
+        opens[1:] &= opens[:-1].clone()
+    opens[0] = True
+    places = torch.arange(len(ids))
+    starts = torch.where(opens, places, 0).cummax(0).values
+    return {**item, "labels": item["labels"].masked_fill(opens, IGNORE_INDEX), "position_ids": places - starts}
 
 
 def splitmix64(x: int) -> int:

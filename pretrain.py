@@ -53,6 +53,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
     )
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    model.add_argument(
+        "--document_mask",
+        action="store_true",
+        help="attention stays inside a document, and positions restart with each (default: off, as in LLaMA)",
+    )
     add_plugin_args(parser)
     add_training_args(parser)
     add_warmup_arg(parser)
@@ -75,14 +80,15 @@ def main() -> int:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
         initial_weights = check_pretrained(args.init_from, config)
-    dataset = PackedDataset(prepare_dataset(args.dataset, tokenizer, args.cache_dir), args.max_length)
+    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
+    dataset = PackedDataset(prepare_dataset(args.dataset, tokenizer, args.cache_dir), args.max_length, document_ends)
     state, checkpoint = train_utils.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
     plan = train_utils.make_plan(args, layout, dataset, state)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    attention = select_attention(config, args.flash_attention, sequence_parallel=layout.sp > 1)
+    attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
     train_utils.announce(args, config, dataset, plan, attention)
     if args.dry_run:
         return 0

@@ -12,9 +12,17 @@ import torch.nn.functional as F
 from processes import run_ranks
 
 import sharded_state
-from attn import EAGER, FLASH_ATTENTION, TORCH_FUSED, select_attention
+from attn import (
+    EAGER,
+    FLASH_ATTENTION,
+    TORCH_FUSED,
+    VARIABLE_LENGTH,
+    attend_inside_documents,
+    document_boundaries,
+    select_attention,
+)
 from booster_utils import boost, build_plugin, resolve_layout
-from model_utils import build_model, initial_weight, load_config, parameter_specs
+from model_utils import build_model, initial_weight, load_config, parameter_specs, restore_rotary_precision
 from pretrain import parse_args
 
 CPU = torch.device("cpu")
@@ -97,6 +105,24 @@ class TestSelectAttention:
         assert select_attention(config, flash_attention, sequence_parallel) == line
         assert config._attn_implementation == kernel
 
+    @pytest.mark.parametrize(
+        ("gpu", "dtype", "flash_attention", "sequence_parallel", "kernel", "line"),
+        [
+            (True, torch.bfloat16, True, False, VARIABLE_LENGTH, "torch's variable-length flash kernel, inside"),
+            (True, torch.float32, True, False, TORCH_FUSED, "torch's fused kernel, masked to stay inside"),
+            (False, torch.bfloat16, True, False, TORCH_FUSED, "torch's fused kernel, masked to stay inside"),
+            (True, torch.bfloat16, False, False, EAGER, "plain, masked to stay inside"),
+            (True, torch.bfloat16, False, True, TORCH_FUSED, "torch's fused kernel, masked to stay inside"),
+        ],
+    )
+    def test_inside_documents(self, monkeypatch, gpu, dtype, flash_attention, sequence_parallel, kernel, line):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        config = load_config("test")
+        config.torch_dtype = dtype
+        chosen = select_attention(config, flash_attention, sequence_parallel, inside_documents=True)
+        assert chosen == f"attention: {line} documents"
+        assert config._attn_implementation == kernel
+
 
 @pytest.mark.parametrize("kernel", [EAGER, TORCH_FUSED])
 class TestKernels:
@@ -128,6 +154,70 @@ class TestKernels:
         model = build_model(config, CPU)
         model.load_state_dict(weights_of(config))
         assert_causal(lambda tokens: model(tokens).logits)
+
+
+DOCUMENTS = ([1, 40, 2, 88], [131])  # tokens of each document in two sequences; 131 is odd and above a kernel's block
+
+
+class TestDocuments:
+    """Attention inside documents against the reference run on each of them alone."""
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+    @pytest.mark.parametrize("kernel", [EAGER, TORCH_FUSED])
+    def test_equal_each_document_alone(self, kernel, kv_heads, checkpointing):
+        errors = document_errors(kernel, kv_heads, CPU, torch.float32, checkpointing)
+        assert errors.pop("logits") < 2e-6
+        assert max(errors.values()) < 2e-5, errors
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_variable_length_kernel_equals_them_too(self, kv_heads, dtype):
+        errors = document_errors(VARIABLE_LENGTH, kv_heads, torch.device("cuda"), dtype)
+        masked = document_errors(EAGER, kv_heads, torch.device("cuda"), dtype)
+        for name, error in errors.items():
+            assert error < max(2 * masked[name], 1e-3), name
+
+    def test_boundaries(self):
+        positions = torch.tensor([[0, 1, 0, 1, 2], [3, 4, 0, 0, 1], [0, 1, 2, 3, 4]])
+        boundaries = document_boundaries(positions)
+        assert boundaries.dtype == torch.int32
+        assert boundaries[:, 0, 0].tolist() == [[0, 2, 5, 5], [0, 2, 3, 5], [0, 5, 5, 5]]
+
+
+def document_errors(kernel, kv_heads, device, dtype, checkpointing=False):
+    """Relative error of the logits and of every gradient."""
+    config = load_config("test")
+    config.max_position_embeddings, config.num_key_value_heads = 131, kv_heads
+    config._attn_implementation = kernel
+    model = build_model(config, device, dtype)
+    model.load_state_dict(weights_of(config, dtype))
+    restore_rotary_precision(model, device)
+    attend_inside_documents(model)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = {name: weight.double().requires_grad_() for name, weight in weights_of(config, dtype).items()}
+    tokens, positions = random_tokens(2, 131), torch.stack([positions_of(lengths) for lengths in DOCUMENTS])
+    cotangent = torch.randn(2, 131, VOCAB, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    expected = torch.stack([each_document_alone(config, weights, *row) for row in zip(tokens, DOCUMENTS, strict=True)])
+    expected.backward(cotangent.double())
+    boundaries = document_boundaries(positions)
+    logits = model(tokens.to(device), position_ids=positions.to(device), attention_mask=boundaries.to(device)).logits
+    logits.backward(cotangent.to(device))
+    errors = {name: relative_error(p.grad.cpu(), weights[name].grad) for name, p in model.named_parameters()}
+    return {"logits": relative_error(logits.cpu(), expected), **errors}
+
+
+def positions_of(lengths):
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def each_document_alone(config, weights, tokens, lengths):
+    """The reference's logits of a sequence's documents, [S, V]."""
+    return torch.cat([reference_logits(config, weights, part[None])[0] for part in tokens.split(lengths)])
 
 
 def relative_error(actual, expected):

@@ -12,6 +12,7 @@ from processes import boosted, random_states, run_ranks
 
 import host_accelerator
 import sharded_state
+from attn import EAGER, TORCH_FUSED
 from booster_utils import (
     ADAM_BETAS,
     GEMINI_CHUNK_PARAMETERS,
@@ -289,18 +290,20 @@ def tokens():
     return torch.randint(1024, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
-def prepared(flags):
-    run = boosted(flags + " -b 2")
+def prepared(flags, **changes):
+    run = boosted(flags + " -b 2", **changes)
     states = random_states(run.config)
     sharded_state.restore(run.plugin, run.model, run.optimizer, lambda name, key: states[name, key], adam_steps=0)
     return run
 
 
-def batches(run):
+def batches(run, data=None):
     """This rank's share of the two sequences, in micro-batches."""
-    layout = resolve_layout(run.args, run.config)
-    share = tokens() if layout.dp == 1 else tokens()[dist.get_rank() : dist.get_rank() + 1]
-    return [{"input_ids": micro, "labels": micro} for micro in share.chunk(run.args.accumulation_steps)]
+    data = data or {"input_ids": tokens(), "labels": tokens()}
+    sequences = range(2) if resolve_layout(run.args, run.config).dp == 1 else [dist.get_rank()]
+    size = len(sequences) // run.args.accumulation_steps
+    shares = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    return [{name: value[list(share)] for name, value in data.items()} for share in shares]
 
 
 def steps(flags, precision):
@@ -326,6 +329,55 @@ def first_moments(flags):
         shards = sharded_state.local_shards(run.plugin, run.model, run.optimizer)
         norms[clipping] = torch.cat([shard.tensor("exp_avg").float() for shard in shards]).norm().item()
     return norms
+
+
+DOCUMENTS = ([1, 20, 2, 41], [63, 1])  # tokens of each document in the two sequences
+
+
+class TestDocuments:
+    """Sequences of several documents, whose first tokens are not predicted, through a step of every kind of plugin."""
+
+    @pytest.fixture(scope="class")
+    def expected(self):
+        """(sum of token losses, gradient norm of their mean) of plain PyTorch, each document on its own."""
+        config = load_config("test")
+        model, states = build_model(config, torch.device("cpu")), random_states(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(states[name, MASTER])
+        total = 0.0
+        for row, lengths in zip(tokens(), DOCUMENTS, strict=True):
+            for document in row.split(lengths):
+                total += F.cross_entropy(model(document[None]).logits[0, :-1], document[1:], reduction="sum")
+        (total / (128 - 6)).backward()
+        return total.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+    @pytest.mark.parametrize(
+        ("ranks", "flags", "kernel"),
+        [
+            (2, "-p zero2", EAGER),
+            (1, "-p gemini -g --accumulation_steps 2", TORCH_FUSED),
+            (2, f"{HYBRID} --tp 2", EAGER),
+            (2, f"{HYBRID} --tp 1 --pp 2 -g", TORCH_FUSED),
+            (2, f"{HYBRID} --tp 1 --sp 2", TORCH_FUSED),
+        ],
+    )
+    def test_loss_and_norm_are_those_of_the_documents_alone(self, expected, ranks, flags, kernel):
+        loss, norm = expected
+        results = run_ranks(ranks, document_step, flags, kernel)
+        assert sum(result[0] for result in results) / (ranks if "--tp 2" in flags else 1) == pytest.approx(
+            loss, rel=3e-3
+        )
+        assert [result[1] for result in results] == pytest.approx([norm] * ranks, rel=2e-2)
+
+
+def document_step(flags, kernel):
+    run = prepared(f"{flags} -x bf16", _attn_implementation=kernel)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS])
+    labels = tokens().masked_fill(positions == 0, IGNORE_INDEX)
+    data = {"input_ids": tokens(), "labels": labels, "position_ids": positions}
+    loss = forward_backward(run.booster, run.model, run.optimizer, batches(run, data), 128 - 6)
+    return loss.item(), optimizer_step(run.model, run.optimizer)[0]
 
 
 class TestLossScaler:

@@ -30,7 +30,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 from console import InputError
-from data_utils import GlobalOrder, PackedDataset, Permutation, ShardedSampler, TextEncoder, load_tokenizer
+from data_utils import (
+    IGNORE_INDEX,
+    GlobalOrder,
+    PackedDataset,
+    Permutation,
+    ShardedSampler,
+    TextEncoder,
+    load_tokenizer,
+    mark_documents,
+)
 from dataset_preparation import prepare_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -568,6 +577,30 @@ class TestCache:
         output, errors = launcher.communicate(timeout=60)
         wait_until(lambda: not is_running(output.strip()))
         assert "the launcher is gone" in errors
+
+
+class TestMarkDocuments:
+    @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 5), st.booleans())
+    def test_positions_restart_and_first_tokens_are_not_predicted(self, lengths, cut, one_token_for_both):
+        """Documents of BOS, `length` tokens and EOS; the sequence starts `cut` tokens into the first."""
+        bos, eos = (1, 1) if one_token_for_both else (1, 2)
+        cut = min(cut, lengths[0] + 1)
+        stream = [[bos, *range(3, 3 + length), eos] for length in lengths]
+        positions = [place for document in stream for place in range(len(document))][cut:]
+        for place in range(len(stream[0]) - cut):
+            positions[place] = place
+        ids = torch.tensor(list(itertools.chain(*stream))[cut:])
+        item = mark_documents({"input_ids": ids, "labels": ids.clone()}, bos, eos)
+        assert item["position_ids"].tolist() == positions
+        assert item["labels"].tolist() == [
+            IGNORE_INDEX if place == 0 else token for place, token in zip(positions, ids.tolist(), strict=True)
+        ]
+
+    def test_a_bos_spelled_out_is_text(self, sample_tokenizer):
+        text = "a <s> b</s><s> c"
+        (ids,) = TextEncoder(sample_tokenizer).encode([text])
+        assert (ids == sample_tokenizer.bos_token_id).sum() == 1
+        assert sample_tokenizer.decode(ids[1:-1]) == text
 
 
 class TestOrder:
