@@ -50,24 +50,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     )
     optimization.add_argument("--seed", type=int, default=42, help="of weights and data order (default: 42)")
 
-    compute = parser.add_argument_group("precision and memory")
-    compute.add_argument(
-        "-x",
-        "--mixed_precision",
-        choices=("fp16", "bf16", "fp32"),
-        default="fp16",
-        help="working precision; master weights are always float32 (default: fp16)",
-    )
-    compute.add_argument(
-        "-g",
-        "--gradient_checkpoint",
-        action="store_true",
-        help="recompute activations in the backward pass (default: off)",
-    )
-    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
-    compute.add_argument(
-        "--compile", action="store_true", help="torch.compile the decoder layers of zero2 and zero2_cpu (default: off)"
-    )
+    add_compute_args(parser, "-x")
 
     output = parser.add_argument_group("checkpoints and logs")
     output.add_argument(
@@ -105,6 +88,28 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, precision: str = "fp16") -> None:
+    """Flags of precision, recomputation and kernels; in benchmark.py -x is an older name of another flag."""
+    compute = parser.add_argument_group("precision and memory")
+    compute.add_argument(
+        *precision_short,
+        "--mixed_precision",
+        choices=("fp16", "bf16", "fp32"),
+        default=precision,
+        help=f"working precision; master weights are always float32 (default: {precision})",
+    )
+    compute.add_argument(
+        "-g",
+        "--gradient_checkpoint",
+        action="store_true",
+        help="recompute activations in the backward pass (default: off)",
+    )
+    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
+    compute.add_argument(
+        "--compile", action="store_true", help="torch.compile the decoder layers of zero2 and zero2_cpu (default: off)"
+    )
+
+
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(warmup_steps_given=False)
     parser.add_argument_group("warm-up").add_argument(
@@ -118,7 +123,7 @@ def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
 
 
 def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
-    """Checks the flags against one another and the model, before anything is allocated.
+    """Checks the flags that the program has against one another and the model, before anything is allocated.
 
     Raises:
         InputError: with one line for every problem found.
@@ -136,6 +141,10 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         ("log_interval", 1),
         ("warmup_steps", 0),
         ("num_workers", 0),
+        ("num_steps", 1),
+        ("ignore_steps", 0),
+        ("memory_limit", 1),
+        ("gpus", 1),
         ("seed", 0),
     ):
         value = getattr(args, name, None)
@@ -153,8 +162,9 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         )
     if args.compile and not args.plugin.startswith("zero2"):
         problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
-    for name in ("save_dir", "tensorboard_dir"):
-        problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
+    for name in ("save_dir", "tensorboard_dir", "profile"):
+        if getattr(args, name, None) is not None:
+            problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
     if not problems:
         problems = layout_problems(args, config)
     if problems:

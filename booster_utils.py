@@ -32,13 +32,17 @@ import host_accelerator
 from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
 from console import local_rank, say, world_size
 from data_utils import IGNORE_INDEX
+from fsdp_plugin import FSDPPlugin
 from model_utils import build_model, count_parameters, restore_rotary_precision
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
+BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
+HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
 INITIAL_LOSS_SCALE = 2.0**16
 GEMINI_CHUNK_PARAMETERS = 32 * 2**20
+UNPADDED_VOCABULARY = 1  # padded columns would count in the vocabulary-parallel loss
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ class Layout:
     sp: int
     dp: int
     zero_stage: int
+    extra_dp: int = 1  # Gemini: copies of the sharded state, each over dp / extra_dp ranks
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.sp * self.dp
 
 
-def add_plugin_args(parser: argparse.ArgumentParser) -> None:
+def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
     group = parser.add_argument_group("parallelism")
-    group.add_argument("-p", "--plugin", choices=PLUGINS, default="gemini", help="Booster plugin (default: gemini)")
+    group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
     group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")
     group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or what divides)")
     group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
@@ -66,6 +75,7 @@ def add_plugin_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--microbatch_size",
+        "--mbs",
         type=int,
         default=1,
         help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
@@ -73,10 +83,16 @@ def add_plugin_args(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
-    """The layout that the flags ask for on `world_size()` ranks, defaults filled in. Not yet checked."""
-    ranks = world_size()
-    if args.plugin != "hybrid_parallel":
-        return Layout(tp=1, pp=1, sp=1, dp=ranks, zero_stage=2)
+    """The layout that the flags ask for on the ranks of `planned_ranks`, defaults filled in. Not yet checked."""
+    ranks = planned_ranks(args)
+    if args.plugin not in HYBRID_PLUGINS:
+        tp = args.tp or 1
+        stage = 2 if args.plugin.startswith("zero2") else 3
+        return Layout(tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=getattr(args, "extra_dp", 1))
+    if args.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
+        tp, pp = args.tp or 1, args.pp or 1
+        zero_stage = args.zero if args.zero is not None else int(args.plugin == "3d_cpu")
+        return Layout(tp=tp, pp=pp, sp=args.sp, dp=ranks // (tp * pp * args.sp), zero_stage=zero_stage)
     pp_given = args.pp or 1
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     tp = args.tp or max(
@@ -102,30 +118,54 @@ def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
     return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage)
 
 
+def planned_ranks(args: argparse.Namespace) -> int:
+    """The number of ranks to plan for: `--gpus` of a dry run, else those that were launched."""
+    return getattr(args, "gpus", None) or world_size()
+
+
 def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
     """One line for each size that does not divide, naming the flag and the numbers."""
-    hybrid_only = {"--tp": args.tp, "--pp": args.pp, "--zero": args.zero, "--sp": args.sp if args.sp != 1 else None}
-    if args.plugin != "hybrid_parallel":
-        problems = [
-            f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
-            for flag, value in hybrid_only.items()
-            if value is not None
-        ]
-        if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
-            problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
-        return problems
-
+    hybrid = args.plugin in HYBRID_PLUGINS
+    extra_dp = getattr(args, "extra_dp", 1)  # a flag of the benchmark, whose gemini takes --tp too
+    takes_tp = hybrid or (hasattr(args, "extra_dp") and args.plugin.startswith("gemini"))
     sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
+    sizes["--extra_dp"] = extra_dp
     problems = [
         f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if value is not None and value < 1
     ]
     if problems:
         return problems
+    given = {
+        "--tp": not takes_tp and args.tp not in (None, 1),
+        "--pp": not hybrid and args.pp not in (None, 1),
+        "--zero": not hybrid and args.zero is not None,
+        "--sp": not hybrid and args.sp != 1,
+    }
+    problems = [
+        f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
+        for flag, without_effect in given.items()
+        if without_effect
+    ]
+    if extra_dp > 1 and not args.plugin.startswith("gemini"):
+        problems.append(f"--extra_dp: takes effect with -p gemini alone, not with -p {args.plugin}")
+    if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
+        problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
+    if problems:
+        return problems
+    ranks, launched = planned_ranks(args), "of --gpus" if getattr(args, "gpus", None) else "that were launched"
+    if not hybrid:
+        tp = args.tp or 1
+        if ranks % (tp * extra_dp):
+            problems.append(
+                f"--tp/--extra_dp: {tp} x {extra_dp} = {tp * extra_dp} does not divide the {ranks} ranks {launched}"
+            )
+        return problems + _tensor_parallel_problems(tp, config)
+
     given = (args.tp or 1) * (args.pp or 1) * args.sp
-    if world_size() % given:
+    if ranks % given:
         return [
             f"--tp/--pp/--sp: {args.tp or 1} x {args.pp or 1} x {args.sp} = {given} does not divide "
-            f"the {world_size()} ranks that were launched"
+            f"the {ranks} ranks {launched}"
         ]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     split = (args.tp or 1) * args.sp
@@ -133,10 +173,7 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         return [f"--tp/--sp: {split} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
 
     layout = resolve_layout(args, config)
-    if config.intermediate_size % layout.tp:
-        problems.append(f"--tp: {layout.tp} does not divide the model's FFN size of {config.intermediate_size}")
-    if config.vocab_size % layout.tp:
-        problems.append(f"--tp: {layout.tp} does not divide the model's vocabulary of {config.vocab_size}")
+    problems = _tensor_parallel_problems(layout.tp, config)
     if config.num_hidden_layers % layout.pp:
         problems.append(f"--pp: {layout.pp} does not divide the model's {config.num_hidden_layers} layers")
     if args.max_length % layout.sp:
@@ -162,6 +199,24 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
     if layout.zero_stage and args.mixed_precision == "fp32":
         problems.append(f"--zero: stage {layout.zero_stage} needs -x fp16 or bf16, not fp32")
     return problems
+
+
+def describe_layout(plugin: str, layout: Layout) -> str:
+    """One line: the plugin and how it divides the ranks."""
+    split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
+    if plugin not in HYBRID_PLUGINS:
+        split = f", tp {layout.tp} x {layout.extra_dp} copies" if layout.tp * layout.extra_dp > 1 else ""
+    return f"plugin: {plugin}, {layout.dp} data-parallel{split}"
+
+
+def _tensor_parallel_problems(tp: int, config: LlamaConfig) -> list[str]:
+    sizes = {
+        "heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+        "FFN size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+    }
+    return [f"--tp: {tp} does not divide the model's {name} of {size}" for name, size in sizes.items() if size % tp]
 
 
 def launch(seed: int) -> None:
@@ -205,8 +260,12 @@ def shut_down(plugin: Plugin) -> None:
     dist.destroy_process_group()
 
 
-def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) -> Plugin:
-    """The plugin of `args.plugin`; says in one line what a machine without a GPU does instead."""
+def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig, **gemini_options: float) -> Plugin:
+    """The plugin of `args.plugin`; says in one line what a machine without a GPU does instead.
+
+    Args:
+        gemini_options: further arguments of GeminiPlugin, if that is the plugin.
+    """
     on_host = not torch.cuda.is_available()
     common = dict(
         precision=args.mixed_precision,
@@ -226,8 +285,10 @@ def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) 
         # Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often:
         # a small model gets small chunks, so that it is sharded as a large one is.
         chunk_parameters = min(GEMINI_CHUNK_PARAMETERS, count_parameters(config) // 8)
-        return GeminiPlugin(
+        plugin = GeminiPlugin(
             placement_policy="auto" if automatic else "static",
+            tp_size=layout.tp,
+            extra_dp_size=layout.extra_dp,
             min_chunk_size_m=chunk_parameters / 2**20,
             search_range_m=chunk_parameters // 2**20,
             hidden_dim=config.hidden_size,
@@ -235,6 +296,19 @@ def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) 
             pin_memory=not on_host,
             enable_async_reduce=not on_host,
             **common,
+            **gemini_options,
+        )
+        plugin.shard_config.make_vocab_size_divisible_by = UNPADDED_VOCABULARY
+        return plugin
+    if args.plugin in ("fsdp", "fsdp_cpu"):
+        if args.plugin == "fsdp_cpu" and on_host:
+            say("fsdp_cpu: everything is in host memory here, as with fsdp")
+        return FSDPPlugin(
+            DTYPES[args.mixed_precision],
+            max_norm=common["max_norm"],
+            offload=args.plugin == "fsdp_cpu" and not on_host,
+            initial_scale=INITIAL_LOSS_SCALE,
+            seed=args.seed,
         )
     sequence_parallel = layout.sp > 1
     return HybridParallelPlugin(
@@ -247,7 +321,8 @@ def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig) 
         sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
         custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
         overlap_communication=not on_host,
-        make_vocab_size_divisible_by=1,  # padded columns would count in the vocabulary-parallel loss
+        cpu_offload=args.plugin == "3d_cpu",
+        make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
         **common,
     )
 
@@ -276,10 +351,15 @@ def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> H
 def boost(
     args: argparse.Namespace, config: LlamaConfig, plugin: Plugin
 ) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
-    """Model and AdamW inside the plugin, weights not yet set (sharded_state.initialize or checkpoint_utils.load)."""
+    """Model and AdamW inside the plugin, weights not yet set (sharded_state.initialize or checkpoint_utils.load).
+
+    FSDP alone has set them: it gives each layer its initial weights when it shards it.
+    """
     device = get_accelerator().get_current_device()
     if isinstance(plugin, LowLevelZeroPlugin):
         model = build_model(config, torch.device(device), DTYPES[args.mixed_precision])
+    elif isinstance(plugin, FSDPPlugin):
+        model = build_model(config, torch.device("meta"))
     else:
         model = build_model(config, LazyInitContext(default_device=device))
     attend_inside_documents(model)
@@ -317,6 +397,8 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
 
 def gradient_ranks(plugin: Plugin) -> int:
     """Over how many ranks the plugin averages gradients: data-parallel times sequence-parallel peers."""
+    if isinstance(plugin, GeminiPlugin):
+        return plugin.dp_size
     return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
 
 

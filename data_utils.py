@@ -269,6 +269,21 @@ def splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+class RandomDataset(Dataset):
+    """Sequences of random tokens, for benchmarks: sequence i is a function of (seed, i). Items as in PackedDataset."""
+
+    def __init__(self, num_sequences: int, max_length: int, vocab_size: int, seed: int):
+        self.num_sequences, self.max_length, self.vocab_size, self.seed = num_sequences, max_length, vocab_size, seed
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(splitmix64(splitmix64(self.seed) ^ index) >> 1)
+        ids = torch.randint(self.vocab_size, (self.max_length,), generator=generator)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
 class Permutation(Sequence[int]):
     """A pseudo-random permutation of range(n), keyed by (seed, epoch), in O(1) memory.
 

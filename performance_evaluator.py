@@ -1,32 +1,55 @@
-"""Throughput of a run: tokens a second, model TFLOPS a GPU, and MFU where the device's peak is known."""
+"""Throughput of a run: tokens a second, TFLOPS a GPU, and MFU where the device's peak is known."""
 
+import contextlib
+import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from colossalai.accelerator import get_accelerator
 from transformers import LlamaConfig
 
-from model_utils import model_flops_per_token
+from model_utils import count_parameters, model_flops_per_token
 
-# Dense bf16/fp16 tensor-core TFLOPS from the vendors' data sheets; the first name that the device's name contains.
-PEAK_TFLOPS = (
-    ("B200", 2250.0),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("H800", 989.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("A10G", 70.0),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of GPU, from its vendor's data sheet."""
+
+    name: str
+    peak_tflops: float  # dense bf16 and fp16 tensor-core operations
+    memory_gb: float  # nominal, in 10^9 bytes; most have 7% more, the binary unit
+
+
+# The first whose name is part of the device's name.
+CARDS = (
+    Card("B200", 2250.0, 180),
+    Card("H100 PCIe", 756.0, 80),
+    Card("H100 NVL", 835.0, 94),
+    Card("H100", 989.0, 80),
+    Card("H200", 989.0, 141),
+    Card("H800", 989.0, 80),
+    Card("A100-SXM4-40GB", 312.0, 40),
+    Card("A100-PCIE-40GB", 312.0, 40),
+    Card("A100", 312.0, 80),
+    Card("A800", 312.0, 80),
+    Card("L40S", 362.0, 44),  # of 48, the rest corrects memory errors; so in the next
+    Card("A10G", 70.0, 22),
+    Card("RTX 4090", 165.2, 24),
+    Card("RTX 3090", 71.0, 24),
 )
+
+
+def find_card(device_name: str) -> Card | None:
+    """The kind of a device, or None for one that is not in the table."""
+    return next((card for card in CARDS if card.name.lower() in device_name.lower()), None)
 
 
 def peak_tflops(device_name: str) -> float | None:
     """Peak of one device in TFLOPS, or None for a device that is not in the table."""
-    return next((peak for name, peak in PEAK_TFLOPS if name.lower() in device_name.lower()), None)
+    card = find_card(device_name)
+    return card.peak_tflops if card else None
 
 
 @dataclass(frozen=True)
@@ -56,3 +79,59 @@ class PerformanceEvaluator:
         self.last = now
         tflops = tokens_per_second * self.flops_per_token / self.gpus / 1e12
         return Throughput(tokens_per_second, tflops, tflops / self.peak if self.peak else None)
+
+
+class StepTimer:
+    """Seconds of each step, from when the device has done what came before it to when it has done the step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        accelerator = get_accelerator()
+        accelerator.synchronize()
+        start = time.perf_counter()
+        yield
+        accelerator.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def benchmark_figures(
+    config: LlamaConfig,
+    step_seconds: list[float],
+    sequences: int,
+    seq_length: int,
+    gpus: int,
+    recomputation: bool,
+    device_name: str,
+) -> dict[str, float | list[float] | None]:
+    """What a benchmark reports of its steps; throughput over their sum, as one that trains on would see it.
+
+    Args:
+        sequences: in a step, over all data-parallel ranks.
+        recomputation: whether the backward pass repeats the forward one.
+
+    Returns:
+        Among others `tflops_per_gpu`, by the count of ColossalAI's published figures (8 x parameters x tokens with
+        recomputation, 6 without, attention left out), and `model_tflops_per_gpu` and `mfu` by that of
+        `model_flops_per_token`.
+    """
+    mean = statistics.fmean(step_seconds)
+    samples_per_second = sequences / mean
+    tokens_per_second = samples_per_second * seq_length
+    counted = (8 if recomputation else 6) * count_parameters(config)
+    model_tflops = tokens_per_second * model_flops_per_token(config, seq_length) / gpus / 1e12
+    peak = peak_tflops(device_name)
+    return {
+        "step_seconds": step_seconds,
+        "step_seconds_mean": mean,
+        "step_seconds_median": statistics.median(step_seconds),
+        "step_seconds_p10": float(np.percentile(step_seconds, 10)),
+        "step_seconds_p90": float(np.percentile(step_seconds, 90)),
+        "samples_per_second": samples_per_second,
+        "tokens_per_second": tokens_per_second,
+        "tflops_per_gpu": tokens_per_second * counted / gpus / 1e12,
+        "model_tflops_per_gpu": model_tflops,
+        "mfu": model_tflops / peak if peak else None,
+    }

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 import checkpoint_utils
-from booster_utils import Layout, forward_backward, loss_scaler, optimizer_step
+from booster_utils import Layout, describe_layout, forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, say
 from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler
@@ -141,13 +141,11 @@ def _setting(name: str) -> str:
 
 def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
     """Prints what is about to run, in a few lines on rank 0."""
-    layout = plan.layout
-    split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
     say(f"model: {args.config}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
     say(f"data: {dataset.description}")
-    say(f"plugin: {args.plugin}, {layout.dp} data-parallel{split if args.plugin == 'hybrid_parallel' else ''}")
+    say(describe_layout(args.plugin, plan.layout))
     say(
-        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {layout.dp} ranks = "
+        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} ranks = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_steps * plan.tokens_per_step:,} tokens")

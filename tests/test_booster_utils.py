@@ -71,7 +71,7 @@ class TestLayout:
             (16, f"{HYBRID} --zero 2", 4, 1, 1, 4, 2),
             (16, f"{HYBRID} --sp 2", 4, 1, 2, 2, 1),
             (8, "-p zero2", 1, 1, 1, 8, 2),
-            (8, "-p gemini", 1, 1, 1, 8, 2),
+            (8, "-p gemini", 1, 1, 1, 8, 3),
         ],
     )
     def test_defaults_and_flags(self, monkeypatch, ranks, flags, tp, pp, sp, dp, zero_stage):

@@ -1,0 +1,91 @@
+"""PyTorch's FullyShardedDataParallel as a Booster plugin that does what the others do.
+
+ColossalAI's own plugin for it neither clips gradients, nor scales an fp16 loss, nor runs without a GPU.
+"""
+
+from functools import partial
+
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.booster.plugin import TorchFSDPPlugin
+from colossalai.booster.plugin.torch_fsdp_plugin import FSDPOptimizerWrapper
+from colossalai.interface import ModelWrapper
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.optim import Optimizer
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from model_utils import ParameterSpec, initial_weight
+
+
+class FSDPOptimizer(FSDPOptimizerWrapper):
+    """Clips by the norm over all shards, and in fp16 scales the loss and skips steps that overflowed."""
+
+    def __init__(self, optimizer: Optimizer, model: ModelWrapper, max_norm: float, scaler: ShardedGradScaler):
+        super().__init__(optimizer, model)
+        self.max_norm, self.scaler, self.grad_norm = max_norm, scaler, None
+
+    def backward(self, loss: torch.Tensor, *args, **kwargs) -> None:
+        super().backward(self.scaler.scale(loss), *args, **kwargs)
+
+    def step(self) -> None:
+        self.scaler.unscale_(self.optim)
+        self.grad_norm = self.model.module.clip_grad_norm_(self.max_norm)
+        self.scaler.step(self.optim)
+        self.scaler.update()
+
+    def get_grad_norm(self) -> torch.Tensor:
+        return self.grad_norm
+
+
+class FSDPPlugin(TorchFSDPPlugin):
+    """Shards parameters, gradients and optimizer state, one decoder layer after the other.
+
+    Weights are built on the meta device, and given their initial values one layer at a time, when it is sharded.
+
+    Args:
+        dtype: of computation and communication; shards, gradients' too, are float32.
+        max_norm: to clip gradients to; infinite: no clipping.
+        offload: keep shards and optimizer state in host memory.
+        initial_scale: of the loss, in fp16.
+        seed: of the weights.
+    """
+
+    def __init__(self, dtype: torch.dtype, max_norm: float, offload: bool, initial_scale: float, seed: int):
+        super().__init__(
+            cpu_offload=CPUOffload(offload_params=offload),
+            auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
+            mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
+        )
+        self.max_norm, self.seed = max_norm, seed
+        self.scaling = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
+
+    def supported_devices(self) -> list[str]:
+        return ["cuda", "npu"]
+
+    def configure(
+        self, model: LlamaForCausalLM, optimizer: Optimizer, criterion=None, dataloader=None, lr_scheduler=None
+    ) -> tuple:
+        device = torch.device(get_accelerator().get_current_device())
+        names = {module: name for name, module in model.named_modules()}
+
+        @torch.no_grad()
+        def materialize(module: nn.Module) -> None:
+            module.to_empty(device=device, recurse=False)
+            for name, parameter in module.named_parameters(prefix=names[module], recurse=False):
+                spec = ParameterSpec(name, parameter.shape)
+                parameter.copy_(initial_weight(spec, model.config, self.seed, device))
+
+        recompute = model.is_gradient_checkpointing
+        model.gradient_checkpointing_disable()
+        self.fsdp_kwargs["param_init_fn"] = materialize
+        wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
+        if recompute:  # inside the sharded layers, so that recomputing does not gather a layer's weights a third time
+            apply_activation_checkpointing(wrapper.module, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
+        optimizer.__init__(wrapper.parameters(), **optimizer.defaults)
+        scaler = ShardedGradScaler(device.type, **self.scaling)
+        return wrapper, FSDPOptimizer(optimizer, wrapper, self.max_norm, scaler), criterion, dataloader, lr_scheduler
