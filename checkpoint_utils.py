@@ -105,6 +105,8 @@ def on_rank_zero(action: Callable[[], None]) -> None:
     if rank() == 0:
         try:
             action()
+        except (InputError, RunError) as caught:
+            error = str(caught)
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
     raise_together(error)
@@ -285,7 +287,11 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
 
 
 def read_running_states(folder: Path) -> dict:
-    return json.loads((folder / RUNNING_STATES).read_text(encoding="utf-8"))
+    """Raises InputError where the file is not what the manifest says."""
+    path = folder / RUNNING_STATES
+    if checksum(path) != _manifest(folder).get(RUNNING_STATES):
+        raise InputError(f"--load: {path} is damaged; choose another checkpoint")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -1,6 +1,9 @@
 """What a run reports: TensorBoard, metrics.jsonl and the terminal, on rank 0."""
 
+import contextlib
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +26,8 @@ class Metrics:
         if not self.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.interval, self.total_steps = interval, total_steps
+        self.folder, self.interval, self.total_steps = folder, interval, total_steps
+        self.failing = False
         self.file = self._open_after(folder / "metrics.jsonl", step)
         self.board = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
@@ -45,16 +49,21 @@ class Metrics:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             temporary.replace(path)
-        return open(path, "a", encoding="utf-8", buffering=1)
+        return open(path, "ab", buffering=0)
 
     def log(self, values: dict) -> None:
+        """Takes one step's values. A disk that is full costs their rows, not the training."""
         if not self.main:
             return
         step = values["step"]
-        self.file.write(json.dumps(values) + "\n")
-        for key, value in values.items():
-            if key not in ("step", "epoch") and value is not None:
-                self.board.add_scalar(f"train/{key}", value, step)
+        try:
+            self._write(step, values)
+        except OSError as error:
+            if not self.failing:
+                self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
+            self.failing = True
+        else:
+            self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
         norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
         line = (
@@ -65,6 +74,17 @@ class Metrics:
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {line}")
 
+    def _write(self, step: int, values: dict) -> None:
+        row, end = f"{json.dumps(values)}\n".encode(), os.fstat(self.file.fileno()).st_size
+        if self.file.write(row) != len(row):
+            self.file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.failing:  # TensorBoard's own thread ends at its first error
+            self.board = SummaryWriter(str(self.folder), purge_step=step)
+        for key, value in values.items():
+            if key not in ("step", "epoch") and value is not None:
+                self.board.add_scalar(f"train/{key}", value, step)
+
     def note(self, messages: list[str]) -> None:
         """Prints lines between the progress bar's updates."""
         for message in messages if self.main else ():
@@ -74,5 +94,6 @@ class Metrics:
     def close(self) -> None:
         if self.main:
             self.bar.close()
-            self.board.close()
-            self.file.close()
+            for sink in (self.board, self.file):
+                with contextlib.suppress(OSError):
+                    sink.close()

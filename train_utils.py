@@ -75,10 +75,11 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Raises:
-        InputError: `--load` names no checkpoint, or a new run would mix its own with those that are there.
+        InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
     """
+    there = checkpoint_utils.complete_checkpoints(args.save_dir)
     if args.load is None:
-        if checkpoint_utils.complete_checkpoints(args.save_dir):
+        if there:
             raise InputError(
                 f"--save_dir: {args.save_dir} holds the checkpoints of a run; resume it with -f latest, or give another"
             )
@@ -86,6 +87,11 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
     saved = checkpoint_utils.read_running_states(folder)
     state = TrainState(**{name: saved[name] for name in asdict(TrainState())})
+    if there and there[-1][0] > state.step:
+        raise InputError(
+            f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
+            f"{there[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
+        )
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
     if args.allow_changes and any(state.settings[name] != value for name, value in order.items()):
         state.sequences = 0  # the position was one in another order
@@ -96,8 +102,8 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
     """Works out the run's length, and takes this run's settings into the state.
 
     Raises:
-        InputError: too little data for a step, a finished run, a warm-up longer than the run that nobody asked for, or
-            settings that differ from the checkpoint's.
+        InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
+            asked for, or settings that differ from the checkpoint's.
     """
     global_batch = args.batch_size * args.accumulation_steps * layout.dp
     total_sequences = args.num_epochs * len(dataset)
@@ -109,7 +115,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
         )
     if args.max_steps is not None:
         total_steps = min(total_steps, args.max_steps)
-    if total_steps <= state.step:
+    if total_steps < state.step:
         raise InputError(
             f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
             "raise --max_steps or --num_epochs"

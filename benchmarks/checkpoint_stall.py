@@ -87,7 +87,7 @@ def main() -> int:
     rows = {"waited for": [], "in the background": []}
     during, number = [], 0
     gigabytes = count_parameters(config) * (config.torch_dtype.itemsize + 12) / 1e9
-    say(f"{count_parameters(config):,} parameters, {args.plugin}, {console.world_size()} ranks, {gigabytes:.2f} GB a save")
+    say(f"{count_parameters(config):,} parameters, {args.plugin} on {console.world_size()} ranks: {gigabytes:.2f} GB")
     for _ in range(args.rounds):
         for name, writer in (("waited for", foreground), ("in the background", background)):
             number += 1

@@ -107,6 +107,25 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert_same_end(run, whole)
 
 
+def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
+    """A checkpoint of a resumed run is worth as much as one of the first; a run that has ended writes `final` anew."""
+    whole = whole_run("zero2 bf16")
+    folder = train(
+        pretrain, few_data, "zero2 bf16", change=SIGNAL.format(name="SIGTERM", step=2, rank=0), check=False
+    ).folder
+    for step in (5, None):
+        change = step and SIGNAL.format(name="SIGTERM", step=step, rank=0)
+        run = train(pretrain, few_data, "zero2 bf16", "-f", "latest", change=change, folder=folder, check=not step)
+    assert curve(run) == curve(whole)
+    assert_same_end(run, whole)
+
+    shutil.rmtree(run.save_dir / "final")
+    run = train(pretrain, few_data, "zero2 bf16", "-f", "latest", folder=folder)
+    assert f"nothing is left to train: {run.save_dir / 'epoch2-step9'} is the end of the run" in run.stdout
+    AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
+    assert curve(run) == curve(whole)
+
+
 @pytest.mark.parametrize(
     ("layout", "other", "tolerance"),
     [
@@ -125,6 +144,38 @@ def test_resume_in_another_layout(pretrain, few_data, whole_run, layout, other, 
     for key in ("step", "epoch", "tokens", "lr"):
         assert run.column(key) == whole.column(key)[2:]
     assert run.column("loss") == pytest.approx(whole.column("loss")[2:], rel=tolerance)
+
+
+MATRIX = {
+    "zero2": (1, "-p zero2 -b 8"),
+    "zero2, 2 ranks": (2, "-p zero2 -b 2 --accumulation_steps 2"),
+    "zero2_cpu": (1, "-p zero2_cpu -b 4 --accumulation_steps 2"),
+    "gemini, 2 ranks": (2, "-p gemini -b 4"),
+    "gemini_auto": (1, "-p gemini_auto -b 4 --accumulation_steps 2"),
+    "hybrid tp2": (2, "-p hybrid_parallel --tp 2 --pp 1 -b 8"),
+    "hybrid pp2": (2, "-p hybrid_parallel --tp 1 --pp 2 -b 8"),
+}
+
+
+@pytest.mark.matrix
+def test_resume_of_every_plugin_in_every_other(pretrain, few_data):
+    """In bf16, at the learning rate of a real run. Prints the table of the largest differences in the loss."""
+    flags = ["-d", few_data, "-e", EPOCHS, "-x", "bf16", "-i", 2, "--lr", "1e-3"]
+    runs = {name: pretrain(*flags, *layout.split(), processes=ranks) for name, (ranks, layout) in MATRIX.items()}
+    largest = 0
+    print(f"\n| saved by \\ resumed by | {' | '.join(MATRIX)} |\n|{'---|' * (len(MATRIX) + 1)}")
+    for saved, whole in runs.items():
+        row = []
+        for ranks, layout in MATRIX.values():
+            checkpoint = whole.save_dir / "epoch0-step2"
+            run = pretrain(*flags, *layout.split(), "-f", checkpoint, processes=ranks)
+            for key in ("step", "epoch", "tokens", "lr"):
+                assert run.column(key) == whole.column(key)[2:]
+            pairs = zip(run.column("loss"), whole.column("loss")[2:], strict=True)
+            row.append(max(abs(loss - other) / other for loss, other in pairs))
+        print(f"| {saved} | {' | '.join(f'{difference:.1e}' for difference in row)} |", flush=True)
+        largest = max(largest, *row)
+    assert largest < 5e-4
 
 
 def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, cache_dir):

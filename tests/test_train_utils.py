@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from arguments import validate_args
 from booster_utils import Layout, resolve_layout
 from console import InputError
 from data_utils import GlobalOrder, PackedDataset
+from files import checksum
 from metrics import Metrics
 from model_utils import load_config
 from pretrain import parse_args
@@ -278,7 +281,7 @@ class TestResumeState:
         state = TrainState(1, 9, 72, 4608, 2, self.SETTINGS)
         text = json.dumps({**asdict(state), "adam_steps": 7, "loss_scaler": None})
         (folder / "running_states.json").write_text(text)
-        files = {"running_states.json": {"bytes": len(text), "xxh3_64": ""}}
+        files = {"running_states.json": checksum(folder / "running_states.json")}
         (folder / "manifest.json").write_text(json.dumps({"files": files}))
         return folder, state
 
@@ -296,6 +299,22 @@ class TestResumeState:
             assert resume_state(args, PackedStub(43)) == (state, folder)
         assert state.adam_steps == 7
         assert make_plan(args, FOUR_RANKS, PackedStub(43), state).total_steps == 16
+
+    def test_damaged(self, checkpoint):
+        folder, _ = checkpoint
+        path = folder / "running_states.json"
+        path.write_bytes(path.read_bytes().replace(b"4608", b"4609"))
+        with pytest.raises(InputError, match=r"running_states.json is damaged; choose another checkpoint"):
+            resume_state(parse_args([*self.FLAGS, "-f", str(folder)]), PackedStub(43))
+
+    def test_later_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
+        folder, state = checkpoint
+        later = folder.with_name("epoch1-step10")
+        shutil.copytree(folder, later)
+        with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later .* epoch1-step10"):
+            resume_state(parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", str(folder)]), PackedStub(43))
+        elsewhere = parse_args([*self.FLAGS, "-o", str(tmp_path / "other"), "-f", str(folder)])
+        assert resume_state(elsewhere, PackedStub(43)) == (state, folder)
 
     def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
         folder, _ = checkpoint
@@ -443,7 +462,7 @@ class TestMetrics:
         path = tmp_path / "metrics.jsonl"
         path.write_text("".join(before))
         with Metrics._open_after(path, step=2) as file:
-            file.write("new\n")
+            file.write(b"new\n")
         assert path.read_text() == "".join([*kept, "new\n"])
         assert list(tmp_path.iterdir()) == [path]
 
@@ -471,6 +490,25 @@ class TestMetrics:
         metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
         metrics.close()
         assert capsys.readouterr().out.endswith("overflow, step skipped, 1,000 tok/s, MFU 45.7%\n")
+
+    def test_a_full_disk_costs_rows_and_not_the_run(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log(values_of(1, loss=5))
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, most))  # room for a part of the next row
+        try:
+            for step in (2, 3):
+                metrics.log(values_of(step, loss=5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        metrics.log(values_of(4, loss=5))
+        metrics.close()
+        lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [values["step"] for values in lines] == [1, 4]
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+        assert {1, 4} <= {event.step for event in events}
+        assert capsys.readouterr().out.count("cannot be logged") == 1
 
     def test_other_ranks_write_nothing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("RANK", "1")
