@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2034 # the variables are for the calling script
 # Starts a program of this repository on one machine, or on every host of a hosts file. Other scripts source it:
 #
 #   source .../launch.sh
@@ -12,7 +13,6 @@
 #   MASTER_PORT=29500           several machines: a port that is free there
 #   SSH_PORT=22                 several machines: the port of their ssh servers
 #   LLAMA_PYTHON=/path/python   the interpreter (default: the one of .venv, which scripts/setup.sh makes, else python3)
-# shellcheck disable=SC2034 # the variables are for the calling script
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -75,9 +75,45 @@ count_processes() {
     fi
 }
 
+# The last value that the flags give to one of them, or a default.
+flag_value() { # DEFAULT SHORT LONG FLAGS...
+    local value=$1 short=$2 long=$3
+    shift 3
+    while (($# > 0)); do
+        case $1 in
+            "$short" | "$long") value=${2:-} ;;
+            "$long"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+# The --accumulation_steps that come nearest to BATCH_TOKENS, 4M by default, in an optimizer step.
+accumulation_steps() { # BATCH_SIZE MAX_LENGTH MODEL_PARALLEL_RANKS
+    local number
+    for number in "$@"; do
+        if [[ ! $number =~ ^[1-9][0-9]*$ ]]; then
+            echo 1 # the program says what is wrong with it
+            return
+        fi
+    done
+    local tokens=${BATCH_TOKENS:-4194304} once steps
+    [[ $tokens =~ ^[1-9][0-9]*$ ]] || fail "BATCH_TOKENS: '$tokens' is not a number of tokens"
+    once=$(($1 * $2 * (processes > $3 ? processes / $3 : 1)))
+    steps=$(((tokens + once / 2) / once))
+    ((steps > 0)) || steps=1
+    if ((steps * once != tokens)); then
+        echo "$(basename "$0" .sh): $((steps * once)) tokens a step, as near to $tokens as GPUs and flags allow" >&2
+    fi
+    echo "$steps"
+}
+
 prepare() { # "$@" of the calling script
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then
         usage "$0"
+        echo
+        sed -n '/^# Environment:/,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
         exit
     fi
     find_python

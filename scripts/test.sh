@@ -22,7 +22,7 @@ if (($# == 0)); then
     "$python" -m ruff format --check .
     "$python" -m codespell_lib
     if command -v shellcheck >/dev/null; then
-        shellcheck --external-sources .ci/run scripts/*.sh
+        shellcheck --external-sources .ci/run scripts/*.sh scripts/*/*.sh scripts/*/*.sbatch
     fi
 fi
 exec "$python" -m pytest -q --timeout 900 "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# LLaMA-2 70B with Gemini's automatic placement, for when gemini.sh runs out of memory: what does not fit goes to the
+# host. 2 sequences of 4096 tokens a GPU, activations recomputed.
+#
+#   bash gemini_auto.sh [flags of benchmark.py, which win over those below]
+#
+# hosts.txt beside this script, one host name a line, makes it run on all of them. --help lists the variables of the
+# environment.
+set -euo pipefail
+
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+prepare "$@"
+
+launch benchmark.py -c 70b -p gemini_auto -b 2 -l 4096 -g -a "$@"

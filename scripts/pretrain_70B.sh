@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Pretrains LLaMA-2 70B by the recipe: 4M tokens an optimizer step, learning rate 1.5e-4, each layer split over 4 GPUs,
+# the layers over 2 stages.
+#
+#   bash pretrain_70B.sh -d DATASET --tokenizer TOKENIZER -o SAVE_DIR [flags of pretrain.py]
+#
+# Flags win over those below. BATCH_TOKENS=4194304 in the environment sets the tokens of an optimizer step; from it, the
+# GPUs and the flags follows --accumulation_steps. hosts.txt beside this script, one host name a line, makes it run on
+# all of them. --help lists the other variables of the environment.
+set -euo pipefail
+
+# shellcheck source=scripts/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+prepare "$@"
+
+batch_size=$(flag_value 4 -b --batch_size "$@")
+max_length=$(flag_value 4096 -l --max_length "$@")
+tp=$(flag_value 4 --tp --tp "$@")
+pp=$(flag_value 2 --pp --pp "$@")
+steps=$(accumulation_steps "$batch_size" "$max_length" "$((tp * pp))")
+
+launch pretrain.py -c 70b -p hybrid_parallel --tp "$tp" --pp "$pp" -x bf16 -a -g --lr 1.5e-4 \
+    -b "$batch_size" -l "$max_length" --accumulation_steps "$steps" "$@"
