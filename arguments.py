@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from booster_utils import layout_problems
+from booster_utils import launch_problems, layout_problems
 from console import InputError
 
 
@@ -162,6 +162,8 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         )
     if args.compile and not args.plugin.startswith("zero2"):
         problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
+    if not args.dry_run:
+        problems.extend(launch_problems())
     for name in ("save_dir", "tensorboard_dir", "profile"):
         if getattr(args, name, None) is not None:
             problems.extend(_folder_problems(f"--{name}", getattr(args, name)))

@@ -30,7 +30,7 @@ from transformers import LlamaConfig
 
 import host_accelerator
 from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
-from console import local_rank, say, world_size
+from console import InputError, local_rank, rank, say, world_size
 from data_utils import IGNORE_INDEX
 from fsdp_plugin import FSDPPlugin
 from model_utils import build_model, count_parameters, restore_rotary_precision
@@ -219,8 +219,29 @@ def _tensor_parallel_problems(tp: int, config: LlamaConfig) -> list[str]:
     return [f"--tp: {tp} does not divide the model's {name} of {size}" for name, size in sizes.items() if size % tp]
 
 
+def launch_problems() -> list[str]:
+    """One line where the environment does not describe a launched rank as torchrun does, though RANK is set."""
+    if "RANK" not in os.environ:
+        return []
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        return [f"RANK is set, but not {', '.join(missing)}; start with torchrun or colossalai run, or unset RANK"]
+    if rank() >= world_size():
+        return [f"RANK {rank()} is not below WORLD_SIZE {world_size()}; start with torchrun or colossalai run"]
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank() >= gpus:
+        return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
+    return []
+
+
 def launch(seed: int) -> None:
-    """Joins the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank."""
+    """Joins the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank.
+
+    Raises:
+        InputError: see launch_problems.
+    """
+    if problems := launch_problems():
+        raise InputError(*problems)
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

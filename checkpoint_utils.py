@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,13 +65,19 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
     """
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        _CLAIMED.append(open(save_dir / ".lock", "w"))  # noqa: SIM115
+        _CLAIMED.append(open(save_dir / ".lock", "a+"))  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
     try:
         fcntl.lockf(_CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise InputError(f"--save_dir: another run is writing to {save_dir}; give another folder") from error
+        _CLAIMED[-1].seek(0)
+        owner = _CLAIMED.pop().read().strip() or "of an unknown process"
+        raise InputError(
+            f"--save_dir: another run ({owner}) is writing to {save_dir}; end it or give another folder"
+        ) from error
+    _CLAIMED[-1].truncate(0)
+    print(f"pid {os.getpid()} on {socket.gethostname()}", file=_CLAIMED[-1], flush=True)
     for remains in save_dir.glob(".epoch*-step*.incomplete"):
         shutil.rmtree(remains, ignore_errors=True)
     check_room(save_dir, config)

@@ -1,16 +1,28 @@
 """What the programs say to the people who run them: rank-0 output, mistakes in the input, third-party noise."""
 
+import contextlib
+import ctypes
+import hashlib
 import logging
 import os
+import select
+import signal
+import socket
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import NoReturn, TextIO
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
 KEYBOARD_INTERRUPT = 130
+READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends and the launcher's store with it
+_PARENT = os.getppid()  # as this process begins
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class InputError(Exception):
@@ -50,6 +62,7 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "galore_torch", "peft", "datasets"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # ColossalAI's strings, on Python 3.12
@@ -60,27 +73,93 @@ def quiet_third_parties() -> None:
 def run(main: Callable[[], int], program: str) -> NoReturn:
     """Runs a program's main() and ends the process with its status.
 
-    An InputError becomes one line a problem on rank 0 and exit status 2 on every rank; any other error a traceback.
+    An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A node whose
+    problem is not rank 0's prints it too, with its name. Where the reader of the output is gone, the end is silent.
     The process ends without the interpreter's finalisation. There, Gloo's threads outlive their process group, ask for
     the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
     torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            print(f"{program}: error: {name}: '{os.environ[name]}' is not a number; unset it", file=sys.stderr)
+            sys.exit(USAGE_ERROR)
+    end_with_launcher()
     try:
         status = main()
     except InputError as error:
-        if rank() == 0:
-            for problem in error.problems:
-                print(f"{program}: error: {problem}", file=sys.stderr, flush=True)
+        _report(f"{program}: error: ", error.problems)
         status = USAGE_ERROR
     except RunError as error:
-        if rank() == 0:
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        _report(f"{program}: ", [str(error)])
         status = RUN_FAILED
     except KeyboardInterrupt:
         status = KEYBOARD_INTERRUPT
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
         status = RUN_FAILED
-    sys.stdout.flush()
-    sys.stderr.flush()
+        if isinstance(error, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr)):
+            status = READER_GONE
+        else:
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this rank when its torchrun is gone, for nobody would be left to end or collect it."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != _PARENT:  # gone before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _report(prefix: str, problems: Sequence[str]) -> None:
+    """Prints problems on rank 0, and on the first rank of another node what rank 0 does not say as well.
+
+    The store of torchrun tells which those are. Without one, as under srun, every node prints.
+    """
+    if rank() and local_rank():
+        return
+    several = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if rank() == 0:
+        for problem in problems:
+            print(prefix + problem, file=sys.stderr, flush=True)
+        if several:
+            with contextlib.suppress(RuntimeError, ValueError, KeyError):
+                _store().set(_key(problems), "said")
+            time.sleep(TELL_SECONDS)
+    elif several and not _said_by_rank_zero(problems):
+        for problem in problems:
+            print(f"{prefix}on {socket.gethostname()}: {problem}", file=sys.stderr, flush=True)
+
+
+def _said_by_rank_zero(problems: Sequence[str]) -> bool:
+    try:
+        store, deadline = _store(), time.monotonic() + TELL_SECONDS
+        while not store.check([_key(problems)]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+    except (RuntimeError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _key(problems: Sequence[str]) -> str:
+    return f"console/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
+
+
+def _store():
+    from torch.distributed import TCPStore
+
+    timeout = timedelta(seconds=TELL_SECONDS)
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+
+
+def _reader_gone(stream: TextIO) -> bool:
+    """Whether the other end of the pipe that a stream writes to is closed."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

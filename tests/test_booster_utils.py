@@ -21,6 +21,7 @@ from booster_utils import (
     build_plugin,
     forward_backward,
     launch,
+    launch_problems,
     layout_problems,
     loss_scaler,
     optimizer_step,
@@ -129,13 +130,38 @@ class TestLaunch:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(host_accelerator, "install", lambda: installed.append(True))
         monkeypatch.setattr("booster_utils.launch_from_torch", lambda **options: launched.append(options))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, "0")
+            monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
         launch(7)
         assert (installed, launched) == ([], [{"seed": 7, "verbose": False}])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         launch(7)
         assert installed == [True]
+
+    @pytest.mark.parametrize(
+        ("environment", "problem"),
+        [
+            ({}, None),
+            (
+                {"RANK": "0"},
+                "RANK is set, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start",
+            ),
+            ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is set, but not MASTER_ADDR, MASTER_PORT"),
+            ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER": "a"}, "RANK 2 is not below WORLD_SIZE 2"),
+            ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "MASTER": "a"}, "rank 5 is process 3 .* has 2 GPUs"),
+            ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER": "a"}, None),
+        ],
+    )
+    def test_problems_of_the_environment(self, monkeypatch, environment, problem):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            for full in ("MASTER_ADDR", "MASTER_PORT") if name == "MASTER" else (name,):
+                monkeypatch.setenv(full, value)
+        problems = launch_problems()
+        assert not problems if problem is None else re.search(problem, *problems)
 
 
 class TestTokenLoss:

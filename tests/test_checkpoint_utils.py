@@ -1,8 +1,11 @@
 """Checkpoints on real disks and ranks: the same bytes from every plugin, complete or absent, found and refused."""
 
 import json
+import multiprocessing
 import os
+import re
 import resource
+import socket
 import tempfile
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import checkpoint_utils
 import checkpoint_writer
 import sharded_state
 from booster_utils import loss_scaler
-from checkpoint_utils import check_model, find_checkpoint, is_complete
+from checkpoint_utils import check_model, claim_folder, find_checkpoint, is_complete
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError
 from files import checksum
@@ -419,3 +422,27 @@ def export_error(checkpoint, target):
     with pytest.raises(RunError) as caught:
         checkpoint_utils.on_rank_zero(lambda: export(checkpoint, target))
     return str(caught.value)
+
+
+def test_folder_of_a_run_that_goes_on(tmp_path):
+    """The second run learns which process has it; the first one's end frees it."""
+    config = load_config("test")
+    config.torch_dtype = torch.bfloat16
+    ours, theirs = multiprocessing.Pipe()
+
+    def other_run():
+        claim_folder(tmp_path, config)
+        theirs.send("claimed")
+        theirs.recv()
+
+    process = multiprocessing.get_context("fork").Process(target=other_run)
+    process.start()
+    assert ours.recv() == "claimed"
+    owner = rf"another run \(pid {process.pid} on {re.escape(socket.gethostname())}\)"
+    for _ in range(2):
+        with pytest.raises(InputError, match=owner):
+            claim_folder(tmp_path, config)
+    ours.send("end")
+    process.join()
+    claim_folder(tmp_path, config)
+    assert (tmp_path / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"

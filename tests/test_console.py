@@ -1,12 +1,15 @@
 """Exit statuses and output, of real programs."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
+from torch.distributed import TCPStore
 
 import console
 
@@ -55,6 +58,63 @@ class TestRun:
         assert program.returncode == 1
         assert program.stderr.startswith("Traceback")
         assert program.stderr.endswith("ZeroDivisionError: why\n")
+
+    def test_a_node_says_what_rank_0_does_not(self):
+        """Rank 2 is the first of the second node. It hears of rank 0's problems through the launcher's store."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        nodes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def first_of_second_node(problem):
+            body = f"console.quiet_third_parties(); raise InputError({problem!r})"
+            return run_main(body, RANK="2", LOCAL_RANK="0", **nodes)
+
+        there = "--tokenizer: no folder there"
+        expected = f"train.py: error: on {socket.gethostname()}: {there}\n"
+        assert first_of_second_node(there).stderr == expected
+        rank_0 = run_main(f"raise InputError({there!r})", RANK="0", LOCAL_RANK="0", **nodes)
+        assert rank_0.stderr == f"train.py: error: {there}\n"
+        assert first_of_second_node(there).stderr == ""
+        del store
+        assert first_of_second_node(there).stderr == expected  # nobody to ask
+
+    def test_variable_that_is_no_number(self):
+        program = run_main("return 0", RANK="one")
+        assert (program.returncode, program.stderr) == (2, "train.py: error: RANK: 'one' is not a number; unset it\n")
+
+    @pytest.mark.parametrize("unbuffered", ["", "1"])  # as alone, and as under torchrun
+    def test_end_of_the_reader_is_the_end_without_a_traceback(self, unbuffered):
+        body = "for number in range(100000): console.say('a line')"
+        code = f"import console\ndef main():\n    {body}\nconsole.run(main, 'train.py')"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+        program = [sys.executable, "-c", code]
+        process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == console.READER_GONE
+        assert process.stderr.read() == b""
+
+    def test_another_broken_pipe_is_an_error_as_any(self):
+        program = run_main("raise BrokenPipeError('a socket')")
+        assert program.returncode == 1
+        assert program.stderr.endswith("BrokenPipeError: a socket\n")
+
+    def test_ranks_end_with_their_launcher(self, tmp_path):
+        """torchrun is killed, which it cannot pass on."""
+        code = "import console, os, time; print(os.getpid(), flush=True); console.run(lambda: time.sleep(300), 'x')"
+        (tmp_path / "rank.py").write_text(code)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command.append(tmp_path / "rank.py")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        ranks = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        for rank in alive:
+            rank.kill()
+        assert not alive
 
     def test_help_exits_as_argparse_does(self):
         program = run_main("import sys; sys.exit(0)")

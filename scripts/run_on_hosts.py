@@ -1,0 +1,309 @@
+"""`colossalai run` with its connections to the hosts replaced, so that it tells the truth about failures.
+
+    python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 7b -p zero2 ...
+
+It takes the same options, and the program's flags as they are. Before anything starts, every host must resolve, let us
+log in, and have this folder and this Python. OpenSSH's ssh makes the connections, with whatever keys and ~/.ssh/config
+it has. Only variables that concern training travel (TRAVELLING below, and those that LAUNCH_ENV names), never on a
+command line. When one host fails, a line names it and says how, the others end too, and the exit status is that of the
+program. SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save its checkpoint and end, and so does the death of this
+launcher; a second SIGINT ends it at once.
+
+Exit status: 0; 2 when nothing was started, or the program refused its flags; 75 for a run that a signal ended after its
+checkpoint was saved; else that of the first process that failed (128 + number when a signal killed it).
+
+Environment:
+    LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
+    LAUNCH_ENV='NAME OTHER'           further variables that travel
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+
+TRAVELLING = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|LANG|LC_ALL|TZ|CC|CXX|(PYTHON|HF_|TRANSFORMERS_|TOKENIZERS_|DATASETS_|TORCH|"
+    r"PYTORCH_|TRITON_|NCCL_|GLOO_|CUDA_|NVIDIA_|OMP_|MKL_|KMP_|UCX_|FI_|MAX_JOBS)\w*)",
+    re.ASCII,
+)
+NOTHING_STARTED = 2
+CHECK_SECONDS = 30  # for all that one host has to answer before the start
+GRACE_SECONDS = 30  # for the other hosts to end by themselves, with their own message, once one has failed
+KILL_SECONDS = 30  # between SIGTERM and SIGKILL, for ranks that are to end
+SAVE_SECONDS = 1800  # for ranks that are to save and end, once the launcher is gone
+POLL_SECONDS = 0.1
+CHECKS_AT_ONCE = 64
+SERVE = "--serve"  # this program's own flag, on each host
+STOP, END = "stop", "end"  # to the ranks of a host: save a checkpoint and end; end
+# The first value that ssh finds holds, so that LAUNCH_SSH's own options come before these. A dead host counts as such
+# after a minute.
+SSH_OPTIONS = "-T -o BatchMode=yes -o ConnectTimeout=10 -o StrictHostKeyChecking=accept-new"
+SSH_OPTIONS += " -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+
+
+def say(message: str) -> None:
+    print(f"run_on_hosts.py: {message}", file=sys.stderr, flush=True)
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words; negative ones, and those above 128 in a shell's way, are signals."""
+    number = -status if status < 0 else status - 128
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(number).name}"
+    return f"ended with status {status}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the hosts
+
+
+class Host:
+    """One host: how to reach it, what runs there and how it ended. Stands in for ColossalAI's HostInfo too.
+
+    ColossalAI's own fails with a traceback when a name does not resolve, this machine's own included.
+    """
+
+    def __init__(self, hostname: str, port: int | None = None):
+        self.hostname, self.port = hostname, port
+        self.process: subprocess.Popen | None = None
+        self.failed_at: float | None = None
+        self.addresses = []
+        with contextlib.suppress(OSError, UnicodeError):
+            self.addresses = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
+        self.is_local_host = any(self._is_ours(*address) for address in self.addresses)
+
+    @staticmethod
+    def _is_ours(family, kind, protocol, _, address) -> bool:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+        return False
+
+    def command(self, *remote: str) -> list[str]:
+        """The command line that runs `remote` there."""
+        if self.is_local_host:
+            return list(remote)
+        port = ["-p", str(self.port)] if self.port else []
+        ssh = [*shlex.split(os.environ.get("LAUNCH_SSH", "ssh")), *port, *SSH_OPTIONS.split()]
+        return [*ssh, self.hostname, "exec " + shlex.join(remote)]
+
+    def problem(self, folder: str) -> str | None:
+        """What keeps a run from starting there, or None."""
+        if not self.addresses:
+            return "the name does not resolve; correct the hosts file, or make it known (DNS, /etc/hosts)"
+        needed = f"cd {shlex.quote(folder)} 2>/dev/null || {{ echo has no folder {shlex.quote(folder)}; exit 1; }}\n"
+        for file in (sys.executable, str(Path(__file__).resolve())):
+            needed += f"[ -r {shlex.quote(file)} ] || {{ echo has no file {shlex.quote(file)}; exit 1; }}\n"
+        try:
+            answer = subprocess.run(
+                self.command("sh", "-c", needed), stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_SECONDS
+            )
+        except FileNotFoundError as error:
+            return f"there is no {error.filename} on this machine; install OpenSSH's client"
+        except subprocess.TimeoutExpired:
+            return f"no answer within {CHECK_SECONDS} s"
+        words = [line for line in (answer.stdout + answer.stderr).decode(errors="replace").splitlines() if line.strip()]
+        if answer.returncode == 0:
+            return None
+        if answer.stdout.strip():
+            return f"{words[0]}; all hosts need the same paths"
+        return f"{words[-1] if words else how_it_ended(answer.returncode)}; try: ssh {self.hostname} true"
+
+    def start(self, order: dict, prefix: str) -> None:
+        """Starts the ranks of a host, and threads that pass on what they print, each line after `prefix`."""
+        command = self.command(sys.executable, str(Path(__file__).resolve()), SERVE)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        self.tell(json.dumps(order))
+        outputs = ((self.process.stdout, sys.stdout.buffer), (self.process.stderr, sys.stderr.buffer))
+        self.threads = [threading.Thread(target=_pass_on, args=(*pair, prefix), daemon=True) for pair in outputs]
+        for thread in self.threads:
+            thread.start()
+
+    def tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+
+    def drain(self) -> None:
+        for thread in self.threads:
+            thread.join(timeout=5)
+
+    def status(self) -> int | None:
+        status = self.process.poll()
+        if status and self.failed_at is None:
+            self.failed_at = time.monotonic()
+        return status
+
+    def exit_status(self) -> int:
+        status = self.process.returncode
+        return status if status >= 0 else 128 - status
+
+    def ending(self) -> str:
+        if self.process.returncode == 255 and not self.is_local_host:
+            return "the connection was lost"
+        return how_it_ended(self.process.returncode)
+
+
+def _pass_on(source, target, prefix: str) -> None:
+    for line in source:
+        with contextlib.suppress(BrokenPipeError):
+            target.write(prefix.encode() + line)
+            target.flush()
+
+
+class Runner:
+    """Stands in for ColossalAI's MultiNodeRunner, whose calls these are.
+
+    That one sends every variable of the environment on a command line without quoting it, waits for the hosts one after
+    another, and leaves processes running on the others when one host fails or it is killed itself.
+    """
+
+    def connect(self, host_info_list, workdir: str, env: dict[str, str]) -> None:
+        self.hosts, self.folder, self.word = list(host_info_list), workdir, None
+        extra = os.environ.get("LAUNCH_ENV", "").split()
+        self.environment = {
+            name: value for name, value in os.environ.items() if TRAVELLING.fullmatch(name) or name in extra
+        }
+        with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+            problems = list(pool.map(lambda host: host.problem(workdir), self.hosts))
+        for host, problem in zip(self.hosts, problems, strict=True):
+            if problem:
+                say(f"error: {host.hostname}: {problem}")
+        if any(problems):
+            say("nothing was started")
+            raise SystemExit(NOTHING_STARTED)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame) -> None:
+        self.word = END if self.word and number == signal.SIGINT else STOP
+        say(f"{signal.Signals(number).name}: {'ending' if self.word == END else 'the run is to save and end'}")
+
+    def send(self, hostinfo: Host, cmd: str) -> None:
+        prefix = "" if hostinfo is self.hosts[0] else f"[{hostinfo.hostname}] "
+        order = {"folder": self.folder, "environment": self.environment, "command": shlex.split(cmd)}
+        hostinfo.start(order, prefix)
+
+    def recv_from_all(self) -> None:
+        """Watches the hosts to their end, and exits with the run's status."""
+        told = None
+        while None in [host.status() for host in self.hosts]:
+            failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
+            if time.monotonic() > failed_at + GRACE_SECONDS:
+                self.word = END
+            if time.monotonic() > failed_at + GRACE_SECONDS + 2 * KILL_SECONDS:
+                for host in self.hosts:  # one that neither ends nor answers
+                    host.process.kill()
+            if self.word != told:
+                told = self.word
+                for host in self.hosts:
+                    host.tell(told)
+            time.sleep(POLL_SECONDS)
+        for host in self.hosts:
+            host.drain()
+        # What a signal killed, or cut off, is the cause more likely than a program that ended by itself.
+        failures = [host for host in self.hosts if host.failed_at]
+        failures.sort(key=lambda host: (host.exit_status() <= 128, host.failed_at))
+        for host in failures:
+            say(f"{host.hostname}: {host.ending()}")
+        raise SystemExit(failures[0].exit_status() if failures else 0)
+
+
+def as_one_word(argument: str) -> str:
+    """An argument as shlex.split takes it whole, ending as it ends, since ColossalAI looks for `.py` there."""
+    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", argument, flags=re.ASCII) or "''"
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    script = next((position for position, word in enumerate(arguments) if word.endswith(".py")), None)
+    if script is not None:
+        # Without `--` it would take those flags of the program that are spelled like its own, such as -m.
+        arguments[script:] = ["--", *map(as_one_word, arguments[script:])]
+    engine = importlib.import_module("colossalai.cli.launcher.run")
+    engine.MultiNodeRunner, engine.HostInfo = Runner, Host
+    command_line = importlib.import_module("colossalai.cli.launcher").run  # of the same name as its module
+    try:
+        command_line.main(arguments, prog_name="run_on_hosts.py")
+    except SystemExit as end:
+        # Its own complaints, about a missing hosts file for one, end with exit(): None, which a shell sees as success.
+        return NOTHING_STARTED if end.code is None else end.code
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- on each of them
+
+
+class Ranks:
+    """What runs on a host: torchrun's agent in this process, and its ranks as children.
+
+    The launcher's words come on standard input, whose end is the launcher's. Ranks get an empty one.
+    """
+
+    def __init__(self):
+        self.words = os.fdopen(os.dup(sys.stdin.fileno()))
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), sys.stdin.fileno())
+
+    def run(self) -> int:
+        order = json.loads(self.words.readline())
+        os.chdir(order["folder"])
+        os.environ.update(order["environment"])
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
+
+        threading.Thread(target=self._obey, daemon=True).start()
+        try:
+            run(parse_args(order["command"][1:]))
+        except ChildFailedError as error:
+            number, failure = error.get_first_failure()
+            say(f"rank {number} {how_it_ended(failure.exitcode)}")
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            return 128 + error.sigval
+        return 0
+
+    def _obey(self) -> None:
+        for word in self.words:
+            self._end(KILL_SECONDS if word.strip() == END else None)
+        self._end(SAVE_SECONDS)
+
+    def _end(self, seconds: float | None) -> None:
+        """Asks the ranks to end, and kills those that have not done so after `seconds`, unless that is None."""
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.terminate()
+        if not ranks:
+            os.kill(os.getpid(), signal.SIGTERM)  # still waiting for the other hosts
+        if seconds is not None:
+            timer = threading.Timer(seconds, self._kill)
+            timer.daemon = True
+            timer.start()
+
+    @staticmethod
+    def _kill() -> None:
+        for rank in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+        time.sleep(5)  # for torchrun's agent to report them
+        os._exit(128 + signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(Ranks().run() if sys.argv[1:] == [SERVE] else main())
