@@ -127,7 +127,7 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
         for problem in problems:
             print(prefix + problem, file=sys.stderr, flush=True)
         if several:
-            with contextlib.suppress(RuntimeError, ValueError, KeyError):
+            with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError):
                 _store().set(_key(problems), "said")
             time.sleep(TELL_SECONDS)
     elif several and not _said_by_rank_zero(problems):
@@ -142,7 +142,7 @@ def _said_by_rank_zero(problems: Sequence[str]) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
-    except (RuntimeError, ValueError, KeyError):
+    except (OSError, RuntimeError, ValueError, KeyError):
         return False
     return True
 
@@ -152,10 +152,12 @@ def _key(problems: Sequence[str]) -> str:
 
 
 def _store():
+    """A client of the store that torchrun keeps for its ranks; OSError where there is none."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection((address, port), TELL_SECONDS).close()  # TCPStore would complain at length
     from torch.distributed import TCPStore
 
-    timeout = timedelta(seconds=TELL_SECONDS)
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=TELL_SECONDS))
 
 
 def _reader_gone(stream: TextIO) -> bool:

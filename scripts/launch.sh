@@ -31,7 +31,6 @@ find_python() {
             fail "ColossalAI is not installed; run: bash $root/scripts/setup.sh"
     fi
     python=$(command -v "$python")
-    export PATH="${python%/*}:$PATH" # `colossalai run` calls torchrun by its name
 }
 
 # Sets hosts, the number of machines.
@@ -138,6 +137,6 @@ launch() { # PROGRAM FLAGS...
     options+=(--master_addr "${MASTER_ADDR:-$(awk 'NF {print $1; exit}' "$HOSTFILE")}")
     options+=(--master_port "${MASTER_PORT:-29500}")
     [[ -z ${SSH_PORT:-} ]] || options+=(--ssh-port "$SSH_PORT")
-    # `colossalai run` joins the flags to one line of shell.
-    exec "$python" -c 'from colossalai.cli import cli; cli()' run "${options[@]}" "$program" "${@@Q}"
+    # `colossalai run`, with connections that tell which host failed and how.
+    exec "$python" "$root/scripts/run_on_hosts.py" "${options[@]}" "$program" "$@"
 }

@@ -103,7 +103,8 @@ class TestRun:
 
     def test_ranks_end_with_their_launcher(self, tmp_path):
         """torchrun is killed, which it cannot pass on."""
-        code = "import console, os, time; print(os.getpid(), flush=True); console.run(lambda: time.sleep(300), 'x')"
+        statements = ["import console, os, time", r"os.write(1, b'%d\n' % os.getpid())"]
+        code = "\n".join([*statements, "console.run(lambda: time.sleep(300), 'rank.py')"])
         (tmp_path / "rank.py").write_text(code)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command.append(tmp_path / "rank.py")
