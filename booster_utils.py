@@ -281,10 +281,13 @@ def shut_down(plugin: Plugin) -> None:
     dist.destroy_process_group()
 
 
-def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig, **gemini_options: float) -> Plugin:
+def build_plugin(
+    args: argparse.Namespace, layout: Layout, config: LlamaConfig, length_varies: bool = False, **gemini_options: float
+) -> Plugin:
     """The plugin of `args.plugin`; says in one line what a machine without a GPU does instead.
 
     Args:
+        length_varies: batches differ in sequence length, which pipeline stages then tell each other.
         gemini_options: further arguments of GeminiPlugin, if that is the plugin.
     """
     on_host = not torch.cuda.is_available()
@@ -344,6 +347,7 @@ def build_plugin(args: argparse.Namespace, layout: Layout, config: LlamaConfig, 
         overlap_communication=not on_host,
         cpu_offload=args.plugin == "3d_cpu",
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
+        enable_metadata_cache=not length_varies,
         **common,
     )
 
@@ -439,6 +443,17 @@ def _loss_of(model: ModelWrapper, batch: dict[str, torch.Tensor], plugin: Plugin
     return token_loss(model(**inputs).logits, labels, plugin)
 
 
+def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All batches in one, padded on the right to the longest of them."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def joined(name: str, filler: int) -> torch.Tensor:
+        return torch.cat([F.pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in batches])
+
+    fillers = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
+    return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
+
+
 def _pipeline_loss(
     booster: Booster,
     model: ModelWrapper,
@@ -448,7 +463,7 @@ def _pipeline_loss(
 ) -> torch.Tensor:
     """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
     plugin = booster.plugin
-    batch = {name: torch.cat([micro[name] for micro in micro_batches]) for name in micro_batches[0]}
+    batch = _as_one(micro_batches)
     # Under the name `labels` the model would compute a loss of its own beside the criterion's.
     inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
     microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -112,6 +112,10 @@ class TextEncoder:
         """One array of `dtype` per document, [number of tokens]."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents)]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as it stands, without BOS and EOS."""
+        return self._encode(texts)
 
     def _encode(self, documents: Sequence[str]) -> list[list[int]]:
         if self.sentencepiece:
@@ -227,6 +231,15 @@ class PackedDataset(Dataset):
     def mean_length(self) -> float:
         """Tokens in a sequence."""
         return self.max_length
+
+    def fix_order(self, saved: dict, global_batch: int) -> dict:
+        """Settings that the order depends on beside data, seed and length: none."""
+        return {}
+
+    def order(self, seed: int) -> Sequence[int]:
+        return GlobalOrder(len(self), seed)
+
+    collate = None  # torch's default
 
     @property
     def description(self) -> str:
@@ -359,8 +372,13 @@ class ShardedSampler(Sampler[int]):
         seed: int,
         start: int = 0,
         stop: int,
+        order: Callable[[int], Sequence[int]] | None = None,
     ):
-        self.order = GlobalOrder(len(dataset), seed, shuffle)
+        """
+        Args:
+            order: gives the data set's own order of a seed, instead of GlobalOrder.
+        """
+        self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)
         self.positions = range(start + rank, stop, num_replicas)
 
     def __iter__(self) -> Iterator[int]:

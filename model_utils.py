@@ -50,8 +50,8 @@ def _config(
 MODEL_CONFIGS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
 
 
-def load_config(name_or_path: str) -> LlamaConfig:
-    """The configuration that `--config` names: a built-in one, a config.json, or a folder that holds one.
+def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
+    """The configuration that `flag` names: a built-in one, a config.json, or a folder that holds one.
 
     Raises:
         InputError: unknown name, unreadable file, or a model that is not LLaMA.
@@ -63,24 +63,22 @@ def load_config(name_or_path: str) -> LlamaConfig:
         path = path / "config.json"
     if not path.is_file():
         known = ", ".join(MODEL_CONFIGS)
-        raise InputError(
-            f"--config: {name_or_path!r} is neither a known model ({known}) nor a config.json or its folder"
-        )
+        raise InputError(f"{flag}: {name_or_path!r} is neither a known model ({known}) nor a config.json or its folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != "llama":
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-            raise InputError(f"--config: {path} describes model_type {found!r}; this program trains 'llama' alone")
+            raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains 'llama' alone")
         config = LlamaConfig.from_dict(values)
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         if hidden % heads or heads % kv_heads:
             raise InputError(
-                f"--config: {path}: hidden size {hidden}, {heads} heads and {kv_heads} key-value heads "
+                f"{flag}: {path}: hidden size {hidden}, {heads} heads and {kv_heads} key-value heads "
                 "do not divide one another"
             )
         parameter_specs(config)
     except (OSError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"--config: {path} cannot be read as a LLaMA config.json: {error}") from error
+        raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {error}") from error
     config.use_cache = False
     return config
 

@@ -29,6 +29,7 @@ from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
+WARMUP_RATIO = 0.03  # of the steps of fine-tuning
 MAX_SKIPPED_IN_A_ROW = 50
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
@@ -93,7 +94,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
             f"{there[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
-    if args.allow_changes and any(state.settings[name] != value for name, value in order.items()):
+    if args.allow_changes and any(state.settings.get(name) != value for name, value in order.items()):
         state.sequences = 0  # the position was one in another order
     return state, folder
 
@@ -120,17 +121,20 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
             f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
             "raise --max_steps or --num_epochs"
         )
-    if args.warmup_steps > total_steps and not args.warmup_steps_given:
+    if args.warmup_steps is not None and args.warmup_steps > total_steps and not args.warmup_steps_given:
         raise InputError(
             f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
+    if args.warmup_steps is None:
+        args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
+    settings |= dataset.fix_order(state.settings, global_batch)
     changes = [
-        f"--load: {_setting(name)} was {state.settings[name]} in the checkpoint and is {value} now"
+        f"--load: {_setting(name)} was {state.settings.get(name)} in the checkpoint and is {value} now"
         for name, value in settings.items()
-        if state.settings and state.settings[name] != value
+        if state.settings and state.settings.get(name) != value
     ]
     if changes and not args.allow_changes:
         raise InputError(*changes[:-1], f"{changes[-1]}; --allow_changes resumes all the same")
@@ -147,7 +151,8 @@ def _setting(name: str) -> str:
 
 def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
     """Prints what is about to run, in a few lines on rank 0."""
-    say(f"model: {args.config}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
+    name = getattr(args, "model_path", None) or args.config
+    say(f"model: {name}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
     say(f"data: {dataset.description}")
     say(describe_layout(args.plugin, plan.layout))
     say(
@@ -178,7 +183,7 @@ def build_dataloader(
 ) -> DataLoader:
     """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
-    sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop)
+    sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop, order=dataset.order)
     loader = plugin.prepare_dataloader(
         dataset,
         batch_size=args.batch_size,
@@ -187,6 +192,7 @@ def build_dataloader(
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
         distributed_sampler_cls=sampler,
+        collate_fn=dataset.collate,
     )
     loader.worker_init_fn = _ignore_stop_signals
     return loader
@@ -231,10 +237,9 @@ def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -
     """Labels that count, tokens, and positions with padding, in one optimizer step over all ranks. Collective."""
     counts = torch.zeros(3, dtype=torch.int64)
     for batch in micro_batches:
-        positions = torch.tensor(batch["input_ids"].numel())
-        counts += torch.stack(
-            [(batch["labels"][:, 1:] != IGNORE_INDEX).sum(), batch.get("token_count", positions), positions]
-        )
+        positions = batch["input_ids"].numel()
+        labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        counts += torch.tensor([labels, int(batch.get("token_count", positions)), positions])
     counts = counts.to(get_accelerator().get_current_device())
     dist.all_reduce(counts)
     label_tokens, tokens, positions = (counts // (layout.tp * layout.pp * layout.sp)).tolist()

@@ -253,6 +253,7 @@ class PackedStub:
 
     fingerprint, tail_tokens = "abc", 5
     mean_length, description = PackedDataset.mean_length, PackedDataset.description
+    fix_order = PackedDataset.fix_order
 
     def __init__(self, sequences, max_length=64):
         self.sequences, self.max_length = sequences, max_length
@@ -409,9 +410,13 @@ def pairs(positions):
     return zip(positions[::2], positions[1::2], strict=True)
 
 
+class NumberedSequences(list):
+    order, collate = PackedDataset.order, None
+
+
 def loader_of(flags):
     run = boosted(flags + " -b 2 -s 0 --num_workers 0 -e 2")
-    dataset = [{"input_ids": torch.tensor([number])} for number in range(50)]
+    dataset = NumberedSequences({"input_ids": torch.tensor([number])} for number in range(50))
     layout = resolve_layout(run.args, run.config)
     state = TrainState(step=5, sequences=20)
     plan = Plan(layout, 2 * layout.dp, 64.0, total_steps=5 + 16 // layout.dp, total_sequences=100)

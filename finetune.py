@@ -1,0 +1,133 @@
+"""Fine-tunes a LLaMA in Hugging Face's layout on prompts and their completions.
+
+A laptop, without a GPU:
+    python finetune.py --model_path model/ -d instructions.jsonl -p zero2 -x bf16 -b 8 -l 256 -e 10
+Eight GPUs of one machine:
+    torchrun --standalone --nproc_per_node 8 finetune.py --plugin hybrid_parallel --dataset yizhongw/self_instruct \\
+        --model_path /path/llama --task_name super_natural_instructions --save_dir /path/output
+"""
+
+import console
+
+console.quiet_third_parties()
+
+import argparse
+from pathlib import Path
+
+import checkpoint_utils
+import train_utils
+from arguments import ArgumentParser, add_training_args, validate_args
+from attn import select_attention
+from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from console import InputError, say
+from data_utils import load_tokenizer
+from dataset_sources import Source, resolve_source
+from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
+from model_utils import load_config
+from pretrained import check_pretrained, find_model, load_pretrained
+
+DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
+MAX_LENGTH = 4096
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="finetune.py", description=__doc__)
+    model = parser.add_argument_group("model and data")
+    model.add_argument("--model_path", required=True, help="model folder in Hugging Face's layout, or a hub name")
+    model.add_argument(
+        "-d",
+        "--dataset",
+        default=DATASET,
+        help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with the columns "
+        f"prompt and completion, instruction (input) and output, or messages (default: {DATASET})",
+    )
+    model.add_argument("--task_name", help=f"configuration of the data set (default: {TASK})")
+    model.add_argument("--tokenizer", help="hub name or folder (default: the model's own)")
+    model.add_argument("--train_on_prompt", action="store_true", help="learn the prompt too (default: off)")
+    model.add_argument(
+        "--pack", action="store_true", help="several examples a sequence, each attending to itself alone (default: off)"
+    )
+    model.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=Path("~/.cache/llama-training").expanduser(),
+        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
+    )
+    model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    add_plugin_args(parser)
+    add_training_args(parser)
+    parser.set_defaults(max_length=None, warmup_steps=None, warmup_steps_given=False)
+    return parser.parse_args(arguments)
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """The training files of --dataset and --task_name, which names a folder where the data set is a local one."""
+    local = Path(args.dataset).expanduser()
+    if not local.exists():
+        return resolve_source(args.dataset, configuration=args.task_name or (TASK if args.dataset == DATASET else None))
+    if args.task_name is None or (local / args.task_name).is_dir():
+        return resolve_source(str(local / (args.task_name or "")))
+    tasks = sorted(path.name for path in local.iterdir() if path.is_dir()) if local.is_dir() else []
+    raise InputError(
+        f"--task_name: {local} has no folder {args.task_name}; "
+        + (f"choose of {', '.join(tasks)}" if tasks else "leave the flag out")
+    )
+
+
+def main() -> int:
+    args = parse_args()
+
+    # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
+    folder = find_model(args.model_path, "--model_path")
+    config = load_config(str(folder), "--model_path")
+    if args.max_length is None:
+        args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
+    validate_args(args, config)
+    layout = resolve_layout(args, config)
+    tokenizer = load_tokenizer(args.tokenizer or str(folder))
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
+        )
+    weights = check_pretrained(folder, config, "--model_path")
+    source = find_source(args)
+    shape = find_shape(source, tokenizer)
+    encoder = ExampleEncoder(tokenizer, shape, args.max_length, args.train_on_prompt)
+    dataset = InstructionDataset(prepare_examples(source, encoder, args.cache_dir), args.pack, layout.sp)
+    state, checkpoint = train_utils.resume_state(args, dataset)
+    if checkpoint:
+        checkpoint_utils.check_model(checkpoint / "model", config, "--load")
+    plan = train_utils.make_plan(args, layout, dataset, state)
+    config.torch_dtype = DTYPES[args.mixed_precision]
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
+    train_utils.announce(args, config, dataset, plan, attention)
+    if args.dry_run:
+        return 0
+
+    if console.rank() == 0:
+        checkpoint_utils.claim_folder(args.save_dir, config)
+    launch(args.seed)
+    plugin = build_plugin(args, layout, config, length_varies=True)
+    booster, model, optimizer = boost(args, config, plugin)
+    lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
+    if checkpoint:
+        checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
+        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
+    else:
+        load_pretrained(weights, plugin, model, optimizer)
+        say(f"initial weights: {folder}")
+    loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+
+    checkpoint, interrupted = train_utils.train(
+        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
+    )
+
+    checkpoint_utils.on_rank_zero(lambda: checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer))
+    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    shut_down(plugin)
+    return train_utils.INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    console.run(main, "finetune.py")
