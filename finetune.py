@@ -107,6 +107,11 @@ def main() -> int:
 
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
+    if state.step == plan.total_steps:  # killed after its last checkpoint, or started once more
+        say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
+        if console.rank() == 0:
+            checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer)
+        return 0
     launch(args.seed)
     plugin = build_plugin(args, layout, config, length_varies=True)
     booster, model, optimizer = boost(args, config, plugin)
