@@ -110,6 +110,22 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
     )
 
 
+def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+    held_out = parser.add_argument_group("evaluation")
+    held_out.add_argument(
+        "--eval_fraction",
+        type=float,
+        help="share of the documents, chosen by a hash of their text, that is held out of training "
+        "(default: none, or that of a prepared data set)",
+    )
+    held_out.add_argument(
+        "--eval_interval",
+        type=int,
+        default=1000,
+        help="optimizer steps between evaluations on them; also at the end (default: 1000)",
+    )
+
+
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(warmup_steps_given=False)
     parser.add_argument_group("warm-up").add_argument(
@@ -139,6 +155,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         ("keep_checkpoints", 1),
         ("keep_every", 1),
         ("log_interval", 1),
+        ("eval_interval", 1),
         ("warmup_steps", 0),
         ("num_workers", 0),
         ("num_steps", 1),
@@ -154,6 +171,8 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         value = getattr(args, name)
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
             problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
+    if (fraction := getattr(args, "eval_fraction", None)) is not None and not 0 <= fraction < 1:
+        problems.append(f"--eval_fraction: {fraction} is not at least 0 and below 1")
     if args.seed >= 2**32:
         problems.append(f"--seed: {args.seed} is above the greatest possible, {2**32 - 1}")
     if args.max_length > config.max_position_embeddings:

@@ -511,6 +511,15 @@ def forward_backward(
     return total
 
 
+def forward_loss(booster: Booster, model: ModelWrapper, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """This rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
+    with torch.no_grad():
+        if not getattr(booster.plugin, "enable_pipeline_parallelism", False):
+            return _loss_of(model, batch, booster.plugin)
+        with model.no_sync():  # else the plugin would exchange gradients, of which there are none
+            return _pipeline_loss(booster, model, None, [batch], 1.0)
+
+
 def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
     """The optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
     for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # one name a plugin

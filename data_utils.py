@@ -3,16 +3,19 @@
 `dataset_preparation.py` writes the folder of tokens that `PackedDataset` reads. S is the sequence length, `max_length`.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
@@ -22,6 +25,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from console import InputError
 
 IGNORE_INDEX = -100
+TRAIN, HELD_OUT = "train", "held_out"  # the splits of a prepared folder
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -150,6 +154,11 @@ class TextEncoder:
         return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
 
 
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document is of the `fraction` kept from training: a matter of its text alone, wherever it turns up."""
+    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a prepared folder. Raises InputError if it is missing, damaged or of another format version."""
     try:
@@ -167,27 +176,57 @@ def read_manifest(folder: Path) -> dict:
 
 
 class PackedDataset(Dataset):
-    """Sequence i is the tokens [i * S, (i + 1) * S) of the stream in a prepared folder.
+    """A split of a prepared folder in sequences of S tokens: its shards, one behind the other, cut every S tokens.
+
+    With `slice_weights` the shards of each slice are put together and cut by themselves, so that every sequence is of
+    one slice; `slices` then names them and the sequences of each, and `order` draws from them by weight.
 
     Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels. With
     `document_ends`, the ids of the tokens BOS and EOS, items hold what keeps documents apart (see `mark_documents`).
     Raises InputError if a shard is missing or of the wrong size, or if the stream is shorter than one sequence.
     """
 
-    def __init__(self, folder: str | Path, max_length: int, document_ends: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        max_length: int,
+        document_ends: tuple[int, int] | None = None,
+        *,
+        split: str = TRAIN,
+        slice_weights: dict[str, float] | None = None,
+    ):
         self.folder = Path(folder)
         self.max_length = max_length
         self.document_ends = document_ends
+        self.slice_weights = slice_weights
         self.manifest = read_manifest(self.folder)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-        self._shard_ends = list(itertools.accumulate(shard["tokens"] for shard in self.manifest["shards"]))
-        self._opened: dict[int, np.memmap] = {}
+        streams: dict[str, list[dict]] = {}
         for shard in self.manifest["shards"]:
+            if shard.get("split", TRAIN) == split:
+                streams.setdefault(shard["slice"] if slice_weights else "", []).append(shard)
+        self.shards = [shard for name in sorted(streams) for shard in streams[name]]
+        self._shard_ends = list(itertools.accumulate(shard["tokens"] for shard in self.shards))
+        self._opened: dict[int, np.memmap] = {}
+        for shard in self.shards:
             self._check_size(self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
+        self.slices: dict[str, range] = {}
+        self._first_sequences, self._first_tokens = [0], [0]
+        for name in sorted(streams):
+            tokens = sum(shard["tokens"] for shard in streams[name])
+            first = self._first_sequences[-1]
+            self.slices[name] = range(first, first + tokens // max_length)
+            self._first_sequences.append(self.slices[name].stop)
+            self._first_tokens.append(self._first_tokens[-1] + tokens)
+        if len(self) == 0 and split == HELD_OUT:
+            raise InputError(
+                f"--eval_fraction: {self._first_tokens[-1]} tokens are held out, and a sequence takes {max_length}; "
+                "give a larger fraction"
+            )
         if len(self) == 0:
             raise InputError(
                 f"--max_length: one sequence takes {max_length} tokens, but the whole data set has "
-                f"{self.manifest['total_tokens']} ({self.folder}); lower --max_length or give more data"
+                f"{self._first_tokens[-1]} ({self.folder}); lower --max_length or give more data"
             )
 
     @staticmethod
@@ -199,12 +238,14 @@ class PackedDataset(Dataset):
             )
 
     def __len__(self) -> int:
-        return self.manifest["total_tokens"] // self.max_length
+        return self._first_sequences[-1]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
-        ids = torch.from_numpy(self._tokens(index * self.max_length, (index + 1) * self.max_length))
+        stream = bisect_right(self._first_sequences, index) - 1
+        start = self._first_tokens[stream] + (index - self._first_sequences[stream]) * self.max_length
+        ids = torch.from_numpy(self._tokens(start, start + self.max_length))
         item = {"input_ids": ids, "labels": ids.clone()}
         return mark_documents(item, *self.document_ends) if self.document_ends else item
 
@@ -220,7 +261,7 @@ class PackedDataset(Dataset):
 
     def _shard(self, number: int) -> np.memmap:
         if number not in self._opened:
-            path = self.folder / self.manifest["shards"][number]["file"]
+            path = self.folder / self.shards[number]["file"]
             self._opened[number] = np.memmap(path, self.dtype, mode="r")
         return self._opened[number]
 
@@ -233,27 +274,32 @@ class PackedDataset(Dataset):
         return self.max_length
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Settings that the order depends on beside data, seed and length: none."""
-        return {}
+        """Settings that sequences and their order depend on beside data, seed and length."""
+        return {"slice_weights": self.slice_weights, "document_mask": self.document_ends is not None}
 
     def order(self, seed: int) -> Sequence[int]:
+        if self.slice_weights:
+            return MixedOrder(self.slices, self.slice_weights, seed)
         return GlobalOrder(len(self), seed)
 
     collate = None  # torch's default
 
     @property
     def description(self) -> str:
-        return f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
+        text = f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
+        if self.slice_weights:
+            text += f"; drawn by weight: {self.order(seed=0).describe(len(self))}"
+        return text
 
     @property
     def tail_tokens(self) -> int:
-        """Tokens at the end of the stream that fill no whole sequence and are left out."""
-        return self.manifest["total_tokens"] % self.max_length
+        """Tokens that fill no whole sequence, at the end of all or of each slice, and are left out."""
+        return self._first_tokens[-1] - len(self) * self.max_length
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that changes with the tokens, wherever their folder lies and whatever `max_length` is."""
-        shards = [shard["sha256"] for shard in self.manifest["shards"]]
+        """SHA-256 that changes with the tokens to train on, wherever they lie and whatever `max_length` is."""
+        shards = [shard["sha256"] for shard in self.manifest["shards"] if shard.get("split", TRAIN) == TRAIN]
         content = [self.manifest["dtype"], self.manifest["tokenizer_fingerprint"], shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -331,6 +377,9 @@ class Permutation(Sequence[int]):
         return left << self.half_bits | right
 
 
+_permutation = lru_cache(maxsize=256)(Permutation)
+
+
 class GlobalOrder:
     """The endless order in which a run reads its sequences, the same on every rank.
 
@@ -342,15 +391,93 @@ class GlobalOrder:
         self.num_sequences = num_sequences
         self.seed = seed
         self.shuffle = shuffle
-        self._epoch = -1
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, self.num_sequences)
-        if not self.shuffle:
-            return index
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, Permutation(self.num_sequences, self.seed, epoch)
-        return self._permutation[index]
+        return _permutation(self.num_sequences, self.seed, epoch)[index] if self.shuffle else index
+
+
+# Touvron et al. 2023, "LLaMA" (arXiv:2302.13971) table 1: per cent of the sequences drawn, by RedPajama's names.
+LLAMA_WEIGHTS = {
+    "common_crawl": 67.0,
+    "c4": 15.0,
+    "github": 4.5,
+    "wikipedia": 4.5,
+    "book": 4.5,
+    "arxiv": 2.5,
+    "stackexchange": 2.0,
+}
+
+
+def parse_slice_weights(text: str) -> dict[str, float]:
+    """`llama`, or `NAME=WEIGHT,...`, as weights by slice. Raises ArgumentTypeError."""
+    if text == "llama":
+        return LLAMA_WEIGHTS
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not name or not 0 < weights[name] < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r} is neither 'llama' nor NAME=WEIGHT with a weight above 0")
+    return weights
+
+
+class MixedOrder:
+    """An endless order that draws from slices by weight, the same on every rank, in memory that no length changes.
+
+    Each BLOCK of positions holds a slice as often as its share of the block says, in a pseudo-random arrangement that
+    is a permutation of the block. So how often a slice was drawn before any position follows from the position alone,
+    and with it the epoch of the slice and the place in that epoch's permutation of the slice's sequences.
+    """
+
+    BLOCK = 10_000
+
+    def __init__(self, slices: dict[str, range], weights: dict[str, float], seed: int):
+        """Draws from `slices`.
+
+        Args:
+            slices: the sequences of each slice.
+            weights: of the slices to draw from, in proportion; rounded to one in BLOCK, and not to none.
+
+        Raises:
+            InputError: a weight's slice is not there, or has no whole sequence.
+        """
+        missing = [name for name in weights if not slices.get(name)]
+        if missing:
+            there = ", ".join(f"{name} ({len(sequences):,} sequences)" for name, sequences in slices.items())
+            raise InputError(
+                f"--slice_weights: the data have no whole sequence of {', '.join(missing)}; they have {there}"
+            )
+        self.names = sorted(weights)
+        self.sequences = [slices[name] for name in self.names]
+        self.keys = [splitmix64(splitmix64(seed) ^ number) for number in range(len(self.names) + 1)]
+        total = sum(weights.values())
+        shares = [max(1, round(weights[name] / total * self.BLOCK)) for name in self.names]
+        shares[shares.index(max(shares))] += self.BLOCK - sum(shares)  # what rounding left over
+        self.bounds = [0, *itertools.accumulate(shares)]
+
+    def __getitem__(self, position: int) -> int:
+        block, place = divmod(position, self.BLOCK)
+        place = _permutation(self.BLOCK, self.keys[-1], block)[place]
+        number = bisect_right(self.bounds, place) - 1
+        sequences = self.sequences[number]
+        drawn = block * self._share(number) + place - self.bounds[number]
+        epoch, index = divmod(drawn, len(sequences))
+        return sequences[_permutation(len(sequences), self.keys[number], epoch)[index]]
+
+    def _share(self, number: int) -> int:
+        return self.bounds[number + 1] - self.bounds[number]
+
+    def describe(self, positions: int) -> str:
+        """The share of each slice, and how often so many positions go through it."""
+        parts = []
+        for number, (name, sequences) in enumerate(zip(self.names, self.sequences, strict=True)):
+            share = self._share(number) / self.BLOCK
+            parts.append(f"{name} {share:.1%} ({share * positions / len(sequences):.2f} times in an epoch)")
+        return ", ".join(parts)
 
 
 class ShardedSampler(Sampler[int]):

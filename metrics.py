@@ -73,6 +73,9 @@ class Metrics:
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {line}")
+        if "eval_loss" in values:
+            loss, perplexity = values["eval_loss"], values["eval_perplexity"]
+            self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
 
     def _write(self, step: int, values: dict) -> None:
         row, end = f"{json.dumps(values)}\n".encode(), os.fstat(self.file.fileno()).st_size
@@ -83,7 +86,8 @@ class Metrics:
             self.board = SummaryWriter(str(self.folder), purge_step=step)
         for key, value in values.items():
             if key not in ("step", "epoch") and value is not None:
-                self.board.add_scalar(f"train/{key}", value, step)
+                tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+                self.board.add_scalar(tag, value, step)
 
     def note(self, messages: list[str]) -> None:
         """Prints lines between the progress bar's updates."""

@@ -18,11 +18,11 @@ from pathlib import Path
 import checkpoint_utils
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_training_args, add_warmup_arg, validate_args
+from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
 from console import InputError, say
-from data_utils import PackedDataset, load_tokenizer
+from data_utils import PackedDataset, load_tokenizer, parse_slice_weights
 from dataset_preparation import prepare_dataset
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
@@ -54,6 +54,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
     model.add_argument(
+        "--slice_weights",
+        type=parse_slice_weights,
+        metavar="llama|NAME=WEIGHT,...",
+        help="draw from the slices in these proportions, or in those of LLaMA (default: each sequence once an epoch)",
+    )
+    model.add_argument(
         "--document_mask",
         action="store_true",
         help="attention stays inside a document, and positions restart with each (default: off, as in LLaMA)",
@@ -61,6 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_plugin_args(parser)
     add_training_args(parser)
     add_warmup_arg(parser)
+    add_evaluation_args(parser)
     return parser.parse_args(arguments)
 
 

@@ -24,6 +24,7 @@ from booster_utils import Layout, describe_layout, forward_backward, loss_scaler
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, say
 from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler
+from evaluation import evaluate
 from metrics import Metrics
 from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
@@ -94,6 +95,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
             f"{there[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
+    order["slice_weights"] = getattr(args, "slice_weights", None)
     if args.allow_changes and any(state.settings.get(name) != value for name, value in order.items()):
         state.sequences = 0  # the position was one in another order
     return state, folder
@@ -215,6 +217,9 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
+    def __call__(self) -> bool:
+        return self.received
+
     def _receive(self, number, frame) -> None:
         self.received = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -257,11 +262,13 @@ def train(
     state: TrainState,
     plan: Plan,
     checkpoint: Path | None = None,
+    held_out: DataLoader | None = None,
 ) -> tuple[Path, bool]:
     """Trains from `state` to the end of `plan`; returns the last checkpoint and whether a signal ended the run early.
 
     Args:
         checkpoint: the one that the run resumes from, to be named if training fails before the next.
+        held_out: data to evaluate on, from `evaluation_loader`.
 
     Raises:
         RunError: the loss or the gradient is no longer finite, or a checkpoint could not be written.
@@ -312,26 +319,30 @@ def train(
         state.skipped_steps += skipped
         seconds = time.perf_counter() - evaluator.last
         throughput = evaluator.lap(tokens)
-        metrics.log(
-            {
-                "step": state.step,
-                "epoch": state.epoch,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": None if skipped else grad_norm,
-                "tokens": state.tokens,
-                "tokens_per_second": throughput.tokens_per_second,
-                "tflops": throughput.tflops,
-                "mfu": throughput.mfu,
-                "data_wait": waited / seconds,
-                "padding": 1 - tokens / positions,
-                "memory_gb": accelerator.max_memory_allocated() / 1e9,
-                "loss_scale": loss_scale,
-                "skipped_steps": state.skipped_steps,
-            }
-        )
+        row = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": None if skipped else grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": throughput.tokens_per_second,
+            "tflops": throughput.tflops,
+            "mfu": throughput.mfu,
+            "data_wait": waited / seconds,
+            "padding": 1 - tokens / positions,
+            "memory_gb": accelerator.max_memory_allocated() / 1e9,
+            "loss_scale": loss_scale,
+            "skipped_steps": state.skipped_steps,
+        }
+        last = state.step == plan.total_steps
+        if held_out is not None and not stopping and (last or state.step % args.eval_interval == 0):
+            row |= evaluate(booster, model, held_out, plan.layout, stop) or {}
+            stopping = "eval_loss" not in row
+            evaluator.restart()
+        metrics.log(row)
         metrics.note(writer.take_reports())
-        if state.step % args.save_interval == 0 or state.step == plan.total_steps or stopping:
+        if state.step % args.save_interval == 0 or last or stopping:
             writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
             evaluator.restart()
         if stopping:

@@ -252,6 +252,7 @@ class PackedStub:
     """The length of a data set and what identifies it."""
 
     fingerprint, tail_tokens = "abc", 5
+    slice_weights = document_ends = None
     mean_length, description = PackedDataset.mean_length, PackedDataset.description
     fix_order = PackedDataset.fix_order
 
@@ -272,6 +273,8 @@ class TestResumeState:
         "gradient_clipping": 1.0,
         "schedule_steps": 16,
         "data": "abc",
+        "slice_weights": None,
+        "document_mask": False,
     }
     FLAGS = ("-l", "64", "-s", "0", "-b", "2", "-e", "3")
 
