@@ -584,6 +584,7 @@ class TestCache:
 
 
 class TestMarkDocuments:
+    @settings(deadline=None)
     @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 5), st.booleans())
     def test_positions_restart_and_first_tokens_are_not_predicted(self, lengths, cut, one_token_for_both):
         """Documents of BOS, `length` tokens and EOS; the sequence starts `cut` tokens into the first."""
@@ -608,6 +609,7 @@ class TestMarkDocuments:
 
 
 class TestOrder:
+    @settings(deadline=None)
     @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 1000))
     def test_permutation_is_a_bijection(self, n, seed, epoch):
         assert sorted(Permutation(n, seed, epoch)) == list(range(n))
