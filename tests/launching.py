@@ -109,15 +109,25 @@ class Run:
         return f"exit status {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-6000:]}"
 
 
+def start_finetune(*args, folder: Path, processes: int = 1) -> Run:
+    """Starts finetune.py as `start_pretrain` does pretrain.py."""
+    return start_pretrain(*args, folder=folder, processes=processes, program="finetune.py")
+
+
 def start_pretrain(
-    *args, folder: Path, processes: int = 1, env: dict[str, str] | None = None, change: str | None = None
+    *args,
+    folder: Path,
+    processes: int = 1,
+    env: dict[str, str] | None = None,
+    change: str | None = None,
+    program: str = "pretrain.py",
 ) -> Run:
     """Starts pretrain.py with checkpoints and logs in `folder`, under torchrun for several processes.
 
     Args:
         change: Python statements that run after the imports of pretrain.py and before its main().
     """
-    program = ROOT / "pretrain.py"
+    program = ROOT / program
     if change is not None:
         folder.mkdir(parents=True, exist_ok=True)
         program = folder / "changed_pretrain.py"

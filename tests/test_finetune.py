@@ -1,0 +1,256 @@
+"""finetune.py from end to end: it learns completions, equals a plain loop under every plugin, resumes, and refuses."""
+
+import functools
+import itertools
+import json
+import keyword
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SEED
+from launching import optimizer_states, start_finetune
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune as program
+from console import InputError
+from dataset_sources import resolve_source
+from instruction_data import ExampleEncoder, InstructionDataset, LengthGroupedOrder, prepare_examples
+
+EXAMPLES = 24
+GLOBAL_BATCH = 8
+EPOCHS = 2
+STEPS = EPOCHS * EXAMPLES // GLOBAL_BATCH
+LR = 3e-3
+TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb")
+
+
+def rows() -> list[dict[str, str]]:
+    """Questions of about one length, with answers of one to three words."""
+    words = keyword.kwlist[: EXAMPLES + 3]
+    return [
+        {"prompt": f"Which keyword comes after {word}?", "completion": " ".join(words[n + 1 : n + 2 + n % 3])}
+        for n, word in enumerate(words[:EXAMPLES])
+    ]
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("instructions") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(pretrain) -> Path:
+    """A model that has read a little."""
+    return pretrain("-p", "zero2", "-x", "bf16", "-b", 8, "--lr", "3e-3", "--max_steps", 200).save_dir / "final"
+
+
+@pytest.fixture(scope="session")
+def finetune(tmp_path_factory, model_folder, instructions, cache_dir):
+    """Runs finetune.py to its end, successfully."""
+    numbers, root = itertools.count(), tmp_path_factory.mktemp("finetuned")
+
+    def finetune(*args, **kwargs):
+        flags = ["--model_path", model_folder, "-d", instructions, "--cache_dir", cache_dir, "-e", EPOCHS, "--lr", LR]
+        with start_finetune(*flags, *args, folder=root / str(next(numbers)), **kwargs) as run:
+            run.wait()
+            assert run.returncode == 0, run.output()
+            return run
+
+    return finetune
+
+
+def test_a_pretrained_model_learns_the_completions_and_when_to_end(finetune):
+    run = finetune("-p", "zero2", "-x", "bf16", "-b", 8, "-e", 60, "--lr", "1e-2")
+    assert "data: 24 examples" in run.stdout
+    model = AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run.save_dir / "final")
+    for row in rows():
+        prompt = tokenizer(row["prompt"], return_tensors="pt")
+        output = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert output[0, -1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] : -1])
+        assert answer.strip() == row["completion"]
+
+
+# ---------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.fixture(scope="session")
+def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
+    """Losses of a plain loop over single examples, never padded; each step's loss is the mean over its labels."""
+
+    @functools.cache
+    def train(dtype: torch.dtype) -> list[float]:
+        encoder = ExampleEncoder(sample_tokenizer, ("prompt", "completion"), 128, train_on_prompt=False)
+        dataset = InstructionDataset(prepare_examples(resolve_source(str(instructions)), encoder, cache_dir))
+        order = LengthGroupedOrder(dataset, SEED, GLOBAL_BATCH)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype=torch.float32)
+        masters = [torch.nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+        model.to(dtype)
+        adamw = torch.optim.AdamW(masters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        losses = []
+        for step in range(STEPS):
+            examples = [dataset[order[step * GLOBAL_BATCH + number]] for number in range(GLOBAL_BATCH)]
+            labels = sum(int((example["labels"][1:] != -100).sum()) for example in examples)
+            loss = 0.0
+            for example in examples:
+                logits = model(example["input_ids"][None]).logits[0, :-1].float()
+                part = F.cross_entropy(logits, example["labels"][1:], reduction="sum") / labels
+                part.backward()
+                loss += part.item()
+            losses.append(loss)
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            warm = 1  # 3% of the steps, rounded up
+            angle = math.pi * (step - warm) / (STEPS - warm)
+            adamw.param_groups[0]["lr"] = LR if step < warm else 0.1 * LR + 0.45 * LR * (1 + math.cos(angle))
+            adamw.step()
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                parameter.data.copy_(master)
+        return losses
+
+    return train
+
+
+HYBRID = "-p hybrid_parallel"
+FP32 = {
+    "zero2": (1, "-p zero2 -b 8"),
+    "zero2, 2 ranks, accumulating": (2, "-p zero2 -b 2 --accumulation_steps 2"),
+    "tensor": (2, f"{HYBRID} --tp 2 --pp 1 -b 4 --accumulation_steps 2"),
+    "pipeline": (2, f"{HYBRID} --tp 1 --pp 2 -b 4 --accumulation_steps 2 --microbatch_size 2"),
+    "sequence": (2, f"{HYBRID} --tp 1 --pp 1 --sp 2 -b 8"),
+}
+BF16 = {
+    "gemini": (2, "-p gemini -b 2 --accumulation_steps 2"),
+    "gemini_auto": (1, "-p gemini_auto -b 8 -a -g"),
+    "zero2_cpu": (1, "-p zero2_cpu -b 4 --accumulation_steps 2 -g"),
+}
+
+
+@pytest.mark.parametrize("layout", FP32.values(), ids=FP32)
+def test_fp32(finetune, plain_training, layout):
+    processes, flags = layout
+    run = finetune("-x", "fp32", *flags.split(), processes=processes)
+    assert run.column("loss") == pytest.approx(plain_training(torch.float32), rel=2e-5)
+    assert all(0 <= padding < 0.5 for padding in run.column("padding"))
+
+
+@pytest.mark.parametrize("layout", BF16.values(), ids=BF16)
+def test_bf16(finetune, plain_training, layout):
+    processes, flags = layout
+    run = finetune("-x", "bf16", *flags.split(), processes=processes)
+    assert run.column("loss") == pytest.approx(plain_training(torch.bfloat16), rel=2e-2)
+
+
+def test_packed_examples_have_the_same_loss_per_token(finetune):
+    """One step an epoch, over all examples: alone in one run, in packs in the other two."""
+    alone = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
+    for processes, flags in ((1, "-p zero2"), (2, f"{HYBRID} --tp 1 --pp 2 -a")):
+        dry = finetune("-x", "fp32", "--pack", "-b", 1, "--dry_run", "-p", "zero2")
+        packs = int(dry.stdout.partition("examples in ")[2].split()[0])
+        assert packs < EXAMPLES / 3
+        run = finetune("-x", "fp32", "--pack", "-b", packs, *flags.split(), processes=processes)
+        assert run.column("loss") == pytest.approx(alone.column("loss"), rel=2e-5)
+        assert run.column("tokens") == alone.column("tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_is_the_run_that_never_ended(finetune):
+    whole = finetune("-x", "fp32", "-p", "zero2", "-b", 8, "-i", 2)
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = whole.save_dir / "epoch0-step2"
+        run = finetune("-x", "fp32", "-p", "zero2", "-b", batch, "-f", folder, processes=processes)
+        for row, expected in zip(run.metrics, whole.metrics[2:], strict=True):
+            exact = {key: value for key, value in row.items() if key not in (*TIMES, "loss", "grad_norm", "padding")}
+            assert exact == {key: expected[key] for key in exact}
+            assert row["loss"] == (expected["loss"] if processes == 1 else pytest.approx(expected["loss"], rel=2e-5))
+        states, expected = (optimizer_states(each.save_dir / f"epoch1-step{STEPS}") for each in (run, whole))
+        for name, value in states.items():
+            if processes == 1:
+                assert torch.equal(value, expected[name])
+            else:
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def problem(monkeypatch, tmp_path, model_folder, instructions):
+    """The line in which main() objects to flags; it must not get as far as launching."""
+
+    def problem(*args, model: Path | None = model_folder, dataset: Path = instructions) -> str:
+        folders = ["-o", tmp_path / "out", "-t", tmp_path / "logs", "--cache_dir", tmp_path / "cache"]
+        flags = ["-p", "zero2", "-x", "bf16", "-d", dataset, *folders, *args]
+        flags += ["--model_path", model] if model else []
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+        monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
+        with pytest.raises(InputError) as raised:
+            program.main()
+        (line,) = raised.value.problems
+        assert "\n" not in line
+        assert not (tmp_path / "out").exists()
+        return line
+
+    return problem
+
+
+def write(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class TestRefused:
+    def test_no_model(self, problem, tmp_path):
+        assert "--model_path" in problem(model=None)
+        assert problem(model=tmp_path / "none").startswith(f"--model_path: {tmp_path / 'none'} does not exist")
+        (tmp_path / "empty").mkdir()
+        assert problem(model=tmp_path / "empty").startswith("--model_path: ")
+
+    def test_folder_without_weights(self, problem, model_folder, tmp_path):
+        bare = tmp_path / "bare"
+        shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*safetensors*"))
+        assert f"--model_path: {bare} holds no weights" in problem(model=bare)
+
+    def test_tokenizer_of_a_larger_vocabulary(self, problem, model_folder, tmp_path):
+        larger = AutoTokenizer.from_pretrained(model_folder)
+        larger.add_tokens([f"<{number}>" for number in range(8)])
+        larger.save_pretrained(tmp_path / "larger")
+        line = problem("--tokenizer", tmp_path / "larger")
+        assert line == "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024"
+
+    def test_columns(self, problem, tmp_path):
+        line = problem(dataset=write(tmp_path / "rows.jsonl", {"text": "a"}))
+        assert "rows.jsonl has the columns text, not 'prompt' and 'completion'" in line
+
+    def test_no_row(self, problem, tmp_path):
+        (tmp_path / "rows.jsonl").touch()
+        assert "rows.jsonl is empty" in problem(dataset=tmp_path / "rows.jsonl")
+
+    def test_all_too_long(self, problem, tmp_path):
+        path = write(tmp_path / "rows.jsonl", *[{"prompt": "word " * 200, "completion": "b"}] * 3)
+        assert "no usable row (skipped: 3 with no token of the completion within --max_length 128)" in problem(
+            dataset=path
+        )
+
+    def test_task_that_is_not_there(self, problem, tmp_path):
+        for task in ("first", "second"):
+            (tmp_path / "tasks" / task).mkdir(parents=True)
+            write(tmp_path / "tasks" / task / "rows.jsonl", *rows())
+        line = problem("--task_name", "third", dataset=tmp_path / "tasks")
+        assert line == f"--task_name: {tmp_path / 'tasks'} has no folder third; choose of first, second"
+
+    def test_flags_of_pretraining_alone(self, problem):
+        assert "-c test" in problem("-c", "test")
+        assert "--warmup_steps 5" in problem("--warmup_steps", 5)
+        assert "above the model's context of 128 tokens" in problem("-l", 129)
