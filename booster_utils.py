@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import importlib.util
 import io
+import logging
 import math
 import os
 import socket
@@ -360,7 +361,8 @@ def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> H
     """
     build_kernels()
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
-        optimizer = HybridAdam(model.parameters(), lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = HybridAdam(trained, lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
 
     def widen_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
         if parameter.grad.dtype is torch.bfloat16:
@@ -387,14 +389,18 @@ def boost(
         model = build_model(config, torch.device("meta"))
     else:
         model = build_model(config, LazyInitContext(default_device=device))
-    attend_inside_documents(model)
     if args.gradient_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
         for layer in model.model.layers:
             layer.compile()
-    optimizer = build_optimizer(model, args.lr, args.weight_decay)
     booster = Booster(plugin=plugin)
+    if getattr(config, "lora", None):
+        logging.disable(logging.WARNING)  # it asks to check the learning rate
+        model = booster.enable_lora(model, lora_config=config.lora)
+        logging.disable(logging.NOTSET)
+    attend_inside_documents(model)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay)
     model, optimizer, *_ = booster.boost(model, optimizer)
     restore_rotary_precision(model, device)
     model.train()

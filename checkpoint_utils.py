@@ -24,17 +24,19 @@ import torch.distributed as dist
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from booster_utils import loss_scaler
 from console import InputError, RunError, rank, say, world_size
 from files import checksum, replace_folder, sync, write_json
-from model_utils import count_parameters, load_config, parameter_specs
+from model_utils import count_parameters, load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
 
 CHECKPOINT = "epoch{epoch}-step{step}"
 MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
+ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
 _CLAIMED = []  # open files whose locks this process holds
 MODEL_KEYS = (
@@ -124,30 +126,51 @@ def on_rank_zero(action: Callable[[], None]) -> None:
 
 def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
     """File name of each part of the model (see ParameterSpec.group), the same under every layout."""
-    groups = list(dict.fromkeys(spec.group for spec in parameter_specs(config)))
+    groups = list(dict.fromkeys(spec.group for spec in trained_specs(config)))
     return {
         group: f"{kind}-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, start=1)
     }
 
 
 def checkpoint_bytes(config: LlamaConfig) -> int:
-    """Size of a checkpoint: the weights in `config.torch_dtype`, and three float32 numbers a parameter."""
-    return count_parameters(config) * (config.torch_dtype.itemsize + 12)
+    """Size of a checkpoint: trained weights in `config.torch_dtype`, and three float32 numbers for each."""
+    trained = sum(spec.shape.numel() for spec in trained_specs(config))
+    return trained * (config.torch_dtype.itemsize + 12)
 
 
 def write_model_index(folder: Path, config: LlamaConfig) -> list[str]:
     """Writes config.json and the index of the safetensors; returns their names."""
     index, config_file = "model.safetensors.index.json", "config.json"
-    files, specs = file_names(config, "model"), parameter_specs(config)
+    files, specs = file_names(config, "model"), trained_specs(config)
     size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
     weight_map = {spec.name: files[spec.group] for spec in specs}
     write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
     saved = copy.deepcopy(config)
     saved.use_cache = True
+    vars(saved).pop("lora", None)
     saved.architectures = ["LlamaForCausalLM"]
     saved.to_json_file(folder / config_file)
     sync(folder / config_file)
     return [index, config_file]
+
+
+def write_adapter(folder: Path, config: LlamaConfig) -> list[str]:
+    """Joins the files of the adapters' parts into the one that peft loads, with its configuration; returns the names.
+
+    config.json stays beside it, for a resume to check that it trains the same model.
+    """
+    files = file_names(config, "model")
+    adapters = {}
+    for file in files.values():
+        adapters |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in load_file(folder / file).items()}
+    save_file(adapters, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config.lora.save_pretrained(folder)
+    for name in (ADAPTER_FILE, "adapter_config.json"):
+        sync(folder / name)
+    index, config_file = write_model_index(folder, config)
+    for name in (index, *files.values()):
+        (folder / name).unlink()
+    return [ADAPTER_FILE, "adapter_config.json", config_file]
 
 
 def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
@@ -163,18 +186,22 @@ def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
     }
 
 
-def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase, model: Path | None = None) -> None:
     """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
     The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
+
+    Args:
+        model: the model's folder, where it is not the checkpoint's own.
     """
+    model = model or checkpoint / "model"
     temporary = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint / "model", temporary, copy_function=_link_weights)
+        shutil.copytree(model, temporary, copy_function=_link_weights)
     except (OSError, shutil.Error):
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(checkpoint / "model", temporary)
+        shutil.copytree(model, temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
     replace_folder(temporary, target)
@@ -352,7 +379,7 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     tensors = LazyTensors(
         {
             f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
-            for spec in parameter_specs(config)
+            for spec in trained_specs(config)
             for key in (MASTER, *MOMENTS)
         }
     )

@@ -31,6 +31,7 @@ from checkpoint_utils import (
     gather,
     on_rank_zero,
     raise_together,
+    write_adapter,
     write_model_index,
 )
 from console import rank, say, world_size
@@ -224,8 +225,10 @@ class CheckpointWriter:
         for name, content in documents.items():
             write_json(temporary / name, content)
             all_files[name] = checksum(temporary / name)
-        for name in write_model_index(temporary / "model", self.config):
+        write_rest = write_adapter if getattr(self.config, "lora", None) else write_model_index
+        for name in write_rest(temporary / "model", self.config):
             all_files[f"model/{name}"] = checksum(temporary / "model" / name)
+        all_files = {name: file for name, file in all_files.items() if (temporary / name).exists()}
         write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(all_files.items()))})
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             sync(folder)

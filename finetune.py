@@ -12,17 +12,23 @@ import console
 console.quiet_third_parties()
 
 import argparse
+import tempfile
 from pathlib import Path
 
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
 import checkpoint_utils
+import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_training_args, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from checkpoint_utils import LazyTensors
 from console import InputError, say
 from data_utils import load_tokenizer
 from dataset_sources import Source, resolve_source
 from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
+from lora import add_lora_args, lora_config, lora_problems, merge
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, load_pretrained
 
@@ -56,6 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
     add_plugin_args(parser)
     add_training_args(parser)
+    add_lora_args(parser)
     parser.set_defaults(max_length=None, warmup_steps=None, warmup_steps_given=False)
     return parser.parse_args(arguments)
 
@@ -74,6 +81,23 @@ def find_source(args: argparse.Namespace) -> Source:
     )
 
 
+def export(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    checkpoint: Path,
+    weights: LazyTensors,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
+    target = args.save_dir / "final"
+    if not args.lora_rank:
+        checkpoint_utils.export(checkpoint, target, tokenizer)
+        return
+    with tempfile.TemporaryDirectory(dir=args.save_dir, prefix=".merged-") as folder:
+        merge(checkpoint / "model", weights, config, Path(folder, "model"))
+        checkpoint_utils.export(checkpoint, target, tokenizer, Path(folder, "model"))
+
+
 def main() -> int:
     args = parse_args()
 
@@ -82,8 +106,12 @@ def main() -> int:
     config = load_config(str(folder), "--model_path")
     if args.max_length is None:
         args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
+    if args.lora_rank and args.plugin == "hybrid_parallel" and args.tp is None:
+        args.tp = 1
     validate_args(args, config)
     layout = resolve_layout(args, config)
+    if problems := lora_problems(args, layout):
+        raise InputError(*problems)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     if len(tokenizer) > config.vocab_size:
         raise InputError(
@@ -98,6 +126,8 @@ def main() -> int:
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
     plan = train_utils.make_plan(args, layout, dataset, state)
+    if args.lora_rank:
+        config.lora = lora_config(args)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
@@ -110,25 +140,27 @@ def main() -> int:
     if state.step == plan.total_steps:  # killed after its last checkpoint, or started once more
         say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
         if console.rank() == 0:
-            checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer)
+            export(args, config, checkpoint, weights, tokenizer)
         return 0
     launch(args.seed)
     plugin = build_plugin(args, layout, config, length_varies=True)
     booster, model, optimizer = boost(args, config, plugin)
     lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
+    if args.lora_rank or not checkpoint:
+        load_pretrained(weights, plugin, model, optimizer)
+        say(f"initial weights: {folder}")
     if checkpoint:
         checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-    else:
-        load_pretrained(weights, plugin, model, optimizer)
-        say(f"initial weights: {folder}")
+    elif args.lora_rank:
+        sharded_state.initialize(plugin, model, optimizer, config, args.seed)
     loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
 
     checkpoint, interrupted = train_utils.train(
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
     )
 
-    checkpoint_utils.on_rank_zero(lambda: checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer))
+    checkpoint_utils.on_rank_zero(lambda: export(args, config, checkpoint, weights, tokenizer))
     say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
     shut_down(plugin)
     return train_utils.INTERRUPTED if interrupted else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import no_init_weights
@@ -103,6 +104,20 @@ def parameter_specs(config: LlamaConfig) -> list[ParameterSpec]:
     return [ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters()]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft puts into it: `PREFIX.MODULE.lora_A.weight` for that of an adapter."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def trained_specs(config: LlamaConfig) -> list[ParameterSpec]:
+    """The parameters that training changes: all, or those of the adapters that `config.lora` describes."""
+    if getattr(config, "lora", None) is None:
+        return parameter_specs(config)
+    model = get_peft_model(build_model(config, torch.device("meta")), config.lora)
+    parameters = model.named_parameters()
+    return [ParameterSpec(plain_name(name), value.shape) for name, value in parameters if value.requires_grad]
+
+
 def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
     """Number of parameters; without the input embedding, unless it is tied to the output, when asked so."""
     skipped = "" if input_embedding or config.tie_word_embeddings else "model.embed_tokens.weight"
@@ -110,13 +125,14 @@ def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
 
 
 def model_flops_per_token(config: LlamaConfig, seq_length: int) -> int:
-    """Forward and backward FLOPs a token: 6 N + 12 L H S, N without the input embedding.
+    """Forward and backward FLOPs a token: 6 N + 12 L H S, N without the input embedding; 4 N where N is frozen (LoRA).
 
     The convention of PaLM (arXiv:2204.02311, appendix B) and torchtitan: attention is counted in full, not halved for
     causality, and recomputation is not counted.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
-    return 6 * count_parameters(config, input_embedding=False) + attention
+    passes = 4 if getattr(config, "lora", None) else 6
+    return passes * count_parameters(config, input_embedding=False) + attention
 
 
 @contextlib.contextmanager
@@ -147,15 +163,20 @@ def build_model(
 def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: torch.device) -> torch.Tensor:
     """The initial value of one parameter, float32 and full: normal with std 0.02, ones for norms, zeros for biases.
 
+    Adapters start as zero: their first matrix is uniform, their second zeros.
+
     A pure function of seed and name, so that every plugin, layout and number of ranks starts from the same weights.
     """
     if spec.name.endswith("norm.weight"):
         return torch.ones(spec.shape, dtype=torch.float32, device=device)
-    if spec.name.endswith(".bias"):
+    if spec.name.endswith((".bias", ".lora_B.weight")):
         return torch.zeros(spec.shape, dtype=torch.float32, device=device)
     digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     weight = torch.empty(spec.shape, dtype=torch.float32, device=device)
+    if spec.name.endswith(".lora_A.weight"):
+        bound = spec.shape[1] ** -0.5  # peft's: kaiming_uniform_(a=sqrt(5))
+        return weight.uniform_(-bound, bound, generator=generator)
     return weight.normal_(std=config.initializer_range, generator=generator)
 
 

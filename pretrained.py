@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 
+import torch
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from huggingface_hub import HfApi, snapshot_download
@@ -18,7 +19,7 @@ from console import InputError, say
 from data_utils import HUB_TIMEOUT_SECONDS
 from files import exclusive_lock
 from model_utils import parameter_specs
-from sharded_state import restore
+from sharded_state import frozen_parameters, restore
 
 # What a folder may hold, in order of preference: an index of several files, or a single one.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -173,5 +174,13 @@ def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from
 
 
 def load_pretrained(weights: LazyTensors, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Sets the model's weights, each rank reading its own slices, which is all the host memory that it takes."""
-    restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
+    """Sets the model's weights, each rank reading its own slices, which is all the host memory that it takes.
+
+    Beside adapters, which have no weights here, the frozen ones are set.
+    """
+    frozen = frozen_parameters(model)
+    with torch.no_grad():
+        for name, parameter in frozen.items():
+            parameter.copy_(weights[name][:])
+    if not frozen:
+        restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)

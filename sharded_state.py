@@ -21,7 +21,7 @@ from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
 
-from model_utils import ParameterSpec, initial_weight
+from model_utils import ParameterSpec, initial_weight, plain_name
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -137,12 +137,14 @@ def _replicated_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter)
 
 
 def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[LocalShard]:
-    """This rank's part of every parameter of its pipeline stage, in the model's order, the same on all ranks of it."""
+    """This rank's part of every trained parameter of its stage, in the model's order, the same on all ranks of it."""
     if isinstance(optimizer, GeminiOptimizer):
         numbers = {id(parameter): number for number, parameter in optimizer.id_to_real_params.items()}
 
     shards = []
-    for name, parameter in model.unwrap().named_parameters():
+    for name, parameter in model.unwrap(unwrap_peft=False).named_parameters():
+        if not parameter.requires_grad:
+            continue
         split_dim, shape = None, parameter.shape
         if is_distributed_tensor(parameter):
             (split_dim,) = get_sharding_spec(parameter).dim_partition_dict
@@ -158,7 +160,7 @@ def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrappe
             replicated = True
         shards.append(
             LocalShard(
-                spec=ParameterSpec(name, torch.Size(shape)),
+                spec=ParameterSpec(plain_name(name), torch.Size(shape)),
                 split_dim=split_dim,
                 tp_group=getattr(plugin, "tp_group", None),
                 data_group=getattr(plugin, "mixed_dp_group", dist.group.WORLD),
@@ -170,6 +172,12 @@ def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrappe
             )
         )
     return shards
+
+
+def frozen_parameters(model: ModelWrapper) -> dict[str, torch.nn.Parameter]:
+    """The parameters of this rank's pipeline stage that are not trained, by name, each whole."""
+    parameters = model.unwrap(unwrap_peft=False).named_parameters()
+    return {plain_name(name): parameter for name, parameter in parameters if not parameter.requires_grad}
 
 
 def update_working_weights(optimizer: OptimizerWrapper) -> None:

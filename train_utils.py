@@ -70,7 +70,8 @@ class Plan:
         return round(self.global_batch * self.mean_length)
 
 
-SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping")
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_modules")  # of fine-tuning
+SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
 
 
 def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[TrainState, Path | None]:
@@ -130,7 +131,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, 
         )
     if args.warmup_steps is None:
         args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
     changes = [

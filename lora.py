@@ -1,0 +1,93 @@
+"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685), in peft's layout.
+
+`config.lora`, a peft LoraConfig, marks a configuration whose adapters alone are trained; `model_utils.trained_specs`
+then gives their parameters, and what initialises, saves and loads the trained parameters needs to know no more.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from booster_utils import Layout
+from checkpoint_utils import ADAPTER_FILE, PEFT_PREFIX, LazyTensors, file_names, write_model_index
+from files import sync
+from model_utils import parameter_specs
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_rank", type=int, help="train adapters of this rank alone (default: all weights)")
+    group.add_argument("--lora_alpha", type=float, help="adapters count alpha / rank times (default: 2 x rank)")
+    group.add_argument(
+        "--lora_modules",
+        default=",".join(MODULES),
+        help="linear modules that get one, with commas between (default: all seven of a layer)",
+    )
+
+
+def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
+    """What keeps the flags from working together: one line each."""
+    if args.lora_rank is None:
+        given = ("--lora_alpha" if args.lora_alpha is not None else "",)
+        return [f"{flag}: takes effect with --lora_rank alone; give that too" for flag in given if flag]
+    problems = []
+    if args.lora_rank < 1:
+        problems.append(f"--lora_rank: {args.lora_rank} is below the least possible, 1")
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+        problems.append(f"--lora_alpha: {args.lora_alpha} is not a positive number")
+    unknown = [name for name in args.lora_modules.split(",") if name not in MODULES]
+    if unknown:
+        problems.append(f"--lora_modules: {unknown[0]!r} is no linear module of a layer; choose of {','.join(MODULES)}")
+    if args.plugin.startswith("gemini"):
+        problems.append(f"--lora_rank: {args.plugin} has no LoRA; use -p zero2, zero2_cpu or hybrid_parallel")
+    if layout.tp > 1 or layout.sp > 1:
+        problems.append(
+            "--lora_rank: hybrid_parallel has LoRA without tensor and sequence parallelism; use --tp 1 --sp 1"
+        )
+    return problems
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(args.model_path),
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+        target_modules=sorted(args.lora_modules.split(",")),
+    )
+
+
+def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path) -> None:
+    """Writes a model folder whose weights are those frozen plus the adapters' products, one layer at a time.
+
+    Args:
+        adapter: what `checkpoint_utils.write_adapter` has written.
+        weights: of the model that the adapters were trained beside.
+    """
+    lora, plain = config.lora, copy.deepcopy(config)
+    del plain.lora
+    folder.mkdir(parents=True)
+    files = file_names(plain, "model")
+    with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
+        adapted = set(file.keys())
+        for group, name in files.items():
+            merged = {}
+            for spec in parameter_specs(plain):
+                if spec.group != group:
+                    continue
+                weight = weights[spec.name][:].float()
+                key = f"{PEFT_PREFIX}{spec.name.removesuffix('.weight')}.lora_{{}}.weight"
+                if key.format("A") in adapted:
+                    down, up = (file.get_tensor(key.format(letter)).float() for letter in "AB")
+                    weight += lora.lora_alpha / lora.r * (up @ down)
+                merged[spec.name] = weight.to(config.torch_dtype)
+            save_file(merged, folder / name, metadata={"format": "pt"})
+            sync(folder / name)
+    write_model_index(folder, plain)
