@@ -156,6 +156,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         ("keep_every", 1),
         ("log_interval", 1),
         ("eval_interval", 1),
+        ("shuffle_buffer", 1),
         ("warmup_steps", 0),
         ("num_workers", 0),
         ("num_steps", 1),
@@ -173,6 +174,11 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
             problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
     if (fraction := getattr(args, "eval_fraction", None)) is not None and not 0 <= fraction < 1:
         problems.append(f"--eval_fraction: {fraction} is not at least 0 and below 1")
+    if getattr(args, "streaming", False):
+        if args.max_steps is None:
+            problems.append("--streaming: a stream has no end; give --max_steps")
+        if args.eval_fraction:
+            problems.append("--eval_fraction: documents are held out when a data set is prepared, not from a stream")
     if args.seed >= 2**32:
         problems.append(f"--seed: {args.seed} is above the greatest possible, {2**32 - 1}")
     if args.max_length > config.max_position_embeddings:

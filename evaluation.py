@@ -1,5 +1,6 @@
 """The loss on documents that are held out of training, the same under every plugin and number of ranks."""
 
+import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -35,17 +36,17 @@ class Padded(Dataset):
         return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
 
 
-def evaluation_loader(plugin: Plugin, dataset: Dataset, layout: Layout, batch_size: int, **options) -> DataLoader:
-    """This rank's share of a held-out data set, in its order.
-
-    Args:
-        batch_size: sequences of a data-parallel rank in one forward pass; with a pipeline as many as in training.
-        options: of the DataLoader.
-    """
+def evaluation_loader(plugin: Plugin, dataset: Dataset, layout: Layout, args: argparse.Namespace) -> DataLoader:
+    """This rank's share of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
+    batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
     padded = Padded(dataset, batch_size * layout.dp)
-    sampler = partial(ShardedSampler, seed=0, stop=len(padded))
     return plugin.prepare_dataloader(
-        padded, batch_size=batch_size, shuffle=False, distributed_sampler_cls=sampler, **options
+        padded,
+        batch_size=batch_size,
+        shuffle=False,
+        pin_memory=torch.cuda.is_available(),
+        distributed_sampler_cls=partial(ShardedSampler, seed=0, stop=len(padded)),
+        collate_fn=getattr(dataset, "collate", None),
     )
 
 

@@ -15,6 +15,8 @@ console.quiet_third_parties()
 import argparse
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 import checkpoint_utils
 import sharded_state
 import train_utils
@@ -22,8 +24,11 @@ from arguments import ArgumentParser, add_evaluation_args, add_training_args, ad
 from attn import select_attention
 from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
 from console import InputError, say
-from data_utils import PackedDataset, load_tokenizer, parse_slice_weights
+from data_stream import StreamedDataset
+from data_utils import HELD_OUT, PackedDataset, TextEncoder, load_tokenizer, parse_slice_weights
 from dataset_preparation import prepare_dataset
+from dataset_sources import resolve_source
+from evaluation import evaluation_loader
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
 
@@ -60,6 +65,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw from the slices in these proportions, or in those of LLaMA (default: each sequence once an epoch)",
     )
     model.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the data set as training goes on, without preparing it; needs --max_steps (default: off)",
+    )
+    model.add_argument(
+        "--shuffle_buffer",
+        type=int,
+        default=2048,
+        help="sequences that are shuffled together in a stream (default: 2048)",
+    )
+    model.add_argument(
         "--document_mask",
         action="store_true",
         help="attention stays inside a document, and positions restart with each (default: off, as in LLaMA)",
@@ -69,6 +85,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_warmup_arg(parser)
     add_evaluation_args(parser)
     return parser.parse_args(arguments)
+
+
+def open_data(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PackedDataset | StreamedDataset, PackedDataset | None]:
+    """The data to train on, and those that are held out."""
+    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
+    order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
+    if args.streaming:
+        source, encoder = resolve_source(args.dataset), TextEncoder(tokenizer)
+        return StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order), None
+    folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir)
+    dataset = PackedDataset(folder, args.max_length, **order)
+    if not dataset.manifest.get("eval_fraction"):
+        return dataset, None
+    return dataset, PackedDataset(folder, args.max_length, document_ends, split=HELD_OUT)
 
 
 def main() -> int:
@@ -87,8 +119,7 @@ def main() -> int:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
         initial_weights = check_pretrained(args.init_from, config)
-    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
-    dataset = PackedDataset(prepare_dataset(args.dataset, tokenizer, args.cache_dir), args.max_length, document_ends)
+    dataset, held_out = open_data(args, tokenizer)
     state, checkpoint = train_utils.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
@@ -120,9 +151,10 @@ def main() -> int:
     else:
         sharded_state.initialize(plugin, model, optimizer, config, args.seed)
     loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+    evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
 
     checkpoint, interrupted = train_utils.train(
-        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
+        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
     checkpoint_utils.on_rank_zero(lambda: checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer))

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import math
 import signal
 import time
@@ -48,6 +49,7 @@ class TrainState:
     sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
     tokens: int = 0
     skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
+    stream: dict | None = None  # where a data set that is read as a stream goes on
     settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
 
     @property
@@ -89,7 +91,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
         return TrainState(), None
     folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
     saved = checkpoint_utils.read_running_states(folder)
-    state = TrainState(**{name: saved[name] for name in asdict(TrainState())})
+    state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
     if there and there[-1][0] > state.step:
         raise InputError(
             f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
@@ -98,7 +100,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
     order["slice_weights"] = getattr(args, "slice_weights", None)
     if args.allow_changes and any(state.settings.get(name) != value for name, value in order.items()):
-        state.sequences = 0  # the position was one in another order
+        state.sequences, state.stream = 0, None  # the position was one in another order
     return state, folder
 
 
@@ -185,6 +187,8 @@ def build_dataloader(
     plugin: Plugin, dataset: PackedDataset, args: argparse.Namespace, state: TrainState, plan: Plan
 ) -> DataLoader:
     """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
+    if state.stream is not None:
+        dataset.resume(state.stream)
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
     sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop, order=dataset.order)
     loader = plugin.prepare_dataloader(
@@ -293,6 +297,9 @@ def train(
         if state.step == first_step:
             check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
+        for batch in micro_batches:
+            if "stream" in batch:
+                state.stream = json.loads(batch.pop("stream"))
         label_tokens, tokens, positions = count_tokens(micro_batches, plan.layout)
         loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
         totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)

@@ -68,8 +68,7 @@ def evaluate_while_training(flags):
         run = boosted(flags + " -x bf16 --microbatch_size 1")
         sharded_state.restore(run.plugin, run.model, run.optimizer, lambda name, key: states[name, key], adam_steps=0)
         layout = resolve_layout(run.args, run.config)
-        batch_size = run.args.batch_size * (run.args.accumulation_steps if layout.pp > 1 else 1)
-        loader = evaluation_loader(run.plugin, held_out(), layout, batch_size)
+        loader = evaluation_loader(run.plugin, held_out(), layout, run.args)
         batch = next(iter(loader))
         micro_batch = {name: value[: run.args.batch_size] for name, value in batch.items()}
         micro_batches = [micro_batch] * run.args.accumulation_steps
