@@ -49,8 +49,8 @@ class TrainState:
     sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
     tokens: int = 0
     skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
-    stream: dict | None = None  # where a data set that is read as a stream goes on
     settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
+    stream: dict | None = None  # where a data set that is read as a stream goes on
 
     @property
     def adam_steps(self) -> int:
