@@ -253,24 +253,42 @@ def launch(seed: int) -> None:
     launch_from_torch(seed=seed, verbose=False)
 
 
-def build_kernels() -> None:
-    """Builds ColossalAI's C++ and CUDA extensions for Adam unless they are built: one rank a node, the others waiting.
+KERNELS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}
+
+
+def missing_kernels() -> list[str]:
+    """Those of ColossalAI's C++ and CUDA extensions for Adam that are neither installed nor compiled on this node."""
+    folder = Path(_Extension.get_jit_extension_folder_path())
+    return [
+        name
+        for name in KERNELS
+        if importlib.util.find_spec(f"colossalai._C.{name}") is None and not (folder / f"{name}.so").exists()
+    ]
+
+
+def compile_kernels() -> None:
+    """Loads ColossalAI's extensions for Adam, compiling those that are missing, one process of a node at a time.
 
     Two builds at once, or the lock that a killed build left behind, would break or block every rank.
     """
+    folder = Path(_Extension.get_jit_extension_folder_path())
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "build.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
+        for name in missing_kernels():
+            say(f"building ColossalAI's extension {name}: the first time only, about a minute")
+        for loader in KERNELS.values():
+            with contextlib.redirect_stdout(io.StringIO()):
+                loader().load()
+
+
+def build_kernels() -> None:
+    """Has one rank of each node compile what is missing there, the others waiting."""
     if not torch.cuda.is_available():
         return
     if local_rank() == 0:
-        folder = Path(_Extension.get_jit_extension_folder_path())
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "build.lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
-            for loader, name in ((CPUAdamLoader, "cpu_adam_x86"), (FusedOptimizerLoader, "fused_optim_cuda")):
-                if importlib.util.find_spec(f"colossalai._C.{name}") is None and not (folder / f"{name}.so").exists():
-                    say(f"building ColossalAI's extension {name}: the first time only, about a minute")
-                with contextlib.redirect_stdout(io.StringIO()):
-                    loader().load()
+        compile_kernels()
     dist.barrier(device_ids=[torch.cuda.current_device()])
 
 

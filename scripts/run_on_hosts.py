@@ -2,8 +2,8 @@
 
     python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 7b -p zero2 ...
 
-It takes the same options, and the program's flags as they are. Before anything starts, every host must resolve, let us
-log in, and have this folder and this Python. OpenSSH's ssh makes the connections, with whatever keys and ~/.ssh/config
+It takes the same options, and the program's flags as they are. Before anything starts, every host must let us log in,
+and have this folder and this Python. OpenSSH's ssh makes the connections, with whatever keys and ~/.ssh/config
 it has. Only variables that concern training travel (TRAVELLING below, and those that LAUNCH_ENV names), never on a
 command line. When one host fails, a line names it and says how, the others end too, and the exit status is that of the
 program. SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save its checkpoint and end, and so does the death of this
@@ -80,10 +80,10 @@ class Host:
         self.hostname, self.port = hostname, port
         self.process: subprocess.Popen | None = None
         self.failed_at: float | None = None
-        self.addresses = []
-        with contextlib.suppress(OSError, UnicodeError):
-            self.addresses = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
-        self.is_local_host = any(self._is_ours(*address) for address in self.addresses)
+        self.is_local_host = False
+        with contextlib.suppress(OSError, UnicodeError):  # a name may be known to ssh alone
+            addresses = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
+            self.is_local_host = any(self._is_ours(*address) for address in addresses)
 
     @staticmethod
     def _is_ours(family, kind, protocol, _, address) -> bool:
@@ -102,8 +102,6 @@ class Host:
 
     def problem(self, folder: str) -> str | None:
         """What keeps a run from starting there, or None."""
-        if not self.addresses:
-            return "the name does not resolve; correct the hosts file, or make it known (DNS, /etc/hosts)"
         needed = f"cd {shlex.quote(folder)} 2>/dev/null || {{ echo has no folder {shlex.quote(folder)}; exit 1; }}\n"
         for file in (sys.executable, str(Path(__file__).resolve())):
             needed += f"[ -r {shlex.quote(file)} ] || {{ echo has no file {shlex.quote(file)}; exit 1; }}\n"
@@ -159,10 +157,15 @@ class Host:
 
 
 def _pass_on(source, target, prefix: str) -> None:
+    read = True
     for line in source:
-        with contextlib.suppress(BrokenPipeError):
-            target.write(prefix.encode() + line)
-            target.flush()
+        try:
+            if read:
+                target.write(prefix.encode() + line)
+                target.flush()
+        except BrokenPipeError:  # nobody reads on: the run is to end, as any program would
+            read = False
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Runner:
@@ -262,7 +265,8 @@ class Ranks:
     def run(self) -> int:
         order = json.loads(self.words.readline())
         os.chdir(order["folder"])
-        os.environ.update(order["environment"])
+        # Else torch complains once a connection where addresses have no names.
+        os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", **order["environment"]})
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run

@@ -74,6 +74,9 @@ class Machine:
     def run(self, *command, folder: Path, **environment: str) -> Run:
         return Run(self.command(*command, **environment), folder, {"PYTHONUNBUFFERED": "1"})
 
+    def call(self, *command) -> None:
+        _call(*self.command(*command))
+
     def processes(self, *words: str) -> list[psutil.Process]:
         """Those that run here and have all of `words` on their command lines."""
         namespace, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
@@ -123,8 +126,8 @@ def machines(tmp_path_factory) -> list[Machine]:
         _call("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for number, (machine, end) in enumerate(zip(started, ends, strict=True), start=1):
             _call("ip", "link", "set", end, "netns", machine.init, "name", INTERFACE)
-            _call(*machine.command("ip", "addr", "add", f"10.77.0.{number}/24", "dev", INTERFACE))
-            _call(*machine.command("ip", "link", "set", INTERFACE, "up"))
+            machine.call("ip", "addr", "add", f"10.77.0.{number}/24", "dev", INTERFACE)
+            machine.call("ip", "link", "set", INTERFACE, "up")
         for machine in started:
             _wait_until(machine.is_up, f"the ssh server of {machine.name}")
         yield started

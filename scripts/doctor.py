@@ -1,0 +1,379 @@
+"""Checks machines before a long run: one line a check, with the remedy where it fails. Ends with status 1 if any does.
+
+    python scripts/doctor.py --hostfile hosts.txt                       this machine, and the way to the others
+    torchrun --standalone --nproc_per_node 8 scripts/doctor.py          and its processes together
+    python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt scripts/doctor.py -o /shared/run
+
+It trains nothing, and leaves nothing behind. Give it the --save_dir of the run, to see whether all processes share it.
+With --build_extensions it compiles, on each machine, what ColossalAI would compile at the start of the first run.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import console
+
+console.quiet_third_parties()
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from packaging.requirements import Requirement
+
+from console import InputError, local_rank, rank, say, world_size
+from scripts.run_on_hosts import Host
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ("requirements.txt", "requirements-colossalai.txt")
+NAMED = ("torch", "transformers", "colossalai")  # whose versions are shown
+JOIN_SECONDS = 60
+SHARED_SECONDS = 30  # a network file system may take as long to show a file to other machines
+MAX_SKEW_SECONDS = 1.0
+MIN_FREE_SHARE = 0.95  # of a GPU's memory, before training starts
+ALL_REDUCE_BYTES = {"nccl": 2**29, "gloo": 2**25}
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found on one machine. `ok` is None where there is nothing to check."""
+
+    check: str
+    ok: bool | None
+    detail: str
+    remedy: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------- on every machine
+
+
+def packages() -> Finding:
+    """Versions against the requirements files."""
+    lines = [line for name in REQUIREMENTS for line in (REPOSITORY / name).read_text().splitlines()]
+    requirements = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
+    wrong, versions = [], {}
+    for requirement in requirements:
+        try:
+            versions[requirement.name] = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(versions[requirement.name], prereleases=True):
+            wrong.append(f"{requirement.name} {versions[requirement.name]} is not {requirement.specifier}")
+    if wrong:
+        remedy = "bash scripts/setup.sh, or pip install with the requirements files"
+        return Finding("packages", False, "; ".join(wrong), remedy)
+    named = ", ".join(f"{name} {versions[name]}" for name in NAMED)
+    return Finding("packages", True, f"{named} and {len(versions) - len(NAMED)} more, as the requirements files say")
+
+
+def cuda() -> Finding:
+    """The GPU as torch sees it, and a compiler of the same CUDA."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    from booster_utils import missing_kernels
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip():
+            detail = f"nvidia-smi lists GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds none"
+            return Finding("CUDA", False, detail, "install a torch for a CUDA that the driver supports (pytorch.org)")
+        return Finding("CUDA", None, "no GPU; training runs on the CPU over Gloo")
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if not CUDA_HOME or not nvcc.is_file():
+        if not missing_kernels():
+            return Finding("CUDA", True, f"torch for CUDA {torch.version.cuda}; no nvcc, and none needed any more")
+        return Finding("CUDA", False, "no nvcc, which compiles ColossalAI's extensions", "set CUDA_HOME to its folder")
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = answer.partition("release ")[2].partition(",")[0]
+    detail = f"torch for CUDA {torch.version.cuda}, nvcc {version} in {CUDA_HOME}"
+    same = version.partition(".")[0] == torch.version.cuda.partition(".")[0]
+    remedy = f"set CUDA_HOME to a CUDA {torch.version.cuda}, or install a torch for CUDA {version}"
+    return Finding("CUDA", same, detail, "" if same else remedy)
+
+
+def extensions(build: bool = False) -> Finding:
+    """Whether ColossalAI's extensions are compiled, or that they can be."""
+    import torch
+
+    from booster_utils import compile_kernels, missing_kernels
+
+    if not torch.cuda.is_available():
+        return Finding("extensions", None, "no GPU, so there is nothing to compile")
+    if not build:
+        missing = missing_kernels()
+        if missing:
+            return Finding(
+                "extensions", None, f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
+            )
+        return Finding("extensions", True, "compiled")
+    try:
+        compile_kernels()
+    except Exception as error:  # of ninja, nvcc or the loader, whatever it is
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return Finding("extensions", False, reason, "see the line CUDA of python scripts/doctor.py")
+    return Finding("extensions", True, "compiled")
+
+
+def attention() -> Finding:
+    """The kernel that -a selects, run once where there is a GPU."""
+    import torch
+
+    from attn import FLASH_ATTENTION, select_attention
+    from model_utils import load_config
+
+    config = load_config("test")
+    line = select_attention(config, flash_attention=True).removeprefix("attention: ")
+    if not torch.cuda.is_available():
+        return Finding("attention", True, f"-a selects {line}")
+    query = torch.randn(1, 128, 4, 64, dtype=torch.bfloat16, device="cuda")
+    try:
+        if config._attn_implementation == FLASH_ATTENTION:
+            from flash_attn import flash_attn_func
+
+            flash_attn_func(query, query, query, causal=True)
+        else:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                query = query.transpose(1, 2)
+                torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+        torch.cuda.synchronize()
+    except (ImportError, RuntimeError) as error:
+        remedy = "reinstall flash-attn for this torch, or uninstall it; without -a no such kernel is needed"
+        return Finding("attention", False, f"-a selects {line}, which fails: {str(error).splitlines()[0]}", remedy)
+    return Finding("attention", True, f"-a selects {line}; it ran on the GPU")
+
+
+def memory() -> Finding:
+    """What is free, before training takes any."""
+    import psutil
+    import torch
+
+    host = f"{psutil.virtual_memory().available / 1e9:.1f} GB of host memory free"
+    if not torch.cuda.is_available():
+        return Finding("memory", True, host)
+    devices = range(torch.cuda.device_count())
+    free = [torch.cuda.mem_get_info(device) for device in devices]
+    detail = (
+        f"{len(free)} x {torch.cuda.get_device_name(0)}, {min(f for f, _ in free) / 1e9:.1f} GB free or more; {host}"
+    )
+    full = [device for device in devices if free[device][0] < MIN_FREE_SHARE * free[device][1]]
+    if full:
+        listing = ", ".join(
+            f"GPU {device}: {free[device][0] / 1e9:.1f} of {free[device][1] / 1e9:.1f}" for device in full
+        )
+        return Finding("memory", False, f"GB free on {listing}", "end the processes that nvidia-smi lists there")
+    return Finding("memory", True, detail)
+
+
+def hosts(hostfile: Path) -> list[Finding]:
+    """Whether each host of a hosts file resolves, lets us log in, and has this folder and Python."""
+    try:
+        names = hostfile.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise InputError(f"--hostfile: {hostfile} cannot be read ({error.strerror})") from error
+    problems = [(name, Host(name).problem(os.getcwd())) for name in names]
+    wrong = [
+        Finding("hosts", False, f"{name}: {problem}", "see SEVERAL_MACHINES.md")
+        for name, problem in problems
+        if problem
+    ]
+    return wrong or [Finding("hosts", True, f"all {len(names)} can be logged in to, and have this folder and Python")]
+
+
+# ----------------------------------------------------------------------------------------------- of all ranks together
+
+
+def join() -> str:
+    """Makes the process group of all ranks; returns its backend."""
+    import torch
+    import torch.distributed as dist
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_SECONDS))
+    return backend
+
+
+def all_reduce(backend: str) -> Finding:
+    """A sum over all ranks that is right, and its bandwidth as nccl-tests counts it: 2 (n - 1) / n x bytes / time."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda" if backend == "nccl" else "cpu")
+    seconds = []
+    for _ in range(ROUNDS):
+        values = torch.full((ALL_REDUCE_BYTES[backend] // 4,), float(rank()), device=device)
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        if backend == "nccl":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    ranks = world_size()
+    right = bool((values == ranks * (ranks - 1) / 2).all())
+    bandwidth = 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES[backend] / statistics.median(seconds) / 1e9
+    detail = f"{backend}, {ranks} ranks, {ALL_REDUCE_BYTES[backend] / 2**20:.0f} MiB: {bandwidth:.2f} GB/s"
+    if not right:
+        return Finding(
+            "all-reduce", False, f"{detail}, but the sum is wrong", "a link or a GPU is faulty: NCCL_DEBUG=INFO"
+        )
+    return Finding("all-reduce", True, detail)
+
+
+def clocks() -> Finding:
+    """How far the clocks of the machines are apart, read as a barrier opens."""
+    import torch.distributed as dist
+
+    rounds = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        rounds.append(_gather((socket.gethostname(), time.time())))
+    skews = {}
+    for number in range(world_size()):
+        difference = statistics.median(times[number][1] - times[0][1] for times in rounds)
+        skews[rounds[0][number][0]] = difference
+    worst = max(skews, key=lambda host: abs(skews[host]))
+    detail = f"apart by {abs(skews[worst]):.3f} s at most"
+    if abs(skews[worst]) > MAX_SKEW_SECONDS:
+        ahead = "ahead of" if skews[worst] > 0 else "behind"
+        detail = f"{worst} is {abs(skews[worst]):.1f} s {ahead} {rounds[0][0][0]}"
+        return Finding("clocks", False, detail, "synchronize them (chrony or systemd-timesyncd)")
+    return Finding("clocks", True, detail)
+
+
+def shared_folder(folder: Path) -> Finding:
+    """Whether each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
+    run = _gather(uuid.uuid4().hex)[0]
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f".doctor-{run}-{rank()}"
+        own.write_text("seen")
+        error = None
+    except OSError as caught:
+        error = f"{socket.gethostname()} cannot write to {folder}: {caught.strerror}"
+    errors = [other for other in _gather(error) if other]
+    if errors:
+        return Finding("shared folder", False, errors[0], "mount it there for writing, or give another with -o")
+    expected = [folder / f".doctor-{run}-{number}" for number in (range(world_size()) if rank() == 0 else (0,))]
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not all(path.exists() for path in expected) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    unseen = [path for path in expected if not path.exists()]
+    blind = sorted({host for host, missing in _gather((socket.gethostname(), bool(unseen))) if missing})
+    own.unlink()
+    _gather(None)
+    if not existed:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    if blind:
+        detail = f"{folder}: {', '.join(blind)} did not see the others' files within {SHARED_SECONDS} s"
+        return Finding("shared folder", False, detail, "give a folder on a file system that all machines share")
+    return Finding("shared folder", True, f"{folder} is written and seen by all {world_size()} ranks")
+
+
+def _gather(value: object) -> list:
+    """Every rank's value, by rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+def lines(finding: Finding, host: str | None = None) -> list[str]:
+    mark = {True: "ok", False: "FAILED", None: "-"}[finding.ok]
+    line = f"{mark:<7} {finding.check:<14} {f'{host}: ' if host else ''}{finding.detail}"
+    return [line, f"{'':<22} -> {finding.remedy}"] if finding.remedy else [line]
+
+
+def show(findings: dict[str, Finding]) -> bool:
+    """Prints, on rank 0, what the hosts found in one check, once where it is the same; returns whether none failed."""
+    alike = len(set(findings.values())) == 1
+    for host, finding in findings.items():
+        for line in lines(finding, None if alike else host):
+            say(line)
+        if alike:
+            break
+    return all(finding.ok is not False for finding in findings.values())
+
+
+def report(finding: Finding) -> bool:
+    """Shows what the first rank of every machine found; on each rank, whether all is well. Collective."""
+    gathered = _gather((socket.gethostname(), local_rank(), finding))
+    return show({host: found for host, local, found in gathered if local == 0})
+
+
+def show_own(finding: Finding) -> int:
+    """Prints what this machine found, without the others, and returns the exit status."""
+    if local_rank() == 0:
+        for line in lines(finding, socket.gethostname() if rank() else None):
+            print(line, flush=True)
+    return int(finding.ok is False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--save_dir", type=Path, default=Path("checkpoint"), help="folder that all are to share")
+    parser.add_argument("--hostfile", type=Path, help="check the way to these hosts, one name a line")
+    parser.add_argument(
+        "--build_extensions", action="store_true", help="compile ColossalAI's extensions, check no more"
+    )
+    args = parser.parse_args()
+
+    if args.build_extensions:
+        return show_own(_on_first_of_machine(lambda: extensions(build=True)))
+    first = packages()
+    if not first.ok:  # nothing else can be imported for sure
+        return show_own(first)
+    if "RANK" in os.environ:
+        from booster_utils import launch_problems
+
+        if problems := launch_problems():
+            raise InputError(*problems)
+        try:
+            backend = join()
+        except (RuntimeError, ValueError) as error:
+            detail = f"not joined within {JOIN_SECONDS} s: {str(error).strip().splitlines()[0]}"
+            remedy = "open --master_port; name the interface: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME"
+            return show_own(Finding("process group", False, detail, remedy))
+    good = report(first)
+    for check in (cuda, extensions, attention, memory):
+        good &= report(_on_first_of_machine(check))
+    if args.hostfile and rank() == 0:
+        for finding in hosts(args.hostfile):
+            good &= show({socket.gethostname(): finding})
+    if world_size() > 1:
+        good &= report(all_reduce(backend))
+        good &= report(clocks())
+    good &= report(shared_folder(args.save_dir))
+    say("all is well" if good else "something is not as it has to be, see the lines FAILED")
+    return int(not good)
+
+
+def _on_first_of_machine(check: Callable[[], Finding]) -> Finding:
+    return check() if local_rank() == 0 else Finding(check.__name__, None, "")
+
+
+if __name__ == "__main__":
+    console.run(main, "doctor.py")

@@ -1,0 +1,48 @@
+"""Signals under the launchers of one machine: a saved checkpoint, and a status that tells."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, Run
+
+from train_utils import INTERRUPTED
+
+COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
+RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
+
+
+def start(launcher: list, sample_flags: list, folder: Path) -> Run:
+    """Two ranks of a run that lasts."""
+    program = ["--nproc_per_node", 2, "--master_port", 29617, ROOT / "pretrain.py", *sample_flags]
+    folders = ["-o", folder / "checkpoint", "-t", folder / "tb_logs"]
+    flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # `colossalai run` calls torchrun by its name
+    return Run([*launcher, *program, *flags, *folders], folder, {"PATH": path})
+
+
+def assert_saved(run: Run) -> None:
+    last = run.column("step")[-1]
+    assert list(run.save_dir.glob(f"epoch*-step{last}/manifest.json"))
+    assert (run.save_dir / "final").is_dir()
+
+
+@pytest.mark.parametrize(("launcher", "status"), [(COLOSSALAI_RUN, 1), (RUN_ON_HOSTS, INTERRUPTED)])
+def test_signal_to_one_rank(sample_flags, sample_dataset, tmp_path, launcher, status):
+    with start(launcher, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        rank = next(process for process in run.processes() if process.environ().get("RANK") == "1")
+        rank.send_signal(signal.SIGTERM)
+        assert run.wait() == status, run.output()
+    assert_saved(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_launcher(sample_flags, sample_dataset, tmp_path, number):
+    with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        run.process.send_signal(number)
+        assert run.wait() == INTERRUPTED, run.output()
+    assert f"{number.name}: the run is to save and end" in run.stderr
+    assert_saved(run)
