@@ -33,6 +33,7 @@ from performance_evaluator import PerformanceEvaluator
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 WARMUP_RATIO = 0.03  # of the steps of fine-tuning
 MAX_SKIPPED_IN_A_ROW = 50
+PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
 
@@ -197,6 +198,7 @@ def build_dataloader(
         shuffle=True,
         drop_last=True,
         num_workers=args.num_workers,
+        prefetch_factor=PREFETCHED_BATCHES if args.num_workers else None,
         pin_memory=torch.cuda.is_available(),
         distributed_sampler_cls=sampler,
         collate_fn=dataset.collate,
