@@ -110,19 +110,21 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
     )
 
 
-def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
+    """Flags of the evaluation on held-out data, a fraction chosen here or a split that the data set has."""
     held_out = parser.add_argument_group("evaluation")
-    held_out.add_argument(
-        "--eval_fraction",
-        type=float,
-        help="share of the documents, chosen by a hash of their text, that is held out of training "
-        "(default: none, or that of a prepared data set)",
-    )
+    if by_fraction:
+        held_out.add_argument(
+            "--eval_fraction",
+            type=float,
+            help="share of the documents, chosen by a hash of their text, that is held out of training "
+            "(default: none, or that of a prepared data set)",
+        )
     held_out.add_argument(
         "--eval_interval",
         type=int,
         default=1000,
-        help="optimizer steps between evaluations on them; also at the end (default: 1000)",
+        help="optimizer steps between evaluations on held-out data; also at the end (default: 1000)",
     )
 
 

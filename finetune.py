@@ -20,13 +20,14 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 import checkpoint_utils
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_training_args, validate_args
+from arguments import ArgumentParser, add_evaluation_args, add_training_args, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
 from checkpoint_utils import LazyTensors
 from console import InputError, say
 from data_utils import load_tokenizer
 from dataset_sources import Source, resolve_source
+from evaluation import evaluation_loader
 from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
 from lora import add_lora_args, lora_config, lora_problems, merge
 from model_utils import load_config
@@ -62,23 +63,35 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
     add_plugin_args(parser)
     add_training_args(parser)
+    add_evaluation_args(parser, by_fraction=False)
     add_lora_args(parser)
     parser.set_defaults(max_length=None, warmup_steps=None, warmup_steps_given=False)
     return parser.parse_args(arguments)
 
 
-def find_source(args: argparse.Namespace) -> Source:
-    """The training files of --dataset and --task_name, which names a folder where the data set is a local one."""
+def find_source(args: argparse.Namespace, split: str) -> Source:
+    """The files of a split of --dataset and --task_name, which names a folder where the data set is a local one."""
     local = Path(args.dataset).expanduser()
     if not local.exists():
-        return resolve_source(args.dataset, configuration=args.task_name or (TASK if args.dataset == DATASET else None))
+        task = args.task_name or (TASK if args.dataset == DATASET else None)
+        return resolve_source(args.dataset, configuration=task, split=split)
     if args.task_name is None or (local / args.task_name).is_dir():
-        return resolve_source(str(local / (args.task_name or "")))
+        return resolve_source(str(local / (args.task_name or "")), split=split)
     tasks = sorted(path.name for path in local.iterdir() if path.is_dir()) if local.is_dir() else []
     raise InputError(
         f"--task_name: {local} has no folder {args.task_name}; "
         + (f"choose of {', '.join(tasks)}" if tasks else "leave the flag out")
     )
+
+
+def find_test_source(args: argparse.Namespace) -> Source | None:
+    """The files of the split `test`, where the data set has one."""
+    if Path(args.dataset).expanduser().is_file():
+        return None
+    try:
+        return find_source(args, "test")
+    except InputError:  # the split `train` was found, so this one is not there
+        return None
 
 
 def export(
@@ -106,8 +119,8 @@ def main() -> int:
     config = load_config(str(folder), "--model_path")
     if args.max_length is None:
         args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
-    if args.lora_rank and args.plugin == "hybrid_parallel" and args.tp is None:
-        args.tp = 1
+    if args.lora_rank and args.plugin == "hybrid_parallel":  # which divides no model with adapters
+        args.tp, args.pp = args.tp or 1, args.pp or 1
     validate_args(args, config)
     layout = resolve_layout(args, config)
     if problems := lora_problems(args, layout):
@@ -118,10 +131,12 @@ def main() -> int:
             f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
         )
     weights = check_pretrained(folder, config, "--model_path")
-    source = find_source(args)
-    shape = find_shape(source, tokenizer)
-    encoder = ExampleEncoder(tokenizer, shape, args.max_length, args.train_on_prompt)
-    dataset = InstructionDataset(prepare_examples(source, encoder, args.cache_dir), args.pack, layout.sp)
+    source, test_source = find_source(args, "train"), find_test_source(args)
+    encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
+    dataset, test_dataset = (
+        InstructionDataset(prepare_examples(split, encoder, args.cache_dir), args.pack, layout.sp) if split else None
+        for split in (source, test_source)
+    )
     state, checkpoint = train_utils.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
@@ -132,6 +147,8 @@ def main() -> int:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
     train_utils.announce(args, config, dataset, plan, attention)
+    if test_dataset:
+        say(f"evaluation every {args.eval_interval:,} steps: {test_dataset.description}")
     if args.dry_run:
         return 0
 
@@ -155,9 +172,13 @@ def main() -> int:
     elif args.lora_rank:
         sharded_state.initialize(plugin, model, optimizer, config, args.seed)
     loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+    test_loader = None
+    if test_dataset:
+        batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
+        test_loader = evaluation_loader(plugin, test_dataset, layout, batch_size, collate_fn=test_dataset.collate)
 
     checkpoint, interrupted = train_utils.train(
-        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint
+        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, test_loader
     )
 
     checkpoint_utils.on_rank_zero(lambda: export(args, config, checkpoint, weights, tokenizer))

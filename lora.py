@@ -35,8 +35,8 @@ def add_lora_args(parser: argparse.ArgumentParser) -> None:
 def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
     """What keeps the flags from working together: one line each."""
     if args.lora_rank is None:
-        given = ("--lora_alpha" if args.lora_alpha is not None else "",)
-        return [f"{flag}: takes effect with --lora_rank alone; give that too" for flag in given if flag]
+        given = args.lora_alpha is not None
+        return ["--lora_alpha: takes effect with --lora_rank alone; give that too"] if given else []
     problems = []
     if args.lora_rank < 1:
         problems.append(f"--lora_rank: {args.lora_rank} is below the least possible, 1")
@@ -47,10 +47,8 @@ def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
         problems.append(f"--lora_modules: {unknown[0]!r} is no linear module of a layer; choose of {','.join(MODULES)}")
     if args.plugin.startswith("gemini"):
         problems.append(f"--lora_rank: {args.plugin} has no LoRA; use -p zero2, zero2_cpu or hybrid_parallel")
-    if layout.tp > 1 or layout.sp > 1:
-        problems.append(
-            "--lora_rank: hybrid_parallel has LoRA without tensor and sequence parallelism; use --tp 1 --sp 1"
-        )
+    if max(layout.tp, layout.pp, layout.sp) > 1:  # its pipeline looks for layers where peft has put no longer any
+        problems.append("--lora_rank: hybrid_parallel has LoRA for undivided models alone; use --tp 1 --pp 1 --sp 1")
     return problems
 
 

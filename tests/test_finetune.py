@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from conftest import SEED
 from launching import optimizer_states, start_finetune
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune as program
 from console import InputError
 from dataset_sources import resolve_source
 from instruction_data import ExampleEncoder, InstructionDataset, LengthGroupedOrder, prepare_examples
+from model_utils import ParameterSpec, initial_weight, load_config, plain_name
 
 EXAMPLES = 24
 GLOBAL_BATCH = 8
@@ -87,12 +90,19 @@ def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
     """Losses of a plain loop over single examples, never padded; each step's loss is the mean over its labels."""
 
     @functools.cache
-    def train(dtype: torch.dtype) -> list[float]:
+    def train(dtype: torch.dtype, lora: bool = False) -> list[float]:
         encoder = ExampleEncoder(sample_tokenizer, ("prompt", "completion"), 128, train_on_prompt=False)
         dataset = InstructionDataset(prepare_examples(resolve_source(str(instructions)), encoder, cache_dir))
         order = LengthGroupedOrder(dataset, SEED, GLOBAL_BATCH)
         model = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype=torch.float32)
-        masters = [torch.nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    spec = ParameterSpec(plain_name(name), parameter.shape)
+                    parameter.data = initial_weight(spec, load_config("test"), SEED, torch.device("cpu"))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        masters = [torch.nn.Parameter(parameter.detach().clone()) for parameter in trained]
         model.to(dtype)
         adamw = torch.optim.AdamW(masters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         losses = []
@@ -106,14 +116,14 @@ def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
                 part.backward()
                 loss += part.item()
             losses.append(loss)
-            for parameter, master in zip(model.parameters(), masters, strict=True):
+            for parameter, master in zip(trained, masters, strict=True):
                 master.grad, parameter.grad = parameter.grad.float(), None
             torch.nn.utils.clip_grad_norm_(masters, 1.0)
             warm = 1  # 3% of the steps, rounded up
             angle = math.pi * (step - warm) / (STEPS - warm)
             adamw.param_groups[0]["lr"] = LR if step < warm else 0.1 * LR + 0.45 * LR * (1 + math.cos(angle))
             adamw.step()
-            for parameter, master in zip(model.parameters(), masters, strict=True):
+            for parameter, master in zip(trained, masters, strict=True):
                 parameter.data.copy_(master)
         return losses
 
@@ -150,6 +160,20 @@ def test_bf16(finetune, plain_training, layout):
     assert run.column("loss") == pytest.approx(plain_training(torch.bfloat16), rel=2e-2)
 
 
+def test_evaluation_on_the_split_test(finetune, instructions, tmp_path):
+    """At a learning rate of next to nothing the evaluation's loss is that of training on the same rows."""
+    for split in ("train", "test"):
+        shutil.copy(instructions, tmp_path / f"{split}.jsonl")
+    flags = ["-d", tmp_path, "-x", "fp32", "-e", 1, "--lr", "1e-12"]
+    for processes, layout in ((1, "-p zero2 -b 24"), (2, f"{HYBRID} --tp 1 --pp 2 -b 10 --microbatch_size 5")):
+        run = finetune(*flags, *layout.split(), processes=processes)
+        (*_, last) = run.metrics
+        assert last["eval_perplexity"] == pytest.approx(math.exp(last["eval_loss"]))
+        if processes == 1:
+            expected = last["loss"]
+        assert last["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_packed_examples_have_the_same_loss_per_token(finetune):
     """One step an epoch, over all examples: alone in one run, in packs in the other two."""
     alone = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
@@ -180,6 +204,51 @@ def test_resume_is_the_run_that_never_ended(finetune):
                 assert torch.equal(value, expected[name])
             else:
                 torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+LORA = ["-x", "fp32", "--lora_rank", 4, "--lora_modules", "q_proj,up_proj"]
+ADAPTED = {
+    "zero2": (1, "-p zero2 -b 8 -i 2"),
+    "zero2_cpu, 2 ranks": (2, "-p zero2_cpu -b 4"),
+    "hybrid, 2 ranks": (2, f"{HYBRID} -b 2 --accumulation_steps 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(finetune):
+    """The run of a layout with adapters."""
+    return functools.cache(lambda layout: finetune(*LORA, *ADAPTED[layout][1].split(), processes=ADAPTED[layout][0]))
+
+
+@pytest.mark.parametrize("layout", ADAPTED)
+def test_adapters_train_as_in_a_plain_loop(adapted, plain_training, layout):
+    assert adapted(layout).column("loss") == pytest.approx(plain_training(torch.float32, lora=True), rel=2e-5)
+
+
+def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_folder):
+    run = adapted("zero2")
+    folder = run.save_dir / f"epoch1-step{STEPS}" / "model"
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == {"q_proj", "up_proj"}
+    assert not list(folder.glob("model*"))
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype=torch.float32)
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, folder)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(run.save_dir / "final")(ids).logits
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(merged, after, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_resume(adapted, finetune):
+    whole = adapted("zero2")
+    run = finetune(*LORA, "-p", "zero2", "-b", 8, "-f", whole.save_dir / "epoch0-step2")
+    assert run.column("loss") == whole.column("loss")[2:]
+    states, expected = (optimizer_states(each.save_dir / f"epoch1-step{STEPS}") for each in (run, whole))
+    assert all(torch.equal(value, expected[name]) for name, value in states.items())
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -249,6 +318,15 @@ class TestRefused:
             write(tmp_path / "tasks" / task / "rows.jsonl", *rows())
         line = problem("--task_name", "third", dataset=tmp_path / "tasks")
         assert line == f"--task_name: {tmp_path / 'tasks'} has no folder third; choose of first, second"
+
+    def test_adapters(self, problem):
+        for flags, words in (
+            ("--lora_rank 0", "--lora_rank: 0 is below the least possible, 1"),
+            ("--lora_rank 4 --lora_modules q_proj,attn", "--lora_modules: 'attn' is no linear module of a layer"),
+            ("--lora_rank 4 -p gemini", "--lora_rank: gemini has no LoRA; use -p zero2"),
+            ("--lora_alpha 4", "--lora_alpha: takes effect with --lora_rank alone"),
+        ):
+            assert words in problem(*flags.split())
 
     def test_flags_of_pretraining_alone(self, problem):
         assert "-c test" in problem("-c", "test")
