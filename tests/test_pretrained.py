@@ -1,13 +1,17 @@
 """Model folders as Hugging Face writes them, and hub names: found, checked, and read by every plugin in slices."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT
 from processes import boosted, run_ranks
 from safetensors.torch import load_file, save_file
+from standin_hub import StandinHub
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from console import InputError
@@ -180,3 +184,43 @@ class TestRefused:
 
     def test_a_file(self, single):
         assert "is a file; give the folder" in error_of(find_model, str(single / "config.json"), "--model_path")
+
+
+FIND = """
+import sys
+sys.path.insert(0, {root!r})
+import pretrained
+try:
+    print(pretrained.find_model("{name}", "--model_path"))
+except pretrained.InputError as error:
+    print(error)
+"""
+
+
+def find_in_processes(count: int, name: str, environment: dict[str, str]) -> list[str]:
+    """What `find_model` gives or raises in each of some processes at the same time."""
+    command = [sys.executable, "-c", FIND.format(root=str(ROOT), name=name)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    return [process.communicate(timeout=240)[0].splitlines()[-1] for process in processes]
+
+
+def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
+    folder = tmp_path / "hub"
+    expected = save_model(folder, max_shard_size="300KB")
+    save_model(tmp_path / "old", safe_serialization=False)
+    (tmp_path / "old" / "pytorch_model.bin").rename(folder / "pytorch_model.bin")
+    with StandinHub({"someone/small-llama": folder}) as hub:
+        environment = hub.environment(tmp_path / "cache")
+        found = find_in_processes(2, "someone/small-llama", environment)
+        assert len(set(found)) == 1
+        assert set(hub.downloads.values()) == {1}
+        assert "pytorch_model.bin" not in hub.downloads
+        assert torch.equal(check(Path(found[0]))["lm_head.weight"][:], expected["lm_head.weight"])
+        (line,) = find_in_processes(1, "someone/other", environment)
+        assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 404)"
+    assert find_in_processes(1, "someone/small-llama", environment) == found[:1]  # with no hub to be reached
+    (line,) = find_in_processes(1, "someone/other", environment)
+    assert "someone/other is no folder, and it cannot be downloaded" in line
