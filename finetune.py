@@ -22,7 +22,7 @@ import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_evaluation_args, add_training_args, validate_args
 from attn import select_attention
-from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from booster_utils import DTYPES, Layout, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
 from checkpoint_utils import LazyTensors
 from console import InputError, say
 from data_utils import load_tokenizer
@@ -94,6 +94,20 @@ def find_test_source(args: argparse.Namespace) -> Source | None:
         return None
 
 
+def open_data(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, layout: Layout
+) -> tuple[InstructionDataset, InstructionDataset | None]:
+    """The data to train on, and those of the split `test` if there is one."""
+    source = find_source(args, "train")
+    encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
+
+    def prepared(split: Source) -> InstructionDataset:
+        return InstructionDataset(prepare_examples(split, encoder, args.cache_dir), args.pack, layout.sp)
+
+    test_source = find_test_source(args)
+    return prepared(source), prepared(test_source) if test_source else None
+
+
 def export(
     args: argparse.Namespace,
     config: LlamaConfig,
@@ -131,12 +145,7 @@ def main() -> int:
             f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
         )
     weights = check_pretrained(folder, config, "--model_path")
-    source, test_source = find_source(args, "train"), find_test_source(args)
-    encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
-    dataset, test_dataset = (
-        InstructionDataset(prepare_examples(split, encoder, args.cache_dir), args.pack, layout.sp) if split else None
-        for split in (source, test_source)
-    )
+    dataset, held_out = open_data(args, tokenizer, layout)
     state, checkpoint = train_utils.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
@@ -147,8 +156,8 @@ def main() -> int:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
     train_utils.announce(args, config, dataset, plan, attention)
-    if test_dataset:
-        say(f"evaluation every {args.eval_interval:,} steps: {test_dataset.description}")
+    if held_out:
+        say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
         return 0
 
@@ -172,13 +181,10 @@ def main() -> int:
     elif args.lora_rank:
         sharded_state.initialize(plugin, model, optimizer, config, args.seed)
     loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
-    test_loader = None
-    if test_dataset:
-        batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
-        test_loader = evaluation_loader(plugin, test_dataset, layout, batch_size, collate_fn=test_dataset.collate)
+    evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
 
     checkpoint, interrupted = train_utils.train(
-        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, test_loader
+        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
     checkpoint_utils.on_rank_zero(lambda: export(args, config, checkpoint, weights, tokenizer))

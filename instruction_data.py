@@ -16,10 +16,15 @@ B is the batch size, S the length of its longest sequence, rounded up.
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +45,7 @@ from files import checksum, exclusive_lock, sync, write_json
 
 FORMAT_VERSION = 1
 BATCH_ROWS = 256
+PARALLEL_BYTES = 2**23  # of a source that several processes tokenize
 SHAPES = (("prompt", "completion"), ("instruction", "output"), ("messages",))  # columns that a row may come in
 PAD_MULTIPLE = 8  # lengths that tensor cores take well
 WINDOW_GROUPS = 64
@@ -288,8 +294,8 @@ def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tu
     lengths, skipped, cut = [], Counter(), 0
     bar = tqdm(total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with bar, open(folder / "tokens.bin", "wb") as tokens, open(folder / "labels.bin", "wb") as labels:
-        for rows, read_bytes in _row_batches(source):
-            for example in encoder.encode(rows):
+        for examples, read_bytes in _encoded_batches(source, encoder):
+            for example in examples:
                 if isinstance(example, str):
                     skipped[example] += 1
                     continue
@@ -299,6 +305,42 @@ def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tu
                 cut += example.cut
             bar.update(read_bytes)
     return lengths, skipped, cut
+
+
+def _encoded_batches(source: Source, encoder: ExampleEncoder) -> Iterator[tuple[list[Encoded | str], int]]:
+    """Examples in the order of the rows, and how many more bytes of their file are read; on all cores if worth it."""
+    workers = len(os.sched_getaffinity(0)) if source.size >= PARALLEL_BYTES else 1
+    if workers == 1:
+        yield from ((list(encoder.encode(rows)), read_bytes) for rows, read_bytes in _row_batches(source))
+        return
+    # Forked workers do not import the main program again; they use neither CUDA nor threads of their own.
+    context = multiprocessing.get_context("fork")
+    pending = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
+        for rows, read_bytes in _row_batches(source):
+            pending.append((executor.submit(_encode_in_worker, rows), read_bytes))
+            if len(pending) == 4 * workers:
+                future, read_bytes = pending.popleft()
+                yield future.result(), read_bytes
+        for future, read_bytes in pending:
+            yield future.result(), read_bytes
+
+
+def _start_worker(encoder: ExampleEncoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_worker(rows: list[dict]) -> list[Encoded | str]:
+    return list(_worker_encoder.encode(rows))
 
 
 def _row_batches(source: Source) -> Iterator[tuple[list[dict], int]]:

@@ -251,7 +251,9 @@ def prepare(tmp_path, sample_tokenizer):
 
 
 class TestPreparedFolder:
-    def test_holds_every_example_and_counts_the_rest(self, prepare, sample_tokenizer):
+    @pytest.mark.parametrize("parallel_bytes", [2**30, 0])
+    def test_holds_every_example_and_counts_the_rest(self, prepare, sample_tokenizer, monkeypatch, parallel_bytes):
+        monkeypatch.setattr(instruction_data, "PARALLEL_BYTES", parallel_bytes)
         rows = [*ROWS, {"prompt": "a"}, {"prompt": "word " * 100, "completion": "b"}] * 200  # several batches
         dataset = InstructionDataset(prepare(rows))
         expected = [
