@@ -292,7 +292,7 @@ def find_checkpoint(load: str, save_dir: Path) -> Path:
     if (folder / "config.json").is_file():
         raise InputError(
             f"--load: {folder} holds a Hugging Face model without training state; "
-            "to begin from its weights use --init_from, to take only its sizes use --config"
+            "to begin from its weights use --init_from (finetune.py: --model_path), to take only its sizes --config"
         )
     if (folder / MANIFEST).is_file() or (folder / RUNNING_STATES).is_file():
         raise InputError(f"--load: {folder} is an incomplete checkpoint; choose another, or 'latest'")
