@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from booster_utils import launch_problems, layout_problems
 from console import InputError
+from memory_estimate import card_problems
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -75,7 +76,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--log_interval", type=int, default=10, help="optimizer steps between lines in the terminal (default: 10)"
     )
-    output.add_argument("--dry_run", action="store_true", help="check everything, print the plan and end")
+    add_dry_run_args(parser)
 
     for old, new in (("--weigth_decay", "weight_decay"), ("--grad_clip", "gradient_clipping")):
         parser.add_argument(old, dest=new, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -125,6 +126,19 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
         type=int,
         default=1000,
         help="optimizer steps between evaluations on held-out data; also at the end (default: 1000)",
+    )
+
+
+def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
+    )
+    plan.add_argument("--gpus", type=int, help="dry run: plan for this many GPUs (default: the ranks launched)")
+    plan.add_argument("--gpu", help="dry run: their kind, such as A100 (default: this machine's, else H100)")
+    plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: of their kind)")
+    plan.add_argument(
+        "--mfu", type=float, default=0.4, help="dry run: fraction of their peak that training reaches (default: 0.4)"
     )
 
 
@@ -189,8 +203,13 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         )
     if args.compile and not args.plugin.startswith("zero2"):
         problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
-    if not args.dry_run:
+    if args.dry_run:
+        problems.extend(card_problems(args))
+    else:
         problems.extend(launch_problems())
+        for name in ("gpus", "gpu", "gpu_memory"):
+            if getattr(args, name) is not None:
+                problems.append(f"--{name}: goes with --dry_run alone; a launcher sets what a run has")
     for name in ("save_dir", "tensorboard_dir", "profile"):
         if getattr(args, name, None) is not None:
             problems.extend(_folder_problems(f"--{name}", getattr(args, name)))

@@ -33,7 +33,7 @@ from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 from transformers import LlamaConfig
 
 import sharded_state
-from arguments import ArgumentParser, add_compute_args, validate_args
+from arguments import ArgumentParser, add_compute_args, add_dry_run_args, validate_args
 from attn import select_attention
 from booster_utils import (
     BENCHMARK_PLUGINS,
@@ -52,9 +52,11 @@ from console import InputError, RunError, say
 from data_utils import RandomDataset
 from files import write_json
 from fsdp_plugin import FSDPPlugin
+from memory_estimate import say_plan
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures
 
+REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
 MB = 2**20  # as in ColossalAI's published figures
 
 
@@ -97,6 +99,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("-m", "--memory_limit", type=int, help="GPU memory a process may take, in MB (default: all)")
     memory.add_argument("--json", type=Path, help="write inputs and results to this file")
     memory.add_argument("--profile", type=Path, help="folder for a trace of one more step, for chrome://tracing")
+    add_dry_run_args(parser)
     return parser.parse_args(arguments)
 
 
@@ -241,6 +244,9 @@ def main() -> int:
     layout = resolve_layout(args, config)
     attention = select_attention(config, args.flash_attention, sequence_parallel=layout.sp > 1)
     announce(args, config, layout, attention)
+    if args.dry_run:
+        say_plan(args, config, layout, args.batch_size * layout.dp * args.max_length, REDPAJAMA_TOKENS)
+        return 0
 
     launch(args.seed)
     if args.memory_limit:

@@ -300,6 +300,15 @@ def shut_down(plugin: Plugin) -> None:
     dist.destroy_process_group()
 
 
+def gemini_chunk_parameters(config: LlamaConfig) -> int:
+    """The least size of Gemini's chunks, in parameters.
+
+    Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often: a
+    small model gets small chunks, so that it is sharded as a large one is.
+    """
+    return min(GEMINI_CHUNK_PARAMETERS, count_parameters(config) // 8)
+
+
 def build_plugin(
     args: argparse.Namespace, layout: Layout, config: LlamaConfig, length_varies: bool = False, **gemini_options: float
 ) -> Plugin:
@@ -325,9 +334,7 @@ def build_plugin(
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
-        # Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often:
-        # a small model gets small chunks, so that it is sharded as a large one is.
-        chunk_parameters = min(GEMINI_CHUNK_PARAMETERS, count_parameters(config) // 8)
+        chunk_parameters = gemini_chunk_parameters(config)
         plugin = GeminiPlugin(
             placement_policy="auto" if automatic else "static",
             tp_size=layout.tp,

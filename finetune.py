@@ -30,6 +30,7 @@ from dataset_sources import Source, resolve_source
 from evaluation import evaluation_loader
 from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
 from lora import add_lora_args, lora_config, lora_problems, merge
+from memory_estimate import say_plan
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, load_pretrained
 
@@ -159,6 +160,7 @@ def main() -> int:
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
+        say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
         return 0
 
     if console.rank() == 0:

@@ -29,6 +29,7 @@ from data_utils import HELD_OUT, PackedDataset, TextEncoder, load_tokenizer, par
 from dataset_preparation import prepare_dataset
 from dataset_sources import resolve_source
 from evaluation import evaluation_loader
+from memory_estimate import say_plan
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
 
@@ -129,6 +130,7 @@ def main() -> int:
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
     train_utils.announce(args, config, dataset, plan, attention)
     if args.dry_run:
+        say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
         return 0
 
     if console.rank() == 0:

@@ -1,0 +1,292 @@
+"""What a run takes before it is started: memory of a GPU by component, and steps and days on a number of GPUs.
+
+It is arithmetic alone and needs neither the GPUs nor the ranks. T stands for the tokens that a GPU works on at once
+(B x S, microbatches in a pipeline, split by sequence parallelism), L for layers, h for the hidden size, f for the FFN
+size, V for the vocabulary, P for the parameters on a GPU (split by tensor and pipeline parallelism) and N for the GPUs
+over which ZeRO shards. The formulas count what torch keeps in the code that runs; tests compare them with it.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
+from transformers import LlamaConfig
+
+from attn import EAGER
+from booster_utils import DTYPES, HYBRID_PLUGINS, Layout, gemini_chunk_parameters
+from console import say
+from model_utils import ParameterSpec, model_flops_per_token, parameter_specs
+from performance_evaluator import CARDS, Card, find_card
+
+FP32 = 4  # bytes
+MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
+ZERO_BUCKET_PARAMETERS = 12 * 2**20  # LowLevelZeroPlugin's reduce_bucket_size_in_m
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a GPU holds at one moment of a step, in bytes."""
+
+    name: str
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    activations: float = 0
+    logits: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The moments of a step on the fullest GPU, and what is offloaded to host memory, in bytes a GPU."""
+
+    moments: tuple[Moment, ...]
+    host: float
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What lasts from step to step on one GPU, and what a step adds to it, in bytes."""
+
+    weights: float
+    optimizer: float
+    gradients: float  # at the end of the backward pass
+    buckets: float = 0  # for the exchange of gradients, kept for good
+    gathered: float = 0  # weights of other shards that are at hand for the loss
+    gathered_layers: float = 0  # and more in the backward pass
+    step: float = 0  # beside the gradients, in the optimizer step
+    host: float = 0
+
+
+def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[ParameterSpec]:
+    """The parameters of one pipeline stage, as large as tensor parallelism leaves them on a GPU."""
+    per_stage = config.num_hidden_layers // layout.pp
+    layers = range(stage * per_stage, (stage + 1) * per_stage)
+    specs = []
+    for spec in parameter_specs(config):
+        parts = spec.name.split(".")
+        if parts[1] == "layers":
+            here = int(parts[2]) in layers
+        else:
+            here = stage == (0 if "embed_tokens" in parts else layout.pp - 1)
+        if here:
+            split = layout.tp if len(spec.shape) == 2 else 1
+            specs.append(ParameterSpec(spec.name, torch.Size([spec.shape.numel() // split])))
+    return specs
+
+
+def _gemini_padding(sizes: list[int], config: LlamaConfig) -> tuple[int, int]:
+    """Parameters' worth of empty room in Gemini's chunks, and the size of a chunk, as ColossalAI searches them.
+
+    Parameters above the mean by three standard deviations get chunks of their own (search_chunk_configuration).
+    """
+    mean = sum(sizes) / len(sizes)
+    bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
+    packed = [size for size in sizes if size <= bound]
+    least = gemini_chunk_parameters(config)
+    start = math.ceil(max(least, *packed) / config.hidden_size) * config.hidden_size
+    candidates = range(start, start + least // 2**20 * 2**20 + 1, config.hidden_size)
+    chunk = min(candidates, key=lambda size: _get_unused_byte(packed, size))
+    return _get_unused_byte(packed, chunk), max(chunk, *sizes)
+
+
+def _state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs: list[ParameterSpec]) -> _State:
+    width = DTYPES[args.mixed_precision].itemsize
+    sizes = [spec.shape.numel() for spec in specs]
+    parameters, largest = sum(sizes), max(sizes)
+    shards = layout.dp * layout.sp // layout.extra_dp
+    layer = [spec for spec in specs if spec.group == specs[len(specs) // 2].group]
+    layer_weights = width * sum(spec.shape.numel() for spec in layer)
+
+    if args.plugin.startswith("fsdp"):
+        outside = width * sum(spec.shape.numel() for spec in specs if ".layers." not in spec.name)
+        state = _State(
+            weights=FP32 * parameters / shards,
+            optimizer=2 * FP32 * parameters / shards,
+            gradients=FP32 * parameters / shards,
+            gathered=outside if shards > 1 else 0,
+            gathered_layers=2 * layer_weights if shards > 1 else 0,
+        )
+        return _offloaded(state, args)
+
+    if args.plugin.startswith("gemini"):
+        padding, chunk = _gemini_padding(sizes, config)
+        room = parameters + padding
+        whole = 1 - getattr(args, "shard_param_frac", 1.0)
+        state = _State(
+            weights=width * room * (whole + (1 - whole) / shards),
+            optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
+            # Gradients take the place of the weights that they are of, unless several backward passes add to them.
+            gradients=width * room / shards if args.accumulation_steps > 1 else 0,
+            gathered=width * chunk if shards > 1 else 0,
+            gathered_layers=width * chunk if shards > 1 else 0,
+            step=2 * FP32 * largest / shards,  # one parameter at a time
+        )
+        return _offloaded(state, args)
+
+    # HybridParallelPlugin adds torch's DistributedDataParallel, whose buckets are as large as all gradients.
+    replicated = layout.zero_stage == 0 or (args.plugin in HYBRID_PLUGINS and layout.dp == 1)
+    buckets = width * parameters if replicated and layout.pp == 1 else 0
+    if layout.zero_stage > 0:
+        bucket = width * min(parameters, ZERO_BUCKET_PARAMETERS)
+        split_gradients = shards if layout.zero_stage == 2 else 1
+        state = _State(
+            weights=width * parameters,
+            optimizer=MASTER_AND_MOMENTS * parameters / shards,
+            gradients=width * parameters / split_gradients,
+            buckets=buckets,
+            # float32 gradients, and the norm of the largest in float64; afterwards, buckets of gathered weights
+            step=max((FP32 * parameters + 8 * largest) / shards, 3 * bucket - width * parameters / split_gradients),
+        )
+        return _offloaded(state, args)
+    master = MASTER_AND_MOMENTS if width < FP32 else 2 * FP32
+    return _State(
+        weights=width * parameters,
+        optimizer=master * parameters,
+        gradients=width * parameters,
+        buckets=buckets,
+        step=8 * largest + ((FP32 - width) * parameters if width < FP32 else 0),
+    )
+
+
+def _offloaded(state: _State, args: argparse.Namespace) -> _State:
+    """The same state with what the plugin and its flags keep in host memory moved there."""
+    if args.plugin == "fsdp_cpu":
+        host = state.weights + state.optimizer + state.gradients
+        return replace(state, weights=0, optimizer=0, gradients=0, step=0, host=host)
+    if args.plugin in ("zero2_cpu", "3d_cpu"):
+        return replace(state, optimizer=0, step=0, host=state.optimizer)
+    if args.plugin == "gemini_auto":  # it offloads weights too only where nothing else helps
+        return replace(state, optimizer=0, step=0, host=state.optimizer)
+    optimizer = state.optimizer * getattr(args, "offload_optim_frac", 0.0)
+    weights = state.weights * getattr(args, "offload_param_frac", 0.0)
+    return replace(
+        state, weights=state.weights - weights, optimizer=state.optimizer - optimizer, host=optimizer + weights
+    )
+
+
+def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int) -> float:
+    """Bytes a token that one decoder layer keeps for the backward pass.
+
+    Of hidden size: each RMSNorm's input in float32, its normalised and its scaled output; query, key and value, as many
+    as there are heads; the attention's output twice, as the kernel and the projection see it. Of FFN size: gate, its
+    activation, up, their product. In half precision 26 h + 8 f. Plain attention keeps its weights in float32 and in
+    working precision besides. The method is that of Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+    """
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    norms = 2 * (FP32 + 2 * width) * hidden
+    attention = 5 * width * hidden
+    if config._attn_implementation == EAGER:
+        attention += (FP32 + width) * config.num_attention_heads * seq_length
+    return norms + (attention + 4 * width * ffn) / tp
+
+
+def estimate_memory(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> MemoryEstimate:
+    """Memory of the fullest GPU under the plugin and layout, of ranks that need not exist.
+
+    Reads from `args` what the programs share (plugin, batch, precision, recomputation) and, where they are there, the
+    benchmark's flags of Gemini. Not counted: CUDA's context, NCCL's buffers, fragmentation, and what --compile saves.
+    """
+    stages = [_stage_estimate(args, config, layout, stage) for stage in range(layout.pp)]
+    return max(stages, key=lambda estimate: estimate.peak.total)
+
+
+def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layout, stage: int) -> MemoryEstimate:
+    state = _state(args, config, layout, stage_specs(config, layout, stage))
+    width = DTYPES[args.mixed_precision].itemsize
+    hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+
+    sequences, in_flight = args.batch_size, 1
+    if layout.pp > 1:  # 1F1B: the first stage has passed on as many microbatches as there are stages
+        sequences = args.microbatch_size
+        in_flight = min(layout.pp - stage, args.batch_size * args.accumulation_steps // sequences)
+    tokens = sequences * args.max_length / layout.sp
+    layers = config.num_hidden_layers // layout.pp
+    layer = tokens * layer_activations(config, layout.tp, width, args.max_length)
+    kept = tokens * width * hidden if args.gradient_checkpoint else layer
+    last = stage == layout.pp - 1
+    final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
+    activations = in_flight * layers * kept + final_norm
+    # In the backward pass of the last layer: what it recomputes, gradients of its output and of the FFN's inner values.
+    working = (layer if args.gradient_checkpoint else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
+    if config._attn_implementation == EAGER:
+        working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length
+    # Log-probabilities, their gradient and that of the logits, all in float32; the logits themselves are gone by then.
+    logits = tokens * 3 * FP32 * vocabulary / layout.tp if last else 0
+    head_gradient = width * hidden * vocabulary / layout.tp if last else 0
+
+    weights = state.weights + state.gathered
+    backward_weights = weights + state.gathered_layers
+    optimizer = state.optimizer
+    all_gradients = state.buckets + state.gradients
+    earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
+    first = state.buckets + max(earlier, min(head_gradient, state.gradients))
+    moments = (
+        Moment("the loss", weights, state.buckets + earlier, optimizer, activations, logits),
+        Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
+        Moment("the end of the backward pass", backward_weights, all_gradients, optimizer, kept + working),
+        Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer),
+    )
+    return MemoryEstimate(moments, state.host)
+
+
+# ------------------------------------------------------------------------------------------------------------ dry runs
+
+
+def planned_card(args: argparse.Namespace) -> Card:
+    """The kind of GPU that `--gpu` names, or this machine's, or an H100; with the memory of `--gpu_memory`."""
+    name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
+    card = find_card(name) or Card(name, math.nan, args.gpu_memory or math.nan)
+    return replace(card, memory_gb=args.gpu_memory or card.memory_gb)
+
+
+def card_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that describe the GPUs of a dry run."""
+    problems = []
+    if args.gpu and not find_card(args.gpu):
+        problems.append(f"--gpu: {args.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
+    if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
+        problems.append(f"--gpu_memory: {args.gpu_memory} is not a positive number of GB")
+    if not 0 < args.mfu <= 1:
+        problems.append(f"--mfu: {args.mfu} is not above 0 and at most 1")
+    return problems
+
+
+def say_plan(
+    args: argparse.Namespace, config: LlamaConfig, layout: Layout, tokens_per_step: int, total_tokens: float
+) -> None:
+    """Prints what a dry run is for: memory of a GPU by component, whether it fits, and the time that training takes."""
+    estimate, card = estimate_memory(args, config, layout), planned_card(args)
+    say(f"memory of a GPU in GB, of {layout.ranks} (estimate):")
+    components = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    say(f"  {'':30}" + "".join(f"{name:>12}" for name in components))
+    for moment in estimate.moments:
+        figures = "".join(f"{getattr(moment, name) / 1e9:12.2f}" for name in components)
+        say(f"  {moment.name:30}{figures}{'  <- peak' if moment is estimate.peak else ''}")
+    if estimate.host:
+        say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
+    peak, memory = estimate.peak.total / 1e9, card.memory_gb
+    if not math.isnan(memory):
+        verdict = "fits" if peak <= memory else "does NOT fit"
+        say(f"{verdict}: {peak:.1f} GB at the peak, on {card.name} with {memory:g} GB")
+
+    flops = model_flops_per_token(config, args.max_length)
+    if math.isnan(card.peak_tflops):
+        say(f"time: the peak of {card.name} is not known; name a kind with --gpu")
+        return
+    tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * args.mfu / flops
+    steps = math.ceil(total_tokens / tokens_per_step)
+    say(
+        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens / 1e9:,.1f} billion in all: "
+        f"{total_tokens / tokens_per_second / 86400:,.1f} days on {layout.ranks} x {card.name} "
+        f"at {args.mfu:.0%} MFU, {tokens_per_second:,.0f} tokens/s"
+    )

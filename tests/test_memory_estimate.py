@@ -1,0 +1,173 @@
+"""The memory that a dry run predicts, against what the tensors of real training steps take, and published facts."""
+
+import re
+
+import pytest
+import torch
+from processes import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+import benchmark
+import sharded_state
+from arguments import validate_args
+from attn import select_attention
+from booster_utils import boost, build_plugin, forward_backward, optimizer_step, resolve_layout
+from console import InputError
+from fsdp_plugin import FSDPPlugin
+from memory_estimate import MemoryEstimate, estimate_memory
+from model_utils import LlamaConfig, load_config
+
+SMALL = "-c tiny -b 4 -l 128"
+
+
+class TensorMemory(TorchDispatchMode):
+    """Bytes of all tensors made inside it that are alive, and their peak, after each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.storages[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in list(self.storages)))
+        return out
+
+
+def parsed(flags: str) -> tuple:
+    args = benchmark.parse_args(flags.split())
+    config = load_config(args.config)
+    validate_args(args, config)
+    layout = resolve_layout(args, config)
+    select_attention(config, args.flash_attention, layout.sp > 1)
+    return args, config, layout
+
+
+def measured_peaks(flags: str) -> tuple[float, float]:
+    """Peak of this rank's tensors in the model's passes and in the optimizer step, in the second step of training."""
+    args, config, layout = parsed(flags)
+    with TensorMemory() as memory:
+        plugin = build_plugin(args, layout, config, **benchmark.gemini_options(args))
+        booster, model, optimizer = boost(args, config, plugin)
+        if not isinstance(plugin, FSDPPlugin):
+            sharded_state.initialize(plugin, model, optimizer, config, args.seed)
+        for batch in list(benchmark.batches(args, config, layout, plugin))[:2]:
+            memory.peak = 0
+            forward_backward(booster, model, optimizer, [batch], args.batch_size * layout.dp * (args.max_length - 1))
+            passes, memory.peak = memory.peak, 0
+            optimizer_step(model, optimizer)
+    return passes, memory.peak
+
+
+def estimate(flags: str, config: LlamaConfig | None = None) -> MemoryEstimate:
+    args, named, layout = parsed(flags)
+    if config:
+        select_attention(config, args.flash_attention)
+    return estimate_memory(args, config or named, layout)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "-p zero2 -a"),
+        (1, "-p zero2 -a -g"),
+        (1, "-p zero2"),  # the attention's weights in full
+        (1, "-p zero2 --mixed_precision fp32 -a"),
+        (1, "-p gemini -a"),
+        (1, "-p gemini -a -g"),
+        (1, "-p hybrid_parallel -a -g"),
+        (1, "-p fsdp -a"),
+        (2, "-p zero2 -a -g"),
+        (2, "-p gemini -a"),
+        (2, "-p gemini --tp 2 -a"),
+        (2, "-p fsdp -a -g"),
+        (2, "-p 3d --tp 2 -a"),
+        (2, "-p 3d --pp 2 --mbs 2 -a"),
+        (2, "-p 3d --sp 2 -a"),
+        (2, "-p 3d --zero 1 -a"),
+    ],
+)
+def test_estimate_is_what_the_tensors_take(ranks, flags):
+    flags = f"{SMALL} {flags}"
+    peaks = run_ranks(ranks, measured_peaks, flags)
+    predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
+    fullest = max(passes for passes, _ in peaks)
+    assert max(moment.total for moment in predicted.moments[:-1]) == pytest.approx(fullest, rel=0.03)
+
+
+# GB that torch allocated at the peak on an H100: width of 7B, 4 layers, 2 sequences of 4096, no recomputation. The
+# logits were still held then, 2 bytes each.
+MEASURED = {"zero2": 25.4, "hybrid_parallel": 27.5, "gemini": 26.0, "zero2_cpu": 12.5, "gemini_auto": 12.7}
+
+
+@pytest.mark.parametrize("plugin", MEASURED)
+def test_measured_on_a_gpu(plugin):
+    config = load_config("7b")
+    config.num_hidden_layers = 4
+    predicted = estimate(f"-c 7b -p {plugin} -b 2 -a", config).peak.total + 2 * 2 * 4096 * 32000
+    assert predicted / 1e9 == pytest.approx(MEASURED[plugin], rel=0.01)
+
+
+def test_layouts_that_were_not_launched():
+    """70B, 14 bytes a parameter sharded over 512 GPUs, beside 2 bytes on each of 8: tp 4 x pp 2, ZeRO over 64."""
+    flags = "-c 70b -b 8 -g -a --dry_run --gpus 512"
+    step = estimate(f"{flags} -p gemini").moments[-1]
+    assert step.weights + step.optimizer == pytest.approx(14 * 68.98e9 / 512, rel=0.05)
+    step = estimate(f"{flags} -p 3d --tp 4 --pp 2 --zero 1").moments[-1]
+    assert step.weights == pytest.approx(2 * 68.98e9 / 8, rel=0.01)
+    assert step.optimizer == pytest.approx(12 * 68.98e9 / 8 / 64, rel=0.01)
+
+
+def test_offloaded_state_is_counted_on_the_host():
+    flags = "-c 7b -b 1 -g -a --dry_run --gpus 4"
+    assert estimate(f"{flags} -p zero2_cpu").host == pytest.approx(12 * 6.738e9 / 4, rel=0.01)
+    assert estimate(f"{flags} -p zero2").host == 0
+    half = estimate(f"{flags} -p gemini --offload_optim_frac 0.5")
+    assert half.host == pytest.approx(estimate(f"{flags} -p gemini").peak.optimizer / 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpus 0", "--gpus: 0 is below the least possible, 1"),
+        ("--gpu V100", "--gpu: 'V100' is none of B200"),
+        ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
+        ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
+    ],
+)
+def test_mistakes(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parsed(f"{SMALL} --dry_run {flags}")
+
+
+def test_gpus_that_a_run_does_not_have():
+    with pytest.raises(InputError, match="--gpus: goes with --dry_run alone"):
+        parsed(f"{SMALL} --gpus 8")
+
+
+def dry_run(monkeypatch, flags: str) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *flags.split()])
+    assert benchmark.main() == 0
+
+
+def test_report(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100")
+    out = capsys.readouterr().out
+    assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
+    assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 bytes a parameter; 12 / 32
+    # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs a token
+    assert "2,288,819 steps of 524,288 tokens, 1,200.0 billion in all" in out
+    flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+    days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
+    assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
+
+
+def test_too_large(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c 70b -p zero2 -g -a --dry_run --gpus 8")
+    assert "does NOT fit: " in capsys.readouterr().out
