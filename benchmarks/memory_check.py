@@ -1,0 +1,78 @@
+"""What dry runs predict of memory beside what one GPU measures, for a model of 7B's width with few layers.
+
+    python benchmarks/memory_check.py    # zero2 and gemini, with and without -g, on this machine's GPU
+    python benchmarks/memory_check.py --plugins hybrid_parallel fsdp --layers 8 --batch_size 1
+
+Random tokens, nothing else is needed. Ends with status 1 if a prediction is off by more than --tolerance.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import console
+
+console.quiet_third_parties()
+
+import torch
+
+import benchmark
+from attn import select_attention
+from booster_utils import resolve_layout
+from memory_estimate import estimate_memory
+from model_utils import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--plugins", nargs="+", default=["zero2", "gemini"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--tolerance", type=float, default=0.1)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("memory_check: there is no GPU here whose memory could be measured", file=sys.stderr)
+        return console.USAGE_ERROR
+
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config("7b")
+        config.num_hidden_layers = options.layers
+        config.save_pretrained(folder)
+        print(f"{options.layers} layers of 7B's width, {options.batch_size} x 4096 tokens, bf16; GB of 10^9 bytes")
+        print(f"{'plugin':20}{'predicted':>10}{'measured':>10}{'off by':>8}{'MFU':>8}  at the peak")
+        for plugin in options.plugins:
+            for recompute in ([], ["-g"]):
+                flags = ["-c", folder, "-p", plugin, "-b", str(options.batch_size), "-a", *recompute]
+                args = benchmark.parse_args(flags)
+                select_attention(config, args.flash_attention)
+                peak = estimate_memory(args, config, resolve_layout(args, config)).peak
+                result = Path(folder, "result.json")
+                subprocess.run(
+                    [sys.executable, ROOT / "benchmark.py", *flags, "--json", result],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+                figures = json.loads(result.read_text())
+                measured = figures["peak_device_memory_bytes"]
+                off = peak.total / measured - 1
+                wrong += abs(off) > options.tolerance
+                mfu = "" if figures["mfu"] is None else f"{figures['mfu']:.1%}"
+                print(
+                    f"{' '.join([plugin, *recompute]):20}{peak.total / 1e9:10.2f}{measured / 1e9:10.2f}{off:+8.1%}"
+                    f"{mfu:>8}  {peak.name}",
+                    flush=True,
+                )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
