@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -22,6 +23,7 @@ KEYBOARD_INTERRUPT = 130
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends and the launcher's store with it
 _PARENT = os.getppid()  # as this process begins
+_LOST_PEER = re.compile(r"by peer \[([^\]]+)\]")  # Gloo's message, whatever the collective operation
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -98,6 +100,9 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         status = RUN_FAILED
         if isinstance(error, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr)):
             status = READER_GONE
+        elif peer := _LOST_PEER.search(str(error)):
+            lost = f"rank {rank()} lost the connection to {_name(peer[1])}: a rank there has ended; see its own message"
+            print(f"{program}: {lost}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
@@ -158,6 +163,13 @@ def _store():
     from torch.distributed import TCPStore
 
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=TELL_SECONDS))
+
+
+def _name(address: str) -> str:
+    """An IP address with its host's name, where it has one."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostbyaddr(address)[0]} ({address})"
+    return address
 
 
 def _reader_gone(stream: TextIO) -> bool:

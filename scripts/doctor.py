@@ -341,14 +341,15 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    first = packages()
+    try:
+        from booster_utils import launch_problems
+    except ImportError as error:
+        show_own(first)
+        return show_own(Finding("imports", False, str(error), "bash scripts/setup.sh"))
     if args.build_extensions:
         return show_own(_on_first_of_machine(lambda: extensions(build=True)))
-    first = packages()
-    if not first.ok:  # nothing else can be imported for sure
-        return show_own(first)
     if "RANK" in os.environ:
-        from booster_utils import launch_problems
-
         if problems := launch_problems():
             raise InputError(*problems)
         try:

@@ -203,7 +203,7 @@ class Runner:
 
     def recv_from_all(self) -> None:
         """Watches the hosts to their end, and exits with the run's status."""
-        told = None
+        told, ending_at = None, math.inf
         while None in [host.status() for host in self.hosts]:
             failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
             if time.monotonic() > failed_at + GRACE_SECONDS:
@@ -213,16 +213,18 @@ class Runner:
                     host.process.kill()
             if self.word != told:
                 told = self.word
+                ending_at = time.monotonic() if told == END else math.inf
                 for host in self.hosts:
                     host.tell(told)
             time.sleep(POLL_SECONDS)
         for host in self.hosts:
             host.drain()
-        # What a signal killed, or cut off, is the cause more likely than a program that ended by itself.
+        # The cause is one that failed before the others were told to end; more likely one that was killed or cut off
+        # than a program that ended by itself.
         failures = [host for host in self.hosts if host.failed_at]
-        failures.sort(key=lambda host: (host.exit_status() <= 128, host.failed_at))
+        failures.sort(key=lambda host: (host.failed_at > ending_at, host.exit_status() <= 128, host.failed_at))
         for host in failures:
-            say(f"{host.hostname}: {host.ending()}")
+            say(f"{host.hostname}: {host.ending()}{', told to end' if host.failed_at > ending_at else ''}")
         raise SystemExit(failures[0].exit_status() if failures else 0)
 
 
