@@ -23,7 +23,8 @@ KEYBOARD_INTERRUPT = 130
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends and the launcher's store with it
 _PARENT = os.getppid()  # as this process begins
-_LOST_PEER = re.compile(r"by peer \[([^\]]+)\]")  # Gloo's message, whatever the collective operation
+# Gloo's messages, whatever the collective operation (gloo/transport/tcp/pair.cc)
+_LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -101,8 +101,11 @@ class TestRun:
         assert program.returncode == 1
         assert program.stderr.endswith("BrokenPipeError: a socket\n")
 
-    def test_end_of_a_peer_is_a_line_that_names_it(self):
-        program = run_main("raise RuntimeError('[pair.cc:547] Connection closed by peer [192.0.2.1]:27113')", RANK="3")
+    @pytest.mark.parametrize(
+        "text", ["Connection closed by peer [192.0.2.1]:27113", "Read error [::ffff:192.0.2.1]:52930: Connection reset"]
+    )
+    def test_end_of_a_peer_is_a_line_that_names_it(self, text):
+        program = run_main(f"raise RuntimeError('[pair.cc:547] {text}')", RANK="3")
         expected = "train.py: rank 3 lost the connection to 192.0.2.1: a rank there has ended; see its own message\n"
         assert (program.returncode, program.stderr) == (1, expected)
 

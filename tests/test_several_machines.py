@@ -160,6 +160,20 @@ def test_problem_of_one_host(cluster):
     assert cluster.all_gone()
 
 
+def test_doctor(cluster):
+    """It names the host that has another folder under the same path."""
+    shared = cluster.folder / "shared"
+    shared.mkdir()
+    cluster.second.call("mount", "-t", "tmpfs", "none", shared)
+    command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", cluster.hostfile, "scripts/doctor.py", "-o", shared]
+    with cluster.first.run(*command, folder=cluster.folder, **GLOO) as run:
+        assert run.wait() == 1, run.output()
+    for check in ("packages", "all-reduce", "clocks"):
+        assert f"ok      {check} " in run.stdout
+    assert f"FAILED  shared folder  {shared}: node1, node2 did not see the others' files" in run.stdout
+    assert run.stdout.count("FAILED  ") == 1
+
+
 def test_plain_colossalai_run(cluster):
     """ColossalAI's own launcher, as it comes: PATH has to lead to torchrun, and the key to lie where it looks."""
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
