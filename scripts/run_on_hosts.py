@@ -10,8 +10,8 @@ program. SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save its checkpoint an
 launcher; a second SIGINT ends it at once.
 
 Exit status: 0; 2 when nothing was started, or the program refused its flags; 75 for a run that a signal ended after its
-checkpoint was saved; 255 when the connection to a host was lost; else that of the first process that failed (128 + number
-when a signal killed it).
+checkpoint was saved; 255 when the connection to a host was lost; else that of the first process that failed (128 + the
+number of the signal that killed it).
 
 Environment:
     LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
