@@ -19,6 +19,7 @@ import xxhash
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
@@ -27,9 +28,10 @@ from console import InputError
 IGNORE_INDEX = -100
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a prepared folder
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 HUB_TIMEOUT_SECONDS = 5
+PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 PROBE = (
     "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
     "  two spaces first",
@@ -104,41 +106,97 @@ class TextEncoder:
 
     Uses SentencePiece itself, which is faster, where the tokenizer is based on a model that gives the same ids.
     A special token spelled out in a document, such as `</s>`, stays text.
+
+    SentencePiece and its lists need up to 70 bytes of memory a character, so a document above PIECE_CHARACTERS is
+    encoded in pieces, cut where no token of the vocabulary could lie across the cut; that leaves its ids as they are.
+    Only if there is no such place among MAX_PIECE_CHARACTERS, as in a very long run of one letter, it is cut anyway.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self.sentencepiece = self._matching_sentencepiece()
+        self.sentencepiece = self._load_sentencepiece()
+        self.bare_leading_space = False  # SentencePiece puts a space before every text, some tokenizers not before one
+        if self.sentencepiece and self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
+            self.bare_leading_space = self._can_cut
+            if self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
+                self.sentencepiece, self.bare_leading_space = None, False
 
-    def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
+    def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """One array of `dtype` per document, [number of tokens]."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents)]
+        cut = self.sentencepiece and self._can_cut
+        if not cut or all(len(document) <= PIECE_CHARACTERS for document in documents):
+            return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents, threads)]
+        arrays = []
+        for document in documents:
+            pieces = [np.array(ids, self.dtype) for ids in self._encode_in_pieces(document, threads)]
+            arrays.append(np.concatenate([[bos], *pieces, [eos]], dtype=self.dtype, casting="unsafe"))
+        return arrays
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as it stands, without BOS and EOS."""
         return self._encode(texts)
 
-    def _encode(self, documents: Sequence[str]) -> list[list[int]]:
-        if self.sentencepiece:
-            return self.sentencepiece.encode(list(documents), num_threads=1)
-        return self._encode_with_tokenizer(documents) if documents else []
+    def _encode(self, documents: Sequence[str], threads: int = 1) -> list[list[int]]:
+        if not self.sentencepiece:
+            return self._encode_with_tokenizer(documents) if documents else []
+        if not self.bare_leading_space:
+            return self.sentencepiece.encode(list(documents), num_threads=threads)
+        bare = [document.startswith((" ", "▁")) for document in documents]
+        texts = ["\n" + document if bare_ else document for document, bare_ in zip(documents, bare, strict=True)]
+        encoded = self.sentencepiece.encode(texts, num_threads=threads)
+        return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
+
+    def _encode_in_pieces(self, document: str, threads: int) -> Iterator[list[int]]:
+        """The ids of the pieces of a document. All but the first are encoded behind a line end, which is taken off."""
+        start, prefix = 0, ""
+        while start < len(document):
+            stop = self._place_to_cut(document, start)
+            (ids,) = self._encode([prefix + document[start:stop]], threads)
+            yield ids[len(self._line_end) :] if prefix else ids
+            start, prefix = stop, "\n"
+
+    def _place_to_cut(self, document: str, start: int) -> int:
+        """The first place from PIECE_CHARACTERS on that separates two characters which no token has side by side."""
+        last = min(start + MAX_PIECE_CHARACTERS, len(document))
+        for place in range(start + PIECE_CHARACTERS, last):
+            if document[place - 1 : place + 1].replace(" ", "▁") not in self._neighbours:
+                return place
+        return last
+
+    @cached_property
+    def _line_end(self) -> list[int]:
+        return self.sentencepiece.encode("\n")
+
+    @cached_property
+    def _neighbours(self) -> set[str]:
+        """Every pair of characters that stand side by side in some token."""
+        pieces = map(self.sentencepiece.id_to_piece, range(len(self.sentencepiece)))
+        return {pair for piece in pieces for pair in map("".join, itertools.pairwise(piece))}
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        """Whether the text is encoded as it stands, but for a space that is put before it, and a line end by itself."""
+        if not self.sentencepiece:
+            return False
+        rules = ModelProto.FromString(self.sentencepiece.serialized_model_proto()).normalizer_spec
+        plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces and rules.escape_whitespaces
+        return plain and not any("\n" in pair for pair in self._neighbours)
 
     def _encode_with_tokenizer(self, documents: Sequence[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return self.tokenizer(list(documents), **options)["input_ids"]
 
-    def _matching_sentencepiece(self) -> SentencePieceProcessor | None:
+    def _load_sentencepiece(self) -> SentencePieceProcessor | None:
         vocab_file = getattr(self.tokenizer, "vocab_file", None)
         if not vocab_file:
             return None
         try:
-            model = SentencePieceProcessor(model_file=vocab_file)
+            return SentencePieceProcessor(model_file=vocab_file)
         except (OSError, RuntimeError):
             return None
-        return model if model.encode(list(PROBE)) == self._encode_with_tokenizer(PROBE) else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,7 +208,12 @@ class TextEncoder:
             rules = json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True).encode()
         else:
             rules = json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab()], sort_keys=True).encode()
-        frame = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, bool(self.sentencepiece)]
+        frame = [
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            bool(self.sentencepiece),
+            self.bare_leading_space,
+        ]
         return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
 
 

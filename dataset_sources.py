@@ -4,6 +4,7 @@ Nothing but names and sizes is read here. `SourceFile.rows` and `SourceFile.docu
 first where it is not on this machine.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -110,6 +111,19 @@ class Source:
     @classmethod
     def from_json(cls, content: dict) -> "Source":
         return cls(**{**content, "files": [SourceFile(*file) for file in content["files"]]})
+
+
+def add_source_args(parser: argparse._ActionsContainer) -> None:
+    """The flags that go with `--dataset`."""
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: its main)")
+    parser.add_argument(
+        "--dataset_slices",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="read these slices alone, such as arxiv or wikipedia: files or folders, or a configuration on the hub "
+        "(default: all)",
+    )
 
 
 def unusable(text: object) -> str | None:

@@ -1,18 +1,28 @@
 """Files and folders that are whole or absent, and that stay when the machine stops."""
 
 import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import xxhash
 
-from console import say
+from console import InputError, local_rank, say, world_size
 
 CHECKSUM_CHUNK = 2**24  # bytes
+POLL_SECONDS = 0.2
+STALE_SECONDS = 24 * 3600
 
 
 def sync(path: Path) -> None:
@@ -53,16 +63,59 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, waiting: str) -> Iterator[None]:
+def exclusive_lock(path: Path, waiting: str, refusal: str | None = None) -> Iterator[None]:
     """Held by this process alone: unlike flock's, a lockf lock does not pass on to forked workers.
+
+    Where the file system has no locks, a line says so and nothing is held.
 
     Args:
         waiting: what rank 0 says when another process has it.
+        refusal: ends as an InputError instead of waiting; `{holder}` in it becomes the process and machine.
     """
-    with open(path, "w") as lock:
+    with open(path, "a+", encoding="utf-8") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            say(waiting)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                lock.seek(0)
+                if refusal:
+                    raise InputError(refusal.format(holder=lock.read() or "another process")) from error
+                say(waiting)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            elif error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                say(f"the file system of {path.parent} has no locks: start no second program there that does the same")
+            else:
+                raise
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
         yield
+
+
+_calls = itertools.count()
+
+
+def once_per_node(function: Callable[[], Any]) -> Any:
+    """What `function` returns on local rank 0, on every local rank; the others only wait, as long as it takes.
+
+    It needs no process group, so nothing times out. The value must go through JSON. All local ranks must have the same
+    parent, the launcher, and call this in the same order. If local rank 0 fails, the launcher ends the others.
+    """
+    parent = os.getppid()
+    prefix = f"llama-training-{os.getuid()}-"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    launch = f"{parent}-{psutil.Process(parent).create_time()}-{attempt}-{next(_calls)}"
+    path = Path(tempfile.gettempdir(), f"{prefix}{launch}.json")
+    if local_rank() == 0:
+        value = function()
+        if world_size() > 1:
+            for old in path.parent.glob(f"{prefix}*"):
+                if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                    old.unlink(missing_ok=True)
+            write_json(path, {"value": value})
+        return value
+    while not (path.is_file() and path.stat().st_uid == os.getuid()):
+        if os.getppid() != parent:
+            sys.exit("the launcher is gone; no longer waiting for local rank 0")
+        time.sleep(POLL_SECONDS)
+    return json.loads(path.read_bytes())["value"]

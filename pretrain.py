@@ -27,8 +27,9 @@ from console import InputError, say
 from data_stream import StreamedDataset
 from data_utils import HELD_OUT, PackedDataset, TextEncoder, load_tokenizer, parse_slice_weights
 from dataset_preparation import prepare_dataset
-from dataset_sources import resolve_source
+from dataset_sources import Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
+from files import once_per_node
 from memory_estimate import say_plan
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
@@ -43,9 +44,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "-d",
         "--dataset",
         default="togethercomputer/RedPajama-Data-1T-Sample",
-        help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text` "
-        "(default: togethercomputer/RedPajama-Data-1T-Sample)",
+        help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`; or a name on "
+        "the hub; or what scripts/prepare_dataset.py made (default: togethercomputer/RedPajama-Data-1T-Sample)",
     )
+    add_source_args(model)
     model.add_argument(
         "--tokenizer",
         default="hf-internal-testing/llama-tokenizer",
@@ -94,10 +96,12 @@ def open_data(
     """The data to train on, and those that are held out."""
     document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
     order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
+    choice = {"revision": args.dataset_revision, "slices": args.dataset_slices}
     if args.streaming:
-        source, encoder = resolve_source(args.dataset), TextEncoder(tokenizer)
+        source = Source.from_json(once_per_node(lambda: resolve_source(args.dataset, **choice).to_json()))
+        encoder = TextEncoder(tokenizer)
         return StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order), None
-    folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir)
+    folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir, eval_fraction=args.eval_fraction, **choice)
     dataset = PackedDataset(folder, args.max_length, **order)
     if not dataset.manifest.get("eval_fraction"):
         return dataset, None

@@ -1,13 +1,21 @@
 """A small corpus, its tokenizer, and pretraining runs on them."""
 
+import argparse
+import functools
+import gzip
+import inspect
 import itertools
 import json
+import pickle
+import pydoc
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from launching import ROOT, Run, start_pretrain
 from transformers import PreTrainedTokenizerBase
@@ -97,3 +105,32 @@ def pretrain(start) -> Callable[..., Run]:
 def finished_run(pretrain, few_data) -> Run:
     """Three steps of zero2 in bf16, one epoch of `few_data`, with a checkpoint at the first and at the end."""
     return pretrain("-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 8, "-s", 1, "-i", 2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """LLaMA's kind of tokenizer, trained on the prose of the standard library, as `tokenizer.model` alone."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    modules = (argparse, inspect, itertools, functools, json, gzip, pickle, pydoc, subprocess, textwrap)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(pydoc.plain(pydoc.render_doc(module)) for module in modules))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    corpus.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    return load_tokenizer(str(tokenizer_folder))

@@ -1,0 +1,85 @@
+"""Tokenizes a data set into a folder that pretrain.py takes as -d, once for any number of runs.
+
+    python scripts/prepare_dataset.py -d data/ --tokenizer tokenizer/ --output prepared/
+    python scripts/prepare_dataset.py -d togethercomputer/RedPajama-Data-1T --dataset_slices arxiv c4 --output prepared/
+Four machines on one file system, each with its own part; the last to finish writes the manifest:
+    python scripts/prepare_dataset.py -d data/ --tokenizer tokenizer/ --output prepared/ --part 2/4
+
+The same command goes on after an interruption, of whatever kind, without doing finished shards again. The result does
+not depend on interruptions, cores or machines, and serves every --max_length.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
+console.quiet_third_parties()
+
+import argparse
+import os
+import re
+
+from arguments import ArgumentParser
+from console import InputError, say
+from data_utils import TextEncoder, load_tokenizer, read_manifest
+from dataset_preparation import Part, prepare_folder, verify
+from dataset_sources import add_source_args, resolve_source
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(prog="prepare_dataset.py", description=__doc__)
+    parser.add_argument(
+        "-d",
+        "--dataset",
+        default="togethercomputer/RedPajama-Data-1T-Sample",
+        help="as of pretrain.py (default: togethercomputer/RedPajama-Data-1T-Sample)",
+    )
+    add_source_args(parser)
+    parser.add_argument(
+        "--tokenizer",
+        default="hf-internal-testing/llama-tokenizer",
+        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the shards and the manifest")
+    parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one for each core)")
+    parser.add_argument(
+        "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N shares (default: 1/1, everything)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read a finished folder and compare every shard with its checksum"
+    )
+    args = parser.parse_args()
+    if args.num_workers is not None and args.num_workers < 1:
+        raise InputError(f"--num_workers: {args.num_workers} is below the least possible, 1")
+    return args
+
+
+def _part(text: str) -> Part:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not K/N with K from 1 to N, such as 2/4")
+    return Part(int(match[1]), int(match[2]))
+
+
+def main() -> int:
+    args = parse_args()
+    if args.verify:
+        verify(args.output, args.num_workers or len(os.sched_getaffinity(0)))
+        say(f"{args.output}: every shard is as the manifest says")
+    else:
+        encoder = TextEncoder(load_tokenizer(args.tokenizer))
+        source = resolve_source(args.dataset, revision=args.dataset_revision, slices=args.dataset_slices)
+        request = [args.dataset, args.dataset_revision, *args.dataset_slices]
+        if not prepare_folder(source, encoder, args.output, args.num_workers, part=args.part, request=request):
+            return 0
+        say(f"train on it: pretrain.py -d {args.output} --tokenizer {args.tokenizer}")
+    for name, counts in read_manifest(args.output)["slices"].items():
+        say(f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main, "prepare_dataset.py")

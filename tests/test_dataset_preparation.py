@@ -1,0 +1,330 @@
+"""From files of every kind to shards of tokens: killed, shared, damaged, against a slow, obvious reference."""
+
+import functools
+import gzip
+import inspect
+import json
+import os
+import pydoc
+import signal
+import textwrap
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from corpora import ROWS, TEXTS, error_of, reference_stream, run_python, stream_of, write_jsonl
+from transformers import LlamaTokenizerFast
+
+from data_utils import PackedDataset
+from dataset_preparation import prepare_dataset
+
+
+def as_jsonl(folder):
+    return write_jsonl(folder / "rows.jsonl", ROWS)
+
+
+def as_json_with_byte_order_mark_and_blank_lines(folder):
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    (folder / "rows.json").write_text("\ufeff" + lines)
+    return folder / "rows.json"
+
+
+def as_gzip_of_two_members(folder):
+    lines = as_jsonl(folder).read_bytes().splitlines(keepends=True)
+    (folder / "rows.jsonl").unlink()
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:2])) + gzip.compress(b"".join(lines[2:])))
+    return folder / "rows.jsonl.gz"
+
+
+def as_zstd(folder):
+    with pa.CompressedOutputStream(str(folder / "rows.jsonl.zst"), "zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    return folder / "rows.jsonl.zst"
+
+
+def as_parquet(folder):
+    table = pa.table({"meta": [json.dumps(row.get("meta")) for row in ROWS], "text": TEXTS})
+    pa.parquet.write_table(table, folder / "rows.parquet", row_group_size=2)
+    return folder / "rows.parquet"
+
+
+def as_nested_folder_of_mixed_kinds(folder):
+    (folder / "b" / "c").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ROWS[:2])
+    pa.parquet.write_table(pa.table({"text": TEXTS[2:4]}), folder / "b" / "1.parquet")
+    write_jsonl(folder / "b" / "c" / "2.json", ROWS[4:])
+    (folder / "README.md").write_text("not data")
+    (folder / "manifest.json").write_text("{")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "hidden.jsonl").write_text("not data")
+    return folder
+
+
+def as_saved_dataset(folder):
+    datasets.Dataset.from_dict({"text": TEXTS, "n": [0] * 6}).save_to_disk(folder / "saved", num_shards=2)
+    return folder / "saved"
+
+
+def as_saved_dataset_with_splits(folder):
+    train, test = datasets.Dataset.from_dict({"text": TEXTS}), datasets.Dataset.from_dict({"text": ["no"]})
+    datasets.DatasetDict({"test": test, "train": train}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_saved_dataset_with_one_other_split(folder):
+    datasets.DatasetDict({"all": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_saved_selection(folder):
+    shuffled = datasets.Dataset.from_dict({"text": ["no", *reversed(TEXTS)]}).select(range(6, 0, -1))
+    shuffled.save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+class TestSources:
+    @pytest.mark.parametrize(
+        "write",
+        [
+            as_jsonl,
+            as_json_with_byte_order_mark_and_blank_lines,
+            as_gzip_of_two_members,
+            as_zstd,
+            as_parquet,
+            as_nested_folder_of_mixed_kinds,
+            as_saved_dataset,
+            as_saved_dataset_with_splits,
+            as_saved_dataset_with_one_other_split,
+            as_saved_selection,
+        ],
+    )
+    def test_every_kind_gives_the_same_ids(self, tokenizer, tmp_path, write, capfd):
+        source = tmp_path / "source"
+        source.mkdir()
+        folder = prepare_dataset(str(write(source)), tokenizer, tmp_path / "cache")
+        assert stream_of(folder).tolist() == reference_stream(tokenizer, TEXTS)
+        output, errors = capfd.readouterr()
+        assert "tokenized 5 documents" in output
+        assert "1 with text empty" in output
+        assert "tokenizing" not in errors  # no bar where stderr is no terminal
+
+    def test_counts_by_slice(self, tokenizer, tmp_path):
+        (tmp_path / "wiki").mkdir()
+        write_jsonl(tmp_path / "rows.jsonl", ROWS)
+        write_jsonl(tmp_path / "wiki" / "0.jsonl", [{"text": "ab"}, {"text": "cd"}])
+        manifest = json.loads(
+            (prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache") / "manifest.json").read_text()
+        )
+        documents = {name: counts["documents"] for name, counts in manifest["slices"].items()}
+        assert documents == {"arxiv": 1, "github": 1, "rows": 3, "wiki": 2}
+        assert manifest["documents"] == 7
+        assert manifest["total_tokens"] == sum(counts["tokens"] for counts in manifest["slices"].values())
+        assert manifest["skipped"] == {"text empty": 1}
+
+    def test_unusable_rows_are_counted(self, tokenizer, tmp_path, capsys):
+        texts = ["good", None, 7, "", "half \ud83d", ["x"], "fine"]
+        write_jsonl(tmp_path / "rows.jsonl", [*({"text": text} for text in texts), {"no": "text"}])
+        folder = prepare_dataset(str(tmp_path), tokenizer, tmp_path / "cache")
+        assert stream_of(folder).tolist() == reference_stream(tokenizer, ["good", "fine"])
+        output = capsys.readouterr().out
+        assert output.count("\n") == 2
+        assert output.endswith(f"kept for the next time in {folder}\n")
+        for reason in (
+            "2 with text missing or null",
+            "2 with text not a string",
+            "1 with text empty",
+            "1 with text with",
+        ):
+            assert reason in output
+
+    def test_a_prepared_folder_is_a_source(self, tokenizer, tokenizer_folder, words):
+        folder = prepare_dataset(str(words[0]), tokenizer, words[1])
+        assert prepare_dataset(str(folder), tokenizer, Path("/nonexistent")) == folder
+        other = LlamaTokenizerFast.from_pretrained(tokenizer_folder, bos_token="</s>")
+        assert "--tokenizer" in error_of(prepare_dataset, str(folder), other, words[1])
+
+
+class TestUnits:
+    def test_many_batches_in_several_processes_give_identical_bytes(self, tokenizer, tmp_path):
+        rows = [{"text": inspect.getsource(pydoc)[i * 100 :]} for i in range(110)]
+        write_jsonl(tmp_path / "long.jsonl", rows)
+        one, two = (
+            prepare_dataset(str(tmp_path), tokenizer, tmp_path / f"cache{workers}", workers, shard_tokens=500_001)
+            for workers in (1, 2)
+        )
+        assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+        assert len(list(one.iterdir())) > 3
+        for path in one.iterdir():
+            assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+GOOD = b'{"text": "fine"}\n'
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("name", "content", "expected"),
+        [
+            ("x.jsonl", b"", "is empty"),
+            ("x.jsonl.gz", gzip.compress(b""), "is empty"),
+            ("x.jsonl.gz", gzip.compress(GOOD * 9)[:-3], "cannot be read beyond row"),
+            ("x.jsonl.zst", pa.compress(GOOD * 9, "zstd", asbytes=True)[:-3], "cannot be read beyond row"),
+            ("x.jsonl.gz", GOOD, "cannot be read beyond row 0"),
+            (
+                "x.jsonl",
+                GOOD + b'{"text": "cut o',
+                "line 2: not valid JSON (Unterminated string starting at); the file seems",
+            ),
+            ("x.jsonl", GOOD + b"{'text': 1}\n", "line 2: not valid JSON"),
+            ("x.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: not valid JSON"),
+            ("x.jsonl", GOOD * 2 + b'["text"]\n', "line 3: a JSON list"),
+            ("x.jsonl", GOOD + b'{"text": "\xff\xfe"}\n', "line 2: not UTF-8 (invalid start byte at byte 10)"),
+            ("x.jsonl", b'\n{"prompt": 1, "body": 2}\n', "has no column 'text', only: prompt, body"),
+            ("x.parquet", b"PAR1 not really", "cannot be read beyond row 0"),
+        ],
+    )
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_damaged_file(self, tokenizer, tmp_path, name, content, expected, num_workers):
+        (tmp_path / name).write_bytes(content)
+        message = error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache", num_workers)
+        assert message.startswith(f"--dataset: {tmp_path / name}")
+        assert expected in message
+        assert not [path for path in (tmp_path / ".cache").glob("*") if path.suffix != ".lock"]
+
+    def test_error_beyond_the_first_batches_names_its_line(self, tokenizer, tmp_path):
+        line = json.dumps({"text": "word " * 20_000}) + "\n"
+        (tmp_path / "x.jsonl").write_text(line * 30 + "oops\n" + line)
+        message = error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / "cache", 2)
+        assert f"{tmp_path / 'x.jsonl'}, line 31: not valid JSON" in message
+
+    def test_damaged_or_unsuitable_tables(self, tokenizer, tmp_path):
+        prepare = functools.partial(prepare_dataset, str(tmp_path / "x"), tokenizer, tmp_path / "cache")
+        (tmp_path / "x").mkdir()
+        path = tmp_path / "x" / "rows.parquet"
+        pa.parquet.write_table(pa.table({"prompt": ["p"], "body": ["b"]}), path)
+        assert f"{path} has no column 'text', only: prompt, body" in error_of(prepare)
+        pa.parquet.write_table(pa.table({"text": [1, 2]}), path)
+        assert "no usable row (skipped: 2 with text not a string)" in error_of(prepare)
+        pa.parquet.write_table(pa.table({"text": [str(i) * 99 for i in range(999)]}), path)
+        content = bytearray(path.read_bytes())
+        content[4:200] = bytes(196)
+        path.write_bytes(content)
+        assert f"--dataset: {path} cannot be read" in error_of(prepare)
+        path.unlink()
+        datasets.Dataset.from_dict({"text": ["long " * 100] * 1000}).save_to_disk(tmp_path / "x")
+        (arrow,) = (tmp_path / "x").glob("*.arrow")
+        os.truncate(arrow, arrow.stat().st_size // 2)
+        assert f"--dataset: {arrow} cannot be read" in error_of(prepare)
+
+    def test_source_without_usable_files(self, tokenizer, tmp_path):
+        prepare = functools.partial(prepare_dataset, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
+        assert "owner/name is neither a file nor a folder" in error_of(prepare, "owner/name")
+        (tmp_path / "notes.txt").write_text("hello")
+        assert "holds no file of a known kind: .jsonl" in error_of(prepare, str(tmp_path))
+        assert "is not of a known kind: .jsonl" in error_of(prepare, str(tmp_path / "notes.txt"))
+        (tmp_path / "broken.jsonl").symlink_to(tmp_path / "gone.jsonl")
+        assert f"{tmp_path / 'broken.jsonl'} cannot be read" in error_of(prepare, str(tmp_path))
+        splits = {name: datasets.Dataset.from_dict({"text": ["x"]}) for name in ("dev", "test")}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+        assert "no split 'train'; give the folder of one of: dev, test" in error_of(prepare, str(tmp_path / "saved"))
+
+    def test_cache_dir_that_cannot_be_written(self, tokenizer, words, tmp_path):
+        (tmp_path / "file").write_text("")
+        message = error_of(prepare_dataset, str(words[0]), tokenizer, tmp_path / "file" / "cache")
+        assert message.startswith(f"--cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+
+
+PREPARE = """
+    import sys, data_utils, dataset_preparation
+    source, tokenizer, cache_dir, num_workers = sys.argv[1:]
+    tokenizer = data_utils.load_tokenizer(tokenizer)
+    print("ready", flush=True)
+    print(dataset_preparation.prepare_dataset(source, tokenizer, cache_dir, int(num_workers)), flush=True)
+"""
+
+
+@pytest.fixture
+def slow_source(tmp_path):
+    """Takes a few seconds to tokenize."""
+    rows = [{"text": inspect.getsource(pydoc)[i * 10 :]} for i in range(160)]
+    return write_jsonl(tmp_path / "slow.jsonl", rows)
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process_id):
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class TestCache:
+    def test_second_call_builds_nothing(self, tokenizer, tmp_path, capsys):
+        source = write_jsonl(tmp_path / "x.jsonl", ROWS)
+        folder = prepare_dataset(str(source), tokenizer, tmp_path / "cache")
+        before = (folder / "manifest.json").stat()
+        capsys.readouterr()
+        assert prepare_dataset(str(source), tokenizer, tmp_path / "cache", 2) == folder
+        assert (folder / "manifest.json").stat() == before
+        assert capsys.readouterr().out == ""
+        (folder / "manifest.json").unlink()
+        assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") == folder
+        assert len(PackedDataset(folder, 4)) > 0
+        os.utime(source, ns=(0, 0))
+        assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") != folder
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_a_killed_builder_leaves_nothing(self, tokenizer, tokenizer_folder, slow_source, tmp_path, num_workers):
+        cache = tmp_path / "cache"
+        builder = run_python(PREPARE, slow_source, tokenizer_folder, cache, num_workers)
+        wait_until(lambda: any(path.stat().st_size for path in cache.glob("*.partial/tokens-*.bin")))
+        children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+        builder.send_signal(signal.SIGKILL)
+        builder.communicate(timeout=30)
+        wait_until(lambda: not any(map(is_running, children)))
+        assert not list(cache.glob("*/manifest.json"))
+        folder = prepare_dataset(str(slow_source), tokenizer, cache, 2)
+        assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+        fresh = prepare_dataset(str(slow_source), tokenizer, tmp_path / "fresh", 2)
+        for path in fresh.iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes()
+
+    def test_two_jobs_and_other_ranks_build_once(self, tokenizer_folder, slow_source, tmp_path):
+        arguments = (slow_source, tokenizer_folder, tmp_path / "cache", 1)
+        environments = ({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1", "RANK": "1"})
+        processes = [run_python(PREPARE, *arguments, **environment) for environment in environments]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert "".join(outputs).count("tokenized 160 documents") == 1
+        assert "".join(outputs[:2]).count("another job is preparing") == 1
+        assert len({output.splitlines()[-1] for output in outputs}) == 1
+        assert (Path(outputs[0].splitlines()[-1]) / "manifest.json").is_file()
+
+    def test_waiting_rank_ends_with_its_launcher(self, tokenizer_folder, slow_source, tmp_path):
+        launcher = run_python(
+            """
+            import os, subprocess, sys, time
+            waiting = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.PIPE)
+            waiting.stdout.readline()
+            print(waiting.pid, flush=True)
+            time.sleep(1)
+            os._exit(0)
+            """,
+            textwrap.dedent(PREPARE),
+            slow_source,
+            tokenizer_folder,
+            tmp_path / "cache",
+            1,
+            LOCAL_RANK="1",
+        )
+        output, errors = launcher.communicate(timeout=60)
+        wait_until(lambda: not is_running(output.strip()))
+        assert "the launcher is gone" in errors
