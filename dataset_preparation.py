@@ -80,7 +80,7 @@ def _prepare_in_cache(
     slices: Sequence[str],
 ) -> Path:
     encoder = TextEncoder(tokenizer)
-    if is_prepared(Path(dataset)):
+    if is_prepared(Path(dataset)) or (Path(dataset) / PREPARATION).is_dir():
         if revision or slices:
             raise InputError(f"--dataset_slices: {dataset} is prepared already and is read as a whole; leave it out")
         return _check(Path(dataset), encoder)
@@ -96,13 +96,16 @@ def _prepare_in_cache(
 
 
 def is_prepared(folder: Path) -> bool:
+    """Whether a folder has the manifest of a preparation."""
     try:
         return "tokenizer_fingerprint" in json.loads((folder / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError, TypeError):
-        return (folder / PREPARATION).is_dir() and (folder / MANIFEST_NAME).is_file()  # a damaged manifest
+        return False
 
 
 def _check(folder: Path, encoder: TextEncoder) -> Path:
+    if not (folder / MANIFEST_NAME).exists():
+        raise InputError(f"--dataset: {folder} is not prepared to its end; give scripts/prepare_dataset.py once more")
     manifest = read_manifest(folder)
     if manifest["tokenizer_fingerprint"] != encoder.fingerprint:
         raise InputError(f"--dataset: {folder} was prepared with another tokenizer; give that one as --tokenizer")
@@ -185,7 +188,9 @@ def prepare_folder(
                 threads = max(1, workers // len(missing))
                 preparation = Preparation(folder, source, units, encoder, threads)
                 tokenize_units(preparation, missing, min(workers, len(missing)))
-            return _merge(preparation, request, time.monotonic() - started)
+            if not missing and is_prepared(folder):
+                return True
+            return _merge(preparation, time.monotonic() - started)
     except OSError as error:
         remedy = "give a folder that can be written to, with enough room"
         if error.errno == errno.ENOSPC:
@@ -236,7 +241,7 @@ def _remove_temporary(preparation: Preparation, numbers: range) -> None:
             path.unlink(missing_ok=True)
 
 
-def _merge(preparation: Preparation, request: Sequence[str | None], seconds: float) -> bool:
+def _merge(preparation: Preparation, seconds: float) -> bool:
     """Writes the manifest if every unit has its record; the same one, whoever writes it."""
     folder, source, encoder = preparation.folder, preparation.source, preparation.encoder
     records = [preparation.record(number) for number in range(len(preparation.units))]

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from corpora import write_jsonl
 from launching import ROOT, Run, start_pretrain
 from transformers import PreTrainedTokenizerBase
 
@@ -134,3 +135,11 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
     return load_tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """48 JSONL rows in one file, and a session-wide cache: (source, cache_dir)."""
+    folder = tmp_path_factory.mktemp("words")
+    write_jsonl(folder / "words.jsonl", [{"text": f"row {i} " * (i % 7 + 1)} for i in range(48)])
+    return folder / "words.jsonl", folder / "cache"

@@ -1,5 +1,6 @@
 """Small corpora, their tokens by a slow, obvious reference, and Python programs that use the modules."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -32,6 +33,12 @@ def write_jsonl(path, rows):
 def stream_of(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     return np.concatenate([np.fromfile(folder / shard["file"], manifest["dtype"]) for shard in manifest["shards"]])
+
+
+def documents_of(stream, bos):
+    """The documents of a stream, sorted: where rows name several slices, their order is that of the slices."""
+    starts = [place for place, token in enumerate(stream) if token == bos]
+    return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
 
 
 def reference_stream(tokenizer, texts):

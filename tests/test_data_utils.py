@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
+import dataset_shards
 from data_utils import (
     IGNORE_INDEX,
     LLAMA_WEIGHTS,
@@ -33,14 +34,6 @@ from data_utils import (
     parse_slice_weights,
 )
 from dataset_preparation import prepare_dataset
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory):
-    """48 JSONL rows in one file, and a session-wide cache: (source, cache_dir)."""
-    folder = tmp_path_factory.mktemp("words")
-    write_jsonl(folder / "words.jsonl", [{"text": f"row {i} " * (i % 7 + 1)} for i in range(48)])
-    return folder / "words.jsonl", folder / "cache"
 
 
 class TestTokenizer:
@@ -128,19 +121,18 @@ class TestPacking:
             st.lists(st.text(alphabet="aé \n</s>1😀", max_size=40), min_size=1, max_size=8), min_size=1, max_size=3
         ),
         max_length=st.integers(1, 40),
-        shard_tokens=st.integers(1, 30),
+        unit_bytes=st.integers(1, 300),
         num_workers=st.sampled_from([1, 2]),
     )
     def test_equals_the_obvious_reference(
-        self, tokenizer, tmp_path_factory, files, max_length, shard_tokens, num_workers
+        self, tokenizer, tmp_path_factory, monkeypatch, files, max_length, unit_bytes, num_workers
     ):
+        monkeypatch.setattr(dataset_shards, "MIN_UNIT_BYTES", unit_bytes)
         folder = tmp_path_factory.mktemp("packing")
         for number, texts in enumerate(files):
             write_jsonl(folder / f"{number}.jsonl", [{"text": text} for text in texts])
         expected = reference_stream(tokenizer, itertools.chain(*files))
-        prepare = functools.partial(
-            prepare_dataset, str(folder), tokenizer, folder / "cache", num_workers, shard_tokens=shard_tokens
-        )
+        prepare = functools.partial(prepare_dataset, str(folder), tokenizer, folder / "cache", num_workers)
         if not expected:
             assert str(folder) in error_of(prepare)
             return

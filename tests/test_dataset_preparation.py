@@ -12,14 +12,18 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from corpora import ROWS, TEXTS, error_of, reference_stream, run_python, stream_of, write_jsonl
+from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, run_python, stream_of, write_jsonl
 from transformers import LlamaTokenizerFast
 
-from data_utils import PackedDataset
-from dataset_preparation import prepare_dataset
+import dataset_shards
+from data_utils import PackedDataset, TextEncoder
+from dataset_files import Span, read_rows
+from dataset_preparation import Part, prepare_dataset, prepare_folder
+from dataset_sources import resolve_source
 
 
 def as_jsonl(folder):
@@ -105,7 +109,8 @@ class TestSources:
         source = tmp_path / "source"
         source.mkdir()
         folder = prepare_dataset(str(write(source)), tokenizer, tmp_path / "cache")
-        assert stream_of(folder).tolist() == reference_stream(tokenizer, TEXTS)
+        found, expected = stream_of(folder).tolist(), reference_stream(tokenizer, TEXTS)
+        assert documents_of(found, tokenizer.bos_token_id) == documents_of(expected, tokenizer.bos_token_id)
         output, errors = capfd.readouterr()
         assert "tokenized 5 documents" in output
         assert "1 with text empty" in output
@@ -148,17 +153,70 @@ class TestSources:
 
 
 class TestUnits:
-    def test_many_batches_in_several_processes_give_identical_bytes(self, tokenizer, tmp_path):
-        rows = [{"text": inspect.getsource(pydoc)[i * 100 :]} for i in range(110)]
+    @pytest.fixture(autouse=True)
+    def small_units(self, monkeypatch):
+        monkeypatch.setattr(dataset_shards, "MIN_UNIT_BYTES", 2**16)
+
+    def test_parts_of_a_file_are_joined_without_a_gap(self, tokenizer, tmp_path):
+        """The file's lines are longer and shorter than a unit, and one ends just where a unit does."""
+        texts = [f"{number} " * (number * 997 % 30_000 + 1) for number in range(12)]
+        write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+        size = (tmp_path / "x.jsonl").stat().st_size
+        for units in range(1, 40):
+            bounds = [size * unit // units for unit in range(units)]
+            spans = [Span(*bound) for bound in zip(bounds, [*bounds[1:], None], strict=True)]
+            rows = [row.columns for span in spans for row in read_rows(tmp_path / "x.jsonl", ["text"], span=span)]
+            assert [row["text"] for row in rows] == texts
+        line = len((tmp_path / "x.jsonl").read_bytes().splitlines(keepends=True)[0])
+        assert len(list(read_rows(tmp_path / "x.jsonl", ["text"], span=Span(line)))) == 11
+
+    def test_workers_and_parts_give_identical_files(self, tokenizer, tmp_path, capsys):
+        rows = [{"text": inspect.getsource(pydoc)[i * 100 :]} for i in range(20)]
         write_jsonl(tmp_path / "long.jsonl", rows)
-        one, two = (
-            prepare_dataset(str(tmp_path), tokenizer, tmp_path / f"cache{workers}", workers, shard_tokens=500_001)
-            for workers in (1, 2)
-        )
-        assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
-        assert len(list(one.iterdir())) > 3
-        for path in one.iterdir():
-            assert path.read_bytes() == (two / path.name).read_bytes()
+        for number in range(9):
+            write_jsonl(tmp_path / f"b-{number:05d}.jsonl", rows[:1])
+        one, two = (prepare_dataset(str(tmp_path), tokenizer, tmp_path / f".cache{n}", n) for n in (1, 2))
+        shared = tmp_path / ".shared"
+        source, encoder = resolve_source(str(tmp_path)), TextEncoder(tokenizer)
+        finished = [prepare_folder(source, encoder, shared, 1, part=Part(k, 3)) for k in (2, 3, 1)]
+        assert finished == [False, False, True]
+        assert len(files_of(one)) > 20
+        assert files_of(one) == files_of(two) == files_of(shared)
+        manifest = json.loads((one / "manifest.json").read_text())
+        assert {shard["slice"] for shard in manifest["shards"]} == {"b", "long"}
+        assert sum(shard["documents"] for shard in manifest["shards"]) == manifest["documents"] == 29
+
+    def test_a_lone_compressed_file_and_many_small_ones(self, tokenizer, tmp_path):
+        """A compressed file is one unit, encoded in several threads; small files of a slice share a unit."""
+        rows = [{"text": f"document {number} "} for number in range(500)]
+        (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        folder = prepare_dataset(str(tmp_path / "x.jsonl.gz"), tokenizer, tmp_path / "cache", 2)
+        (tmp_path / "many").mkdir()
+        for number, row in enumerate(rows):
+            write_jsonl(tmp_path / "many" / f"x-{number:05d}.jsonl", [row])
+        many = prepare_dataset(str(tmp_path / "many"), tokenizer, tmp_path / "cache", 2)
+        assert (folder / "tokens-00000.bin").read_bytes() == (many / "tokens-00000.bin").read_bytes()
+        assert len(files_of(many)) == 2
+
+    def test_shards_never_mix_slices(self, tokenizer, tmp_path):
+        rows = [{"text": f"{slice} {i}", "red_pajama_subset": slice} for i in range(9) for slice in ("b", "a")]
+        write_jsonl(tmp_path / "x.jsonl", rows)
+        folder = prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache")
+        shards = json.loads((folder / "manifest.json").read_text())["shards"]
+        assert [(shard["file"], shard["slice"]) for shard in shards] == [
+            ("tokens-00000.bin", "b"),
+            ("tokens-00000-1.bin", "a"),
+        ]
+        for shard in shards:
+            ids = np.fromfile(folder / shard["file"], np.uint16).tolist()
+            assert ids == reference_stream(tokenizer, [f"{shard['slice']} {i}" for i in range(9)])
+        write_jsonl(tmp_path / "x.jsonl", [{"text": "x", "red_pajama_subset": str(i)} for i in range(65)])
+        assert "more than 64 slices" in error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
+
+
+def files_of(folder):
+    """The content of every file of a prepared folder that is not a means to the preparation, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 GOOD = b'{"text": "fine"}\n'
@@ -192,7 +250,7 @@ class TestBadInput:
         message = error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache", num_workers)
         assert message.startswith(f"--dataset: {tmp_path / name}")
         assert expected in message
-        assert not [path for path in (tmp_path / ".cache").glob("*") if path.suffix != ".lock"]
+        assert not list((tmp_path / ".cache").glob("*/manifest.json"))
 
     def test_error_beyond_the_first_batches_names_its_line(self, tokenizer, tmp_path):
         line = json.dumps({"text": "word " * 20_000}) + "\n"
@@ -221,7 +279,7 @@ class TestBadInput:
 
     def test_source_without_usable_files(self, tokenizer, tmp_path):
         prepare = functools.partial(prepare_dataset, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
-        assert "owner/name is neither a file nor a folder" in error_of(prepare, "owner/name")
+        assert "./name is neither a file nor a folder" in error_of(prepare, "./name")
         (tmp_path / "notes.txt").write_text("hello")
         assert "holds no file of a known kind: .jsonl" in error_of(prepare, str(tmp_path))
         assert "is not of a known kind: .jsonl" in error_of(prepare, str(tmp_path / "notes.txt"))
@@ -238,7 +296,8 @@ class TestBadInput:
 
 
 PREPARE = """
-    import sys, data_utils, dataset_preparation
+    import sys, data_utils, dataset_preparation, dataset_shards
+    dataset_shards.MIN_UNIT_BYTES = 2**20
     source, tokenizer, cache_dir, num_workers = sys.argv[1:]
     tokenizer = data_utils.load_tokenizer(tokenizer)
     print("ready", flush=True)
@@ -251,6 +310,13 @@ def slow_source(tmp_path):
     """Takes a few seconds to tokenize."""
     rows = [{"text": inspect.getsource(pydoc)[i * 10 :]} for i in range(160)]
     return write_jsonl(tmp_path / "slow.jsonl", rows)
+
+
+def run_to_the_end(code, *arguments):
+    process = run_python(code, *arguments)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return Path(output.splitlines()[-1])
 
 
 def wait_until(condition, seconds=30):
@@ -282,25 +348,30 @@ class TestCache:
         os.utime(source, ns=(0, 0))
         assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") != folder
 
-    @pytest.mark.parametrize("num_workers", [1, 2])
-    def test_a_killed_builder_leaves_nothing(self, tokenizer, tokenizer_folder, slow_source, tmp_path, num_workers):
-        cache = tmp_path / "cache"
-        builder = run_python(PREPARE, slow_source, tokenizer_folder, cache, num_workers)
-        wait_until(lambda: any(path.stat().st_size for path in cache.glob("*.partial/tokens-*.bin")))
-        children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
-        builder.send_signal(signal.SIGKILL)
-        builder.communicate(timeout=30)
-        wait_until(lambda: not any(map(is_running, children)))
-        assert not list(cache.glob("*/manifest.json"))
-        folder = prepare_dataset(str(slow_source), tokenizer, cache, 2)
-        assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
-        fresh = prepare_dataset(str(slow_source), tokenizer, tmp_path / "fresh", 2)
-        for path in fresh.iterdir():
-            assert path.read_bytes() == (folder / path.name).read_bytes()
+    def test_a_killed_builder_is_continued(self, tokenizer, tokenizer_folder, slow_source, tmp_path):
+        """Killed at several moments, in one and in two processes; finished shards stay as they are."""
+        cache, kept = tmp_path / "cache", {}
+        for num_workers, finished in ((1, 1), (2, 3), (2, 6)):
+            builder = run_python(PREPARE, slow_source, tokenizer_folder, cache, num_workers)
+            wait_until(lambda count=finished: len(list(cache.glob("*/.preparation/unit-*.json"))) >= count)
+            children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+            builder.send_signal(signal.SIGKILL)
+            builder.communicate(timeout=30)
+            wait_until(lambda ended=children: not any(map(is_running, ended)))
+            assert not list(cache.glob("*/manifest.json"))
+            records = sorted(cache.glob("*/.preparation/unit-*.json"))
+            found = {record: record.stat().st_mtime_ns for record in records}
+            assert found.items() >= kept.items()
+            kept = found
+        folder = run_to_the_end(PREPARE, slow_source, tokenizer_folder, cache, 2)
+        assert {record: record.stat().st_mtime_ns for record in kept} == kept
+        assert not [path for path in (folder / ".preparation").iterdir() if path.name.startswith("tokens")]
+        assert files_of(folder) == files_of(run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "two", 1))
 
     def test_two_jobs_and_other_ranks_build_once(self, tokenizer_folder, slow_source, tmp_path):
         arguments = (slow_source, tokenizer_folder, tmp_path / "cache", 1)
-        environments = ({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1", "RANK": "1"})
+        ranks = ({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1", "RANK": "1"})
+        environments = [{"WORLD_SIZE": "2", **rank} for rank in ranks]
         processes = [run_python(PREPARE, *arguments, **environment) for environment in environments]
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         assert "".join(outputs).count("tokenized 160 documents") == 1

@@ -1,0 +1,145 @@
+"""A server that answers as the Hugging Face hub does, on loopback: its API, and its files with Range and redirects.
+
+Behaviour of the hub that the tests rely on: https://huggingface.co/docs/hub/api and huggingface_hub's own client.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass
+class Branches:
+    """A data set repository: the files, as bytes by path, of every branch."""
+
+    branches: dict[str, dict[str, bytes]]
+    gated: bool = False
+
+    def commit(self, branch: str) -> str:
+        content = sorted((path, hashlib.sha1(data).hexdigest()) for path, data in self.branches[branch].items())
+        return hashlib.sha1(json.dumps([branch, content]).encode()).hexdigest()
+
+    def find(self, revision: str) -> str | None:
+        return next((branch for branch in self.branches if revision in (branch, self.commit(branch))), None)
+
+
+@dataclass
+class HubServer:
+    """Serves `repositories` by name, and `files` by path on the side, as another server would.
+
+    Attributes:
+        requests: (method, path, Range header) of every request so far.
+        break_off: paths of which the first answer ends after this many bytes.
+    """
+
+    repositories: dict[str, Branches] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    break_off: dict[str, int] = field(default_factory=dict)
+
+    def __enter__(self):
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def downloads(self, name: str) -> list[str | None]:
+        """The Range of each download of a file so far."""
+        return [range_ for method, path, range_ in self.requests if method == "GET" and path.endswith(name)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        if path.removeprefix("/files/") in self.hub.files:
+            self._file(path, self.hub.files[path.removeprefix("/files/")])
+        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/auth-check|/refs|/revision/(.+))?", path):
+            self._api(*match.groups())
+        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
+            self._resolve(*match.groups())
+        else:
+            self._answer(404, {"error": "Not found"}, error="NotFound")
+
+    def _api(self, name, what, revision):
+        repository = self.hub.repositories.get(name)
+        if not repository:  # to those who are not logged in the hub says 401, as of a private one
+            self._answer(401, {"error": "Repository not found"}, error="RepoNotFound")
+        elif what == "/auth-check":
+            self._answer(*((403, {"error": "gated"}, "GatedRepo") if repository.gated else (200, {}, None)))
+        elif what == "/refs":
+            branches = [
+                {"name": branch, "ref": branch, "targetCommit": repository.commit(branch)}
+                for branch in repository.branches
+            ]
+            self._answer(200, {"branches": branches[:1], "converts": branches[1:], "tags": []})
+        elif not (branch := repository.find(revision or "main")):
+            self._answer(404, {"error": "Invalid rev id"}, error="RevisionNotFound")
+        else:
+            siblings = [
+                {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+                for path, data in repository.branches[branch].items()
+            ]
+            commit = repository.commit(branch)
+            gated = "manual" if repository.gated else False
+            self._answer(200, {"id": name, "sha": commit, "gated": gated, "private": False, "siblings": siblings})
+
+    def _resolve(self, name, revision, path):
+        repository = self.hub.repositories.get(name)
+        branch = repository and repository.find(revision)
+        if not repository:
+            self._answer(401, {}, error="RepoNotFound")
+        elif repository.gated:
+            self._answer(403, {}, error="GatedRepo")
+        elif not branch:
+            self._answer(404, {}, error="RevisionNotFound")
+        elif path not in repository.branches[branch]:
+            self._answer(404, {}, error="EntryNotFound")
+        else:
+            self._file(path, repository.branches[branch][path], repository.commit(branch))
+
+    def _answer(self, status, content, error=None):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def _file(self, path, data, commit=None):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("Content-Length", str(len(data) - start))
+        if commit:
+            self.send_header("X-Repo-Commit", commit)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        stop = self.hub.break_off.pop(path, None)
+        self.wfile.write(data[start:stop])
+        self.close_connection = stop is not None
