@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def prepare_dataset(
     *,
     revision: str | None = None,
     slices: Sequence[str] = (),
+    eval_fraction: float | None = None,
 ) -> Path:
     """The folder with the tokens of `dataset`, made in `cache_dir` unless it is there or `dataset` is such a folder.
 
@@ -66,7 +68,9 @@ def prepare_dataset(
     """
     return Path(
         once_per_node(
-            lambda: str(_prepare_in_cache(dataset, tokenizer, Path(cache_dir), num_workers, revision, slices))
+            lambda: str(
+                _prepare_in_cache(dataset, tokenizer, Path(cache_dir), num_workers, revision, slices, eval_fraction)
+            )
         )
     )
 
@@ -78,21 +82,24 @@ def _prepare_in_cache(
     num_workers: int | None,
     revision: str | None,
     slices: Sequence[str],
+    eval_fraction: float | None,
 ) -> Path:
     encoder = TextEncoder(tokenizer)
     if is_prepared(Path(dataset)) or (Path(dataset) / PREPARATION).is_dir():
         if revision or slices:
             raise InputError(f"--dataset_slices: {dataset} is prepared already and is read as a whole; leave it out")
-        return _check(Path(dataset), encoder)
+        return _check(Path(dataset), encoder, eval_fraction)
+    eval_fraction = eval_fraction or 0.0
     source = resolve_source(dataset, revision=revision, slices=slices)
-    key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint])
+    key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint, eval_fraction])
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()
     if not is_prepared(folder):
         request = [dataset, revision, *slices]
-        prepare_folder(source, encoder, folder, num_workers, request=request, flag="--cache_dir", wait_for_others=True)
-        _remove_superseded(folder, request, encoder)
+        options = {"request": request, "eval_fraction": eval_fraction, "flag": "--cache_dir", "wait_for_others": True}
+        prepare_folder(source, encoder, folder, num_workers, **options)
+        _remove_superseded(folder, [eval_fraction, *request], encoder)
         console.say(f"kept for the next time in {folder}")
-    return _check(folder, encoder)
+    return _check(folder, encoder, eval_fraction)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -103,12 +110,16 @@ def is_prepared(folder: Path) -> bool:
         return False
 
 
-def _check(folder: Path, encoder: TextEncoder) -> Path:
+def _check(folder: Path, encoder: TextEncoder, eval_fraction: float | None) -> Path:
     if not (folder / MANIFEST_NAME).exists():
         raise InputError(f"--dataset: {folder} is not prepared to its end; give scripts/prepare_dataset.py once more")
     manifest = read_manifest(folder)
     if manifest["tokenizer_fingerprint"] != encoder.fingerprint:
         raise InputError(f"--dataset: {folder} was prepared with another tokenizer; give that one as --tokenizer")
+    if eval_fraction not in (None, manifest["eval_fraction"]):
+        raise InputError(
+            f"--eval_fraction: {folder} was prepared with {manifest['eval_fraction']}, not {eval_fraction}"
+        )
     if manifest["total_tokens"] * encoder.dtype.itemsize <= CHECKED_AT_START_BYTES:
         verify(folder)
     return folder
@@ -151,13 +162,15 @@ def prepare_folder(
     num_workers: int | None = None,
     *,
     part: Part = EVERYTHING,
-    request: Sequence[str | None] = (),
+    eval_fraction: float = 0.0,
+    request: Sequence = (),
     flag: str = "--output",
     wait_for_others: bool = False,
 ) -> bool:
     """Makes what is missing of a prepared folder, or of a part of it; whether the folder is then complete.
 
     Args:
+        eval_fraction: of the documents, to be kept from training in shards of their own.
         request: what the user asked for, by which a preparation that was interrupted is known again.
         flag: the one that named the folder.
         wait_for_others: wait for another process that works on the same part, instead of refusing.
@@ -173,9 +186,9 @@ def prepare_folder(
         refusal = f"{flag}: {{holder}} is preparing {part} of {folder}; let it finish, or give another --part"
         waiting = "another job is preparing the same data set; waiting for it"
         with exclusive_lock(lock, waiting, None if wait_for_others else refusal):
-            source = _agree_on_plan(folder, source, encoder, request, flag)
+            source = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
             units = make_units(source)
-            preparation = Preparation(folder, source, units, encoder)
+            preparation = Preparation(folder, source, units, encoder, eval_fraction)
             mine = range(part.number - 1, len(units), part.of)
             _remove_temporary(preparation, mine)
             missing = [number for number in mine if not preparation.record(number)]
@@ -186,7 +199,7 @@ def prepare_folder(
                     console.say(f"going on: {len(mine) - len(missing):,} of {len(mine):,} pieces are finished")
                 workers = num_workers or len(os.sched_getaffinity(0))
                 threads = max(1, workers // len(missing))
-                preparation = Preparation(folder, source, units, encoder, threads)
+                preparation = replace(preparation, threads=threads)
                 tokenize_units(preparation, missing, min(workers, len(missing)))
             if not missing and is_prepared(folder):
                 return True
@@ -200,9 +213,7 @@ def prepare_folder(
         ) from error
 
 
-def _agree_on_plan(
-    folder: Path, source: Source, encoder: TextEncoder, request: Sequence[str | None], flag: str
-) -> Source:
+def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: Sequence, flag: str) -> Source:
     """The source as the first process on this folder found it, which every later one continues with."""
     path = folder / PREPARATION / "plan.json"
     plan = {
@@ -222,9 +233,13 @@ def _agree_on_plan(
         first = Source.from_json(agreed["source"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{flag}: {path} is damaged; delete {folder} and start again") from error
-    for name, key in (("form", "format_version"), ("tokenizer", "tokenizer_fingerprint"), ("data set", "request")):
+    for name, key in (
+        ("format", "format_version"),
+        ("tokenizer", "tokenizer_fingerprint"),
+        ("data set, choice of it or --eval_fraction", "request"),
+    ):
         if agreed[key] != plan[key]:
-            raise InputError(f"{flag}: {folder} holds the preparation with another {name}; give another folder")
+            raise InputError(f"{flag}: {folder} holds a preparation with another {name}; give another folder")
     if first.fingerprint != source.fingerprint:
         if not first.commit:
             raise InputError(
@@ -271,6 +286,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
         "source": source.name,
         "commit": source.commit,
         "source_fingerprint": source.fingerprint,
+        "eval_fraction": preparation.eval_fraction,
         "total_tokens": tokens.total(),
         "documents": documents.total(),
         "skipped": dict(sorted(skipped.items())),
@@ -288,7 +304,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
     return True
 
 
-def _remove_superseded(folder: Path, request: Sequence[str | None], encoder: TextEncoder) -> None:
+def _remove_superseded(folder: Path, request: Sequence, encoder: TextEncoder) -> None:
     """Deletes what was begun for an older state of the same data set, was interrupted, and will not be finished."""
     for plan_path in folder.parent.glob(f"*/{PREPARATION}/plan.json"):
         begun = plan_path.parent.parent
@@ -296,6 +312,6 @@ def _remove_superseded(folder: Path, request: Sequence[str | None], encoder: Tex
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, InputError):
             plan = json.loads(plan_path.read_bytes())
-            if plan["request"] == list(request) and plan["tokenizer_fingerprint"] == encoder.fingerprint:
+            if plan["request"] == request and plan["tokenizer_fingerprint"] == encoder.fingerprint:
                 with exclusive_lock(plan_path.with_name("part-1-of-1.lock"), "", refusal="in use by {holder}"):
                     rmtree(begun)

@@ -1,7 +1,8 @@
 """Cuts the files of a data set into units and tokenizes them, each unit in one of many processes, into its own shards.
 
-A unit is some files of one slice or a part of a large one. It becomes one shard, or one for every slice that its rows
-name, and is finished when its record is there. So whatever ends the work, finished units need not be done again.
+A unit is some files of one slice or a part of a large one. It becomes one shard, or several where its rows name several
+slices or some are held out, and is finished when its record is there. So whatever ends the work, finished units need
+not be done again.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from console import InputError
-from data_utils import TextEncoder
+from data_utils import HELD_OUT, TRAIN, TextEncoder, is_held_out
 from dataset_files import Span, can_be_split
 from dataset_sources import Document, Source, unusable
 from files import sync, write_json
@@ -56,6 +57,7 @@ class Preparation:
     source: Source
     units: list[Unit]
     encoder: TextEncoder
+    eval_fraction: float = 0.0  # of the documents, kept from training
     threads: int = 1  # of the tokenizer, in each process
 
     @property
@@ -97,10 +99,10 @@ def make_units(source: Source) -> list[Unit]:
 
 
 class ShardWriter:
-    """Writes the tokens of one slice in one unit; what it has written appears under its name when it is closed."""
+    """Writes the tokens of one slice and split in a unit; they appear under the shard's name when it is closed."""
 
-    def __init__(self, preparation: Preparation, name: str, slice: str):
-        self.slice = slice
+    def __init__(self, preparation: Preparation, name: str, slice: str, split: str):
+        self.slice, self.split = slice, split
         self.path = preparation.folder / name
         self.temporary = preparation.state / f"{name}.{socket.gethostname()}.{os.getpid()}"
         self.documents = self.tokens = 0
@@ -120,7 +122,8 @@ class ShardWriter:
         self._file.close()
         self.temporary.replace(self.path)
         counts = {"documents": self.documents, "tokens": self.tokens}
-        return {"file": self.path.name, "slice": self.slice, **counts, "sha256": self._hash.hexdigest()}
+        kind = {"slice": self.slice, "split": self.split}
+        return {"file": self.path.name, **kind, **counts, "sha256": self._hash.hexdigest()}
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):
@@ -130,18 +133,19 @@ class ShardWriter:
 
 def tokenize_unit(preparation: Preparation, number: int, progress: "Progress") -> None:
     """Writes the shards of a unit, then its record."""
-    writers: dict[str, ShardWriter] = {}
+    writers: dict[tuple[str, str], ShardWriter] = {}
     skipped = Counter()
     try:
         for documents in _batches(preparation, preparation.units[number], skipped, progress):
             encoded = preparation.encoder.encode([document.text for document in documents], preparation.threads)
             for document, tokens in zip(documents, encoded, strict=True):
-                if document.slice not in writers:
+                kind = document.slice, HELD_OUT if is_held_out(document.text, preparation.eval_fraction) else TRAIN
+                if kind not in writers:
                     _check_number_of_slices(preparation, number, writers)
                     suffix = f"-{len(writers)}" if writers else ""
                     name = f"tokens-{number:05d}{suffix}.bin"
-                    writers[document.slice] = ShardWriter(preparation, name, document.slice)
-                writers[document.slice].append(tokens)
+                    writers[kind] = ShardWriter(preparation, name, *kind)
+                writers[kind].append(tokens)
         shards = [writer.close() for writer in writers.values()]
     except BaseException:
         for writer in writers.values():
@@ -173,10 +177,11 @@ def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "
 
 
 def _check_number_of_slices(preparation: Preparation, number: int, writers: dict) -> None:
-    if len(writers) == MAX_SLICES:
+    slices = list(dict.fromkeys(slice for slice, _ in writers))
+    if len(slices) == MAX_SLICES:
         path = preparation.source.files[preparation.units[number][0].file].path
         raise InputError(
-            f"--dataset: {path} names more than {MAX_SLICES} slices ({', '.join(list(writers)[:3])}, ...) in its "
+            f"--dataset: {path} names more than {MAX_SLICES} slices ({', '.join(slices[:3])}, ...) in its "
             "column 'red_pajama_subset'; rename the column if it means something else"
         )
 

@@ -49,11 +49,16 @@ def parse_args() -> argparse.Namespace:
         "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N shares (default: 1/1, everything)"
     )
     parser.add_argument(
+        "--eval_fraction", type=float, default=0.0, help="of the documents, held out of training (default: 0)"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="read a finished folder and compare every shard with its checksum"
     )
     args = parser.parse_args()
     if args.num_workers is not None and args.num_workers < 1:
         raise InputError(f"--num_workers: {args.num_workers} is below the least possible, 1")
+    if not 0 <= args.eval_fraction < 1:
+        raise InputError(f"--eval_fraction: {args.eval_fraction} is not at least 0 and below 1")
     return args
 
 
@@ -73,7 +78,8 @@ def main() -> int:
         encoder = TextEncoder(load_tokenizer(args.tokenizer))
         source = resolve_source(args.dataset, revision=args.dataset_revision, slices=args.dataset_slices)
         request = [args.dataset, args.dataset_revision, *args.dataset_slices]
-        if not prepare_folder(source, encoder, args.output, args.num_workers, part=args.part, request=request):
+        options = {"part": args.part, "eval_fraction": args.eval_fraction, "request": request}
+        if not prepare_folder(source, encoder, args.output, args.num_workers, **options):
             return 0
         say(f"train on it: pretrain.py -d {args.output} --tokenizer {args.tokenizer}")
     for name, counts in read_manifest(args.output)["slices"].items():

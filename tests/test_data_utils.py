@@ -1,5 +1,6 @@
 """Tokenizing, packing and ordering, on real files and against slow, obvious references."""
 
+import argparse
 import functools
 import itertools
 import json

@@ -20,7 +20,7 @@ from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, run_p
 from transformers import LlamaTokenizerFast
 
 import dataset_shards
-from data_utils import PackedDataset, TextEncoder
+from data_utils import PackedDataset, TextEncoder, is_held_out
 from dataset_files import Span, read_rows
 from dataset_preparation import Part, prepare_dataset, prepare_folder
 from dataset_sources import resolve_source
@@ -212,6 +212,22 @@ class TestUnits:
             assert ids == reference_stream(tokenizer, [f"{shard['slice']} {i}" for i in range(9)])
         write_jsonl(tmp_path / "x.jsonl", [{"text": "x", "red_pajama_subset": str(i)} for i in range(65)])
         assert "more than 64 slices" in error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
+
+
+def test_documents_are_held_out_by_their_text(tokenizer, tmp_path):
+    texts = [f"document {number}" for number in range(300)]
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    prepare = functools.partial(prepare_dataset, str(tmp_path / "x.jsonl"), tokenizer, tmp_path / "cache")
+    folder = prepare(eval_fraction=0.1)
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    for split, held_out in (("train", False), ("held_out", True)):
+        (shard,) = (shard for shard in shards if shard["split"] == split)
+        expected = reference_stream(tokenizer, [text for text in texts if is_held_out(text, 0.1) is held_out])
+        assert np.fromfile(folder / shard["file"], np.uint16).tolist() == expected
+    assert folder not in (prepare(), prepare(eval_fraction=0.2))
+    assert prepare_dataset(str(folder), tokenizer, tmp_path / "cache") == folder
+    message = error_of(prepare_dataset, str(folder), tokenizer, tmp_path / "cache", eval_fraction=0.5)
+    assert message.startswith("--eval_fraction: ")
 
 
 def files_of(folder):
