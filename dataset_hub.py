@@ -7,10 +7,11 @@ A data set's loading script is never run. The client is huggingface_hub, so `HF_
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlparse
 
 import filelock
@@ -26,13 +27,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, logging
 
 from console import InputError
 
 CONVERTED = "refs/convert/parquet"  # the branch to which the hub's own converter writes every data set it can read
+logging.set_verbosity_error()  # it reports every attempt of a request that it repeats in several lines
 TIMEOUT_SECONDS = 10
 HEAD_REQUESTS = 16  # at a time
+PAUSES_SECONDS = (1, 2, 4, 8, 16)  # between attempts at a download
+
+T = TypeVar("T")
 
 
 class Repository(NamedTuple):
@@ -116,7 +121,12 @@ def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
 def fetch(repository: str, commit: str, path: str) -> Path:
     """Where a file of a data set lies on this machine, downloaded or resumed first if it is not whole here."""
     try:
-        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=commit))
+        return Path(
+            _persistently(
+                f"{path} of {repository}",
+                lambda: hf_hub_download(repository, path, repo_type="dataset", revision=commit),
+            )
+        )
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"--dataset: {path} of {repository} is not on this machine, and the hub cannot be reached; download it "
@@ -124,19 +134,28 @@ def fetch(repository: str, commit: str, path: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(repository, commit, error) from error
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise  # of the disk
-        raise _broken_off(f"{repository}/{path}", error) from error
+
+
+def _persistently(what: str, download: Callable[[], T]) -> T:
+    """Calls `download` again, which resumes it, when the connection breaks off. Errors of the disk are passed on."""
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return download()
+        except HfHubHTTPError:
+            raise
+        except OSError as error:
+            if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+                raise
+            if pause is None or isinstance(error, OfflineModeIsEnabled):
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise InputError(
+                    f"--dataset: {what} cannot be downloaded ({reason}); start again to resume it"
+                ) from error
+            time.sleep(pause)
 
 
 def _reason(error: OSError) -> str:
     return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else type(error).__name__
-
-
-def _broken_off(what: str, error: Exception) -> InputError:
-    reason = (str(error).split("\n")[0] or type(error).__name__)[:200]
-    return InputError(f"--dataset: {what} cannot be downloaded ({reason}); start again to resume it")
 
 
 # Files behind URLs
@@ -186,20 +205,19 @@ def download(file: RemoteFile) -> Path:
     with filelock.FileLock(f"{target}.lock"):
         if target.is_file() and file.size in (0, target.stat().st_size):
             return target
-        try:
-            with open(partial, "ab") as output:
-                if not file.size or output.tell() < file.size:
-                    http_get(file.url, output, resume_size=output.tell(), headers={"Accept-Encoding": "identity"})
-        except OSError as error:
-            if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-                raise  # of the disk
-            raise _broken_off(file.url, error) from error
+        _persistently(file.url, lambda: _append(file, partial))
         found = partial.stat().st_size
         if file.size and found != file.size:
             partial.unlink()
             raise InputError(f"--dataset: {file.url} has {found} bytes instead of {file.size}; start again")
         partial.replace(target)
     return target
+
+
+def _append(file: RemoteFile, partial: Path) -> None:
+    with open(partial, "ab") as output:
+        if not file.size or output.tell() < file.size:
+            http_get(file.url, output, resume_size=output.tell(), headers={"Accept-Encoding": "identity"})
 
 
 # Listings that outlast the network

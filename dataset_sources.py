@@ -192,12 +192,12 @@ def _pick(source: Source, slices: Sequence[str]) -> Source:
 
 
 def _first_name(path: str) -> str:
-    return PurePosixPath(path).parts[0].partition(".")[0]
+    return PurePosixPath(path).parts[0].partition(".")[0].removesuffix("_sample")
 
 
 def _slice_of_path(path: str) -> str:
     """The slice that a file's name or top folder names: `arxiv_sample.jsonl` and `arxiv/0.jsonl` are of `arxiv`."""
-    name = SHARD_NUMBER.sub("", _first_name(path).removesuffix("_sample"))
+    name = SHARD_NUMBER.sub("", _first_name(path))
     return "common_crawl" if COMMON_CRAWL_DUMP.match(name) else name or "data"
 
 
