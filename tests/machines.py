@@ -16,6 +16,7 @@ from launching import ROOT, Run
 
 NAMES = ("node1", "node2")
 INTERFACE = "eth0"  # named alike on all of them
+NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "mount")
 
 # $1: name, $2: folder of the host
@@ -40,7 +41,7 @@ def _why_not() -> str | None:
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: openssh-server, iproute2, util-linux, mount)"
     trial = "mount -t tmpfs none /run && ip link add trial0 type veth peer name trial1"
-    answer = subprocess.run(["unshare", "--net", "--uts", "--mount", "sh", "-c", trial], capture_output=True, text=True)
+    answer = subprocess.run([*NAMESPACES, "sh", "-c", trial], capture_output=True, text=True)
     return f"this machine allows no namespaces: {answer.stderr.strip()}" if answer.returncode else None
 
 
@@ -54,10 +55,9 @@ class Machine:
     def __init__(self, name: str, folder: Path):
         self.name, self.home = name, folder / "home"
         boot = ["sh", "-c", BOOT, "boot", name, folder]
-        namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.log = folder / "sshd.log"
         with open(self.log, "wb") as log:
-            self.holder = subprocess.Popen(["unshare", *namespaces, *boot], stdout=log, stderr=log)
+            self.holder = subprocess.Popen([*NAMESPACES, *boot], stdout=log, stderr=log)
         _wait_until(lambda: psutil.Process(self.holder.pid).children(), "the namespaces")
         self.init = psutil.Process(self.holder.pid).children()[0].pid
 
