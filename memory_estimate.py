@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from attn import EAGER
 from booster_utils import DTYPES, HYBRID_PLUGINS, Layout, gemini_chunk_parameters
 from console import say
-from model_utils import ParameterSpec, model_flops_per_token, parameter_specs
+from model_utils import ParameterSpec, model_flops_per_token, parameter_specs, trained_specs
 from performance_evaluator import CARDS, Card, find_card
 
 FP32 = 4  # bytes
@@ -61,6 +61,7 @@ class _State:
     optimizer: float
     gradients: float  # at the end of the backward pass
     buckets: float = 0  # for the exchange of gradients, kept for good
+    exchange: float = 0  # copies of the gradients that are being exchanged
     gathered: float = 0  # weights of other shards that are at hand for the loss
     gathered_layers: float = 0  # and more in the backward pass
     step: float = 0  # beside the gradients, in the optimizer step
@@ -100,61 +101,88 @@ def _gemini_padding(sizes: list[int], config: LlamaConfig) -> tuple[int, int]:
 
 
 def _state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs: list[ParameterSpec]) -> _State:
+    """What the plugin keeps of these parameters."""
     width = DTYPES[args.mixed_precision].itemsize
-    sizes = [spec.shape.numel() for spec in specs]
-    parameters, largest = sum(sizes), max(sizes)
     shards = layout.dp * layout.sp // layout.extra_dp
-    layer = [spec for spec in specs if spec.group == specs[len(specs) // 2].group]
-    layer_weights = width * sum(spec.shape.numel() for spec in layer)
-
     if args.plugin.startswith("fsdp"):
-        outside = width * sum(spec.shape.numel() for spec in specs if ".layers." not in spec.name)
-        state = _State(
-            weights=FP32 * parameters / shards,
-            optimizer=2 * FP32 * parameters / shards,
-            gradients=FP32 * parameters / shards,
-            gathered=outside if shards > 1 else 0,
-            gathered_layers=2 * layer_weights if shards > 1 else 0,
-        )
-        return _offloaded(state, args)
-
+        return _offloaded(_fsdp_state(specs, width, shards), args)
     if args.plugin.startswith("gemini"):
-        padding, chunk = _gemini_padding(sizes, config)
-        room = parameters + padding
-        whole = 1 - getattr(args, "shard_param_frac", 1.0)
-        state = _State(
-            weights=width * room * (whole + (1 - whole) / shards),
-            optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
-            # Gradients take the place of the weights that they are of, unless several backward passes add to them.
-            gradients=width * room / shards if args.accumulation_steps > 1 else 0,
-            gathered=width * chunk if shards > 1 else 0,
-            gathered_layers=width * chunk if shards > 1 else 0,
-            step=2 * FP32 * largest / shards,  # one parameter at a time
-        )
-        return _offloaded(state, args)
+        return _offloaded(_gemini_state(args, config, specs, width, shards), args)
+    return _offloaded(_zero_state(args, config, layout, specs, width, shards), args)
 
+
+def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
+    """Float32 shards of weights, gradients and moments; the outermost module and two layers gathered."""
+    parameters = sum(spec.shape.numel() for spec in specs)
+    outside = sum(spec.shape.numel() for spec in specs if ".layers." not in spec.name)
+    layers = len({spec.group for spec in specs if ".layers." in spec.name})
+    return _State(
+        weights=FP32 * parameters / shards,
+        optimizer=2 * FP32 * parameters / shards,
+        gradients=FP32 * parameters / shards,
+        gathered=width * outside if shards > 1 else 0,
+        gathered_layers=2 * width * (parameters - outside) / layers if shards > 1 else 0,
+    )
+
+
+def _gemini_state(
+    args: argparse.Namespace, config: LlamaConfig, specs: list[ParameterSpec], width: int, shards: int
+) -> _State:
+    """Chunks of weights and master weights, not quite full, and moments; two chunks gathered."""
+    sizes = [spec.shape.numel() for spec in specs]
+    parameters = sum(sizes)
+    padding, chunk = _gemini_padding(sizes, config)
+    room = parameters + padding
+    whole = 1 - getattr(args, "shard_param_frac", 1.0)
+    return _State(
+        weights=width * room * (whole + (1 - whole) / shards),
+        optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
+        # Gradients take the place of the weights that they are of, unless several backward passes add to them.
+        gradients=width * room / shards if args.accumulation_steps > 1 else 0,
+        gathered=width * chunk if shards > 1 else 0,
+        gathered_layers=width * chunk if shards > 1 else 0,
+        step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
+    )
+
+
+def _zero_state(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    layout: Layout,
+    specs: list[ParameterSpec],
+    width: int,
+    shards: int,
+) -> _State:
+    """Of LowLevelZeroPlugin and HybridParallelPlugin: whole weights, shards of the rest as the stage says."""
+    parameters = sum(spec.shape.numel() for spec in specs)
+    frozen = 0
+    if getattr(config, "lora", None) is not None:
+        frozen, specs = parameters, trained_specs(config)
+        parameters = sum(spec.shape.numel() for spec in specs)
+    largest = max(spec.shape.numel() for spec in specs)
     # HybridParallelPlugin adds torch's DistributedDataParallel, whose buckets are as large as all gradients.
     replicated = layout.zero_stage == 0 or (args.plugin in HYBRID_PLUGINS and layout.dp == 1)
-    buckets = width * parameters if replicated and layout.pp == 1 else 0
-    if layout.zero_stage > 0:
-        bucket = width * min(parameters, ZERO_BUCKET_PARAMETERS)
-        split_gradients = shards if layout.zero_stage == 2 else 1
-        state = _State(
-            weights=width * parameters,
-            optimizer=MASTER_AND_MOMENTS * parameters / shards,
-            gradients=width * parameters / split_gradients,
-            buckets=buckets,
-            # float32 gradients, and the norm of the largest in float64; afterwards, buckets of gathered weights
-            step=max((FP32 * parameters + 8 * largest) / shards, 3 * bucket - width * parameters / split_gradients),
+    common = dict(
+        weights=width * (frozen + parameters),
+        buckets=width * parameters if replicated and layout.pp == 1 else 0,
+    )
+    if layout.zero_stage == 0:
+        mixed = width < FP32
+        return _State(
+            optimizer=(MASTER_AND_MOMENTS if mixed else 2 * FP32) * parameters,
+            gradients=width * parameters,
+            step=8 * largest + ((FP32 - width) * parameters if mixed else 0),
+            **common,
         )
-        return _offloaded(state, args)
-    master = MASTER_AND_MOMENTS if width < FP32 else 2 * FP32
+    exchange = 3 * width * min(parameters, ZERO_BUCKET_PARAMETERS)
+    gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
-        weights=width * parameters,
-        optimizer=master * parameters,
-        gradients=width * parameters,
-        buckets=buckets,
-        step=8 * largest + ((FP32 - width) * parameters if width < FP32 else 0),
+        optimizer=MASTER_AND_MOMENTS * parameters / shards,
+        gradients=gradients,
+        exchange=exchange,
+        # Float32 gradients, and the norm of the largest in float64; afterwards, updated weights that are exchanged.
+        step=max((FP32 * parameters + 8 * largest) / shards, exchange - gradients),
+        **common,
     )
 
 
@@ -233,7 +261,9 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     moments = (
         Moment("the loss", weights, state.buckets + earlier, optimizer, activations, logits),
         Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
-        Moment("the end of the backward pass", backward_weights, all_gradients, optimizer, kept + working),
+        Moment(
+            "the end of the backward pass", backward_weights, all_gradients + state.exchange, optimizer, kept + working
+        ),
         Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer),
     )
     return MemoryEstimate(moments, state.host)
