@@ -258,15 +258,17 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     all_gradients = state.buckets + state.gradients
     earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
     first = state.buckets + max(earlier, min(head_gradient, state.gradients))
-    moments = (
+    moments = [
         Moment("the loss", weights, state.buckets + earlier, optimizer, activations, logits),
         Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
         Moment(
             "the end of the backward pass", backward_weights, all_gradients + state.exchange, optimizer, kept + working
         ),
-        Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer),
-    )
-    return MemoryEstimate(moments, state.host)
+    ]
+    if state.exchange:
+        moments.append(Moment("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
+    moments.append(Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer))
+    return MemoryEstimate(tuple(moments), state.host)
 
 
 # ------------------------------------------------------------------------------------------------------------ dry runs
