@@ -261,9 +261,7 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     moments = [
         Moment("the loss", weights, state.buckets + earlier, optimizer, activations, logits),
         Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
-        Moment(
-            "the end of the backward pass", backward_weights, all_gradients + state.exchange, optimizer, kept + working
-        ),
+        Moment("the end of the backward pass", backward_weights, all_gradients, optimizer, kept + working),
     ]
     if state.exchange:
         moments.append(Moment("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
