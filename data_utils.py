@@ -227,6 +227,9 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
         version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _ = [(shard["file"], shard["tokens"], shard["sha256"], shard["slice"]) for shard in manifest["shards"]]
+            _ = [manifest[name] for name in ("dtype", "tokenizer_fingerprint", "total_tokens", "eval_fraction")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--dataset: {folder / MANIFEST_NAME} cannot be read ({error!r}); delete the folder to prepare it anew"

@@ -1,5 +1,7 @@
 """From files of every kind to shards of tokens: killed, shared, damaged, against a slow, obvious reference."""
 
+import errno
+import fcntl
 import functools
 import gzip
 import inspect
@@ -19,10 +21,11 @@ import pytest
 from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, run_python, stream_of, write_jsonl
 from transformers import LlamaTokenizerFast
 
+import dataset_files
 import dataset_shards
 from data_utils import PackedDataset, TextEncoder, is_held_out
 from dataset_files import Span, read_rows
-from dataset_preparation import Part, prepare_dataset, prepare_folder
+from dataset_preparation import Part, prepare_dataset, prepare_folder, verify
 from dataset_sources import resolve_source
 
 
@@ -309,6 +312,196 @@ class TestBadInput:
         (tmp_path / "file").write_text("")
         message = error_of(prepare_dataset, str(words[0]), tokenizer, tmp_path / "file" / "cache")
         assert message.startswith(f"--cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+
+
+class TestFolders:
+    """What lies in a folder beside the documents, and how links lead to them."""
+
+    def test_links_in_a_circle_and_descriptions_beside_the_data(self, tokenizer, tmp_path):
+        source = tmp_path / "source"
+        (source / "b").mkdir(parents=True)
+        write_jsonl(source / "a.JSONL", [{"text": "upper"}])
+        write_jsonl(source / "b" / "x.jsonl", [{"text": "lower"}])
+        (source / "b" / "circle").symlink_to(source)
+        (source / "again").symlink_to(source / "b")
+        for name in ("dataset_infos.json", "state.json", "dataset_dict.json"):
+            (source / name).write_text('{"not": "documents"}')
+        folder = prepare_dataset(str(source), tokenizer, tmp_path / "cache")
+        assert stream_of(folder).tolist() == reference_stream(tokenizer, ["upper", "lower"])
+
+    def test_what_is_left_out_is_said(self, tokenizer, tmp_path, capsys):
+        source = tmp_path / "source"
+        source.mkdir()
+        for name in ("c4-train.00000-of-00002.jsonl", "c4-validation.00000-of-00001.jsonl", "notes.txt", "more.csv"):
+            write_jsonl(source / name, [{"text": name}])
+        prepare_dataset(str(source), tokenizer, tmp_path / "cache")
+        assert f"left out in {source}: 1 of other splits, 1 .csv, 1 .txt" in capsys.readouterr().out
+
+    def test_folder_that_may_not_be_read(self, tokenizer, tmp_path, monkeypatch):
+        (tmp_path / "closed").mkdir()
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("closed"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        message = error_of(resolve_source, str(tmp_path))
+        assert message.startswith(f"--dataset: {tmp_path / 'closed'} cannot be read (Permission denied)")
+
+
+class TestHardInput:
+    def test_very_long_and_very_many_documents(self, tokenizer_folder, tmp_path):
+        """50 MB of words, 50 MB of one letter, and a million documents, in little memory; one long line is refused."""
+        numbers = " ".join(map(str, range(7_000_000)))
+        tiny = '{"text": "a"}\n' * 1_000_000
+        documents = [json.dumps({"text": text}) + "\n" for text in (numbers, "a" * 50_000_000, "", "\x00\x00")]
+        (tmp_path / "x.jsonl").write_text("".join(documents) + tiny)
+        code = """
+            import resource, sys, data_utils, dataset_preparation
+            tokenizer = data_utils.load_tokenizer(sys.argv[2])
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(dataset_preparation.prepare_dataset(sys.argv[1], tokenizer, sys.argv[3], 2))
+            workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            print(2 * workers - before)
+        """
+        process = run_python(code, tmp_path / "x.jsonl", tokenizer_folder, tmp_path / "cache")
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        *_, folder, kilobytes = output.split()
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        assert manifest["documents"] == 1_000_003
+        assert manifest["skipped"] == {"text empty": 1}
+        assert int(kilobytes) < 2_000_000
+
+    def test_line_without_end(self, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setattr(dataset_files, "MAX_LINE_BYTES", 1000)
+        write_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, {"text": "x" * 1000}])
+        message = error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
+        assert "has a line of more than 1,000 bytes" in message
+
+    def test_bad_line_in_a_later_part_is_named_by_its_number_in_the_file(self, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setattr(dataset_shards, "MIN_UNIT_BYTES", 100)
+        for bad in (0, 7, 23, 39):
+            rows = ['{"text": "word word word"}\n'] * 40
+            rows[bad] = "oops\n"
+            (tmp_path / "x.jsonl").write_text("".join(rows))
+            message = error_of(prepare_dataset, str(tmp_path / "x.jsonl"), tokenizer, tmp_path / "cache", 1)
+            assert f"line {bad + 1}: not valid JSON" in message
+
+
+class TestDamage:
+    @pytest.fixture
+    def prepared(self, tokenizer, tmp_path, monkeypatch):
+        """(folder, function that prepares what is missing in it)"""
+        monkeypatch.setattr(dataset_shards, "MIN_UNIT_BYTES", 1000)
+        write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i} " * 9} for i in range(60)])
+        encoder = TextEncoder(tokenizer)
+
+        def prepare(**options):
+            return prepare_folder(resolve_source(str(tmp_path / "x.jsonl")), encoder, tmp_path / "out", 1, **options)
+
+        assert prepare()
+        return tmp_path / "out", prepare
+
+    def test_damaged_shard_is_named_and_made_again(self, prepared, tokenizer, tmp_path):
+        folder, prepare = prepared
+        whole, shard = files_of(folder), folder / "tokens-00002.bin"
+        shard.write_bytes(whole[shard.name][:-1] + b"x")
+        message = error_of(prepare_dataset, str(folder), tokenizer, tmp_path)
+        assert message.startswith(f"--dataset: {shard} is damaged or missing; delete it and prepare")
+        assert message == error_of(verify, folder, 2)
+        shard.unlink()
+        untouched = (folder / "tokens-00001.bin").stat()
+        assert prepare()
+        assert files_of(folder) == whole
+        assert (folder / "tokens-00001.bin").stat() == untouched
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 2}', '{"format_version": 1}'])
+    def test_damaged_manifest_is_named(self, prepared, tokenizer, tmp_path, content):
+        folder, prepare = prepared
+        whole = files_of(folder)
+        (folder / "manifest.json").write_text(content)
+        assert error_of(prepare_dataset, str(folder), tokenizer, tmp_path).startswith(f"--dataset: {folder}")
+        (folder / "manifest.json").unlink()
+        assert "is not prepared to its end" in error_of(prepare_dataset, str(folder), tokenizer, tmp_path)
+        assert prepare()
+        assert files_of(folder) == whole
+
+    def test_other_data_tokenizer_or_fraction(self, prepared, tokenizer_folder, tmp_path):
+        folder, prepare = prepared
+        assert "another data set, choice of it or --eval_fraction" in error_of(prepare, eval_fraction=0.1)
+        other = TextEncoder(LlamaTokenizerFast.from_pretrained(tokenizer_folder, bos_token="</s>"))
+        source = resolve_source(str(tmp_path / "x.jsonl"))
+        assert "another tokenizer" in error_of(prepare_folder, source, other, folder, 1)
+        os.utime(tmp_path / "x.jsonl", ns=(0, 0))
+        assert "have changed since" in error_of(prepare)
+
+    def test_a_second_preparer_of_the_same_part_is_refused(self, prepared):
+        folder, prepare = prepared
+        holder = run_python(
+            """
+            import sys, time, files
+            with files.exclusive_lock(files.Path(sys.argv[1]), ""):
+                print("held", flush=True)
+                time.sleep(60)
+            """,
+            folder / ".preparation" / "part-1-of-1.lock",
+        )
+        assert holder.stdout.readline() == "held\n"
+        message = error_of(prepare)
+        assert message.startswith(f"--output: process {holder.pid} on ")
+        assert "is preparing part 1 of 1" in message
+        holder.kill()
+        holder.communicate()
+        assert prepare()
+
+    def test_file_system_without_locks(self, prepared, monkeypatch, capsys):
+        def unsupported(*arguments):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(fcntl, "lockf", unsupported)
+        assert prepared[1]()
+        assert "has no locks" in capsys.readouterr().out
+
+    def test_full_disk_keeps_what_is_finished(self, tokenizer_folder, slow_source, tmp_path):
+        """A limit on the size of files stands for the disk: only small shards can be written."""
+        code = PREPARE.replace("import sys,", "import resource, sys,").replace(
+            "print(dataset_preparation",
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000,) * 2); print(dataset_preparation",
+        )
+        process = run_python(code, slow_source, tokenizer_folder, tmp_path / "cache", 2)
+        _, errors = process.communicate(timeout=120)
+        assert "InputError: --cache_dir: cannot write to" in errors.splitlines()[-1]
+        assert "File too large" in errors.splitlines()[-1]
+        folder = run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "cache", 2)
+        assert files_of(folder) == files_of(run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "b", 2))
+
+    def test_killed_worker(self, tokenizer_folder, slow_source, tmp_path):
+        builder = run_python(PREPARE, slow_source, tokenizer_folder, tmp_path / "cache", 2)
+        wait_until(lambda: list((tmp_path / "cache").glob("*/.preparation/tokens-*")))
+        worker = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()[0]
+        os.kill(int(worker), signal.SIGKILL)
+        _, errors = builder.communicate(timeout=60)
+        assert "one of 2 tokenizing processes was killed" in errors.splitlines()[-1]
+        assert "scripts/prepare_dataset.py --num_workers" in errors.splitlines()[-1]
+
+    def test_what_was_begun_for_an_older_state_is_removed(self, tokenizer, tmp_path):
+        source = tmp_path / "x.jsonl"
+        source.write_bytes(GOOD + b"oops")
+        error_of(prepare_dataset, str(source), tokenizer, tmp_path / "cache")
+        (begun,) = (tmp_path / "cache").iterdir()
+        source.write_bytes(GOOD * 2)
+        folder = prepare_dataset(str(source), tokenizer, tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) == [folder]
+        assert folder != begun
+
+    def test_prepared_folder_that_cannot_be_written(self, prepared, tokenizer, tmp_path, monkeypatch):
+        """A read-only cache serves as long as nothing has to be made."""
+        folder, _ = prepared
+        monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: pytest.fail("written"))
+        assert prepare_dataset(str(folder), tokenizer, "/nowhere") == folder
 
 
 PREPARE = """
