@@ -198,14 +198,20 @@ def hosts(hostfile: Path) -> list[Finding]:
 
 
 def join() -> str:
-    """Makes the process group of all ranks; returns its backend."""
+    """Makes the process group of all ranks; returns its backend.
+
+    Raises:
+        RuntimeError: they did not find each other in time.
+    """
     import torch
     import torch.distributed as dist
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not the end of the process
         torch.cuda.set_device(local_rank())
     dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_SECONDS))
+    dist.barrier(device_ids=[local_rank()] if backend == "nccl" else None)  # NCCL connects only now
     return backend
 
 
