@@ -184,6 +184,8 @@ def test_packed_examples_have_the_same_loss_per_token(finetune):
         run = finetune("-x", "fp32", "--pack", "-b", packs, *flags.split(), processes=processes)
         assert run.column("loss") == pytest.approx(alone.column("loss"), rel=2e-5)
         assert run.column("tokens") == alone.column("tokens")
+    adapters = finetune("-x", "fp32", "--pack", "-b", packs, "-e", 1, "-p", "zero2", "--lora_rank", 4)
+    assert adapters.column("loss") == pytest.approx(alone.column("loss")[:1], rel=2e-5)  # they begin as nothing
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
