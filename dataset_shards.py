@@ -251,6 +251,11 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
 def _start_worker(preparation: Preparation, progress: Progress) -> None:
     global _worker
     _worker = preparation, progress
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Leaves a keyboard interrupt to the process that this one was forked from, and ends when that one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

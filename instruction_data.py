@@ -19,8 +19,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -40,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from console import InputError
 from data_utils import IGNORE_INDEX, MANIFEST_NAME, GlobalOrder, Permutation, TextEncoder, splitmix64
 from dataset_files import read_rows
+from dataset_shards import follow_parent
 from dataset_sources import Source
 from files import checksum, exclusive_lock, sync, write_json
 
@@ -329,14 +328,7 @@ def _encoded_batches(source: Source, encoder: ExampleEncoder) -> Iterator[tuple[
 def _start_worker(encoder: ExampleEncoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    follow_parent()
 
 
 def _encode_in_worker(rows: list[dict]) -> list[Encoded | str]:

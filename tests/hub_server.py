@@ -16,7 +16,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class Branches:
-    """A data set repository: the files, as bytes by path, of every branch."""
+    """A repository of a data set or model: the files, as bytes by path, of every branch."""
 
     branches: dict[str, dict[str, bytes]]
     gated: bool = False
@@ -74,9 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         if path.removeprefix("/files/") in self.hub.files:
             self._file(path, self.hub.files[path.removeprefix("/files/")])
-        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/auth-check|/refs|/revision/(.+))?", path):
+        elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/auth-check|/refs|/revision/(.+))?", path):
             self._api(*match.groups())
-        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
             self._resolve(*match.groups())
         else:
             self._answer(404, {"error": "Not found"}, error="NotFound")

@@ -1,6 +1,7 @@
 """finetune.py from end to end: it learns completions, equals a plain loop under every plugin, resumes, and refuses."""
 
 import functools
+import io
 import itertools
 import json
 import keyword
@@ -9,17 +10,20 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SEED
-from launching import optimizer_states, start_finetune
+from hub_server import Branches, HubServer
+from launching import optimizer_states, start_finetune, start_pretrain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune as program
-from console import InputError
+from console import USAGE_ERROR, InputError
 from dataset_sources import resolve_source
 from instruction_data import ExampleEncoder, InstructionDataset, LengthGroupedOrder, prepare_examples
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
@@ -80,6 +84,25 @@ def test_a_pretrained_model_learns_the_completions_and_when_to_end(finetune):
         assert output[0, -1] == tokenizer.eos_token_id
         answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] : -1])
         assert answer.strip() == row["completion"]
+
+
+def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows()), out)
+    tasks = ("self_instruct", "super_natural_instructions")
+    converted = {f"{task}/train/0000.parquet": out.getvalue() for task in tasks}
+    branches = {"main": {"self_instruct.py": b"import datasets"}, "refs/convert/parquet": converted}
+    with HubServer({"yizhongw/self_instruct": Branches(branches)}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        flags = ["--model_path", model_folder, "--cache_dir", tmp_path / "cache", "--dry_run"]
+        for task, status in (([], 0), (["--task_name", "none"], USAGE_ERROR)):
+            folder = tmp_path / str(status)
+            with start_pretrain(*flags, *task, folder=folder, env=environment, program="finetune.py") as run:
+                assert run.wait() == status, run.output()
+        assert "data: 24 examples" in (tmp_path / "0" / "stdout").read_text()
+        assert f"has no 'none' on the hub; choose of {', '.join(tasks)}" in run.stderr
+        assert hub.downloads("/super_natural_instructions/train/0000.parquet") == [None]
+        assert hub.downloads("/self_instruct/train/0000.parquet") == []
 
 
 # ---------------------------------------------------------------------------------------------------------- parity

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Branches, HubServer
 from launching import ROOT
 from processes import boosted, run_ranks
 from safetensors.torch import load_file, save_file
-from standin_hub import StandinHub
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from console import InputError
@@ -212,15 +212,15 @@ def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
     expected = save_model(folder, max_shard_size="300KB")
     save_model(tmp_path / "old", safe_serialization=False)
     (tmp_path / "old" / "pytorch_model.bin").rename(folder / "pytorch_model.bin")
-    with StandinHub({"someone/small-llama": folder}) as hub:
-        environment = hub.environment(tmp_path / "cache")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with HubServer({"someone/small-llama": Branches({"main": files})}) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
         found = find_in_processes(2, "someone/small-llama", environment)
         assert len(set(found)) == 1
-        assert set(hub.downloads.values()) == {1}
-        assert "pytorch_model.bin" not in hub.downloads
+        assert all(len(hub.downloads(f"/{name}")) == (name != "pytorch_model.bin") for name in files)
         assert torch.equal(check(Path(found[0]))["lm_head.weight"][:], expected["lm_head.weight"])
         (line,) = find_in_processes(1, "someone/other", environment)
-        assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 404)"
+        assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 401)"
     assert find_in_processes(1, "someone/small-llama", environment) == found[:1]  # with no hub to be reached
     (line,) = find_in_processes(1, "someone/other", environment)
     assert "someone/other is no folder, and it cannot be downloaded" in line
