@@ -284,6 +284,8 @@ class PackedDataset(Dataset):
             self.slices[name] = range(first, first + tokens // max_length)
             self._first_sequences.append(self.slices[name].stop)
             self._first_tokens.append(self._first_tokens[-1] + tokens)
+        if slice_weights:
+            self.order(seed=0)  # which checks them
         if len(self) == 0 and split == HELD_OUT:
             raise InputError(
                 f"--eval_fraction: {self._first_tokens[-1]} tokens are held out, and a sequence takes {max_length}; "
@@ -354,7 +356,7 @@ class PackedDataset(Dataset):
     def description(self) -> str:
         text = f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
         if self.slice_weights:
-            text += f"; drawn by weight: {self.order(seed=0).describe(len(self))}"
+            text += f"\nslices (times in an epoch): {self.order(seed=0).describe(len(self))}"
         return text
 
     @property
@@ -542,7 +544,7 @@ class MixedOrder:
         parts = []
         for number, (name, sequences) in enumerate(zip(self.names, self.sequences, strict=True)):
             share = self._share(number) / self.BLOCK
-            parts.append(f"{name} {share:.1%} ({share * positions / len(sequences):.2f} times in an epoch)")
+            parts.append(f"{name} {share:.1%} ({share * positions / len(sequences):.2f})")
         return ", ".join(parts)
 
 

@@ -133,6 +133,8 @@ def main() -> int:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
     train_utils.announce(args, config, dataset, plan, attention)
+    if held_out:
+        say(f"held out: {held_out.description}")
     if args.dry_run:
         say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
         return 0

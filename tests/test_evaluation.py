@@ -1,5 +1,7 @@
-"""Evaluation under every plugin against plain PyTorch, and training that goes on as if there had been none."""
+"""Documents that are held out, and evaluation on them under every plugin, which leaves training as it is."""
 
+import itertools
+import json
 import math
 
 import pytest
@@ -10,10 +12,13 @@ from processes import boosted, random_states, run_ranks
 
 import sharded_state
 from booster_utils import forward_backward, optimizer_step, resolve_layout
-from data_utils import IGNORE_INDEX
+from console import InputError
+from data_utils import HELD_OUT, IGNORE_INDEX, TRAIN, PackedDataset, TextEncoder, is_held_out
+from dataset_preparation import prepare_dataset
 from evaluation import evaluate, evaluation_loader
 from model_utils import build_model, load_config
 from sharded_state import MASTER
+from train_utils import INTERRUPTED
 
 HYBRID = "-p hybrid_parallel --tp 1"
 SEQUENCES = 5  # which no number of ranks and no batch divides
@@ -83,3 +88,69 @@ def evaluate_while_training(flags):
                 results.append(evaluate(run.booster, run.model, loader, layout, lambda told=told: told))
         results.append(norms)
     return results
+
+
+@pytest.fixture(scope="module")
+def folders(sample, sample_tokenizer, tmp_path_factory):
+    """The sample with and without a fifth of its documents held out."""
+    cache = tmp_path_factory.mktemp("held_out")
+    data = str(sample / "data")
+    return [
+        prepare_dataset(data, sample_tokenizer, cache, num_workers=workers, eval_fraction=fraction)
+        for fraction, workers in ((0.0, 1), (0.2, 2))
+    ]
+
+
+def documents(folder, split, bos):
+    """Every document of a split, as its ids."""
+    tokens = PackedDataset(folder, 1, split=split)
+    ids = [tokens[index]["input_ids"].item() for index in range(len(tokens))]
+    starts = [*(index for index, token in enumerate(ids) if token == bos), len(ids)]
+    return [tuple(ids[start:stop]) for start, stop in itertools.pairwise(starts)]
+
+
+def test_a_document_is_of_one_split_by_its_text(folders, sample, sample_tokenizer):
+    bos = sample_tokenizer.bos_token_id
+    everything = documents(folders[0], TRAIN, bos)
+    train, test = documents(folders[1], TRAIN, bos), documents(folders[1], HELD_OUT, bos)
+    assert sorted(train + test) == sorted(everything)
+    assert not set(train) & set(test)  # a text that comes twice too
+    assert len(test) / len(everything) == pytest.approx(0.2, abs=0.1)
+    manifest = json.loads((folders[1] / "manifest.json").read_text())
+    assert manifest["held_out"] == {"documents": len(test), "tokens": sum(map(len, test))}
+    for path in (sample / "data").glob("*.jsonl"):
+        for row in path.open(encoding="utf-8"):
+            text = json.loads(row)["text"]
+            (ids,) = TextEncoder(sample_tokenizer).encode([text])
+            assert (tuple(ids.tolist()) in test) == is_held_out(text, 0.2)
+            break
+
+
+def test_a_prepared_folder_keeps_its_fraction(folders, sample_tokenizer, tmp_path):
+    folder = str(folders[1])
+    assert prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=None) == folders[1]
+    with pytest.raises(
+        InputError, match=r"--eval_fraction: .* was prepared with 0.2, not with 0.1; leave the flag out"
+    ):
+        prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=0.1)
+
+
+# A signal to the process while it evaluates.
+SIGNAL_IN_EVALUATION = """
+import evaluation
+forward_loss = evaluation.forward_loss
+def signal_and_forward(*args):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return forward_loss(*args)
+evaluation.forward_loss = signal_and_forward
+"""
+
+
+def test_a_signal_ends_a_run_in_its_evaluation(pretrain):
+    flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--max_steps", 9, "--eval_fraction", 0.2, "--eval_interval", 2]
+    run = pretrain(*flags, check=False, change=SIGNAL_IN_EVALUATION)
+    assert run.returncode == INTERRUPTED
+    assert run.column("step") == [1, 2]
+    assert "eval_loss" not in run.metrics[-1]
+    assert (run.save_dir / "epoch0-step2" / "manifest.json").is_file()
+    assert (run.save_dir / "final").is_dir()

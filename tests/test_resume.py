@@ -249,3 +249,23 @@ def test_terminate(start, processes):
     assert (run.save_dir / f"epoch{epoch}-step{steps[-1]}" / "manifest.json").is_file()
     AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
     assert run.returncode == INTERRUPTED if processes == 1 else run.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--document_mask --slice_weights c4=1,github=2 --eval_fraction 0.1 --eval_interval 2",
+        "--streaming --shuffle_buffer 8 --document_mask",
+    ],
+)
+def test_other_ranks_and_accumulation_go_on_with_the_same_sequences(pretrain, flags):
+    """Orders other than the default one: a step more or less, or a sequence twice, would be another loss."""
+    flags = ["-p", "zero2", "-x", "fp32", "--max_steps", 6, "-i", 2, "--lr", "1e-2", *flags.split()]
+    whole = pretrain(*flags, "-b", 8)
+    run = pretrain(*flags, "-b", 2, "--accumulation_steps", 2, "-f", whole.save_dir / "epoch0-step2", processes=2)
+    assert run.column("step") == [3, 4, 5, 6]
+    assert run.column("loss") == pytest.approx(whole.column("loss")[2:], rel=2e-6)
+    if "--eval_fraction" in flags:
+        evaluated = [[row["eval_loss"] for row in which.metrics if row["step"] in (4, 6)] for which in (run, whole)]
+        assert evaluated[0] == pytest.approx(evaluated[1], rel=2e-6)
+        assert len(evaluated[0]) == 2
