@@ -116,8 +116,6 @@ def test_a_document_is_of_one_split_by_its_text(folders, sample, sample_tokenize
     assert sorted(train + test) == sorted(everything)
     assert not set(train) & set(test)  # a text that comes twice too
     assert len(test) / len(everything) == pytest.approx(0.2, abs=0.1)
-    manifest = json.loads((folders[1] / "manifest.json").read_text())
-    assert manifest["held_out"] == {"documents": len(test), "tokens": sum(map(len, test))}
     for path in (sample / "data").glob("*.jsonl"):
         for row in path.open(encoding="utf-8"):
             text = json.loads(row)["text"]
@@ -129,9 +127,7 @@ def test_a_document_is_of_one_split_by_its_text(folders, sample, sample_tokenize
 def test_a_prepared_folder_keeps_its_fraction(folders, sample_tokenizer, tmp_path):
     folder = str(folders[1])
     assert prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=None) == folders[1]
-    with pytest.raises(
-        InputError, match=r"--eval_fraction: .* was prepared with 0.2, not with 0.1; leave the flag out"
-    ):
+    with pytest.raises(InputError, match=r"--eval_fraction: .* was prepared with 0.2, not 0.1"):
         prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=0.1)
 
 
