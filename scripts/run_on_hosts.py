@@ -49,7 +49,7 @@ SAVE_SECONDS = 1800  # for ranks that are to save and end, once the launcher is 
 POLL_SECONDS = 0.1
 CHECKS_AT_ONCE = 64
 SERVE = "--serve"  # this program's own flag, on each host
-STOP, END = "stop", "end"  # to the ranks of a host: save a checkpoint and end; end
+STOP, END, KILL = "stop", "end", "kill"  # to the ranks of a host: save a checkpoint and end; end; end at once
 # The first value that ssh finds holds, so that LAUNCH_SSH's own options come before these. A dead host counts as such
 # after a minute.
 SSH_OPTIONS = "-T -o BatchMode=yes -o ConnectTimeout=10 -o StrictHostKeyChecking=accept-new"
@@ -194,8 +194,8 @@ class Runner:
             signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame) -> None:
-        self.word = END if self.word and number == signal.SIGINT else STOP
-        say(f"{signal.Signals(number).name}: {'ending' if self.word == END else 'the run is to save and end'}")
+        self.word = KILL if self.word and number == signal.SIGINT else STOP
+        say(f"{signal.Signals(number).name}: {'ending at once' if self.word == KILL else 'the run is to save and end'}")
 
     def send(self, hostinfo: Host, cmd: str) -> None:
         prefix = "" if hostinfo is self.hosts[0] else f"[{hostinfo.hostname}] "
@@ -207,14 +207,14 @@ class Runner:
         told, ending_at = None, math.inf
         while None in [host.status() for host in self.hosts]:
             failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
-            if time.monotonic() > failed_at + GRACE_SECONDS:
+            if time.monotonic() > failed_at + GRACE_SECONDS and self.word != KILL:
                 self.word = END
             if time.monotonic() > failed_at + GRACE_SECONDS + 2 * KILL_SECONDS:
                 for host in self.hosts:  # one that neither ends nor answers
                     host.process.kill()
             if self.word != told:
                 told = self.word
-                ending_at = time.monotonic() if told == END else math.inf
+                ending_at = min(ending_at, time.monotonic()) if told == END else math.inf
                 for host in self.hosts:
                     host.tell(told)
             time.sleep(POLL_SECONDS)
@@ -287,7 +287,7 @@ class Ranks:
 
     def _obey(self) -> None:
         for word in self.words:
-            self._end(KILL_SECONDS if word.strip() == END else None)
+            self._end({STOP: None, END: KILL_SECONDS, KILL: 0}[word.strip()])
         self._end(SAVE_SECONDS)
 
     def _end(self, seconds: float | None) -> None:

@@ -46,3 +46,14 @@ def test_signal_to_the_launcher(sample_flags, sample_dataset, tmp_path, number):
         assert run.wait() == INTERRUPTED, run.output()
     assert f"{number.name}: the run is to save and end" in run.stderr
     assert_saved(run)
+
+
+def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
+    """Whoever presses Ctrl-C once more does not want to wait for the save."""
+    with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        run.process.send_signal(signal.SIGHUP)  # the lower of two pending numbers comes first
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == 128 + signal.SIGKILL, run.output()
+    assert "SIGINT: ending at once" in run.stderr
+    assert not list(run.save_dir.glob("epoch*"))
