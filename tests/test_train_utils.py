@@ -133,6 +133,14 @@ class TestValidate:
             ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
             ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
             ("--compile", "--compile: goes with -p zero2 or zero2_cpu, not with gemini"),
+            ("--eval_interval 0", "--eval_interval: 0 is below the least possible, 1"),
+            ("--eval_fraction 1", "--eval_fraction: 1.0 is not at least 0 and below 1"),
+            ("--shuffle_buffer 0", "--shuffle_buffer: 0 is below the least possible, 1"),
+            ("--streaming", "--streaming: a stream has no end; give --max_steps"),
+            (
+                "--streaming --max_steps 9 --eval_fraction 0.1",
+                "--eval_fraction: documents are held out when a data set is prepared, not from a stream",
+            ),
             ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
         ],
     )
@@ -525,6 +533,16 @@ class TestMetrics:
         metrics.close()
         assert not (tmp_path / "logs").exists()
         assert capsys.readouterr() == ("", "")
+
+    def test_evaluations_have_curves_and_lines_of_their_own(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log(values_of(1, loss=2.0) | {"eval_loss": 3.0, "eval_perplexity": 20.0855})
+        metrics.log(values_of(2, loss=1.0))
+        metrics.close()
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(1, 3.0)]
+        assert [event.step for event in events.Scalars("eval/perplexity")] == [1]
+        assert "step 1: loss 3.0000, perplexity 20.09 on held-out documents" in capsys.readouterr().out.splitlines()
 
 
 def metrics_of(folder, step=0):
