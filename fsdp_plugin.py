@@ -86,6 +86,7 @@ class FSDPPlugin(TorchFSDPPlugin):
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
         if recompute:  # inside the sharded layers, so that recomputing does not gather a layer's weights a third time
             apply_activation_checkpointing(wrapper.module, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
-        optimizer.__init__(wrapper.parameters(), **optimizer.defaults)
+        optimizer.param_groups.clear()  # of parameters that the shards have replaced
+        optimizer.add_param_group({"params": list(wrapper.parameters())})
         scaler = ShardedGradScaler(device.type, **self.scaling)
         return wrapper, FSDPOptimizer(optimizer, wrapper, self.max_norm, scaler), criterion, dataloader, lr_scheduler

@@ -305,11 +305,12 @@ def say_plan(
 ) -> None:
     """Prints what a dry run is for: memory of a GPU by component, whether it fits, and the time that training takes."""
     estimate, card = estimate_memory(args, config, layout), planned_card(args)
-    say(f"memory of a GPU in GB, of {layout.ranks} (estimate):")
+    unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
+    say(f"memory of a GPU in {unit}, of {layout.ranks} (estimate):")
     components = ("weights", "gradients", "optimizer", "activations", "logits", "total")
     say(f"  {'':30}" + "".join(f"{name:>12}" for name in components))
     for moment in estimate.moments:
-        figures = "".join(f"{getattr(moment, name) / 1e9:12.2f}" for name in components)
+        figures = "".join(f"{getattr(moment, name) / bytes_of_unit:12.2f}" for name in components)
         say(f"  {moment.name:30}{figures}{'  <- peak' if moment is estimate.peak else ''}")
     if estimate.host:
         say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
@@ -324,8 +325,10 @@ def say_plan(
         return
     tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * args.mfu / flops
     steps = math.ceil(total_tokens / tokens_per_step)
+    hours = total_tokens / tokens_per_second / 3600
+    duration = f"{hours / 24:,.1f} days" if hours > 24 else f"{hours:,.2f} hours"
     say(
-        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens / 1e9:,.1f} billion in all: "
-        f"{total_tokens / tokens_per_second / 86400:,.1f} days on {layout.ranks} x {card.name} "
+        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} in all: "
+        f"{duration} on {layout.ranks} x {card.name} "
         f"at {args.mfu:.0%} MFU, {tokens_per_second:,.0f} tokens/s"
     )

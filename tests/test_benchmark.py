@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from launching import ROOT, Run
 
 import benchmark
 import performance_evaluator
 from booster_utils import Layout, resolve_layout
 from console import InputError
+from data_utils import RandomDataset
 from model_utils import load_config
 from performance_evaluator import StepTimer, benchmark_figures
 
@@ -169,6 +171,17 @@ def test_a_step_is_timed_to_the_end_of_its_work_and_not_of_what_came_before(monk
             device.now += 0.5
             device.pending += work
     assert timer.seconds == [2.5, 3.5]
+
+
+def test_random_sequences_are_a_function_of_seed_and_position():
+    dataset = RandomDataset(num_sequences=8, max_length=512, vocab_size=10, seed=1)
+    assert len(dataset) == 8
+    assert dataset[3]["input_ids"].shape == (512,)
+    assert set(dataset[3]["input_ids"].tolist()) == set(range(10))
+    assert torch.equal(dataset[3]["input_ids"], dataset[3]["labels"])
+    assert torch.equal(dataset[3]["input_ids"], RandomDataset(8, 512, 10, 1)[3]["input_ids"])
+    others = [dataset[4], RandomDataset(8, 512, 10, 2)[3]]
+    assert not any(torch.equal(dataset[3]["input_ids"], other["input_ids"]) for other in others)
 
 
 # ------------------------------------------------------------------------------------------------------------- in work

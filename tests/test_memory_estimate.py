@@ -162,7 +162,7 @@ def test_report(capsys, monkeypatch):
     assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
     assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 bytes a parameter; 12 / 32
     # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs a token
-    assert "2,288,819 steps of 524,288 tokens, 1,200.0 billion in all" in out
+    assert "2,288,819 steps of 524,288 tokens, 1,200,000,000,000 in all" in out
     flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
     days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
     assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
