@@ -422,6 +422,7 @@ def pairs(positions):
 
 
 class NumberedSequences(list):
+    slice_weights = None
     order, collate = PackedDataset.order, None
 
 
