@@ -167,8 +167,8 @@ def trace(folder: Path) -> Iterator[None]:
 
 def train_step(
     booster: Booster, model: ModelWrapper, optimizer: OptimizerWrapper, batch: dict, label_tokens: int
-) -> torch.Tensor:
-    """One optimizer step, as in training; returns this rank's sum of token losses.
+) -> tuple[torch.Tensor, float]:
+    """One optimizer step, as in training; returns this rank's sum of token losses, and the gradient norm.
 
     Raises:
         RunError: the gradient is not finite, so that the figures would be of no model that trains.
@@ -177,7 +177,7 @@ def train_step(
     grad_norm, skipped = optimizer_step(model, optimizer)
     if not (skipped or math.isfinite(grad_norm)):
         raise RunError(f"the gradient norm is {grad_norm}: what was timed is not training")
-    return loss_sum
+    return loss_sum, grad_norm
 
 
 def total(per_rank: torch.Tensor) -> float:
@@ -260,11 +260,11 @@ def main() -> int:
     label_tokens = args.batch_size * layout.dp * (args.max_length - 1)
     for batch in batches(args, config, layout, plugin):
         with timer.step():
-            loss_sum = train_step(booster, model, optimizer, batch, label_tokens)
+            loss_sum, grad_norm = train_step(booster, model, optimizer, batch, label_tokens)
         loss = total(loss_sum) / layout.tp / label_tokens
         counted = "" if len(timer.seconds) > args.ignore_steps else ", not counted"
         say(f"step {len(timer.seconds)}/{args.num_steps}: {timer.seconds[-1]:.3f} s, loss {loss:.4f}{counted}")
-    results = environment() | {"loss": loss} | peak_memory()
+    results = environment() | {"loss": loss, "grad_norm": grad_norm} | peak_memory()
     results |= benchmark_figures(
         config,
         slowest(timer.seconds[args.ignore_steps :]),

@@ -27,6 +27,7 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
 from colossalai.nn.optimizer import HybridAdam
 from colossalai.shardformer.layer import cross_entropy_1d
+from colossalai.zero import GeminiOptimizer
 from transformers import LlamaConfig
 
 import host_accelerator
@@ -159,6 +160,10 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         if ranks % (tp * extra_dp):
             problems.append(
                 f"--tp/--extra_dp: {tp} x {extra_dp} = {tp * extra_dp} does not divide the {ranks} ranks {launched}"
+            )
+        if tp > 1 and args.gradient_checkpoint:  # its weights are gone when the recomputed layer's backward needs them
+            problems.append(
+                f"--gradient_checkpoint: does not combine with {args.plugin} --tp {tp}; leave one of them out"
             )
         return problems + _tensor_parallel_problems(tp, config)
 
@@ -427,9 +432,26 @@ def boost(
     attend_inside_documents(model)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
     model, optimizer, *_ = booster.boost(model, optimizer)
+    if isinstance(optimizer, GeminiOptimizer) and plugin.tp_size > 1:
+        _count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
     restore_rotary_precision(model, device)
     model.train()
     return booster, model, optimizer
+
+
+def _count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
+    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part.
+
+    The RMSNorm weights, which every rank holds in full, are counted once a rank.
+    """
+    own_norm = optimizer._calc_global_norm
+
+    def global_norm() -> float:
+        squared = torch.tensor(own_norm() ** 2, device=get_accelerator().get_current_device())
+        dist.all_reduce(squared, group=group)
+        return math.sqrt(squared.item())
+
+    optimizer._calc_global_norm = global_norm
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:
@@ -444,6 +466,10 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
     if shard_config is not None and shard_config.enable_sequence_parallelism:
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
+    with torch._C.DisableTorchFunctionSubclass():
+        # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient
+        # in place: the gradient would lose its scale.
+        logits = logits.as_subclass(torch.Tensor)
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
     if shard_config is not None and shard_config.enable_tensor_parallelism:
         group = shard_config.tensor_parallel_process_group

@@ -20,6 +20,7 @@ from performance_evaluator import StepTimer, benchmark_figures
 CLOSING_LINE = re.compile(
     r"max memory usage:  (\d+\.\d\d) MB, throughput:  (\d+\.\d\d) samples/s, TFLOPS/GPU:  (\d+\.\d\d)"
 )
+GRAD_NORM = 1.162  # of the third step, in all layouts
 TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # of two processes; the same global batch as two data-parallel ones
 
 
@@ -88,6 +89,7 @@ def test_flag(flags, name, value):
         ("-p zero2 --extra_dp 2", "--extra_dp: takes effect with -p gemini alone, not with -p zero2"),
         ("-p gemini --tp 3", "--tp/--extra_dp: 3 x 1 = 3 does not divide the 8 ranks"),
         ("-p gemini --tp 2 --extra_dp 8", "2 x 8 = 16 does not divide the 8 ranks"),
+        ("-p gemini --tp 2 -g", "--gradient_checkpoint: does not combine with gemini --tp 2"),
         ("-p gemini --pp 2", "--pp: takes effect with -p hybrid_parallel alone, not with -p gemini"),
         ("-p gemini --mixed_precision fp32", "--mixed_precision: gemini trains in fp16 or bf16 alone"),
         ("-l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
@@ -208,7 +210,7 @@ def test_the_benchmark_does_without_training():
     ],
 )
 def test_two_processes(plugin, flags, tmp_path):
-    """All of them train one model on the same global batch, so that all have the same loss."""
+    """All of them train one model on the same global batch, so that all have the same loss and gradient norm."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     small = ["-c", "test", "-l", 64, "-b", 2, "-s", 3, "-i", 1, "-a", "-p", plugin, "--json", "result.json"]
     with Run([*launcher, ROOT / "benchmark.py", *small, *flags], tmp_path, cwd=tmp_path) as run:
@@ -217,6 +219,7 @@ def test_two_processes(plugin, flags, tmp_path):
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["loss"] == pytest.approx(6.9602, abs=3e-4)
+    assert result["grad_norm"] == pytest.approx(GRAD_NORM, rel=0.01)
     assert result["inputs"]["plugin"] == plugin
     assert result["layout"]["gpus"] == 2
     assert len(result["step_seconds"]) == 2
