@@ -25,10 +25,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -84,6 +85,12 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
     yield batch
 
 
+def cpu_seconds() -> float:
+    """Of this process and all its children that have ended; unlike the clock, no other program lengthens it much."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def bare(texts: list[str], encoder: TextEncoder) -> float:
     """Seconds from the moment when all processes are there to the end of the last."""
     context = multiprocessing.get_context("fork")
@@ -112,8 +119,8 @@ def prepare(corpus: Path, encoder: TextEncoder, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def usual(corpus: Path, tokenizer: LlamaTokenizerFast, cache: Path) -> tuple[float, np.ndarray]:
-    """Seconds, and the ids of all documents before they are grouped."""
+def usual(corpus: Path, tokenizer: LlamaTokenizerFast, cache: Path) -> tuple[float, Sequence[list[int]]]:
+    """Seconds, and the ids of each document before they are grouped."""
 
     def tokenize(rows: dict) -> dict:
         ids = tokenizer(rows["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -132,7 +139,7 @@ def usual(corpus: Path, tokenizer: LlamaTokenizerFast, cache: Path) -> tuple[flo
     grouped = encoded.map(group, batched=True, num_proc=CORES)
     seconds = time.perf_counter() - started
     assert len(grouped) > 0
-    return seconds, np.concatenate([np.array(ids, np.uint16) for ids in encoded["input_ids"]])
+    return seconds, encoded["input_ids"]
 
 
 def stream_of(folder: Path) -> np.ndarray:
@@ -173,26 +180,36 @@ def main() -> int:
     encoder = TextEncoder(load_tokenizer(args.tokenizer))
     fast = LlamaTokenizerFast.from_pretrained(args.tokenizer)
     seconds = {"bare": [], "prepare": [], "usual": []}
+    cpu = {"bare": [], "prepare": [], "usual": []}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         texts = write_corpus(args.dataset, scratch / "corpus", args.megabytes)
         for number in range(args.rounds):
+            started = cpu_seconds()
             seconds["bare"].append(bare(texts, encoder))
+            cpu["bare"].append(cpu_seconds() - started)
+            started = cpu_seconds()
             seconds["prepare"].append(prepare(scratch / "corpus", encoder, scratch / f"prepared{number}"))
-            elapsed, ids = usual(scratch / "corpus", fast, scratch / f"cache{number}")
+            cpu["prepare"].append(cpu_seconds() - started)
+            started = cpu_seconds()
+            elapsed, encoded = usual(scratch / "corpus", fast, scratch / f"cache{number}")
             seconds["usual"].append(elapsed)
+            cpu["usual"].append(cpu_seconds() - started)
+            ids = np.concatenate([np.array(document, np.uint16) for document in encoded])
             stream = stream_of(scratch / f"prepared{number}")
             assert np.array_equal(stream, ids), "prepare and usual differ in their ids"
         plain = sum(map(len, encoder.sentencepiece.encode(texts)))
         print(f"{CORES} processes, {args.megabytes} MB, {len(texts):,} documents, {len(stream):,} tokens")
         assert encoder.bare_leading_space or plain + 2 * len(texts) == len(stream), "bare gives other ids"
-        middle = {side: statistics.median(times) for side, times in seconds.items()}
-        for side, times in seconds.items():
-            every = ", ".join(f"{elapsed:.2f}" for elapsed in times)
-            print(
-                f"{side:8} {len(stream) / middle[side]:12,.0f} tokens/s, {middle['bare'] / middle[side]:.2f} of bare, "
-                f"{middle['usual'] / middle[side]:.2f} x usual; seconds: {every}"
-            )
+        for what, measured in (("wall", seconds), ("CPU", cpu)):
+            middle = {side: statistics.median(times) for side, times in measured.items()}
+            for side, times in measured.items():
+                every = ", ".join(f"{elapsed:.2f}" for elapsed in times)
+                print(
+                    f"{side:8} {len(stream) / middle[side]:10,.0f} tokens per {what} second, "
+                    f"{middle['bare'] / middle[side]:.2f} of bare, {middle['usual'] / middle[side]:.2f} x usual; "
+                    f"{what} seconds: {every}"
+                )
         print(f"opening 10^9 tokens: {opening_seconds(scratch / 'large', args.tokenizer):.3f} s")
     print(f"order over 3 x 10^8 sequences: {order_megabytes():.1f} MB more")
     return 0
