@@ -107,7 +107,9 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
     )
     compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
     compute.add_argument(
-        "--compile", action="store_true", help="torch.compile the decoder layers of zero2 and zero2_cpu (default: off)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the model's element-wise work and, where the plugin allows, its layers (default: on a GPU)",
     )
 
 
@@ -201,8 +203,6 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         problems.append(
             f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
         )
-    if args.compile and not args.plugin.startswith("zero2"):
-        problems.append(f"--compile: goes with -p zero2 or zero2_cpu, not with {args.plugin}")
     if args.dry_run:
         problems.extend(card_problems(args))
     else:

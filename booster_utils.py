@@ -25,17 +25,20 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
-from colossalai.nn.optimizer import HybridAdam
 from colossalai.shardformer.layer import cross_entropy_1d
 from colossalai.zero import GeminiOptimizer
 from transformers import LlamaConfig
 
+import fused
 import host_accelerator
+import weight_update
 from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
 from console import InputError, local_rank, rank, say, world_size
 from data_utils import IGNORE_INDEX
 from fsdp_plugin import FSDPPlugin
+from fused import Fusion, fuse, plain, summed_cross_entropy
 from model_utils import build_model, count_parameters, restore_rotary_precision
+from weight_update import Adam
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
@@ -253,7 +256,12 @@ def launch(seed: int) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # torchrun sets one thread, and Adam on the host has to have its share of the cores.
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    else:
         host_accelerator.install()
     launch_from_torch(seed=seed, verbose=False)
 
@@ -383,26 +391,20 @@ def build_plugin(
     )
 
 
-def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> HybridAdam:
-    """ColossalAI's fused AdamW for parameters on GPU and host, with LLaMA's betas.
-
-    Its path for bf16 gradients on the host, which is Gemini's when it offloads, ignores the scale by which gradients
-    are clipped. So they are widened on the way in, one parameter at a time, and take its C++ path, which does not.
-    """
+def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> Adam:
+    """ColossalAI's fused AdamW for parameters on GPU and host, with LLaMA's betas."""
     build_kernels()
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = HybridAdam(trained, lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
+        return Adam(trained, lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
 
-    def widen_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
-        if parameter.grad.dtype is torch.bfloat16:
-            parameter.grad = parameter.grad.float()
 
-    def drop_gradient(parameter: torch.Tensor, *state_keys: str) -> None:
-        parameter.grad = None
-
-    optimizer._pre_update, optimizer._post_update = widen_gradient, drop_gradient
-    return optimizer
+def choose_fusion(args: argparse.Namespace, layout: Layout, on_gpu: bool) -> Fusion:
+    """Layers are compiled where their parameters are plain tensors and no collective operation stands between them."""
+    if not (on_gpu if args.compile is None else args.compile):
+        return Fusion.NONE
+    plain = args.plugin in ("zero2", "zero2_cpu", *HYBRID_PLUGINS) and layout.tp == layout.sp == 1
+    return Fusion.LAYERS if plain else Fusion.PIECES
 
 
 def boost(
@@ -421,9 +423,6 @@ def boost(
         model = build_model(config, LazyInitContext(default_device=device))
     if args.gradient_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.compile:
-        for layer in model.model.layers:
-            layer.compile()
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         logging.disable(logging.WARNING)  # it asks to check the learning rate
@@ -435,6 +434,7 @@ def boost(
     if isinstance(optimizer, GeminiOptimizer) and plugin.tp_size > 1:
         _count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
     restore_rotary_precision(model, device)
+    fuse(model, choose_fusion(args, resolve_layout(args, config), on_gpu=torch.cuda.is_available()))
     model.train()
     return booster, model, optimizer
 
@@ -466,15 +466,17 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
     if shard_config is not None and shard_config.enable_sequence_parallelism:
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
-    with torch._C.DisableTorchFunctionSubclass():
-        # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient
-        # in place: the gradient would lose its scale.
-        logits = logits.as_subclass(torch.Tensor)
-    logits, targets = logits.float().flatten(0, 1), targets.flatten()
-    if shard_config is not None and shard_config.enable_tensor_parallelism:
+    # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
+    # place: the gradient would lose its scale.
+    logits = plain(logits)
+    tensor_parallel = shard_config is not None and shard_config.enable_tensor_parallelism
+    if tensor_parallel or fused.fusion is Fusion.NONE:
+        logits = logits.float()  # and let go of the others
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    if tensor_parallel:
         group = shard_config.tensor_parallel_process_group
         return cross_entropy_1d(logits, targets, process_group=group, vocab_size=None, dtype=torch.float32, mode="sum")
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return summed_cross_entropy(logits, targets)
 
 
 def gradient_ranks(plugin: Plugin) -> int:
@@ -590,7 +592,10 @@ def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[fl
     """Clips and updates; returns the gradient norm before clipping and whether fp16 overflowed, skipping the update."""
     scaler = loss_scaler(optimizer)
     scale = scaler.loss_scale if scaler else 1.0
-    optimizer.step()
+    if weight_update.supports(optimizer):
+        weight_update.update(optimizer)
+    else:
+        optimizer.step()
     skipped = bool(scaler.found_overflow.item()) if scaler else False
     if skipped and hasattr(model, "chunk_manager"):
         # Gemini leaves this on after a skipped step, and would add the next gradients to the overflowed ones.

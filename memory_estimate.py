@@ -15,14 +15,14 @@ from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from transformers import LlamaConfig
 
 from attn import EAGER
-from booster_utils import DTYPES, HYBRID_PLUGINS, Layout, gemini_chunk_parameters
+from booster_utils import DTYPES, HYBRID_PLUGINS, Layout, choose_fusion, gemini_chunk_parameters
 from console import say
+from fused import Fusion
 from model_utils import ParameterSpec, model_flops_per_token, parameter_specs, trained_specs
 from performance_evaluator import CARDS, Card, find_card
 
 FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
-ZERO_BUCKET_PARAMETERS = 12 * 2**20  # LowLevelZeroPlugin's reduce_bucket_size_in_m
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _zero_state(
         return _State(
             optimizer=(MASTER_AND_MOMENTS if mixed else 2 * FP32) * parameters,
             gradients=width * parameters,
-            step=8 * largest + ((FP32 - width) * parameters if mixed else 0),
+            step=0 if mixed else 8 * largest,  # the norm of the largest in float64
             **common,
         )
     exchange = 3 * width * min(parameters, ZERO_BUCKET_PARAMETERS)
@@ -180,8 +180,6 @@ def _zero_state(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,
         gradients=gradients,
         exchange=exchange,
-        # Float32 gradients, and the norm of the largest in float64; afterwards, updated weights that are exchanged.
-        step=max((FP32 * parameters + 8 * largest) / shards, exchange - gradients),
         **common,
     )
 
@@ -211,27 +209,30 @@ def _offloaded(state: _State, args: argparse.Namespace) -> _State:
     )
 
 
-def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int) -> float:
+def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int, fused: Fusion = Fusion.NONE) -> float:
     """Bytes a token that one decoder layer keeps for the backward pass.
 
     Of hidden size: each RMSNorm's input in float32, its normalised and its scaled output; query, key and value, as many
     as there are heads; the attention's output twice, as the kernel and the projection see it. Of FFN size: gate, its
-    activation, up, their product. In half precision 26 h + 8 f. Plain attention keeps its weights in float32 and in
-    working precision besides. The method is that of Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+    activation, up, their product. In half precision 26 h + 8 f. Compiled pieces keep a norm's input as it is and do
+    without the activation, 22 h + 6 f; a compiled layer does without the normalised output too, 18 h + 6 f. Plain
+    attention keeps its weights in float32 and in working precision besides. The method is that of Korthikanti et al.
+    2022 (arXiv:2205.05198), section 4.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
-    norms = 2 * (FP32 + 2 * width) * hidden
+    norm = {Fusion.NONE: FP32 + 2 * width, Fusion.PIECES: 3 * width, Fusion.LAYERS: 2 * width}
+    norms = 2 * norm[fused] * hidden
     attention = 5 * width * hidden
     if config._attn_implementation == EAGER:
         attention += (FP32 + width) * config.num_attention_heads * seq_length
-    return norms + (attention + 4 * width * ffn) / tp
+    return norms + (attention + (4 if fused is Fusion.NONE else 3) * width * ffn) / tp
 
 
 def estimate_memory(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> MemoryEstimate:
     """Memory of the fullest GPU under the plugin and layout, of ranks that need not exist.
 
     Reads from `args` what the programs share (plugin, batch, precision, recomputation) and, where they are there, the
-    benchmark's flags of Gemini. Not counted: CUDA's context, NCCL's buffers, fragmentation, and what --compile saves.
+    benchmark's flags of Gemini. Not counted: CUDA's context, NCCL's buffers, and fragmentation.
     """
     stages = [_stage_estimate(args, config, layout, stage) for stage in range(layout.pp)]
     return max(stages, key=lambda estimate: estimate.peak.total)
@@ -248,7 +249,8 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
         in_flight = min(layout.pp - stage, args.batch_size * args.accumulation_steps // sequences)
     tokens = sequences * args.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
-    layer = tokens * layer_activations(config, layout.tp, width, args.max_length)
+    fused = choose_fusion(args, layout, on_gpu=True)
+    layer = tokens * layer_activations(config, layout.tp, width, args.max_length, fused)
     kept = tokens * width * hidden if args.gradient_checkpoint else layer
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
@@ -258,7 +260,9 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length
     # Log-probabilities, their gradient and that of the logits, all in float32; the logits themselves are gone by then.
-    logits = tokens * 3 * FP32 * vocabulary / layout.tp if last else 0
+    # Compiled, the logits and their gradient are all that lies in memory; the vocabulary-parallel loss is not compiled.
+    each = 3 * FP32 if fused is Fusion.NONE or layout.tp > 1 else 2 * width
+    logits = tokens * each * vocabulary / layout.tp if last else 0
     head_gradient = width * hidden * vocabulary / layout.tp if last else 0
 
     weights = state.weights + state.gathered

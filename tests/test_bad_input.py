@@ -79,7 +79,6 @@ HYBRID = "-p hybrid_parallel"
         ("-w -0.1", 1, ["--weight_decay", "-0.1"]),
         ("--gradient_clipping -1", 1, ["--gradient_clipping", "-1"]),
         ("-p gemini -x fp32", 1, ["--mixed_precision", "gemini", "zero2"]),
-        ("-p gemini --compile", 1, ["--compile", "zero2"]),
         ("--tp 2", 2, ["--tp", "hybrid_parallel"]),
         ("-b 4000", 1, ["--dataset", "4000"]),
         ("-b 1000 --accumulation_steps 2", 2, ["--dataset", "4000"]),

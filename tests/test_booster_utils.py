@@ -215,12 +215,12 @@ def split_loss(flags):
 
 
 class TestAdam:
-    """ColossalAI's host path for bf16 gradients forgets the scale; see build_optimizer."""
+    """ColossalAI's host path for bf16 gradients forgets the scale; see weight_update.Adam."""
 
     def test_equals_pytorch_once_they_are_widened(self):
         ours, colossalai, expected = run_ranks(1, adam_updates)[0]
         assert torch.allclose(ours, expected, rtol=0, atol=1e-6)
-        # When this fails, ColossalAI has mended its path, and the widening in build_optimizer can go.
+        # When this fails, ColossalAI has mended its path, and the widening in Adam can go.
         assert (colossalai - expected).abs().max() > 1e-3
 
 

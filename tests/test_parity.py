@@ -2,7 +2,6 @@
 
 import functools
 import math
-import statistics
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from model_utils import ParameterSpec, initial_weight, load_config, parameter_sp
 
 STEPS = 20
 GLOBAL_BATCH = 8
-LR = 1e-2
+LR = 2e-3  # low enough that roundings do not drive correct runs apart within STEPS
 WARMUP = 4
-CLIPPING = 0.5  # below the norm of most steps, see test_the_plain_loop_trains_and_clips
+CLIPPING = 0.8  # below the norm of most steps, see test_the_plain_loop_trains_and_clips
 FLAGS = ["--max_steps", STEPS, "--lr", LR, "--gradient_clipping", CLIPPING]
 
 
@@ -75,15 +74,10 @@ def largest_difference(values: list[float | None], reference: list[float]) -> fl
     return max(differences(values, reference))
 
 
-def typical_difference(values: list[float | None], reference: list[float]) -> float:
-    """The median: roundings grow from step to step, until single late steps lie far apart in any two correct runs."""
-    return statistics.median(differences(values, reference))
-
-
 def test_the_plain_loop_trains_and_clips(plain_training):
     """Else the comparisons below would show little."""
     losses, norms = plain_training(torch.float32)
-    assert losses[0] - losses[-1] > 1
+    assert losses[0] - losses[-1] > 0.5
     assert STEPS / 2 < sum(norm > CLIPPING for norm in norms) < STEPS
 
 
@@ -128,11 +122,11 @@ def train(pretrain, precision: str, layout: tuple[int, str], **kwargs):
 
 @pytest.mark.parametrize("layout", FP32.values(), ids=FP32)
 def test_fp32(pretrain, plain_training, layout):
-    """Seen on two corpora: 2.1e-7 in the losses, a few roundings of float32; 7e-5 in the norms, which grow apart."""
+    """Seen: 1.9e-7 in the losses and 1.2e-6 in the norms, a few roundings of float32."""
     losses, norms = plain_training(torch.float32)
     run = train(pretrain, "fp32", layout)
-    assert largest_difference(run.column("loss"), losses) < 5e-6
-    assert typical_difference(run.column("grad_norm"), norms) < 1e-4
+    assert largest_difference(run.column("loss"), losses) < 1e-6
+    assert largest_difference(run.column("grad_norm"), norms) < 1e-5
     assert largest_difference(run.column("lr"), [learning_rate(step) for step in range(STEPS)]) < 1e-9
     assert run.column("tokens") == [(step + 1) * GLOBAL_BATCH * SEQUENCE_LENGTH for step in range(STEPS)]
 
@@ -141,35 +135,32 @@ def test_fp32(pretrain, plain_training, layout):
 def test_bf16(pretrain, plain_training, layout):
     """Gradients are rounded to bf16 (2**-9 = 2e-3) at other places in each layout; weights then differ by as much.
 
-    Seen on two corpora: 1.7e-3 in the losses, 8.2e-2 in the norms; float32 and bf16 in the plain loop: 2e-4 and 3e-2.
-    On the weights as they are at the start, where nothing has added up yet: 5e-6 and 7e-4.
+    Seen: 8.4e-5 in the losses, 6.6e-3 in the norms; between float32 and bf16 in the plain loop: 9.6e-5 and 4.5e-3.
     """
     losses, norms = plain_training(torch.bfloat16)
     run = train(pretrain, "bf16", layout)
-    assert typical_difference(run.column("loss"), losses) < 2e-3
-    assert largest_difference(run.column("loss"), losses) < 2e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 8e-2
+    assert largest_difference(run.column("loss"), losses) < 4e-4
+    assert largest_difference(run.column("grad_norm"), norms) < 3e-2
     assert run.column("loss")[0] == pytest.approx(losses[0], rel=2e-5)
     assert run.column("grad_norm")[0] == pytest.approx(norms[0], rel=2e-3)
 
 
 @pytest.mark.parametrize("layout", FP16.values(), ids=FP16)
 def test_fp16(pretrain, plain_training, layout):
-    """fp16 has three bits more than bf16. Seen: 6e-4 and 5e-3 from float32."""
+    """fp16 has three bits more than bf16. Seen: 2.2e-5 and 7.1e-4 from float32."""
     losses, norms = plain_training(torch.float32)
     run = train(pretrain, "fp16", layout)
     assert set(run.column("loss_scale")) == {2.0**16}
     assert run.column("skipped_steps") == [0] * STEPS
-    assert typical_difference(run.column("loss"), losses) < 2e-3
-    assert largest_difference(run.column("loss"), losses) < 1e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 4e-2
+    assert largest_difference(run.column("loss"), losses) < 1e-4
+    assert largest_difference(run.column("grad_norm"), norms) < 4e-3
 
 
 @pytest.mark.parametrize("layout", FP16_OVERFLOW.values(), ids=FP16_OVERFLOW)
 def test_fp16_overflow(pretrain, plain_training, layout):
     """An overflowing step changes nothing but the loss scale: the plain loop leaves out the same updates.
 
-    Without them in the warm-up the weights move faster, and apart: 1.5e-3 and 6e-3 seen.
+    Seen: see test_fp16.
     """
     run = train(pretrain, "fp16", layout, change="booster_utils.INITIAL_LOSS_SCALE = 2.0**20")
     skipped = [norm is None for norm in run.column("grad_norm")]
@@ -179,9 +170,8 @@ def test_fp16_overflow(pretrain, plain_training, layout):
     assert run.column("loss_scale")[0] == 2.0**20
     assert run.column("loss_scale")[-1] < 2.0**20
     losses, norms = plain_training(torch.float32, skipped=tuple(step for step in range(STEPS) if skipped[step]))
-    assert typical_difference(run.column("loss"), losses) < 2e-3
-    assert largest_difference(run.column("loss"), losses) < 2e-2
-    assert typical_difference(run.column("grad_norm"), norms) < 4e-2
+    assert largest_difference(run.column("loss"), losses) < 2e-4
+    assert largest_difference(run.column("grad_norm"), norms) < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_defaults():
         "accumulation_steps": 1,
         "max_steps": None,
         "dry_run": False,
-        "compile": False,
+        "compile": None,
         "microbatch_size": 1,
     }
     args = vars(program.parse_args([]))

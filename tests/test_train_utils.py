@@ -132,7 +132,6 @@ class TestValidate:
             ("--lr inf", "--lr: inf is not a positive number"),
             ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
             ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
-            ("--compile", "--compile: goes with -p zero2 or zero2_cpu, not with gemini"),
             ("--eval_interval 0", "--eval_interval: 0 is below the least possible, 1"),
             ("--eval_fraction 1", "--eval_fraction: 1.0 is not at least 0 and below 1"),
             ("--shuffle_buffer 0", "--shuffle_buffer: 0 is below the least possible, 1"),
@@ -147,19 +146,18 @@ class TestValidate:
     def test_each_problem(self, flags, problem):
         assert problems_of(flags) == [problem]
 
-    @pytest.mark.parametrize("flags", ["-s 0", "-w 0 --gradient_clipping 0", "-p zero2 --compile", "-l 2"])
+    @pytest.mark.parametrize("flags", ["-s 0", "-w 0 --gradient_clipping 0", "--no-compile", "-l 2"])
     def test_least_values_are_allowed(self, flags):
         assert problems_of(flags) == []
 
     def test_all_problems_at_once(self):
-        flags = "-e 0 -b 0 --lr -1 -l 4096 --compile -o /dev/null -t /dev/null/logs"
+        flags = "-e 0 -b 0 --lr -1 -l 4096 -o /dev/null -t /dev/null/logs"
         names = [problem.split(":")[0] for problem in problems_of(flags)]
         assert names == [
             "--num_epochs",
             "--batch_size",
             "--lr",
             "--max_length",
-            "--compile",
             "--save_dir",
             "--tensorboard_dir",
         ]

@@ -1,0 +1,87 @@
+"""The compiled pieces of the model, against transformers' own, and on tensors of the class that Gemini passes on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from colossalai.tensor.colo_tensor import ColoTensor
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+import fused
+from data_utils import IGNORE_INDEX
+from fused import Fusion, fuse, summed_cross_entropy
+from model_utils import build_model, load_config
+
+
+@pytest.fixture(params=[Fusion.NONE, Fusion.PIECES], ids=["as written", "compiled"])
+def stance(request, monkeypatch):
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+    fuse(torch.nn.Module(), request.param)
+    yield request.param
+    fuse(torch.nn.Module(), Fusion.NONE)
+
+
+def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.bfloat16).requires_grad_()
+
+
+def assert_alike(ours, theirs, inputs) -> None:
+    """Value and gradients; one that is compiled rounds less often on the way."""
+    assert ours.dtype == theirs.dtype
+    assert torch.allclose(ours, theirs, rtol=2e-2, atol=2e-3)
+    weights = torch.rand_like(ours)
+    for own, other in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert own.dtype == other.dtype
+        assert (own - other).norm() < 1e-2 * other.norm()
+
+
+def test_norm(stance):
+    norm, hidden = LlamaRMSNorm(64).bfloat16(), bf16(3, 5, 64)
+    assert_alike(fused._rms_norm(norm, hidden), norm(hidden), (hidden, norm.weight))
+
+
+def test_mlp(stance):
+    mlp, hidden = LlamaMLP(load_config("test")).bfloat16(), bf16(3, 5, 64)
+    assert_alike(fused._mlp(mlp, hidden), mlp(hidden), (hidden, *mlp.parameters()))
+
+
+def test_rotary(stance):
+    query, key = bf16(2, 4, 5, 16), bf16(2, 2, 5, 16, seed=1)
+    cos, sin = bf16(1, 5, 16, seed=2).detach(), bf16(1, 5, 16, seed=3).detach()
+    for index, rotated in enumerate((query, key)):
+        ours, theirs = (rotary(query, key, cos, sin)[index] for rotary in (fused._rotary, apply_rotary_pos_emb))
+        assert_alike(ours, theirs, (rotated,))
+
+
+def test_loss_is_that_of_float32_and_leaves_out_what_does_not_count(stance):
+    logits, targets = bf16(7, 50), torch.tensor([3, IGNORE_INDEX, 0, 49, 1, IGNORE_INDEX, 2])
+    loss = summed_cross_entropy(logits, targets)
+    counted = targets != IGNORE_INDEX
+    expected = F.cross_entropy(logits.double()[counted], targets[counted], reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (other,) = torch.autograd.grad(expected, logits)
+    assert torch.allclose(gradient, other.to(gradient.dtype), rtol=1e-2, atol=1e-4)
+
+
+def test_precision_is_kept_on_geminis_tensors(stance):
+    hidden = bf16(3, 5, 64).detach().as_subclass(ColoTensor)
+    assert fused._rms_norm(LlamaRMSNorm(64).bfloat16(), hidden).dtype == torch.bfloat16
+
+
+def test_layers_or_pieces():
+    model = build_model(load_config("test"), torch.device("meta"))
+    norm, layer = model.model.layers[0].input_layernorm, model.model.layers[0]
+    fuse(model, Fusion.LAYERS)
+    assert layer._compiled_call_impl is not None
+    assert "forward" not in vars(norm)
+    other = build_model(load_config("test"), torch.device("meta"))
+    fuse(other, Fusion.PIECES)
+    assert vars(other.model.layers[0].mlp)["forward"].__func__ is fused._mlp
+    assert other.model.layers[0]._compiled_call_impl is None
+    fuse(torch.nn.Module(), Fusion.NONE)

@@ -1,0 +1,71 @@
+"""The update of the weights does what ColossalAI's own does, under every optimizer that it stands in for."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import boosted, run_ranks
+
+import sharded_state
+import weight_update
+from booster_utils import forward_backward, optimizer_step
+from sharded_state import MASTER, MOMENTS, local_shards
+
+HYBRID = "-p hybrid_parallel --pp 1"
+
+
+def stepped(flags: str, ours: bool):
+    """Norm, this rank's states, and working weights, after a clipped step from gradients that ranks do not share."""
+    run = boosted(f"{flags} -b 2 --lr 1e-2 --gradient_clipping 0.1")
+    assert weight_update.supports(run.optimizer)
+    if not ours:
+        weight_update.supports = lambda optimizer: False
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    generator = torch.Generator().manual_seed(dist.get_rank() // (run.args.tp or 1))
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=generator)
+    label_tokens = 62 * dist.get_world_size() // (run.args.tp or 1)
+    forward_backward(run.booster, run.model, run.optimizer, [{"input_ids": ids, "labels": ids}], label_tokens)
+    norm, skipped = optimizer_step(run.model, run.optimizer)
+    shards = local_shards(run.plugin, run.model, run.optimizer)
+    states = [shard.tensor(key).clone() for shard in shards for key in (MASTER, *MOMENTS)]
+    weights = [parameter.detach().clone() for parameter in run.model.unwrap().parameters()]
+    return norm, skipped, states, weights
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "-p zero2"),
+        (2, "-p zero2"),
+        (1, "-p zero2 -x fp16"),
+        (1, "-p zero2 -x fp32"),
+        (1, f"{HYBRID} --zero 0"),
+        (2, f"{HYBRID} --tp 1 --zero 1"),
+        (2, f"{HYBRID} --tp 2 --zero 0 -x fp16"),
+    ],
+)
+def test_does_what_colossalai_does(ranks, flags):
+    for ours, theirs in zip(
+        run_ranks(ranks, stepped, flags, True), run_ranks(ranks, stepped, flags, False), strict=True
+    ):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+        assert ours[0] > 0.1  # it clips
+        assert ours[1] == theirs[1] == False  # noqa: E712
+        for state, other in zip(ours[2], theirs[2], strict=True):
+            assert torch.allclose(state, other, rtol=1e-5, atol=1e-8)
+        for weight, other in zip(ours[3], theirs[3], strict=True):
+            assert torch.allclose(weight.float(), other.float(), rtol=2**-7, atol=1e-7)  # a rounding of bf16 apart
+
+
+def overflowed():
+    run = boosted("-p zero2 -x fp16 -b 2")
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    before = [parameter.detach().clone() for parameter in run.model.unwrap().parameters()]
+    ids = torch.randint(run.config.vocab_size, (2, 32))
+    forward_backward(run.booster, run.model, run.optimizer, [{"input_ids": ids, "labels": ids}], 1e-4)
+    skipped = optimizer_step(run.model, run.optimizer)[1]
+    after = [parameter.detach() for parameter in run.model.unwrap().parameters()]
+    return skipped, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_an_overflow_updates_nothing():
+    assert run_ranks(1, overflowed) == [(True, True)]

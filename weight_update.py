@@ -1,0 +1,211 @@
+"""One update of the weights under ZeRO and mixed precision: norm, clipping, AdamW, and the model's working copy.
+
+ColossalAI's own `step` widens every gradient to float32, takes its norm in float64, scales it in place and copies each
+weight by itself, in pageable memory where the optimizer lies on the host. This does the same arithmetic with what its
+kernels offer: AdamW takes gradients in the working precision and divides by the scale as it reads them, and states on
+the host are updated parameter by parameter while the next gradients and the last weights are under way.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
+from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.interface import OptimizerWrapper
+from colossalai.nn.optimizer import HybridAdam
+from colossalai.tensor.d_tensor import is_distributed_tensor
+from colossalai.zero import LowLevelZeroOptimizer
+from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
+from colossalai.zero.low_level.bookkeeping import TensorBucket
+from torch.distributed import ProcessGroup
+
+SMALL = 2**16  # elements below which weights are gathered together
+
+
+class Adam(HybridAdam):
+    """ColossalAI's AdamW for states on GPU and host, which takes gradients on the host in any precision.
+
+    HybridAdam's own path for bf16 gradients on the host ignores the scale by which gradients are clipped; widened, they
+    take its C++ path, which does not.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.transfers: dict[torch.Tensor, _Transfer] = {}
+        self._scratch = torch.empty(0)
+
+    def _pre_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
+        if parameter in self.transfers:
+            self.transfers[parameter].arrived.synchronize()
+        if parameter.grad.dtype is not torch.float32:
+            if self._scratch.numel() < parameter.numel():
+                self._scratch = torch.empty(parameter.numel())
+            wide = self._scratch[: parameter.numel()].view(parameter.shape)
+            parameter.grad = wide.copy_(parameter.grad)
+
+    def _post_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
+        parameter.grad = None
+        if parameter in self.transfers:
+            self.transfers[parameter].send(parameter)
+
+
+gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)  # Gemini takes the classes of this set, not their subclasses
+
+
+class _Transfer:
+    """The way of one gradient from the GPU to the host, and of the updated weight back through the same buffer."""
+
+    def __init__(self, gradient: torch.Tensor, stream: torch.cuda.Stream):
+        self.buffer = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
+        self.arrived = torch.cuda.Event()
+        self.stream = stream
+        self.target = None
+
+    def receive(self, gradient: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.buffer.copy_(gradient, non_blocking=True)
+        self.arrived.record()
+        self.target = target
+        return self.buffer
+
+    def send(self, master: torch.Tensor) -> None:
+        self.buffer.copy_(master)
+        with torch.cuda.stream(self.stream):
+            self.target.copy_(self.buffer, non_blocking=True)
+
+
+@dataclass
+class _Part:
+    """What this rank updates of one parameter, all flat or all in its shape: `gradient` and `working` are views.
+
+    Attributes:
+        parameter: the model's own.
+        working: the part, in the working precision, of the parameter that the model computes with.
+        master: the float32 weight.
+    """
+
+    parameter: torch.nn.Parameter
+    working: torch.Tensor
+    master: torch.Tensor
+    gradient: torch.Tensor
+
+
+def supports(optimizer: OptimizerWrapper) -> bool:
+    """Whether `update` can stand in for `optimizer.step()`."""
+    if not isinstance(getattr(optimizer, "optim", None), Adam) or getattr(optimizer, "shared_params", None):
+        return False
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        return optimizer._master_weights and len(optimizer.pg_to_grad_store) == 1 and not optimizer._overlap_allgather
+    return isinstance(optimizer, MixedPrecisionOptimizer)
+
+
+@torch.no_grad()
+def update(optimizer: OptimizerWrapper) -> float:
+    """Does what `optimizer.step()` does, and returns the norm of the gradients before clipping, loss scale included."""
+    zero = isinstance(optimizer, LowLevelZeroOptimizer)
+    parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
+    norm = _gradient_norm(optimizer, parts)
+    optimizer._current_grad_norm = norm
+    precision = optimizer.mixed_precision_mixin if zero else optimizer.mixed_precision
+    if isinstance(precision, FP16MixedPrecisionMixin):
+        precision.check_local_overflow = lambda: not math.isfinite(norm)
+    if precision is not None and precision.should_skip_step():
+        return norm
+
+    scale = 1.0 if precision is None else precision.get_grad_div_scale()
+    max_norm = optimizer._clip_grad_norm if zero else optimizer.max_norm
+    if max_norm > 0:
+        scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
+    on_host = [part for part in parts if part.master.device != part.gradient.device]
+    _fetch(optimizer.optim, on_host)
+    for part in parts:
+        _lend(part.master, part.gradient)
+    optimizer.optim.step(div_scale=scale)
+    for part in parts:
+        part.master.grad = None
+    if on_host:
+        torch.cuda.current_stream().wait_stream(optimizer.optim.transfers[on_host[0].master].stream)
+    on_device = [part for part in parts if part.master.device == part.working.device]
+    if on_device:
+        torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
+    if zero:
+        _gather(optimizer, parts)
+    return norm
+
+
+def _zero_parts(optimizer: LowLevelZeroOptimizer) -> Iterator[_Part]:
+    (store,) = optimizer.pg_to_grad_store.values()
+    index = 0 if optimizer._partition_grads else store.local_rank
+    for group_id, parameters in optimizer._working_param_groups.items():
+        for parameter in parameters:
+            gradients = store.get_partitioned_gradients_by_param_id(group_id, id(parameter))
+            if gradients:
+                whole = optimizer._working_param_to_padded_working_param[parameter].view(-1)
+                working = whole.chunk(store.world_size)[store.local_rank]
+                master = optimizer.working_to_master_param[id(parameter)]
+                yield _Part(parameter, working, master, gradients[index].view(-1))
+
+
+def _replicated_parts(optimizer: MixedPrecisionOptimizer) -> Iterator[_Part]:
+    for parameter, master in optimizer.working_to_master_map.items():
+        if parameter.grad is not None:
+            yield _Part(parameter, parameter.data, master, parameter.grad)
+
+
+def _gradient_norm(optimizer: OptimizerWrapper, parts: list[_Part]) -> float:
+    """Over all ranks that hold a part, each element counted once."""
+    squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
+    tp_group = getattr(optimizer, "tp_pg", None)
+    tp_size = _size(tp_group)
+    if tp_size > 1:
+        shares = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
+        squares *= torch.tensor(shares, device=squares.device)
+    total = squares.sum()
+    data_groups = []
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        (data_group,) = optimizer.pg_to_grad_store
+        data_groups = data_group if isinstance(data_group, tuple) else (data_group,)
+    for group in (*data_groups, tp_group, getattr(optimizer, "pp_pg", None)):
+        if _size(group) > 1:
+            dist.all_reduce(total, group=group)
+    return total.sqrt().item()
+
+
+def _size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _fetch(adam: Adam, parts: list[_Part]) -> None:
+    """Starts the gradients on their way to the host, and puts the buffers they will arrive in in their place."""
+    for part in parts:
+        if part.master not in adam.transfers:
+            stream = next(iter(adam.transfers.values())).stream if adam.transfers else torch.cuda.Stream()
+            adam.transfers[part.master] = _Transfer(part.gradient, stream)
+        part.gradient = adam.transfers[part.master].receive(part.gradient, part.working)
+
+
+def _lend(master: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Sets a gradient of another precision than its tensor's, which torch allows by this detour alone."""
+    weight = master.data
+    master.data = gradient
+    master.grad = gradient
+    master.data = weight
+
+
+def _gather(optimizer: LowLevelZeroOptimizer, parts: list[_Part]) -> None:
+    """Completes the working weights with the other ranks' parts."""
+    (group,) = optimizer.pg_to_grad_store
+    if optimizer.pg_to_grad_store[group].world_size == 1:
+        return
+    small = TensorBucket(math.inf)
+    for part in parts:
+        if part.parameter.numel() < SMALL:
+            small.add_to_bucket(part.working.clone(), write_back_tensor=part.parameter)
+        else:
+            whole = optimizer._working_param_to_padded_working_param[part.parameter]
+            all_gather_into_flat_tensor_nd(whole, part.working, group)
+    if not small.is_empty():
+        small.all_gather(group)
