@@ -23,6 +23,7 @@ from performance_evaluator import CARDS, Card, find_card
 
 FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
+ZERO_BUCKET_PARAMETERS = 12 * 2**20  # LowLevelZeroPlugin's reduce_bucket_size_in_m
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ def test_checkpoint_of_another_run(problems, checkpoint, sample, tmp_path):
         "--max_length was 64 in the checkpoint and is 32 now": ["-l", 32],
         "the data was ": ["-d", sample / "data"],
         "--lr was 0.0003 in the checkpoint and is 0.1 now": ["--lr", 0.1],
-        "at step 2 and the run ends at step 2": ["--max_steps", 2],
+        "at step 2 and the run ends at step 1": ["--max_steps", 1],
     }
     for expected, changed in cases.items():
         found = problems(*flags, *changed)
