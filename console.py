@@ -76,8 +76,8 @@ def quiet_third_parties() -> None:
 def run(main: Callable[[], int], program: str) -> NoReturn:
     """Runs a program's main() and ends the process with its status.
 
-    An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A node whose
-    problem is not rank 0's prints it too, with its name. Where the reader of the output is gone, the end is silent.
+    An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A rank whose
+    problem is not rank 0's says so itself, once a node. Where the reader of the output is gone, the end is silent.
     The process ends without the interpreter's finalisation. There, Gloo's threads outlive their process group, ask for
     the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
     torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
@@ -122,35 +122,35 @@ def end_with_launcher() -> None:
 
 
 def _report(prefix: str, problems: Sequence[str]) -> None:
-    """Prints problems on rank 0, and on the first rank of another node what rank 0 does not say as well.
+    """Prints problems on rank 0, and on one rank of each node what rank 0 does not say as well.
 
-    The store of torchrun tells which those are. Without one, as under srun, every node prints.
+    The store of torchrun tells which those are. Without one, as under srun, the first rank of every node prints.
     """
-    if rank() and local_rank():
-        return
     several = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if rank() == 0:
         for problem in problems:
             print(prefix + problem, file=sys.stderr, flush=True)
-        if several:
+        if world_size() > 1:
             with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError):
                 _store().set(_key(problems), "said")
+        if several:
             time.sleep(TELL_SECONDS)
-    elif several and not _said_by_rank_zero(problems):
+    elif not _said_by_another(problems, alone=local_rank() > 0 or not several):
         for problem in problems:
             print(f"{prefix}on {socket.gethostname()}: {problem}", file=sys.stderr, flush=True)
 
 
-def _said_by_rank_zero(problems: Sequence[str]) -> bool:
+def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
+    """Whether rank 0 says the same, or else another rank of this node; `alone` where there is nobody to ask."""
     try:
         store, deadline = _store(), time.monotonic() + TELL_SECONDS
-        while not store.check([_key(problems)]):
-            if time.monotonic() > deadline:
-                return False
+        while time.monotonic() < deadline:
+            if store.check([_key(problems)]):
+                return True
             time.sleep(0.1)
+        return store.add(f"{_key(problems)}/{socket.gethostname()}", 1) > 1
     except (OSError, RuntimeError, ValueError, KeyError):
-        return False
-    return True
+        return alone
 
 
 def _key(problems: Sequence[str]) -> str:

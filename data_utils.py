@@ -23,7 +23,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from console import InputError
+from console import InputError, RunError
 
 IGNORE_INDEX = -100
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a prepared folder
@@ -325,7 +325,13 @@ class PackedDataset(Dataset):
             shard_start = self._shard_ends[number] - len(shard)
             pieces.append(shard[start - shard_start : stop - shard_start])
             start += len(pieces[-1])
-        return np.concatenate(pieces).astype(np.int64)
+        ids = np.concatenate(pieces)
+        if ids.max() >= self.manifest["vocab_size"]:
+            raise RunError(
+                f"--dataset: {self.folder / self.shards[number]['file']} is damaged: it holds the token {ids.max()} of "
+                f"a vocabulary of {self.manifest['vocab_size']}; scripts/prepare_dataset.py --verify finds all that are"
+            )
+        return ids.astype(np.int64)
 
     def _shard(self, number: int) -> np.memmap:
         if number not in self._opened:

@@ -4,8 +4,10 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -278,7 +280,7 @@ def train(
         held_out: data to evaluate on, from `evaluation_loader`.
 
     Raises:
-        RunError: the loss or the gradient is no longer finite, or a checkpoint could not be written.
+        RunError: the loss or the gradient is no longer finite, data cannot be read, or a checkpoint not be written.
     """
     accelerator = get_accelerator()
     device = accelerator.get_current_device()
@@ -294,7 +296,7 @@ def train(
     evaluator.restart()
     while state.step < plan.total_steps:
         waited = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(args.accumulation_steps)]
+        micro_batches = [_next_batch(batches) for _ in range(args.accumulation_steps)]
         waited = time.perf_counter() - waited
         if state.step == first_step:
             check_same_batch(loader, micro_batches[0], plan.layout.dp)
@@ -361,6 +363,14 @@ def train(
     metrics.note(writer.take_reports())
     metrics.close()
     return writer.latest, state.step < plan.total_steps
+
+
+def _next_batch(batches: Iterator[dict]) -> dict[str, torch.Tensor]:
+    try:
+        return next(batches)
+    except (InputError, RunError) as error:  # a loader process puts its traceback before it
+        last = str(error).strip().splitlines()[-1]
+        raise RunError(re.sub(r"^console\.\w+: ", "", last)) from error
 
 
 def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: TrainState) -> dict[str, dict]:

@@ -23,7 +23,7 @@ if (($# == 0)); then
     "$python" -m codespell_lib
     PATH="$(dirname "$(command -v "$python")"):$PATH"
     if command -v shellcheck >/dev/null; then
-        shellcheck --external-sources .ci/run scripts/*.sh scripts/*/*.sh scripts/*/*.sbatch
+        shellcheck --external-sources .ci/run benchmarks/*.sh scripts/*.sh scripts/*/*.sh scripts/*/*.sbatch
     fi
 fi
 exec "$python" -m pytest -q --timeout 900 "$@"

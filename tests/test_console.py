@@ -60,7 +60,7 @@ class TestRun:
         assert program.stderr.endswith("ZeroDivisionError: why\n")
 
     def test_a_node_says_what_rank_0_does_not(self):
-        """Rank 2 is the first of the second node. It hears of rank 0's problems through the launcher's store."""
+        """Ranks 2 and 3 are those of the second node. They hear of rank 0's problems through the launcher's store."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -68,12 +68,17 @@ class TestRun:
         nodes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
         def first_of_second_node(problem):
+            return rank("2", problem)
+
+        def rank(number, problem):
             body = f"console.quiet_third_parties(); raise InputError({problem!r})"
-            return run_main(body, RANK="2", LOCAL_RANK="0", **nodes)
+            return run_main(body, RANK=number, LOCAL_RANK=str(int(number) % 2), **nodes)
 
         there = "--tokenizer: no folder there"
         expected = f"train.py: error: on {socket.gethostname()}: {there}\n"
         assert first_of_second_node(there).stderr == expected
+        assert rank("3", there).stderr == ""
+        assert rank("3", "a shard is damaged").stderr.endswith(": a shard is damaged\n")
         rank_0 = run_main(f"raise InputError({there!r})", RANK="0", LOCAL_RANK="0", **nodes)
         assert rank_0.stderr == f"train.py: error: {there}\n"
         assert first_of_second_node(there).stderr == ""

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import time
 import tracemalloc
 from collections import Counter
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 import dataset_shards
+from console import RunError
 from data_utils import (
     IGNORE_INDEX,
     LLAMA_WEIGHTS,
@@ -35,6 +37,7 @@ from data_utils import (
     parse_slice_weights,
 )
 from dataset_preparation import prepare_dataset
+from train_utils import _next_batch
 
 
 class TestTokenizer:
@@ -182,6 +185,21 @@ class TestPacking:
         assert str(shard) in error_of(PackedDataset, folder, 8)
         (folder / "manifest.json").write_text("{")
         assert str(folder / "manifest.json") in error_of(PackedDataset, folder, 8)
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
+        """Of a shard too large to be checked when it is opened."""
+        prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
+        dataset = PackedDataset(prepared, 16)
+        shard = prepared / dataset.shards[0]["file"]
+        with open(shard, "r+b") as file:
+            file.write(b"\xff\xff")
+        with pytest.raises(RunError) as caught:
+            _next_batch(iter(DataLoader(dataset, batch_size=2, num_workers=num_workers)))
+        assert str(caught.value).startswith(
+            f"--dataset: {shard} is damaged: it holds the token 65535 of a vocabulary of"
+        )
+        assert "\n" not in str(caught.value)
 
 
 class TestMarkDocuments:
