@@ -321,7 +321,7 @@ class TestFindCheckpoint:
     @pytest.mark.parametrize(
         ("files", "message"),
         [
-            (["config.json"], "holds a Hugging Face model without training state; .* --init_from, .* --config"),
+            (["config.json"], "holds a Hugging Face model without training state; .* --init_from .* --config"),
             (["manifest.json"], "is an incomplete checkpoint; choose another, or 'latest'"),
             (["running_states.json"], "is an incomplete checkpoint; choose another, or 'latest'"),
             (["notes.txt"], "is not a checkpoint; give a folder epochE-stepS, or 'latest'"),
