@@ -34,6 +34,7 @@ from transformers import LlamaTokenizer, LlamaTokenizerFast
 MIN_CHARACTERS = 300
 MAX_CHARACTERS = 50_000
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+SITE_PACKAGES = [sysconfig.get_path("purelib")]  # importing setuptools puts copies of others' packages on sys.path
 # Others' packages, tests, and modules that hold tables or copies.
 SKIPPED = re.compile(
     r"(^|/)(site-packages|dist-packages|_vendor|_?tests?|idle_test|encodings|pydoc_data|_sysconfigdata\w*)(/|\.)"
@@ -90,7 +91,11 @@ def module_docstrings(*packages: str) -> Iterator[tuple[str, list[tuple[str, str
 
 
 def distributions() -> list[metadata.Distribution]:
-    readable = (distribution for distribution in metadata.distributions() if distribution.read_text("METADATA"))
+    readable = (
+        distribution
+        for distribution in metadata.distributions(path=SITE_PACKAGES)
+        if distribution.read_text("METADATA")
+    )
     return sorted(readable, key=lambda distribution: distribution.name.lower())
 
 
