@@ -1,6 +1,6 @@
 """How long a checkpoint holds up training, written in the foreground and behind the training, side by side.
 
-    python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o /tmp/stall
+    python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o stall
 
 Trains on random tokens. Each round takes a few steps without a save, a save that training waits for to its end, and a
 save in the background with training going on until it is in its place. Prints a line a save, and the medians.

@@ -159,7 +159,7 @@ def opening_seconds(folder: Path, tokenizer_name: str) -> float:
         os.truncate(folder / shard["file"], 2 * shard["tokens"])
     fingerprint = TextEncoder(tokenizer).fingerprint
     manifest = {"format_version": FORMAT_VERSION, "dtype": "uint16", "tokenizer_fingerprint": fingerprint}
-    manifest |= {"eval_fraction": 0.0, "total_tokens": TOKENS, "shards": shards}
+    manifest |= {"vocab_size": len(tokenizer), "eval_fraction": 0.0, "total_tokens": TOKENS, "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     started = time.perf_counter()
     dataset = PackedDataset(prepare_dataset(str(folder), tokenizer, folder), SEQUENCE_LENGTH)
