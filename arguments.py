@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from booster_utils import launch_problems, layout_problems
+from booster_utils import launch_problems
 from console import InputError
+from layout import layout_problems
 from memory_estimate import card_problems
 
 

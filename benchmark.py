@@ -35,23 +35,12 @@ from transformers import LlamaConfig
 import sharded_state
 from arguments import ArgumentParser, add_compute_args, add_dry_run_args, validate_args
 from attn import select_attention
-from booster_utils import (
-    BENCHMARK_PLUGINS,
-    Layout,
-    add_plugin_args,
-    boost,
-    build_plugin,
-    describe_layout,
-    forward_backward,
-    launch,
-    optimizer_step,
-    resolve_layout,
-    shut_down,
-)
+from booster_utils import boost, build_plugin, forward_backward, launch, optimizer_step, shut_down
 from console import InputError, RunError, say
 from data_utils import RandomDataset
 from files import write_json
 from fsdp_plugin import FSDPPlugin
+from layout import BENCHMARK_PLUGINS, Layout, add_plugin_args, describe_layout, resolve_layout
 from memory_estimate import say_plan
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures

@@ -9,13 +9,12 @@
 One file holds one decoder layer. checkpoint_writer.py writes what this module names, finds, verifies and loads.
 """
 
+import contextlib
 import copy
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from booster_utils import loss_scaler
 from console import InputError, RunError, rank, say, world_size
-from files import checksum, replace_folder, sync, write_json
+from files import checksum, exclusive_lock, replace_folder, sync, write_json
 from model_utils import count_parameters, load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
 
@@ -38,7 +37,7 @@ MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
-_CLAIMED = []  # open files whose locks this process holds
+_CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 MODEL_KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -65,21 +64,12 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
     Raises:
         InputError: another run has it, it cannot be written to, or it has no room for one checkpoint.
     """
+    refusal = f"--save_dir: another run ({{holder}}) is writing to {save_dir}; end it or give another folder"
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        _CLAIMED.append(open(save_dir / ".lock", "a+"))  # noqa: SIM115
+        _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", waiting="", refusal=refusal))
     except OSError as error:
         raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
-    try:
-        fcntl.lockf(_CLAIMED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        _CLAIMED[-1].seek(0)
-        owner = _CLAIMED.pop().read().strip() or "of an unknown process"
-        raise InputError(
-            f"--save_dir: another run ({owner}) is writing to {save_dir}; end it or give another folder"
-        ) from error
-    _CLAIMED[-1].truncate(0)
-    print(f"pid {os.getpid()} on {socket.gethostname()}", file=_CLAIMED[-1], flush=True)
     for remains in save_dir.glob(".epoch*-step*.incomplete"):
         shutil.rmtree(remains, ignore_errors=True)
     check_room(save_dir, config)

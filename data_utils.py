@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from console import InputError, RunError
 
@@ -66,6 +66,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if missing:
         raise InputError(f"--tokenizer: {name_or_path} has no {' and no '.join(missing)}; set it in its configuration")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
+    """Refuses a tokenizer that has tokens the model does not know."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
+        )
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,9 +14,10 @@ from colossalai.interface import ModelWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from booster_utils import Layout, forward_loss
+from booster_utils import forward_loss
 from console import rank
 from data_utils import IGNORE_INDEX, ShardedSampler
+from layout import Layout
 
 
 class Padded(Dataset):

@@ -13,6 +13,7 @@ console.quiet_third_parties()
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -22,13 +23,14 @@ import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_evaluation_args, add_training_args, validate_args
 from attn import select_attention
-from booster_utils import DTYPES, Layout, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
 from console import InputError, say
-from data_utils import load_tokenizer
+from data_utils import check_vocabulary, load_tokenizer
 from dataset_sources import Source, resolve_source
 from evaluation import evaluation_loader
 from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
+from layout import Layout, add_plugin_args, resolve_layout
 from lora import add_lora_args, lora_config, lora_problems, merge
 from memory_estimate import say_plan
 from model_utils import load_config
@@ -109,12 +111,12 @@ def open_data(
     return prepared(source), prepared(test_source) if test_source else None
 
 
-def export(
+def export_final(
     args: argparse.Namespace,
     config: LlamaConfig,
-    checkpoint: Path,
     weights: LazyTensors,
     tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path,
 ) -> None:
     """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
     target = args.save_dir / "final"
@@ -141,10 +143,7 @@ def main() -> int:
     if problems := lora_problems(args, layout):
         raise InputError(*problems)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config)
     weights = check_pretrained(folder, config, "--model_path")
     dataset, held_out = open_data(args, tokenizer, layout)
     state, checkpoint = train_utils.resume_state(args, dataset)
@@ -165,10 +164,8 @@ def main() -> int:
 
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
-    if state.step == plan.total_steps:  # killed after its last checkpoint, or started once more
-        say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
-        if console.rank() == 0:
-            export(args, config, checkpoint, weights, tokenizer)
+    export = partial(export_final, args, config, weights, tokenizer)
+    if train_utils.nothing_left(state, plan, checkpoint, export):
         return 0
     launch(args.seed)
     plugin = build_plugin(args, layout, config, length_varies=True)
@@ -189,10 +186,9 @@ def main() -> int:
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
-    checkpoint_utils.on_rank_zero(lambda: export(args, config, checkpoint, weights, tokenizer))
-    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    status = train_utils.conclude(args, checkpoint, export, interrupted)
     shut_down(plugin)
-    return train_utils.INTERRUPTED if interrupted else 0
+    return status
 
 
 if __name__ == "__main__":

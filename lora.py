@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from booster_utils import Layout
 from checkpoint_utils import ADAPTER_FILE, PEFT_PREFIX, LazyTensors, file_names, write_model_index
 from files import sync
+from layout import Layout
 from model_utils import parameter_specs
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -15,9 +15,10 @@ from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from transformers import LlamaConfig
 
 from attn import EAGER
-from booster_utils import DTYPES, HYBRID_PLUGINS, Layout, choose_fusion, gemini_chunk_parameters
+from booster_utils import DTYPES, choose_fusion, gemini_chunk_parameters
 from console import say
 from fused import Fusion
+from layout import HYBRID_PLUGINS, Layout
 from model_utils import ParameterSpec, model_flops_per_token, parameter_specs, trained_specs
 from performance_evaluator import CARDS, Card, find_card
 

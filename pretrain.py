@@ -13,6 +13,7 @@ import console
 console.quiet_third_parties()
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -22,14 +23,15 @@ import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, validate_args
 from attn import select_attention
-from booster_utils import DTYPES, add_plugin_args, boost, build_plugin, launch, resolve_layout, shut_down
+from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from console import InputError, say
 from data_stream import StreamedDataset
-from data_utils import HELD_OUT, PackedDataset, TextEncoder, load_tokenizer, parse_slice_weights
+from data_utils import HELD_OUT, PackedDataset, TextEncoder, check_vocabulary, load_tokenizer, parse_slice_weights
 from dataset_preparation import prepare_dataset
 from dataset_sources import Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
 from files import once_per_node
+from layout import add_plugin_args, resolve_layout
 from memory_estimate import say_plan
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
@@ -116,10 +118,7 @@ def main() -> int:
     validate_args(args, config)
     layout = resolve_layout(args, config)
     tokenizer = load_tokenizer(args.tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config)
     if args.init_from and args.load:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
@@ -141,10 +140,8 @@ def main() -> int:
 
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
-    if state.step == plan.total_steps:  # killed after its last checkpoint, or started once more
-        say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
-        if console.rank() == 0:
-            checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer)
+    export = partial(checkpoint_utils.export, target=args.save_dir / "final", tokenizer=tokenizer)
+    if train_utils.nothing_left(state, plan, checkpoint, export):
         return 0
     launch(args.seed)
     plugin = build_plugin(args, layout, config)
@@ -165,10 +162,9 @@ def main() -> int:
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
-    checkpoint_utils.on_rank_zero(lambda: checkpoint_utils.export(checkpoint, args.save_dir / "final", tokenizer))
-    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    status = train_utils.conclude(args, checkpoint, export, interrupted)
     shut_down(plugin)
-    return train_utils.INTERRUPTED if interrupted else 0
+    return status
 
 
 if __name__ == "__main__":

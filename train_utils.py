@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 import checkpoint_utils
-from booster_utils import Layout, describe_layout, forward_backward, loss_scaler, optimizer_step
+from booster_utils import forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
-from console import InputError, RunError, say
+from console import InputError, RunError, rank, say
 from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler
 from evaluation import evaluate
+from layout import Layout, describe_layout
 from metrics import Metrics
 from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
@@ -363,6 +364,23 @@ def train(
     metrics.note(writer.take_reports())
     metrics.close()
     return writer.latest, state.step < plan.total_steps
+
+
+def nothing_left(state: TrainState, plan: Plan, checkpoint: Path | None, export: Callable[[Path], None]) -> bool:
+    """Whether the run had ended: killed after its last checkpoint, or started once more. Then `final` is made anew."""
+    if state.step < plan.total_steps:
+        return False
+    say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
+    if rank() == 0:
+        export(checkpoint)
+    return True
+
+
+def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path], None], interrupted: bool) -> int:
+    """Leaves the folder `final`, made by `export` on rank 0; returns the exit status of the run. Collective."""
+    checkpoint_utils.on_rank_zero(lambda: export(checkpoint))
+    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    return INTERRUPTED if interrupted else 0
 
 
 def _next_batch(batches: Iterator[dict]) -> dict[str, torch.Tensor]:

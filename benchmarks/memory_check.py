@@ -24,7 +24,7 @@ import torch
 
 import benchmark
 from attn import select_attention
-from booster_utils import resolve_layout
+from layout import resolve_layout
 from memory_estimate import estimate_memory
 from model_utils import load_config
 

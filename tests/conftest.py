@@ -6,16 +6,17 @@ import gzip
 import inspect
 import itertools
 import json
+import os
 import pickle
 import pydoc
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from corpora import write_jsonl
 from launching import ROOT, Run, start_pretrain
@@ -23,10 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data_utils import GlobalOrder, PackedDataset, load_tokenizer
 from dataset_preparation import prepare_dataset
+from scripts.make_sample_data import train_tokenizer
 
 SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`
 SEED = 42  # the default
+NOBODY = 65534  # user id
 
 
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
@@ -42,6 +45,24 @@ def sample(tmp_path_factory) -> Path:
     program = [sys.executable, ROOT / "scripts" / "make_sample_data.py"]
     subprocess.run([*program, "--output_dir", folder, "--megabytes", "0.5", "--vocab_size", "1024"], check=True)
     return folder
+
+
+@pytest.fixture
+def locked_folder() -> Iterator[Path]:
+    """A folder that this process may not write to, beside one, `open`, that it may; root asks as another user."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        for folder, mode in (("locked", 0o555), ("open", 0o777)):
+            Path(name, folder).mkdir()
+            Path(name, folder).chmod(mode)
+        root = os.getuid() == 0
+        if root:
+            os.setresuid(NOBODY, 0, 0)  # os.access asks for the real user
+        try:
+            yield Path(name, "locked")
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
 
 
 @pytest.fixture(scope="session")
@@ -113,22 +134,8 @@ def tokenizer_folder(tmp_path_factory):
     """LLaMA's kind of tokenizer, trained on the prose of the standard library, as `tokenizer.model` alone."""
     folder = tmp_path_factory.mktemp("tokenizer")
     modules = (argparse, inspect, itertools, functools, json, gzip, pickle, pydoc, subprocess, textwrap)
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(pydoc.plain(pydoc.render_doc(module)) for module in modules))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=600,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    corpus.unlink()
-    (folder / "tokenizer.vocab").unlink()
+    corpus = "\n".join(pydoc.plain(pydoc.render_doc(module)) for module in modules)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(corpus.splitlines(), vocab_size=600))
     return folder
 
 

@@ -17,7 +17,8 @@ from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
-from booster_utils import DTYPES, boost, build_plugin, launch, layout_problems, resolve_layout
+from booster_utils import DTYPES, boost, build_plugin, launch
+from layout import layout_problems, resolve_layout
 from model_utils import ParameterSpec, initial_weight, load_config, parameter_specs
 from pretrain import parse_args
 from sharded_state import MASTER, MOMENTS

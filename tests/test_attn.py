@@ -21,7 +21,8 @@ from attn import (
     document_boundaries,
     select_attention,
 )
-from booster_utils import boost, build_plugin, resolve_layout
+from booster_utils import boost, build_plugin
+from layout import resolve_layout
 from model_utils import build_model, initial_weight, load_config, parameter_specs, restore_rotary_precision
 from pretrain import parse_args
 

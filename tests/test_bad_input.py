@@ -149,11 +149,10 @@ def test_folder_is_a_file(problems, tmp_path, flag):
         assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_to_write(problems, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    (problem,) = problems("--save_dir", tmp_path / "locked" / "checkpoint")
-    assert problem.startswith("--save_dir: no permission")
+def test_no_permission_to_write(problems, locked_folder):
+    allowed = locked_folder.with_name("open")
+    (problem,) = problems("--save_dir", locked_folder / "checkpoint", "--tensorboard_dir", allowed)
+    assert problem == f"--save_dir: no permission to write in {locked_folder}; give another folder"
 
 
 # ------------------------------------------------------------------------------------------------------------ the data

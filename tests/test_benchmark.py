@@ -11,9 +11,9 @@ from launching import ROOT, Run
 
 import benchmark
 import performance_evaluator
-from booster_utils import Layout, resolve_layout
 from console import InputError
 from data_utils import RandomDataset
+from layout import Layout, resolve_layout
 from model_utils import load_config
 from performance_evaluator import StepTimer, benchmark_figures
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from colossalai.nn.optimizer import HybridAdam
 from processes import boosted, random_states, run_ranks
+from transformers import LlamaForCausalLM
 
 import host_accelerator
 import sharded_state
@@ -16,19 +17,17 @@ from attn import EAGER, TORCH_FUSED
 from booster_utils import (
     ADAM_BETAS,
     GEMINI_CHUNK_PARAMETERS,
-    Layout,
     build_optimizer,
     build_plugin,
     forward_backward,
     launch,
     launch_problems,
-    layout_problems,
     loss_scaler,
     optimizer_step,
-    resolve_layout,
     token_loss,
 )
 from data_utils import IGNORE_INDEX
+from layout import Layout, layout_problems, resolve_layout
 from model_utils import build_model, count_parameters, load_config
 from pretrain import parse_args
 from sharded_state import MASTER
@@ -268,17 +267,23 @@ PLUGINS = [
 ]
 
 
+def plain_model() -> LlamaForCausalLM:
+    """In float32, with the weights of `prepared`."""
+    config = load_config("test")
+    model, states = build_model(config, torch.device("cpu")), random_states(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(states[name, MASTER])
+    return model
+
+
 class TestStep:
     """One optimizer step on two sequences, whatever the number of ranks."""
 
     @pytest.fixture(scope="class")
     def expected(self):
         """(sum of token losses, gradient norm of their mean) of plain PyTorch in float32."""
-        config = load_config("test")
-        model, states = build_model(config, torch.device("cpu")), random_states(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(states[name, MASTER])
+        model = plain_model()
         logits = model(tokens()).logits[:, :-1].flatten(0, 1)
         loss = F.cross_entropy(logits, tokens()[:, 1:].flatten(), reduction="sum")
         (loss / LABEL_TOKENS).backward()
@@ -366,11 +371,7 @@ class TestDocuments:
     @pytest.fixture(scope="class")
     def expected(self):
         """(sum of token losses, gradient norm of their mean) of plain PyTorch, each document on its own."""
-        config = load_config("test")
-        model, states = build_model(config, torch.device("cpu")), random_states(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(states[name, MASTER])
+        model = plain_model()
         total = 0.0
         for row, lengths in zip(tokens(), DOCUMENTS, strict=True):
             for document in row.split(lengths):

@@ -438,11 +438,11 @@ def test_folder_of_a_run_that_goes_on(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=other_run)
     process.start()
     assert ours.recv() == "claimed"
-    owner = rf"another run \(pid {process.pid} on {re.escape(socket.gethostname())}\)"
+    owner = rf"another run \(process {process.pid} on {re.escape(socket.gethostname())}\)"
     for _ in range(2):
         with pytest.raises(InputError, match=owner):
             claim_folder(tmp_path, config)
     ours.send("end")
     process.join()
     claim_folder(tmp_path, config)
-    assert (tmp_path / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from processes import boosted, random_states, run_ranks
 
 import sharded_state
-from booster_utils import forward_backward, optimizer_step, resolve_layout
+from booster_utils import forward_backward, optimizer_step
 from console import InputError
 from data_utils import HELD_OUT, IGNORE_INDEX, TRAIN, PackedDataset, TextEncoder, is_held_out
 from dataset_preparation import prepare_dataset
 from evaluation import evaluate, evaluation_loader
+from layout import resolve_layout
 from model_utils import build_model, load_config
 from sharded_state import MASTER
 from train_utils import INTERRUPTED

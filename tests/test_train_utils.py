@@ -19,10 +19,10 @@ from processes import boosted, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from arguments import validate_args
-from booster_utils import Layout, resolve_layout
 from console import InputError
 from data_utils import GlobalOrder, PackedDataset
 from files import checksum
+from layout import Layout, resolve_layout
 from metrics import Metrics
 from model_utils import load_config
 from pretrain import parse_args
@@ -168,11 +168,11 @@ class TestValidate:
         (tmp_path / "file").touch()
         assert problems_of(f"-o {tmp_path}/file/b") == [f"--save_dir: {tmp_path}/file is a file; give a folder"]
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_folder_without_permission(self, tmp_path):
-        tmp_path.chmod(0o500)
-        (problem,) = problems_of(f"-o {tmp_path}/a")
-        assert problem == f"--save_dir: no permission to write in {tmp_path}; give another folder"
+    def test_folder_without_permission(self, locked_folder):
+        allowed = locked_folder.with_name("open")
+        (problem,) = problems_of(f"-o {locked_folder}/a -t {allowed}/a")
+        assert problem == f"--save_dir: no permission to write in {locked_folder}; give another folder"
+        assert problems_of(f"-o {allowed}/a -t {allowed}/b") == []
 
 
 FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)

@@ -1,0 +1,191 @@
+"""How ranks are divided among data, tensor, pipeline and sequence parallelism: flags, their defaults, their checks."""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from console import world_size
+
+PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
+BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
+HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks are divided: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
+
+    tp: int
+    pp: int
+    sp: int
+    dp: int
+    zero_stage: int
+    extra_dp: int = 1  # Gemini: copies of the sharded state, each over dp / extra_dp ranks
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.sp * self.dp
+
+
+def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
+    group = parser.add_argument_group("parallelism")
+    group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
+    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")
+    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or what divides)")
+    group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
+    group.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2),
+        help="hybrid_parallel: ZeRO stage (default: 1 with several data-parallel ranks, else 0)",
+    )
+    group.add_argument(
+        "--microbatch_size",
+        "--mbs",
+        type=int,
+        default=1,
+        help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
+    )
+
+
+def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
+    """The layout that the flags ask for on the ranks of `planned_ranks`, defaults filled in. Not yet checked."""
+    ranks = planned_ranks(args)
+    if args.plugin not in HYBRID_PLUGINS:
+        tp = args.tp or 1
+        stage = 2 if args.plugin.startswith("zero2") else 3
+        return Layout(tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=getattr(args, "extra_dp", 1))
+    if args.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
+        tp, pp = args.tp or 1, args.pp or 1
+        zero_stage = args.zero if args.zero is not None else int(args.plugin == "3d_cpu")
+        return Layout(tp=tp, pp=pp, sp=args.sp, dp=ranks // (tp * pp * args.sp), zero_stage=zero_stage)
+    pp_given = args.pp or 1
+    heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
+    tp = args.tp or max(
+        n
+        for n in (1, 2, 4)
+        if ranks % (n * pp_given * args.sp) == heads % (n * args.sp) == 0
+        and config.vocab_size % n == config.intermediate_size % n == 0
+    )
+    sequences = args.batch_size * args.accumulation_steps
+    two_stages = (
+        ranks % (tp * 2) == 0
+        and args.sp == 1
+        and args.zero != 2
+        and not config.tie_word_embeddings
+        and config.num_hidden_layers % 2 == 0
+        and sequences % args.microbatch_size == 0
+        and sequences // args.microbatch_size >= 2
+    )
+    pp = args.pp or (2 if two_stages else 1)
+    dp = ranks // (tp * pp * args.sp)
+    sharded = dp * args.sp > 1 and args.mixed_precision != "fp32"
+    zero_stage = args.zero if args.zero is not None else int(sharded)
+    return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage)
+
+
+def planned_ranks(args: argparse.Namespace) -> int:
+    """The number of ranks to plan for: `--gpus` of a dry run, else those that were launched."""
+    return getattr(args, "gpus", None) or world_size()
+
+
+def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
+    """One line for each size that does not divide, naming the flag and the numbers."""
+    hybrid = args.plugin in HYBRID_PLUGINS
+    extra_dp = getattr(args, "extra_dp", 1)  # a flag of the benchmark, whose gemini takes --tp too
+    takes_tp = hybrid or (hasattr(args, "extra_dp") and args.plugin.startswith("gemini"))
+    sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
+    sizes["--extra_dp"] = extra_dp
+    problems = [
+        f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if value is not None and value < 1
+    ]
+    if problems:
+        return problems
+    given = {
+        "--tp": not takes_tp and args.tp not in (None, 1),
+        "--pp": not hybrid and args.pp not in (None, 1),
+        "--zero": not hybrid and args.zero is not None,
+        "--sp": not hybrid and args.sp != 1,
+    }
+    problems = [
+        f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
+        for flag, without_effect in given.items()
+        if without_effect
+    ]
+    if extra_dp > 1 and not args.plugin.startswith("gemini"):
+        problems.append(f"--extra_dp: takes effect with -p gemini alone, not with -p {args.plugin}")
+    if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
+        problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
+    if problems:
+        return problems
+    ranks, launched = planned_ranks(args), "of --gpus" if getattr(args, "gpus", None) else "that were launched"
+    if not hybrid:
+        tp = args.tp or 1
+        if ranks % (tp * extra_dp):
+            problems.append(
+                f"--tp/--extra_dp: {tp} x {extra_dp} = {tp * extra_dp} does not divide the {ranks} ranks {launched}"
+            )
+        if tp > 1 and args.gradient_checkpoint:  # its weights are gone when the recomputed layer's backward needs them
+            problems.append(
+                f"--gradient_checkpoint: does not combine with {args.plugin} --tp {tp}; leave one of them out"
+            )
+        return problems + _tensor_parallel_problems(tp, config)
+
+    given = (args.tp or 1) * (args.pp or 1) * args.sp
+    if ranks % given:
+        return [
+            f"--tp/--pp/--sp: {args.tp or 1} x {args.pp or 1} x {args.sp} = {given} does not divide "
+            f"the {ranks} ranks {launched}"
+        ]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    split = (args.tp or 1) * args.sp
+    if heads % split or kv_heads % split:
+        return [f"--tp/--sp: {split} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
+
+    layout = resolve_layout(args, config)
+    problems = _tensor_parallel_problems(layout.tp, config)
+    if config.num_hidden_layers % layout.pp:
+        problems.append(f"--pp: {layout.pp} does not divide the model's {config.num_hidden_layers} layers")
+    if args.max_length % layout.sp:
+        problems.append(f"--sp: {layout.sp} does not divide --max_length {args.max_length}")
+    if layout.pp > 1:
+        sequences = args.batch_size * args.accumulation_steps
+        if sequences % args.microbatch_size:
+            problems.append(
+                f"--microbatch_size: {args.microbatch_size} does not divide "
+                f"--batch_size x --accumulation_steps = {sequences}"
+            )
+        elif sequences // args.microbatch_size < layout.pp:
+            problems.append(
+                f"--pp: {layout.pp} stages need as many microbatches, but --batch_size x --accumulation_steps / "
+                f"--microbatch_size = {sequences // args.microbatch_size}"
+            )
+        if layout.sp > 1:
+            problems.append("--sp: sequence parallelism does not combine with --pp; use --pp 1")
+        if layout.zero_stage == 2:
+            problems.append("--zero: stage 2 does not combine with --pp; use --zero 1")
+        if config.tie_word_embeddings:
+            problems.append("--pp: the model ties its embeddings, which cannot be split over stages; use --pp 1")
+    if layout.zero_stage and args.mixed_precision == "fp32":
+        problems.append(f"--zero: stage {layout.zero_stage} needs -x fp16 or bf16, not fp32")
+    return problems
+
+
+def describe_layout(plugin: str, layout: Layout) -> str:
+    """One line: the plugin and how it divides the ranks."""
+    split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
+    if plugin not in HYBRID_PLUGINS:
+        split = f", tp {layout.tp} x {layout.extra_dp} copies" if layout.tp * layout.extra_dp > 1 else ""
+    return f"plugin: {plugin}, {layout.dp} data-parallel{split}"
+
+
+def _tensor_parallel_problems(tp: int, config: LlamaConfig) -> list[str]:
+    sizes = {
+        "heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+        "FFN size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+    }
+    return [f"--tp: {tp} does not divide the model's {name} of {size}" for name, size in sizes.items() if size % tp]
