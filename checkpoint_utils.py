@@ -254,9 +254,13 @@ def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def complete_checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
-    """Step and folder of the complete checkpoints in a folder, by step."""
-    return [(step, folder) for step, folder in _checkpoints(save_dir) if folder.name[0] != "." and is_complete(folder)]
+def complete_checkpoints(save_dir: Path, after: int = -1) -> list[tuple[int, Path]]:
+    """Step and folder of the complete checkpoints in a folder, by step, of those beyond the step `after`."""
+    return [
+        (step, folder)
+        for step, folder in _checkpoints(save_dir)
+        if step > after and folder.name[0] != "." and is_complete(folder)
+    ]
 
 
 def find_checkpoint(load: str, save_dir: Path) -> Path:

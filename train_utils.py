@@ -86,9 +86,8 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     Raises:
         InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
     """
-    there = checkpoint_utils.complete_checkpoints(args.save_dir)
     if args.load is None:
-        if there:
+        if checkpoint_utils.complete_checkpoints(args.save_dir):
             raise InputError(
                 f"--save_dir: {args.save_dir} holds the checkpoints of a run; resume it with -f latest, or give another"
             )
@@ -96,10 +95,10 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
     saved = checkpoint_utils.read_running_states(folder)
     state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
-    if there and there[-1][0] > state.step:
+    if later := checkpoint_utils.complete_checkpoints(args.save_dir, after=state.step):
         raise InputError(
             f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
-            f"{there[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
+            f"{later[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
     order["slice_weights"] = getattr(args, "slice_weights", None)
