@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
@@ -110,8 +110,9 @@ def once_per_node(function: Callable[[], Any]) -> Any:
         value = function()
         if world_size() > 1:
             for old in path.parent.glob(f"{prefix}*"):
-                if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    old.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another launch tidies up too
+                    if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                        old.unlink()
             write_json(path, {"value": value})
         return value
     while not (path.is_file() and path.stat().st_uid == os.getuid()):
