@@ -5,12 +5,17 @@ import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from console import rank, say
+
+LONGEST_ROW = 4096  # bytes of metrics.jsonl, with room to spare
 
 
 class Metrics:
@@ -29,6 +34,9 @@ class Metrics:
         self.folder, self.interval, self.total_steps = folder, interval, total_steps
         self.failing = False
         self.file = self._open_after(folder / "metrics.jsonl", step)
+        self.last = self._last_row(folder / "metrics.jsonl")
+        self.start = time.monotonic() - 3600 * self.last.get("hours", 0)
+        self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
         self.board = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
 
@@ -51,11 +59,40 @@ class Metrics:
             temporary.replace(path)
         return open(path, "ab", buffering=0)
 
+    @staticmethod
+    def _last_row(path: Path) -> dict:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LONGEST_ROW))
+            rows = file.read().splitlines()
+        return json.loads(rows[-1]) if rows else {}
+
+    def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
+        """Shows in TensorBoard what is run: its settings as hyperparameters and as a table, and further texts.
+
+        Args:
+            step: as in `__init__`; a run that resumes is described anew beside the first description.
+            texts: Markdown by title.
+        """
+        if not self.main:
+            return
+        plain = {
+            name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
+        }
+        for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
+            self.board.file_writer.add_summary(summary)
+        table = "\n".join(
+            ["| flag | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in plain.items())]
+        )
+        for title, text in {"flags": table, **texts}.items():
+            self.board.add_text(title, text, step)
+
     def log(self, values: dict) -> None:
         """Takes one step's values. A disk that is full costs their rows, not the training."""
         if not self.main:
             return
-        step = values["step"]
+        step, now = values["step"], time.monotonic()
+        self.last = values = {**values, "hours": (now - self.start) / 3600}
+        self.first = self.first or (step, now)
         try:
             self._write(step, values)
         except OSError as error:
@@ -72,10 +109,27 @@ class Metrics:
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
-            say(f"step {step}/{self.total_steps}: {line}")
+            say(f"step {step}/{self.total_steps}: {line}{self._time_left(step, now)}")
         if "eval_loss" in values:
             loss, perplexity = values["eval_loss"], values["eval_perplexity"]
             self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
+
+    def _time_left(self, step: int, now: float) -> str:
+        first_step, first_time = self.first
+        if first_step == step or step == self.total_steps:
+            return ""
+        seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
+        return f", {tqdm.format_interval(seconds)} left"
+
+    def summary(self) -> list[str]:
+        """What the run has come to, in one line, on rank 0."""
+        if not self.main:
+            return []
+        loss = f"loss {self.last['loss']:.4f}"
+        if "eval_loss" in self.last:
+            loss += f", {self.last['eval_loss']:.4f} on held-out documents"
+        tokens, hours = self.last["tokens"], self.last["hours"]
+        return [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
 
     def _write(self, step: int, values: dict) -> None:
         row, end = f"{json.dumps(values)}\n".encode(), os.fstat(self.file.fileno()).st_size

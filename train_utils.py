@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import math
 import re
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ WARMUP_RATIO = 0.03  # of the steps of fine-tuning
 MAX_SKIPPED_IN_A_ROW = 50
 PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+GENERATE = Path("scripts", "generate.py")
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
 
 
@@ -288,6 +291,7 @@ def train(
         config, round(plan.mean_length), dist.get_world_size(), accelerator.get_device_name()
     )
     metrics = Metrics(args.tensorboard_dir, state.step, plan.total_steps, args.log_interval)
+    metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
     writer = CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every)
     stop = StopRequest()
     skipped_in_a_row = 0
@@ -360,7 +364,7 @@ def train(
         if stopping:
             break
     writer.wait()
-    metrics.note(writer.take_reports())
+    metrics.note([*writer.take_reports(), *metrics.summary()])
     metrics.close()
     return writer.latest, state.step < plan.total_steps
 
@@ -378,8 +382,32 @@ def nothing_left(state: TrainState, plan: Plan, checkpoint: Path | None, export:
 def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path], None], interrupted: bool) -> int:
     """Leaves the folder `final`, made by `export` on rank 0; returns the exit status of the run. Collective."""
     checkpoint_utils.on_rank_zero(lambda: export(checkpoint))
-    say(f"model: {args.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer")
+    final = args.save_dir / "final"
+    say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
+    if interrupted:
+        say(f"interrupted: the same command with -f latest goes on from {checkpoint}")
+    else:
+        say(f'try it: {shlex.join(["python", str(GENERATE), "--model", str(final), "--prompt"])} "Once upon a time"')
     return INTERRUPTED if interrupted else 0
+
+
+def _flags(args: argparse.Namespace) -> dict[str, object]:
+    """The run's settings by flag, without the marks that parsing leaves."""
+    return {name: value for name, value in vars(args).items() if not name.endswith("_given")}
+
+
+def _descriptions(args: argparse.Namespace, config: LlamaConfig, plan: Plan) -> dict[str, str]:
+    """Markdown by title: what TensorBoard tells of a run beside its flags. Nothing of the environment is in it."""
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "colossalai", "transformers")
+    )
+    device = get_accelerator().get_device_name()
+    return {
+        "model": f"```\n{json.dumps(config.to_diff_dict(), indent=2, default=str)}\n```",
+        "plan": f"{describe_layout(args.plugin, plan.layout)}; {plan.total_steps:,} steps of {plan.global_batch:,} "
+        f"sequences, {plan.tokens_per_step:,} tokens, {plan.total_steps * plan.tokens_per_step:,} in all",
+        "machine": f"{plan.layout.ranks} x {device}; {versions}",
+    }
 
 
 def _next_batch(batches: Iterator[dict]) -> dict[str, torch.Tensor]:

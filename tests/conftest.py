@@ -30,6 +30,7 @@ SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`
 SEED = 42  # the default
 NOBODY = 65534  # user id
+SECRET = "hf_never_to_be_written"
 
 
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
@@ -126,7 +127,8 @@ def pretrain(start) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def finished_run(pretrain, few_data) -> Run:
     """Three steps of zero2 in bf16, one epoch of `few_data`, with a checkpoint at the first and at the end."""
-    return pretrain("-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 8, "-s", 1, "-i", 2)
+    secrets = {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET}
+    return pretrain("-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 8, "-s", 1, "-i", 2, env=secrets)
 
 
 @pytest.fixture(scope="session")

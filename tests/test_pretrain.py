@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EPOCH, SEQUENCE_LENGTH, batch_at
+from conftest import EPOCH, SECRET, SEQUENCE_LENGTH, batch_at
 from launching import ROOT, Run, optimizer_states
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -104,7 +104,9 @@ def test_what_is_printed(finished_run):
         "global batch: 8 x 1 accumulated x 1 ranks = 8 sequences x 64 tokens = 512 tokens",
         "length: 3 optimizer steps, 1,536 tokens",
         f"checkpoint: {finished_run.save_dir / 'epoch0-step2'}",
+        "trained: 3 steps, 1,536 tokens, 0.0",
         f"model: {finished_run.save_dir / 'final'}, for AutoModelForCausalLM and AutoTokenizer",
+        f"try it: python scripts/generate.py --model {finished_run.save_dir / 'final'} --prompt",
     ):
         assert line in finished_run.stdout
     assert len(re.findall(r"^step [123]/3: loss ", finished_run.stdout, flags=re.MULTILINE)) == 2
@@ -129,6 +131,26 @@ def test_tensorboard_has_the_same_curves(finished_run):
         points = events.Scalars(f"train/{key}")
         assert [point.step for point in points] == [1, 2, 3]
         assert [point.value for point in points] == pytest.approx(finished_run.column(key), rel=1e-6)
+
+
+def test_tensorboard_tells_what_was_run(finished_run):
+    events = EventAccumulator(str(finished_run.folder / "tb_logs")).Reload()
+    texts = {
+        title: events.Tensors(f"{title}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for title in ("flags", "model", "plan", "machine")
+    }
+    assert "| batch_size | 8 |" in texts["flags"]
+    assert "_given" not in texts["flags"]
+    assert '"hidden_size": 64' in texts["model"]
+    assert "3 steps of 8 sequences, 512 tokens, 1,536 in all" in texts["plan"]
+    assert f"torch {torch.__version__}" in texts["machine"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_secrets_of_the_environment_are_written_nowhere(finished_run):
+    files = [path for path in finished_run.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_checkpoint_folders(finished_run):

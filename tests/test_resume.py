@@ -20,7 +20,7 @@ from train_utils import INTERRUPTED
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # an epoch is three steps; with -i 2, step 2 is inside one and step 6 ends one
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb")  # metrics that differ from run to run
+TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")  # metrics that differ from run to run
 
 # Number of processes and flags. Every layout makes the same global batch.
 LAYOUTS = {

@@ -1,8 +1,7 @@
-"""Flags, the plan of a run, the learning-rate schedule, batches by rank, metrics and signals."""
+"""Flags, the plan of a run, the learning-rate schedule, batches by rank, and signals."""
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,14 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import boosted, run_ranks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from arguments import validate_args
 from console import InputError
 from data_utils import GlobalOrder, PackedDataset
 from files import checksum
 from layout import Layout, resolve_layout
-from metrics import Metrics
 from model_utils import load_config
 from pretrain import parse_args
 from train_utils import (
@@ -454,103 +451,6 @@ def count_shares(flags):
     with pytest.raises(AssertionError) as caught:
         check_same_batch(loader, next(iter(loader)), data_parallel=2)
     return str(caught.value)
-
-
-def line(step):
-    return json.dumps({"step": step}) + "\n"
-
-
-class TestMetrics:
-    @pytest.mark.parametrize(
-        ("before", "kept"),
-        [
-            ([line(1), line(2), line(3)], [line(1), line(2)]),
-            ([line(1), line(2)], [line(1), line(2)]),
-            ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
-            ([line(1), '{"st'], [line(1)]),
-            ([line(1), "\x00" * 8], [line(1)]),
-            ([line(1), "{}\n", "\n", "[]\n", line(2)], [line(1), line(2)]),
-            ([], []),
-        ],
-    )
-    def test_a_resumed_file_ends_at_the_checkpoints_step(self, tmp_path, before, kept):
-        path = tmp_path / "metrics.jsonl"
-        path.write_text("".join(before))
-        with Metrics._open_after(path, step=2) as file:
-            file.write(b"new\n")
-        assert path.read_text() == "".join([*kept, "new\n"])
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_run_and_resumed_run_make_one_curve(self, tmp_path, capsys):
-        for first, last in ((0, 3), (2, 4)):
-            metrics = metrics_of(tmp_path / "logs", step=first)
-            for step in range(first + 1, last + 1):
-                metrics.log(values_of(step, loss=10 * first + step))
-            metrics.close()
-        lines = [json.loads(text) for text in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
-        assert [(values["step"], values["loss"]) for values in lines] == [(1, 1), (2, 2), (3, 23), (4, 24)]
-        assert lines[0] == values_of(1, loss=1)
-        events = EventAccumulator(str(tmp_path / "logs")).Reload()
-        assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
-            (1, 1.0),
-            (2, 2.0),
-            (3, 23.0),
-            (4, 24.0),
-        ]
-        assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
-        assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
-
-    def test_a_skipped_step_is_named(self, tmp_path, capsys):
-        metrics = metrics_of(tmp_path)
-        metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
-        metrics.close()
-        assert capsys.readouterr().out.endswith("overflow, step skipped, 1,000 tok/s, MFU 45.7%\n")
-
-    def test_a_full_disk_costs_rows_and_not_the_run(self, tmp_path, capsys):
-        metrics = metrics_of(tmp_path)
-        metrics.log(values_of(1, loss=5))
-        size = (tmp_path / "metrics.jsonl").stat().st_size
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, most))  # room for a part of the next row
-        try:
-            for step in (2, 3):
-                metrics.log(values_of(step, loss=5))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        metrics.log(values_of(4, loss=5))
-        metrics.close()
-        lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-        assert [values["step"] for values in lines] == [1, 4]
-        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-        assert events[-1].step == 4
-        assert capsys.readouterr().out.count("cannot be logged") == 1
-
-    def test_other_ranks_write_nothing(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setenv("RANK", "1")
-        metrics = metrics_of(tmp_path / "logs")
-        metrics.log(values_of(1, loss=5))
-        metrics.close()
-        assert not (tmp_path / "logs").exists()
-        assert capsys.readouterr() == ("", "")
-
-    def test_evaluations_have_curves_and_lines_of_their_own(self, tmp_path, capsys):
-        metrics = metrics_of(tmp_path)
-        metrics.log(values_of(1, loss=2.0) | {"eval_loss": 3.0, "eval_perplexity": 20.0855})
-        metrics.log(values_of(2, loss=1.0))
-        metrics.close()
-        events = EventAccumulator(str(tmp_path)).Reload()
-        assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(1, 3.0)]
-        assert [event.step for event in events.Scalars("eval/perplexity")] == [1]
-        assert "step 1: loss 3.0000, perplexity 20.09 on held-out documents" in capsys.readouterr().out.splitlines()
-
-
-def metrics_of(folder, step=0):
-    return Metrics(folder, step, total_steps=4, interval=2)
-
-
-def values_of(step, loss):
-    rates = {"lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 1000.0, "mfu": None}
-    return {"step": step, "epoch": 0, "loss": loss, **rates}
 
 
 class TestStopRequest:

@@ -1,0 +1,255 @@
+"""Draws what runs have logged: loss, learning rate, gradient norm, throughput and MFU, several runs over one another.
+
+    python scripts/plot_run.py tb_logs --output run.png
+    python scripts/plot_run.py first=runs/1/tb_logs second=runs/2/tb_logs --x tokens --smooth 50
+
+A run is the folder of its logs or its metrics.jsonl, with NAME= before it to name it in the legend. Of a folder
+without a metrics.jsonl the TensorBoard events are read. A run that is still going on can be drawn.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
+console.quiet_third_parties()
+
+import argparse
+import json
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from arguments import ArgumentParser
+from console import InputError
+
+LOG_FILE = "metrics.jsonl"
+MOST_POINTS = 2000  # that a curve is drawn with; more become means of neighbours
+X_LABELS = {"step": "optimizer step", "tokens": "tokens", "hours": "hours of training"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    key: str
+    title: str
+    scale: str = "linear"
+    unit: EngFormatter | None = None
+    noisy: bool = True
+
+
+PANELS = (
+    Panel("loss", "loss, nats a token"),
+    Panel("lr", "learning rate", noisy=False),
+    Panel("grad_norm", "gradient norm", scale="log"),
+    Panel("tokens_per_second", "throughput, tokens/s", unit=EngFormatter(sep="")),
+    Panel("mfu", "MFU, %"),
+)
+TFLOPS = Panel("tflops", "TFLOPS/GPU (the device's peak is unknown)")  # in the place of MFU
+
+
+@dataclass
+class LoggedRun:
+    """Columns of a run's rows by name, float64 [rows], NaN where a row has no value."""
+
+    name: str
+    columns: dict[str, np.ndarray]
+
+    def has(self, key: str) -> bool:
+        return key in self.columns and bool(np.isfinite(self.columns[key]).any())
+
+    def curve(self, x: str, key: str, smooth: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """x and mean values where both are there, over `smooth` rows and over as many as one point stands for."""
+        position, values = self.columns[x], self.columns[key]
+        there = np.isfinite(position) & np.isfinite(values)
+        position, values = position[there], values[there]
+        if smooth > 1:
+            totals = np.cumsum(np.insert(values, 0, 0.0))
+            last = np.arange(1, len(values) + 1)
+            first = np.maximum(last - smooth, 0)
+            values = (totals[last] - totals[first]) / (last - first)
+        starts = np.arange(0, len(values), -(-len(values) // MOST_POINTS) or 1)
+        if len(starts) < len(values):
+            counts = np.diff(np.append(starts, len(values)))
+            position, values = (np.add.reduceat(column, starts) / counts for column in (position, values))
+        return position, values
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def read_run(text: str) -> LoggedRun:
+    """A run as named on the command line.
+
+    Raises:
+        InputError: there is no log, it cannot be read, or it has no step yet.
+    """
+    name, separator, path = text.partition("=")
+    if not separator or Path(text).exists():
+        name, path = text, text
+    path = Path(path).expanduser()
+    if path.is_dir() and (path / LOG_FILE).is_file():
+        path = path / LOG_FILE
+    if path.is_file():
+        columns = read_rows(path)
+    elif path.is_dir() and any(path.glob("events.out.tfevents.*")):
+        columns = read_events(path)
+    elif path.exists():
+        raise InputError(f"{path} has neither {LOG_FILE} nor TensorBoard events; give a run's --tensorboard_dir")
+    else:
+        raise InputError(f"{path} does not exist; give a run's --tensorboard_dir, or the metrics.jsonl in it")
+    if not len(columns.get("step", ())):
+        raise InputError(f"{path} has no step yet; draw it after the first one")
+    return LoggedRun(name, columns)
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a metrics.jsonl; a last line that is being written is left out."""
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                rows.append({key: float(value) for key, value in row.items() if value is not None})
+                rows[-1]["step"]
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                if not line.endswith("\n"):
+                    break
+                raise InputError(
+                    f"{path}, line {number}: not a row of metrics; give a file that a run has made"
+                ) from error
+    return as_columns(rows)
+
+
+def as_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: np.array([row.get(key, np.nan) for row in rows]) for key in keys}
+
+
+def read_events(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of TensorBoard's events, less what a resumed run has repeated."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    rows: dict[int, dict[str, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        group, _, key = tag.partition("/")
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {"step": event.step})[f"eval_{key}" if group == "eval" else key] = event.value
+    return as_columns([rows[step] for step in sorted(rows)])
+
+
+# --------------------------------------------------------------------------------------------------------- the picture
+
+
+def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figure:
+    """One panel a curve, one colour a run, and a panel that says which is which."""
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    colors = pyplot.get_cmap("tab10").colors
+    for number, run in enumerate(runs):
+        run_color = colors[number % len(colors)]
+        for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
+            draw_curve(axis, run, panel, x, smooth, run_color)
+    for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
+        finish(axis, panel, x)
+    say_which(axes.flat[-1], runs, colors)
+    return figure
+
+
+def panels_of(runs: list[LoggedRun]) -> list[Panel]:
+    return [*PANELS[:-1], PANELS[-1] if any(run.has("mfu") for run in runs) else TFLOPS]
+
+
+def draw_curve(axis: Axes, run: LoggedRun, panel: Panel, x: str, smooth: int, color: tuple) -> None:
+    if not run.has(panel.key):
+        return
+    factor = 100 if panel.key == "mfu" else 1
+    position, values = run.curve(x, panel.key, smooth if panel.noisy else 1)
+    axis.plot(position, factor * values, color=color, linewidth=1.3)
+    if smooth > 1 and panel.noisy:
+        position, values = run.curve(x, panel.key)
+        axis.plot(position, factor * values, color=color, linewidth=0.5, alpha=0.3)
+    if panel.key == "loss" and run.has("eval_loss"):
+        axis.plot(*run.curve(x, "eval_loss"), "o--", color=color, markersize=4, linewidth=0.8)
+
+
+def finish(axis: Axes, panel: Panel, x: str) -> None:
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel(X_LABELS[x], fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    axis.set_yscale(panel.scale)
+    if x != "hours":
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.unit:
+        axis.yaxis.set_major_formatter(panel.unit)
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="gray")
+
+
+def say_which(axis: Axes, runs: list[LoggedRun], colors: tuple) -> None:
+    axis.axis("off")
+    for number, run in enumerate(runs):
+        axis.plot([], [], color=colors[number % len(colors)], linewidth=3, label=f"{run.name}\n{summary(run)}")
+    if any(run.has("eval_loss") for run in runs):
+        axis.plot([], [], "o--", color="gray", label="loss on held-out documents")
+    axis.legend(loc="center", fontsize=8, frameon=False, labelspacing=1)
+
+
+def summary(run: LoggedRun) -> str:
+    """A run in one line: how far it is and what it has reached."""
+    _, losses = run.curve("step", "loss", smooth=20) if run.has("loss") else (None, [])
+    parts = [f"step {int(run.columns['step'][-1]):,}"]
+    if run.has("tokens"):
+        parts.append(f"{EngFormatter(places=2, sep='')(run.columns['tokens'][-1])} tokens")
+    if len(losses):
+        parts.append(f"loss {losses[-1]:.3f}")
+    return ", ".join(parts)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="plot_run.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run's --tensorboard_dir or metrics.jsonl")
+    parser.add_argument("-o", "--output", type=Path, default=Path("run.png"), help="the PNG file (default: run.png)")
+    parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="what the curves go by (default: step)")
+    parser.add_argument(
+        "--smooth", type=int, default=1, help="rows of a moving average; the rows themselves stay, pale (default: 1)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse_args()
+    problems = []
+    if args.output.suffix.lower() != ".png":
+        problems.append(f"--output: {args.output} does not end in .png; give a name that does")
+    if not args.output.absolute().parent.is_dir():
+        problems.append(f"--output: there is no folder {args.output.absolute().parent}; make it first")
+    if args.smooth < 1:
+        problems.append(f"--smooth: {args.smooth} is below the least possible, 1")
+    if problems:
+        raise InputError(*problems)
+    runs = [read_run(text) for text in args.runs]
+    for run in runs:
+        if not run.has(args.x):
+            raise InputError(f"--x: {run.name} has no '{args.x}' in its logs; draw it by step")
+    try:
+        draw(runs, args.x, args.smooth).savefig(args.output, dpi=80)
+    except OSError as error:
+        raise InputError(f"--output: {args.output} cannot be written ({error.strerror}); give another") from error
+    for run in runs:
+        print(f"{run.name}: {summary(run)}")
+    print(f"picture: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main, "plot_run.py")

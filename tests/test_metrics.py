@@ -1,0 +1,178 @@
+"""TensorBoard, metrics.jsonl and the terminal."""
+
+import io
+import json
+import re
+import resource
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import metrics as module
+from metrics import Metrics
+
+
+def line(step):
+    return json.dumps({"step": step}) + "\n"
+
+
+def metrics_of(folder, step=0):
+    return Metrics(folder, step, total_steps=4, interval=2)
+
+
+def values_of(step, loss):
+    rates = {"lr": 3e-4, "grad_norm": 0.5, "tokens": 1000 * step, "tokens_per_second": 1000.0, "mfu": None}
+    return {"step": step, "epoch": 0, "loss": loss, **rates}
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        ("before", "kept"),
+        [
+            ([line(1), line(2), line(3)], [line(1), line(2)]),
+            ([line(1), line(2)], [line(1), line(2)]),
+            ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
+            ([line(1), '{"st'], [line(1)]),
+            ([line(1), "\x00" * 8], [line(1)]),
+            ([line(1), "{}\n", "\n", "[]\n", line(2)], [line(1), line(2)]),
+            ([], []),
+        ],
+    )
+    def test_a_resumed_file_ends_at_the_checkpoints_step(self, tmp_path, before, kept):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(before))
+        with Metrics._open_after(path, step=2) as file:
+            file.write(b"new\n")
+        assert path.read_text() == "".join([*kept, "new\n"])
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_run_and_resumed_run_make_one_curve(self, tmp_path, capsys):
+        for first, last in ((0, 3), (2, 4)):
+            metrics = metrics_of(tmp_path / "logs", step=first)
+            for step in range(first + 1, last + 1):
+                metrics.log(values_of(step, loss=10 * first + step))
+            metrics.close()
+        lines = [json.loads(text) for text in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+        assert [(values["step"], values["loss"]) for values in lines] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+        assert lines[0].items() >= values_of(1, loss=1).items()
+        events = EventAccumulator(str(tmp_path / "logs")).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+            (1, 1.0),
+            (2, 2.0),
+            (3, 23.0),
+            (4, 24.0),
+        ]
+        assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
+        assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
+
+    def test_a_skipped_step_is_named(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
+        metrics.close()
+        assert capsys.readouterr().out.endswith("overflow, step skipped, 1,000 tok/s, MFU 45.7%\n")
+
+    def test_a_full_disk_costs_rows_and_not_the_run(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log(values_of(1, loss=5))
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, most))  # room for a part of the next row
+        try:
+            for step in (2, 3):
+                metrics.log(values_of(step, loss=5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        metrics.log(values_of(4, loss=5))
+        metrics.close()
+        lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [values["step"] for values in lines] == [1, 4]
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+        assert events[-1].step == 4
+        assert capsys.readouterr().out.count("cannot be logged") == 1
+
+    def test_other_ranks_write_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("RANK", "1")
+        metrics = metrics_of(tmp_path / "logs")
+        metrics.log(values_of(1, loss=5))
+        metrics.close()
+        assert not (tmp_path / "logs").exists()
+        assert capsys.readouterr() == ("", "")
+
+    def test_evaluations_have_curves_and_lines_of_their_own(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.log(values_of(1, loss=2.0) | {"eval_loss": 3.0, "eval_perplexity": 20.0855})
+        metrics.log(values_of(2, loss=1.0))
+        metrics.close()
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("eval/loss")] == [(1, 3.0)]
+        assert [event.step for event in events.Scalars("eval/perplexity")] == [1]
+        assert "step 1: loss 3.0000, perplexity 20.09 on held-out documents" in capsys.readouterr().out.splitlines()
+
+    def test_flags_and_configuration_are_in_tensorboard(self, tmp_path):
+        metrics = metrics_of(tmp_path, step=2)
+        metrics.describe(2, {"lr": 3e-4, "load": None, "seed": 42}, {"model": "LLaMA"})
+        metrics.close()
+        events = EventAccumulator(str(tmp_path)).Reload()
+        (flags,), (model,) = (events.Tensors(f"{title}/text_summary") for title in ("flags", "model"))
+        assert (flags.step, model.step) == (2, 2)
+        assert flags.tensor_proto.string_val[0].decode().splitlines()[2:] == [
+            "| lr | 0.0003 |",
+            "| load | None |",
+            "| seed | 42 |",
+        ]
+        assert model.tensor_proto.string_val == [b"LLaMA"]
+        start = HParamsPluginData.FromString(
+            events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        )
+        assert start.session_start_info.hparams["lr"].number_value == 3e-4
+
+
+class TestTime:
+    """With a clock that the test moves."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch) -> list[float]:
+        now = [1000.0]
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        return now
+
+    def log(self, clock, metrics, steps, seconds=3600) -> None:
+        for step in steps:
+            clock[0] += seconds
+            metrics.log(values_of(step, loss=step))
+        metrics.close()
+
+    def test_hours_go_on_where_a_resumed_run_does(self, tmp_path, clock):
+        self.log(clock, metrics_of(tmp_path), (1, 2, 3))
+        clock[0] += 1e6
+        metrics = metrics_of(tmp_path, step=2)
+        self.log(clock, metrics, (3, 4), seconds=1800)
+        rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["hours"] for row in rows] == [1, 2, 2.5, 3]
+        assert metrics.summary() == ["trained: 4 steps, 4,000 tokens, 3.000 hours in all; loss 4.0000"]
+
+    def test_time_left_leaves_the_first_step_out(self, tmp_path, clock, capsys):
+        metrics = Metrics(tmp_path, 0, total_steps=100, interval=10)
+        clock[0] += 500
+        self.log(clock, metrics, range(1, 31), seconds=60)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.rpartition(", ")[2] for line in lines] == [
+            "1,000 tok/s",
+            "1:30:00 left",
+            "1:20:00 left",
+            "1:10:00 left",
+        ]
+
+    def test_progress_bar_in_a_terminal(self, tmp_path, monkeypatch):
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stderr", terminal)
+        metrics = metrics_of(tmp_path)
+        metrics.log({**values_of(1, loss=5), "mfu": 0.4567})
+        metrics.bar.refresh()
+        metrics.close()
+        shown = re.search(r"training: +25%.* 1/4 \[\d\d:\d\d<[\d:?]+, (.*)\]", terminal.getvalue())
+        assert shown, terminal.getvalue()
+        assert "loss 5.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s, MFU 45.7%" in shown[1]
