@@ -59,13 +59,17 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
     )
     output.add_argument("-o", "--save_dir", type=Path, default="checkpoint", help="folder (default: checkpoint)")
-    output.add_argument("-f", "--load", metavar="PATH|latest", help="checkpoint to resume from")
+    output.add_argument(
+        "-f", "--load", metavar="PATH|latest", help="checkpoint to resume from; latest: the newest, if any"
+    )
     output.add_argument(
         "--allow_changes",
         action="store_true",
         help="resume with other data, seed, recipe or length than the checkpoint's, and say what is other",
     )
-    output.add_argument("--keep_checkpoints", type=int, help="newest checkpoints to keep (default: all)")
+    output.add_argument(
+        "--keep_checkpoints", type=int, help="newest checkpoints to keep, with room for one more (default: all)"
+    )
     output.add_argument("--keep_every", type=int, help="keep also those at multiples of this step (default: none)")
     output.add_argument(
         "-t",

@@ -75,10 +75,9 @@ def start(args: argparse.Namespace, folder: Path, cache: Path, **environment: st
     if args.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
     saved = folder / "checkpoint"
-    resume = ["-f", "latest"] if any(saved.glob("epoch*-step*/manifest.json")) else []
     command = [*launcher, __file__, "-c", "tiny", "-p", "zero2", "-x", "bf16", "-l", "32", "-b", "2", "-s", "2"]
     command += ["--max_steps", str(STEPS), "-i", str(SAVE_INTERVAL), "-d", args.data, "--tokenizer", args.tokenizer]
-    command += ["--cache_dir", str(cache), "-o", str(saved), "-t", str(folder / "logs"), *resume]
+    command += ["--cache_dir", str(cache), "-o", str(saved), "-t", str(folder / "logs"), "-f", "latest"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORTURE_CHILD": "1", **environment}
     output = open(folder / "output.txt", "a")  # noqa: SIM115
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
