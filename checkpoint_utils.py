@@ -12,10 +12,12 @@ One file holds one decoder layer. checkpoint_writer.py writes what this module n
 import contextlib
 import copy
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,12 +26,12 @@ from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig
 
 from booster_utils import loss_scaler
-from console import InputError, RunError, rank, say, world_size
-from files import checksum, exclusive_lock, replace_folder, sync, write_json
-from model_utils import count_parameters, load_config, trained_specs
+from console import InputError, RunError, rank, say, size_text, world_size
+from files import checksum, exclusive_lock, sync, write_json
+from model_utils import load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
 
 CHECKPOINT = "epoch{epoch}-step{step}"
@@ -37,6 +39,9 @@ MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
+LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
+NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
+SHARED_SECONDS = 20  # for other machines to see a new file
 _CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 MODEL_KEYS = (
     "num_hidden_layers",
@@ -52,6 +57,8 @@ MODEL_KEYS = (
     "attention_bias",
     "mlp_bias",
     "hidden_act",
+    "head_dim",
+    "attention_dropout",
 )
 
 
@@ -70,9 +77,32 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
         _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", waiting="", refusal=refusal))
     except OSError as error:
         raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
-    for remains in save_dir.glob(".epoch*-step*.incomplete"):
-        shutil.rmtree(remains, ignore_errors=True)
+    for pattern in LEFTOVERS:
+        for remains in save_dir.glob(pattern):
+            shutil.rmtree(remains, ignore_errors=True)
     check_room(save_dir, config)
+
+
+def check_shared(save_dir: Path) -> None:
+    """Refuses a folder that is not one and the same for all ranks. Collective.
+
+    Raises:
+        InputError: on every rank, with a line that names the first machine that does not see what rank 0 writes.
+    """
+    seen = save_dir / f".seen-{gather(uuid.uuid4().hex)[0]}"
+    on_rank_zero(seen.mkdir, f"--save_dir: {save_dir} could not be written to")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not seen.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    views = gather((seen.exists(), socket.gethostname()))
+    if rank() == 0:
+        seen.rmdir()
+    for number, (shared, host) in enumerate(views):
+        if not shared:
+            raise InputError(
+                f"--save_dir: rank {number} on {host} does not see what rank 0 on {views[0][1]} writes in {save_dir}; "
+                "give a folder on a file system that all share"
+            )
 
 
 def check_room(save_dir: Path, config: LlamaConfig) -> None:
@@ -80,7 +110,7 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
     needed, free = checkpoint_bytes(config), shutil.disk_usage(save_dir).free
     if free < needed:
         raise InputError(
-            f"--save_dir: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {save_dir}"
+            f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}"
         )
 
 
@@ -91,14 +121,14 @@ def gather(value: object) -> list:
     return values
 
 
-def raise_together(error: str | None) -> None:
+def raise_together(error: str | None, failure: str = NOT_WRITTEN) -> None:
     """Raises RunError on every rank when any has an error, so that none waits for one that is gone."""
     first = next((f"rank {number}: {text}" for number, text in enumerate(gather(error)) if text), None)
     if first:
-        raise RunError(f"the checkpoint could not be written, and nothing incomplete stands under its name: {first}")
+        raise RunError(f"{failure}: {first}")
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], None], failure: str = NOT_WRITTEN) -> None:
     """Runs `action` on rank 0, with all ranks waiting for it and sharing its failure."""
     error = None
     if rank() == 0:
@@ -108,7 +138,7 @@ def on_rank_zero(action: Callable[[], None]) -> None:
             error = str(caught)
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-    raise_together(error)
+    raise_together(error, failure)
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
@@ -176,51 +206,6 @@ def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
     }
 
 
-def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase, model: Path | None = None) -> None:
-    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
-
-    The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
-
-    Args:
-        model: the model's folder, where it is not the checkpoint's own.
-    """
-    model = model or checkpoint / "model"
-    temporary = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(model, temporary, copy_function=_link_weights)
-    except (OSError, shutil.Error):
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(model, temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
-    replace_folder(temporary, target)
-
-
-def _link_weights(source: str, target: str) -> None:
-    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
-
-
-def _model_card(checkpoint: Path) -> str:
-    """The facts of the run that made a checkpoint, as the hub shows them."""
-    states, config = read_running_states(checkpoint), load_config(str(checkpoint / "model"))
-    facts = {
-        "parameters": f"{count_parameters(config):,}",
-        "layers, hidden size, heads, key-value heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
-        f"{config.num_attention_heads}, {config.num_key_value_heads}",
-        "weights": str(config.torch_dtype).removeprefix("torch."),
-        "optimizer steps": f"{states['step']:,} of {states['settings']['schedule_steps']:,}",
-        "tokens": f"{states['tokens']:,}",
-    }
-    facts |= {name.replace("_", " "): value for name, value in states["settings"].items() if name != "schedule_steps"}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n---\n\n"
-        f"# LLaMA, {checkpoint.name}\n\nA causal language model in Hugging Face's layout.\n\n"
-        f"| of the run | |\n|---|---|\n{rows}\n"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
@@ -245,38 +230,44 @@ def is_complete(folder: Path) -> bool:
 
 
 def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
-    """Step and folder of everything that is or was to be a checkpoint, by step."""
+    """Step and folder of everything that is or was to be a checkpoint, the newest first."""
     found = []
     for folder in save_dir.glob("*epoch*-step*"):
         match = re.fullmatch(r"\.?epoch(\d+)-step(\d+)(\.incomplete|\.old)?", folder.name)
         if match and folder.is_dir():
             found.append((int(match[2]), folder))
-    return sorted(found)
+    return sorted(found, reverse=True)
 
 
-def complete_checkpoints(save_dir: Path, after: int = -1) -> list[tuple[int, Path]]:
-    """Step and folder of the complete checkpoints in a folder, by step, of those beyond the step `after`."""
-    return [
-        (step, folder)
-        for step, folder in _checkpoints(save_dir)
-        if step > after and folder.name[0] != "." and is_complete(folder)
-    ]
+def complete_checkpoints(save_dir: Path) -> Iterator[tuple[int, Path]]:
+    """Step and folder of the complete checkpoints in a folder, the newest first."""
+    for step, folder in _checkpoints(save_dir):
+        if folder.name[0] != "." and is_complete(folder):
+            yield step, folder
 
 
-def find_checkpoint(load: str, save_dir: Path) -> Path:
+def find_checkpoint(load: str, save_dir: Path) -> Path | None:
     """The folder that `--load` names; `latest` is the newest complete one in `save_dir`, and says what it passed over.
 
+    Returns:
+        None where `latest` finds a folder without any checkpoint: the run has not come to its first.
+
     Raises:
-        InputError: there is none, or it is something else than a complete checkpoint.
+        InputError: there is something else than a complete checkpoint.
     """
     if load == "latest":
-        complete = complete_checkpoints(save_dir)
-        step, newest = complete[-1] if complete else (-1, None)
-        for other_step, folder in _checkpoints(save_dir):
-            if other_step >= step and folder != newest:
-                say(f"--load latest: passing over {folder}, which is incomplete")
+        newest = next((folder for _, folder in complete_checkpoints(save_dir)), None)
+        incomplete = [folder for _, folder in _checkpoints(save_dir)]
+        incomplete = incomplete[: incomplete.index(newest)] if newest else incomplete
+        for folder in incomplete:
+            say(f"--load latest: passing over {folder}, which is incomplete")
+        if newest is None and any(folder.name[0] != "." for folder in incomplete):
+            raise InputError(
+                f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "
+                "begin anew"
+            )
         if newest is None:
-            raise InputError(f"--load latest: no complete checkpoint in --save_dir {save_dir}")
+            say(f"--load latest: no checkpoint in --save_dir {save_dir} yet; a new run begins")
         return newest
     folder = Path(load)
     if not folder.exists():
@@ -359,16 +350,25 @@ def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Compares every file with its checksum, each rank its share. Collective.
+
+    Raises:
+        InputError: on every rank, with the names of the damaged files.
+    """
+    damaged = gather(damaged_files(folder, rank(), world_size()))
+    problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
+    if problems:
+        raise InputError(*problems)
+
+
 def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig) -> None:
     """Restores weights, Adam moments and loss scale. Collective.
 
     Raises:
         InputError: on every rank, when a file is damaged.
     """
-    damaged = gather(damaged_files(folder, rank(), world_size()))
-    problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
-    if problems:
-        raise InputError(*problems)
+    refuse_damaged(folder)
     files = file_names(config, "optimizer")
     tensors = LazyTensors(
         {

@@ -5,6 +5,7 @@ Rank 0 waits for all parts, makes the manifest of them, and renames the folder i
 complete or does not exist. The threads run no collective operation; the training thread hears of their errors.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,11 +35,12 @@ from checkpoint_utils import (
     write_adapter,
     write_model_index,
 )
-from console import rank, say, world_size
+from console import rank, say, size_text, world_size
 from files import checksum, replace_folder, sync, write_json
 from sharded_state import MASTER, MOMENTS, local_shards
 
 POLL_SECONDS = 0.05
+STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
 SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
 
 Group = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
@@ -133,6 +135,20 @@ class CheckpointWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error)
 
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        """Where training has failed, lets what is in flight be completed, as long as it grows. Not collective."""
+        written, since = -1, time.monotonic()
+        while kind and self._thread and self._thread.is_alive() and time.monotonic() - since < STALLED_SECONDS:
+            with contextlib.suppress(OSError):  # files come and go
+                size = sum(path.stat().st_size for path in self._temporary.rglob("*"))
+                written, since = size, since if size == written else time.monotonic()
+            time.sleep(POLL_SECONDS)
+        for report in self.take_reports():
+            say(report)
+
     @property
     def writing(self) -> bool:
         """Whether a checkpoint is in flight on any rank. Collective."""
@@ -181,9 +197,8 @@ class CheckpointWriter:
             for shard in local_shards(plugin, model, optimizer)
             if shard.is_writer(positions[shard.spec.group])
         )
-        memory = psutil.virtual_memory()
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        fits = needed * ranks < memory.available - SPARE_HOST_MEMORY * memory.total
+        total, available = host_memory()
+        fits = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
         if not fits:
             say("checkpoints: too little host memory to write them behind the training; training waits for each")
         return fits
@@ -234,9 +249,9 @@ class CheckpointWriter:
             sync(folder)
         replace_folder(temporary, target)
         self.latest = target
-        size, seconds = sum(file["bytes"] for file in all_files.values()) / 1e9, time.perf_counter() - started
+        size, seconds = sum(file["bytes"] for file in all_files.values()), time.perf_counter() - started
         self._reports.append(
-            f"checkpoint: {target}, {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s; "
+            f"checkpoint: {target}, {size_text(size)} in {seconds:.1f} s, {size_text(size / seconds)}/s; "
             f"training waited {stall * 1000:.0f} ms"
         )
         try:
@@ -265,7 +280,34 @@ def remove_old_checkpoints(save_dir: Path, keep: int | None, keep_every: int | N
     """Removes complete checkpoints older than the newest `keep`, manifest first, so that none is ever half there."""
     if keep is None:
         return
-    for step, folder in complete_checkpoints(save_dir)[:-keep]:
+    for step, folder in list(complete_checkpoints(save_dir))[keep:]:
         if not keep_every or step % keep_every:
             (folder / MANIFEST).unlink()
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
+
+
+def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Bytes of host memory, in all and available: the machine's, or less where a control group limits this process.
+
+    Of what a group uses, cached files do not count. See the kernel's admin-guide/cgroup-v2.rst and
+    cgroup-v1/memory.rst.
+    """
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = mount / "memory" if controllers else mount
+            names = ("limit_in_bytes", "usage_in_bytes", "total_") if controllers else ("max", "current", "")
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):  # a container may see the last of them alone
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
+                    figures = dict(figure.split() for figure in (folder / "memory.stat").read_text().splitlines())
+                    cached = sum(int(figures[f"{names[2]}{kind}_file"]) for kind in ("active", "inactive"))
+                    total, available = min(total, limit), min(available, limit - used + cached)
+                if folder == root:
+                    break
+    return total, available

@@ -59,6 +59,11 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def size_text(size: float) -> str:
+    """A number of bytes for people, in units of 10^6 or 10^9."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
 def quiet_third_parties() -> None:
     """Silences messages of libraries that the user of these programs cannot act on. Call before importing them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import Dataset, default_collate
 
 from console import InputError
@@ -255,4 +256,10 @@ class StreamedDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        return f"{self.source.fingerprint} {self.encoder.fingerprint}"
+        """Of the names of the files, their content, and the tokenizer."""
+        names = json.dumps([(file.path, file.slice) for file in self.source.files])
+        return f"{xxhash.xxh3_64(names.encode()).hexdigest()} {self.source.fingerprint} {self.encoder.fingerprint}"
+
+    def continues(self, fingerprint: str) -> bool:
+        """Whether a position in the stream of that fingerprint is one in this, whose files may have been corrected."""
+        return fingerprint.split()[::2] == self.fingerprint.split()[::2]

@@ -19,6 +19,8 @@ from pathlib import Path
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 import checkpoint_utils
+import model_export
+import run_plan
 import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_evaluation_args, add_training_args, validate_args
@@ -29,12 +31,13 @@ from console import InputError, say
 from data_utils import check_vocabulary, load_tokenizer
 from dataset_sources import Source, resolve_source
 from evaluation import evaluation_loader
+from files import once_per_node
 from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
 from layout import Layout, add_plugin_args, resolve_layout
-from lora import add_lora_args, lora_config, lora_problems, merge
+from lora import add_lora_args, fill_lora_args, lora_config, lora_problems, merge
 from memory_estimate import say_plan
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, load_pretrained
+from pretrained import check_pretrained, find_model, load_pretrained, weights_fingerprint
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -121,11 +124,11 @@ def export_final(
     """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
     target = args.save_dir / "final"
     if not args.lora_rank:
-        checkpoint_utils.export(checkpoint, target, tokenizer)
+        model_export.export(checkpoint, target, tokenizer)
         return
     with tempfile.TemporaryDirectory(dir=args.save_dir, prefix=".merged-") as folder:
         merge(checkpoint / "model", weights, config, Path(folder, "model"))
-        checkpoint_utils.export(checkpoint, target, tokenizer, Path(folder, "model"))
+        model_export.export(checkpoint, target, tokenizer, Path(folder, "model"))
 
 
 def main() -> int:
@@ -136,8 +139,8 @@ def main() -> int:
     config = load_config(str(folder), "--model_path")
     if args.max_length is None:
         args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
-    if args.lora_rank and args.plugin == "hybrid_parallel":  # which divides no model with adapters
-        args.tp, args.pp = args.tp or 1, args.pp or 1
+    if args.lora_rank:
+        fill_lora_args(args)
     validate_args(args, config)
     layout = resolve_layout(args, config)
     if problems := lora_problems(args, layout):
@@ -145,17 +148,19 @@ def main() -> int:
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
     weights = check_pretrained(folder, config, "--model_path")
+    if args.lora_rank:
+        args.base_weights = once_per_node(lambda: weights_fingerprint(weights))
     dataset, held_out = open_data(args, tokenizer, layout)
-    state, checkpoint = train_utils.resume_state(args, dataset)
+    state, checkpoint = run_plan.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
-    plan = train_utils.make_plan(args, layout, dataset, state)
+    plan = run_plan.make_plan(args, layout, dataset, state)
     if args.lora_rank:
         config.lora = lora_config(args)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
-    train_utils.announce(args, config, dataset, plan, attention)
+    run_plan.announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
@@ -165,9 +170,10 @@ def main() -> int:
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
     export = partial(export_final, args, config, weights, tokenizer)
-    if train_utils.nothing_left(state, plan, checkpoint, export):
-        return 0
     launch(args.seed)
+    run_plan.check_agreement(args, state, checkpoint)
+    if train_utils.nothing_left(args, state, plan, checkpoint, export):
+        return 0
     plugin = build_plugin(args, layout, config, length_varies=True)
     booster, model, optimizer = boost(args, config, plugin)
     lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)

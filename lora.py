@@ -32,6 +32,15 @@ def add_lora_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def fill_lora_args(args: argparse.Namespace) -> None:
+    """Writes out what was left to defaults, so that a resume which says the same in other words is the same run."""
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    args.lora_modules = ",".join(sorted(args.lora_modules.split(",")))
+    if args.plugin == "hybrid_parallel":  # which divides no model with adapters
+        args.tp, args.pp = args.tp or 1, args.pp or 1
+
+
 def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
     """What keeps the flags from working together: one line each."""
     if args.lora_rank is None:
@@ -57,8 +66,8 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(args.model_path),
         r=args.lora_rank,
-        lora_alpha=args.lora_alpha or 2 * args.lora_rank,
-        target_modules=sorted(args.lora_modules.split(",")),
+        lora_alpha=args.lora_alpha,
+        target_modules=args.lora_modules.split(","),
     )
 
 

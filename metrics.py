@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from console import rank, say
 
 LONGEST_ROW = 4096  # bytes of metrics.jsonl, with room to spare
+_NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
 
 
 class Metrics:
@@ -30,33 +32,45 @@ class Metrics:
         self.main = rank() == 0
         if not self.main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.interval, self.total_steps = folder, interval, total_steps
-        self.failing = False
-        self.file = self._open_after(folder / "metrics.jsonl", step)
-        self.last = self._last_row(folder / "metrics.jsonl")
-        self.start = time.monotonic() - 3600 * self.last.get("hours", 0)
+        self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
         self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
-        self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        self.last, self.start = {}, time.monotonic()
         self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
+        self.failing, self.file, self.board = False, None, None
+        try:
+            self._open()
+        except OSError as error:
+            self._complain(step + 1, error)
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.file is None:
+            self.file = self._open_after(self.folder / "metrics.jsonl", self.step)
+            self.last = self._last_row(self.folder / "metrics.jsonl")
+            self.start -= 3600 * self.last.get("hours", 0)
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
 
     @staticmethod
     def _open_after(path: Path, step: int):
-        """Opens the file for appending, less the lines of steps that a resumed run is going to repeat."""
-        if step == 0 and path.exists() and path.stat().st_size > 0:
-            path.replace(path.with_name("metrics.previous.jsonl"))  # another run's
-        if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    keep = line.endswith("\n") and json.loads(line)["step"] <= step
-                except (ValueError, KeyError, TypeError):
-                    keep = False
-                if keep:
-                    kept.append(line)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+        """Opens the file for appending, less the rows of later steps, which stay in a numbered file beside it.
+
+        They are those that a resumed run repeats, or another run's.
+        """
+        kept, later = [], []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+            try:
+                rows = kept if json.loads(line)["step"] <= step else later
+            except (ValueError, KeyError, TypeError):
+                continue
+            if line.endswith("\n"):
+                rows.append(line)
+        temporary = path.with_suffix(".tmp")
+        if later:
+            taken = [int(number[1]) for file in path.parent.iterdir() if (number := _NUMBERED.fullmatch(file.name))]
+            temporary.write_text("".join(later), encoding="utf-8")
+            temporary.replace(path.with_name(f"metrics.{max(taken, default=0) + 1}.jsonl"))
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
         return open(path, "ab", buffering=0)
 
     @staticmethod
@@ -73,7 +87,7 @@ class Metrics:
             step: as in `__init__`; a run that resumes is described anew beside the first description.
             texts: Markdown by title.
         """
-        if not self.main:
+        if not self.main or self.board is None:
             return
         plain = {
             name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
@@ -96,9 +110,7 @@ class Metrics:
         try:
             self._write(step, values)
         except OSError as error:
-            if not self.failing:
-                self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
-            self.failing = True
+            self._complain(step, error)
         else:
             self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
@@ -131,12 +143,19 @@ class Metrics:
         tokens, hours = self.last["tokens"], self.last["hours"]
         return [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
 
+    def _complain(self, step: int, error: OSError) -> None:
+        if not self.failing:
+            self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
+        self.failing = True
+
     def _write(self, step: int, values: dict) -> None:
+        if self.file is None:
+            self._open()
         row, end = f"{json.dumps(values)}\n".encode(), os.fstat(self.file.fileno()).st_size
         if self.file.write(row) != len(row):
             self.file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.failing:  # TensorBoard's own thread ends at its first error
+        if self.failing or self.board is None:  # TensorBoard's own thread ends at its first error
             self.board = SummaryWriter(str(self.folder), purge_step=step)
         for key, value in values.items():
             if key not in ("step", "epoch") and value is not None:
@@ -152,6 +171,6 @@ class Metrics:
     def close(self) -> None:
         if self.main:
             self.bar.close()
-            for sink in (self.board, self.file):
+            for sink in filter(None, (self.board, self.file)):
                 with contextlib.suppress(OSError):
                     sink.close()

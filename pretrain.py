@@ -19,6 +19,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint_utils
+import model_export
+import run_plan
 import sharded_state
 import train_utils
 from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, validate_args
@@ -119,19 +121,19 @@ def main() -> int:
     layout = resolve_layout(args, config)
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
-    if args.init_from and args.load:
+    if args.init_from and args.load not in (None, "latest"):
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
         initial_weights = check_pretrained(args.init_from, config)
     dataset, held_out = open_data(args, tokenizer)
-    state, checkpoint = train_utils.resume_state(args, dataset)
+    state, checkpoint = run_plan.resume_state(args, dataset)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
-    plan = train_utils.make_plan(args, layout, dataset, state)
+    plan = run_plan.make_plan(args, layout, dataset, state)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
-    train_utils.announce(args, config, dataset, plan, attention)
+    run_plan.announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"held out: {held_out.description}")
     if args.dry_run:
@@ -140,10 +142,11 @@ def main() -> int:
 
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
-    export = partial(checkpoint_utils.export, target=args.save_dir / "final", tokenizer=tokenizer)
-    if train_utils.nothing_left(state, plan, checkpoint, export):
-        return 0
+    export = partial(model_export.export, target=args.save_dir / "final", tokenizer=tokenizer)
     launch(args.seed)
+    run_plan.check_agreement(args, state, checkpoint)
+    if train_utils.nothing_left(args, state, plan, checkpoint, export):
+        return 0
     plugin = build_plugin(args, layout, config)
     booster, model, optimizer = boost(args, config, plugin)
     lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)

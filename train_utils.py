@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share beyond their flags: the run's state and plan, and the training loop."""
+"""What pretraining and fine-tuning share beyond flags and plan: schedule, batches, and the one training loop."""
 
 import argparse
 import hashlib
@@ -7,10 +7,9 @@ import json
 import math
 import re
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,149 +27,18 @@ import checkpoint_utils
 from booster_utils import forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, rank, say
-from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler
+from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler, splitmix64
 from evaluation import evaluate
 from layout import Layout, describe_layout
 from metrics import Metrics
-from model_utils import count_parameters
 from performance_evaluator import PerformanceEvaluator
+from run_plan import Plan, TrainState
+from signals import INTERRUPTED, StopRequest, ignore_stop_signals
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
-WARMUP_RATIO = 0.03  # of the steps of fine-tuning
 MAX_SKIPPED_IN_A_ROW = 50
 PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GENERATE = Path("scripts", "generate.py")
-INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
-
-
-# ------------------------------------------------------------------------------------------------------- state and plan
-
-
-@dataclass
-class TrainState:
-    """Everything that a run carries from one step to the next beside weights and optimizer, saved as one."""
-
-    epoch: int = 0
-    step: int = 0  # optimizer steps since the start of training
-    sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
-    tokens: int = 0
-    skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
-    settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
-    stream: dict | None = None  # where a data set that is read as a stream goes on
-
-    @property
-    def adam_steps(self) -> int:
-        return self.step - self.skipped_steps
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The arithmetic of a run: sequences x tokens a step, and where it ends."""
-
-    layout: Layout
-    global_batch: int  # sequences in an optimizer step
-    mean_length: float  # tokens in a sequence; packed ones are all of max_length
-    total_steps: int
-    total_sequences: int  # in all epochs
-
-    @property
-    def tokens_per_step(self) -> int:
-        return round(self.global_batch * self.mean_length)
-
-
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_modules")  # of fine-tuning
-SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
-
-
-def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[TrainState, Path | None]:
-    """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
-
-    Raises:
-        InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
-    """
-    if args.load is None:
-        if checkpoint_utils.complete_checkpoints(args.save_dir):
-            raise InputError(
-                f"--save_dir: {args.save_dir} holds the checkpoints of a run; resume it with -f latest, or give another"
-            )
-        return TrainState(), None
-    folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir)
-    saved = checkpoint_utils.read_running_states(folder)
-    state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
-    if later := checkpoint_utils.complete_checkpoints(args.save_dir, after=state.step):
-        raise InputError(
-            f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
-            f"{later[-1][1].name}, which would be taken for this run's; move them away, or give another --save_dir"
-        )
-    order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
-    order["slice_weights"] = getattr(args, "slice_weights", None)
-    if args.allow_changes and any(state.settings.get(name) != value for name, value in order.items()):
-        state.sequences, state.stream = 0, None  # the position was one in another order
-    return state, folder
-
-
-def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, state: TrainState) -> Plan:
-    """Works out the run's length, and takes this run's settings into the state.
-
-    Raises:
-        InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
-            asked for, or settings that differ from the checkpoint's.
-    """
-    global_batch = args.batch_size * args.accumulation_steps * layout.dp
-    total_sequences = args.num_epochs * len(dataset)
-    total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch
-    if total_steps == 0:
-        raise InputError(
-            f"--dataset: {len(dataset)} sequences x --num_epochs {args.num_epochs} do not fill one global batch of "
-            f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
-        )
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
-    if total_steps < state.step:
-        raise InputError(
-            f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
-            "raise --max_steps or --num_epochs"
-        )
-    if args.warmup_steps is not None and args.warmup_steps > total_steps and not args.warmup_steps_given:
-        raise InputError(
-            f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
-            f"give a shorter one, such as -s {max(1, total_steps // 20)}"
-        )
-    if args.warmup_steps is None:
-        args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
-    settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
-    settings |= dataset.fix_order(state.settings, global_batch)
-    changes = [
-        f"--load: {_setting(name)} was {state.settings.get(name)} in the checkpoint and is {value} now"
-        for name, value in settings.items()
-        if state.settings and state.settings.get(name) != value
-    ]
-    if changes and not args.allow_changes:
-        raise InputError(*changes[:-1], f"{changes[-1]}; --allow_changes resumes all the same")
-    for change in changes:
-        say(f"{change}, as --allow_changes allows")
-    state.settings = settings
-    return Plan(layout, global_batch, dataset.mean_length, total_steps, total_sequences)
-
-
-def _setting(name: str) -> str:
-    names = {"schedule_steps": "the length of the run, with it of the learning-rate schedule,", "data": "the data"}
-    return names.get(name, f"--{name}")
-
-
-def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
-    """Prints what is about to run, in a few lines on rank 0."""
-    name = getattr(args, "model_path", None) or args.config
-    say(f"model: {name}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
-    say(f"data: {dataset.description}")
-    say(describe_layout(args.plugin, plan.layout))
-    say(
-        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} ranks = "
-        f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
-    )
-    say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_steps * plan.tokens_per_step:,} tokens")
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -208,33 +76,8 @@ def build_dataloader(
         distributed_sampler_cls=sampler,
         collate_fn=dataset.collate,
     )
-    loader.worker_init_fn = _ignore_stop_signals
+    loader.worker_init_fn = ignore_stop_signals
     return loader
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Launchers signal a rank's loader processes with it; they are to last until the rank has saved and ended."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------------------------------------------- loop
-
-
-class StopRequest:
-    """Set by any of STOP_SIGNALS on any rank; the ranks agree on it at the next step. A second SIGINT kills."""
-
-    def __init__(self):
-        self.received = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
-
-    def __call__(self) -> bool:
-        return self.received
-
-    def _receive(self, number, frame) -> None:
-        self.received = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_parallel: int) -> None:
@@ -250,17 +93,38 @@ def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_pa
         raise AssertionError(f"{len(by_share)} shares of the data are read by {data_parallel} data-parallel ranks")
 
 
-def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -> tuple[int, int, int]:
-    """Labels that count, tokens, and positions with padding, in one optimizer step over all ranks. Collective."""
-    counts = torch.zeros(3, dtype=torch.int64)
+def step_seed(seed: int, step: int) -> int:
+    """Of this rank's random numbers in a step, dropout's: nothing has to be saved for a resume to draw the same.
+
+    All ranks differ, model-parallel ones too, whose attention heads are other ones. A layer whose activations are
+    recomputed draws its numbers again by itself.
+    """
+    return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank())
+
+
+def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict[str, torch.Tensor]], str | None]:
+    """The micro-batches of a step, or none and the reason."""
+    try:
+        return [next(batches) for _ in range(number)], None
+    except (InputError, RunError) as error:  # a loader process puts its traceback before it
+        return [], re.sub(r"^console\.\w+: ", "", str(error).strip().splitlines()[-1])
+
+
+def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -> tuple[int, int, int, int]:
+    """In one optimizer step, over all ranks: labels that count, tokens, positions with padding; ranks without a batch.
+
+    Collective.
+    """
+    counts = torch.zeros(4, dtype=torch.int64)
+    counts[3] = not micro_batches
     for batch in micro_batches:
         positions = batch["input_ids"].numel()
         labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        counts += torch.tensor([labels, int(batch.get("token_count", positions)), positions])
+        counts[:3] += torch.tensor([labels, int(batch.get("token_count", positions)), positions])
     counts = counts.to(get_accelerator().get_current_device())
     dist.all_reduce(counts)
-    label_tokens, tokens, positions = (counts // (layout.tp * layout.pp * layout.sp)).tolist()
-    return label_tokens, tokens, positions
+    failed = int(counts[3])
+    return *(counts[:3] // (layout.tp * layout.pp * layout.sp)).tolist(), failed
 
 
 def train(
@@ -290,99 +154,123 @@ def train(
     evaluator = PerformanceEvaluator(
         config, round(plan.mean_length), dist.get_world_size(), accelerator.get_device_name()
     )
-    metrics = Metrics(args.tensorboard_dir, state.step, plan.total_steps, args.log_interval)
+    done = state.step - bool(state.unevaluated)
+    metrics = Metrics(args.tensorboard_dir, done, plan.total_steps, args.log_interval)
     metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
-    writer = CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every)
     stop = StopRequest()
+    if state.unevaluated:
+        evaluation = evaluate(booster, model, held_out, plan.layout, stop) if held_out else {}
+        metrics.log(state.unevaluated | (evaluation or {}))
+        if evaluation is None:
+            return checkpoint, True
+        state.unevaluated = None
     skipped_in_a_row = 0
     batches = iter(loader)
     first_step = state.step
     evaluator.restart()
-    while state.step < plan.total_steps:
-        waited = time.perf_counter()
-        micro_batches = [_next_batch(batches) for _ in range(args.accumulation_steps)]
-        waited = time.perf_counter() - waited
-        if state.step == first_step:
-            check_same_batch(loader, micro_batches[0], plan.layout.dp)
+    with CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every) as writer:
+        while state.step < plan.total_steps:
+            waited = time.perf_counter()
+            micro_batches, broken = next_batches(batches, args.accumulation_steps)
+            waited = time.perf_counter() - waited
+            label_tokens, tokens, positions, without_batch = count_tokens(micro_batches, plan.layout)
+            if without_batch:
+                if state.step > first_step and state.step % args.save_interval:
+                    writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
+                writer.wait()
+                metrics.note(writer.take_reports())
+                reason = next(text for text in checkpoint_utils.gather(broken) if text)
+                raise RunError(f"{reason}; {_last_of(writer, checkpoint)}")
+            if state.step == first_step:
+                check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
-        for batch in micro_batches:
-            if "stream" in batch:
-                state.stream = json.loads(batch.pop("stream"))
-        label_tokens, tokens, positions = count_tokens(micro_batches, plan.layout)
-        loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
-        totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)
-        totals[0] = loss_sum / plan.layout.tp
-        dist.all_reduce(totals)
-        total_loss, stopping, save_failed = totals.tolist()
-        loss = total_loss / label_tokens
-        if save_failed:
-            writer.wait()
-        lr = lr_scheduler.get_last_lr()[0]
-        if not math.isfinite(loss):
-            raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer, checkpoint))
-        scaler = loss_scaler(optimizer)
-        loss_scale = scaler.loss_scale if scaler else 1.0
-        grad_norm, skipped = optimizer_step(model, optimizer)
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
-            raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer, checkpoint))
-        lr_scheduler.step()
+            for batch in micro_batches:
+                if "stream" in batch:
+                    state.stream = json.loads(batch.pop("stream"))
+            torch.manual_seed(step_seed(args.seed, state.step))
+            loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
+            totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)
+            totals[0] = loss_sum / plan.layout.tp
+            dist.all_reduce(totals)
+            total_loss, stopping, save_failed = totals.tolist()
+            loss = total_loss / label_tokens
+            if save_failed:
+                writer.wait()
+            lr = lr_scheduler.get_last_lr()[0]
+            if not math.isfinite(loss):
+                raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer, checkpoint))
+            scaler = loss_scaler(optimizer)
+            loss_scale = scaler.loss_scale if scaler else 1.0
+            grad_norm, skipped = optimizer_step(model, optimizer)
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
+                raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer, checkpoint))
+            lr_scheduler.step()
 
-        state.step += 1
-        state.sequences += plan.global_batch
-        state.tokens += tokens
-        state.epoch = (state.sequences - 1) // len(loader.dataset)
-        state.skipped_steps += skipped
-        seconds = time.perf_counter() - evaluator.last
-        throughput = evaluator.lap(tokens)
-        row = {
-            "step": state.step,
-            "epoch": state.epoch,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": None if skipped else grad_norm,
-            "tokens": state.tokens,
-            "tokens_per_second": throughput.tokens_per_second,
-            "tflops": throughput.tflops,
-            "mfu": throughput.mfu,
-            "data_wait": waited / seconds,
-            "padding": 1 - tokens / positions,
-            "memory_gb": accelerator.max_memory_allocated() / 1e9,
-            "loss_scale": loss_scale,
-            "skipped_steps": state.skipped_steps,
-        }
-        last = state.step == plan.total_steps
-        if held_out is not None and not stopping and (last or state.step % args.eval_interval == 0):
-            row |= evaluate(booster, model, held_out, plan.layout, stop) or {}
-            stopping = "eval_loss" not in row
-            evaluator.restart()
-        metrics.log(row)
-        metrics.note(writer.take_reports())
-        if state.step % args.save_interval == 0 or last or stopping:
-            writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
-            evaluator.restart()
-        if stopping:
-            break
-    writer.wait()
-    metrics.note([*writer.take_reports(), *metrics.summary()])
+            state.step += 1
+            state.sequences += plan.global_batch
+            state.tokens += tokens
+            state.epoch = (state.sequences - 1) // len(loader.dataset)
+            state.skipped_steps += skipped
+            seconds = time.perf_counter() - evaluator.last
+            throughput = evaluator.lap(tokens)
+            row = {
+                "step": state.step,
+                "epoch": state.epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": None if skipped else grad_norm,
+                "tokens": state.tokens,
+                "tokens_per_second": throughput.tokens_per_second,
+                "tflops": throughput.tflops,
+                "mfu": throughput.mfu,
+                "data_wait": waited / seconds,
+                "padding": 1 - tokens / positions,
+                "memory_gb": accelerator.max_memory_allocated() / 1e9,
+                "loss_scale": loss_scale,
+                "skipped_steps": state.skipped_steps,
+            }
+            last = state.step == plan.total_steps
+            if held_out is not None and (last or state.step % args.eval_interval == 0):
+                evaluation = None if stopping else evaluate(booster, model, held_out, plan.layout, stop)
+                state.unevaluated = row if evaluation is None else None
+                stopping = evaluation is None
+                row |= evaluation or {}
+                evaluator.restart()
+            metrics.log(row)
+            metrics.note(writer.take_reports())
+            if state.step % args.save_interval == 0 or last or stopping:
+                writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
+                evaluator.restart()
+            if stopping:
+                break
+        writer.wait()
+        metrics.note([*writer.take_reports(), *metrics.summary()])
     metrics.close()
-    return writer.latest, state.step < plan.total_steps
+    return writer.latest or checkpoint, state.step < plan.total_steps or state.unevaluated is not None
 
 
-def nothing_left(state: TrainState, plan: Plan, checkpoint: Path | None, export: Callable[[Path], None]) -> bool:
-    """Whether the run had ended: killed after its last checkpoint, or started once more. Then `final` is made anew."""
-    if state.step < plan.total_steps:
+def nothing_left(
+    args: argparse.Namespace, state: TrainState, plan: Plan, checkpoint: Path | None, export: Callable[[Path], None]
+) -> bool:
+    """Whether the run had ended: killed after its last checkpoint, or started once more. Then `final` is made anew.
+
+    Collective.
+    """
+    if state.step < plan.total_steps or state.unevaluated:
         return False
     say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
-    if rank() == 0:
-        export(checkpoint)
+    checkpoint_utils.refuse_damaged(checkpoint)
+    conclude(args, checkpoint, export, interrupted=False)
     return True
 
 
 def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path], None], interrupted: bool) -> int:
     """Leaves the folder `final`, made by `export` on rank 0; returns the exit status of the run. Collective."""
-    checkpoint_utils.on_rank_zero(lambda: export(checkpoint))
     final = args.save_dir / "final"
+    checkpoint_utils.on_rank_zero(
+        lambda: export(checkpoint), f"{final} could not be made of {checkpoint}, which is whole; make room and resume"
+    )
     say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
     if interrupted:
         say(f"interrupted: the same command with -f latest goes on from {checkpoint}")
@@ -410,14 +298,6 @@ def _descriptions(args: argparse.Namespace, config: LlamaConfig, plan: Plan) -> 
     }
 
 
-def _next_batch(batches: Iterator[dict]) -> dict[str, torch.Tensor]:
-    try:
-        return next(batches)
-    except (InputError, RunError) as error:  # a loader process puts its traceback before it
-        last = str(error).strip().splitlines()[-1]
-        raise RunError(re.sub(r"^console\.\w+: ", "", last)) from error
-
-
 def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: TrainState) -> dict[str, dict]:
     """The JSON files of a checkpoint."""
     running_states = asdict(state) | {
@@ -428,8 +308,12 @@ def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: Train
     return {checkpoint_utils.RUNNING_STATES: running_states, checkpoint_utils.LR_SCHEDULER: schedule}
 
 
+def _last_of(writer: CheckpointWriter, checkpoint: Path | None) -> str:
+    last = writer.latest or checkpoint
+    return f"resume from {last}" if last else "no checkpoint was saved yet; start again"
+
+
 def _diverged(what: str, step: int, lr: float, writer: CheckpointWriter, checkpoint: Path | None) -> str:
     writer.wait()
-    last = writer.latest or checkpoint
-    resume = f"resume from {last}" if last else "no checkpoint was saved yet; start again"
-    return f"{what} at step {step}, learning rate {lr:.3e}: training stopped; {resume}, with a lower --lr or other data"
+    last = _last_of(writer, checkpoint)
+    return f"{what} at step {step}, learning rate {lr:.3e}: training stopped; {last}, with a lower --lr or other data"

@@ -20,6 +20,7 @@ import checkpoint_utils
 from arguments import ArgumentParser
 from console import InputError
 from data_utils import load_tokenizer
+from model_export import export
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +45,7 @@ def main() -> int:
     damaged = checkpoint_utils.damaged_files(args.checkpoint)
     if damaged:
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
-    checkpoint_utils.export(args.checkpoint, args.output, tokenizer)
+    export(args.checkpoint, args.output, tokenizer)
     print(f"model: {args.output}")
     return 0
 

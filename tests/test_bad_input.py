@@ -95,7 +95,6 @@ HYBRID = "-p hybrid_parallel"
         (f"{HYBRID} --tp 1 --pp 1 --sp 2 -l 63", 2, ["--sp", "2", "63"]),
         (f"{HYBRID} --tp 1 --pp 1 --zero 1 -x fp32", 2, ["--zero", "1", "fp32"]),
         ("-f no/such/folder", 1, ["--load", "no/such/folder"]),
-        ("-f latest", 1, ["--load", "--save_dir"]),
     ],
 )
 def test_flags(problems, flags, ranks, expected):
@@ -225,6 +224,17 @@ def test_incomplete_checkpoint(problems, checkpoint, damage):
     assert problem.startswith(f"--load: {folder} is an incomplete checkpoint")
     (problem,) = problems(*flags, "-f", "latest", "-o", folder.parent)
     assert problem.startswith("--load latest: no complete checkpoint")
+
+
+def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, capsys):
+    """`latest` goes with initial weights, which a job begins from and does not look at when it goes on."""
+    folder, flags = checkpoint
+    flags += ["--init_from", folder / "model"]
+    assert problems(*flags)[0].startswith("--init_from: begins a new run from a model's weights, --load resumes")
+    for save_dir, line in ((folder.parent, "length: 3 "), (folder / "none", "a new run begins")):
+        with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
+            problems(*flags, "-f", "latest", "-o", save_dir)
+        assert line in capsys.readouterr().out
 
 
 def test_some_folder_is_no_checkpoint(problems, checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import checkpoint_utils
 import checkpoint_writer
+import model_export
+import run_plan
 import sharded_state
 from booster_utils import loss_scaler
 from checkpoint_utils import check_model, claim_folder, find_checkpoint, is_complete
-from checkpoint_writer import CheckpointWriter
+from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints
 from console import InputError, RunError
 from files import checksum
 from model_utils import load_config, parameter_specs
@@ -310,11 +313,6 @@ class TestFindCheckpoint:
             make_checkpoint(tmp_path / name)
         assert find_checkpoint("latest", tmp_path).name == "epoch0-step5"
 
-    @pytest.mark.parametrize("folder", ["", "none"])
-    def test_latest_of_none(self, tmp_path, folder):
-        message = f"--load latest: no complete checkpoint in --save_dir {tmp_path / folder}"
-        assert error_of(find_checkpoint, "latest", tmp_path / folder) == message
-
     def test_a_path(self, tmp_path):
         assert find_checkpoint(str(make_checkpoint(tmp_path / "any name")), tmp_path) == tmp_path / "any name"
 
@@ -366,9 +364,15 @@ class TestCheckModel:
     def test_everything_that_makes_another_model_counts(self, saved, key):
         config = load_config("test")
         value = getattr(config, key)
-        other = {bool: True, str: "gelu", type(None): {"rope_type": "linear", "factor": 2.0}}
+        other = {bool: True, str: "gelu", float: 0.5, type(None): {"rope_type": "linear", "factor": 2.0}}
         setattr(config, key, other.get(type(value)) or value * 2)
         assert key in error_of(check_model, saved / "model", config, "--load")
+
+
+def bf16_config():
+    config = load_config("test")
+    config.torch_dtype = torch.bfloat16
+    return config
 
 
 def small_tokenizer():
@@ -378,7 +382,7 @@ def small_tokenizer():
 
 
 def export(checkpoint, target):
-    checkpoint_utils.export(checkpoint, target, small_tokenizer())
+    model_export.export(checkpoint, target, small_tokenizer())
 
 
 class TestExport:
@@ -414,20 +418,99 @@ class TestExport:
     def test_failure_reaches_every_rank_and_leaves_the_earlier_one(self, saved, tmp_path):
         (tmp_path / "final").mkdir()
         for message in run_ranks(2, export_error, saved.parent / "none", tmp_path / "final"):
-            assert "FileNotFoundError" in message
+            assert message.startswith("no model: rank 0: FileNotFoundError")
         assert (tmp_path / "final").is_dir()
 
 
 def export_error(checkpoint, target):
     with pytest.raises(RunError) as caught:
-        checkpoint_utils.on_rank_zero(lambda: export(checkpoint, target))
+        checkpoint_utils.on_rank_zero(lambda: export(checkpoint, target), "no model")
     return str(caught.value)
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    """Saves, exports and merges that were cut off, and old checkpoints on their way out; nothing else."""
+    leftovers = (".epoch0-step2.incomplete", ".epoch0-step1.old", ".final.incomplete", ".final.old", ".merged-x1y2")
+    for name in (*leftovers, "epoch0-step2", "final", ".config"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    claim_folder(tmp_path, bf16_config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config", ".lock", "epoch0-step2", "final"]
+
+
+def test_removal_that_is_cut_off_leaves_nothing_under_a_checkpoints_name(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path / f"epoch0-step{step}")
+    monkeypatch.setattr(checkpoint_writer.shutil, "rmtree", lambda *arguments, **options: None)
+    remove_old_checkpoints(tmp_path, keep=1, keep_every=2)
+    visible = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".")
+    assert visible == ["epoch0-step2", "epoch0-step3"]
+
+
+class TestSharedFolder:
+    def test_one_for_all(self, tmp_path):
+        assert run_ranks(2, objection_to_folders, [tmp_path, tmp_path]) == [None, None]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_a_machine(self, tmp_path):
+        """Each has what an earlier run left there."""
+        folders = [tmp_path / "0", tmp_path / "1"]
+        for folder in folders:
+            make_checkpoint(folder / "epoch0-step1")
+            (folder / ".lock").touch()
+        for folder, message in zip(folders, run_ranks(2, objection_to_folders, folders), strict=True):
+            assert re.match(rf"--save_dir: rank 1 on \S+ does not see what rank 0 on \S+ writes in {folder};", message)
+
+    def test_other_findings(self, tmp_path):
+        (message,) = set(run_ranks(2, objection_to_findings, tmp_path))
+        assert re.match(r"--load: the checkpoint is epoch0-step1 to rank 0 on \S+ and None to rank 1 on \S+;", message)
+
+
+def objection_to_folders(folders):
+    checkpoint_utils.SHARED_SECONDS = 0.5
+    try:
+        checkpoint_utils.check_shared(folders[dist.get_rank()])
+    except InputError as error:
+        return str(error)
+
+
+def objection_to_findings(folder):
+    checkpoint = None if dist.get_rank() else Path("epoch0-step1")
+    with pytest.raises(InputError) as caught:
+        run_plan.check_agreement(Namespace(save_dir=folder), run_plan.TrainState(), checkpoint)
+    return str(caught.value)
+
+
+V1 = {
+    "limit_in_bytes": "4000",
+    "usage_in_bytes": "3000",
+    "stat": "inactive_file 9\ntotal_inactive_file 500\ntotal_active_file 100",
+}
+V2 = {"max": "4000", "current": "3000", "stat": "anon 7\ninactive_file 500\nactive_file 100"}
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        ("0::/", "", V2),  # in a container
+        ("0::/job/step/task", "job/step", V2),
+        ("4:cpu,memory:/job/step", "memory/job", V1),
+        ("4:memory:/not/mounted/here", "memory", V1),
+    ],
+)
+def test_memory_that_a_control_group_limits(tmp_path, line, folder, files):
+    (tmp_path / "cgroup").write_text(f"9:cpuset:/\n{line}\n")
+    (tmp_path / "mount" / "memory" / "job" / "step").mkdir(parents=True)
+    (tmp_path / "mount" / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (tmp_path / "mount" / folder / f"memory.{name}").write_text(content)
+    assert host_memory(tmp_path / "cgroup", tmp_path / "mount") == (4000, 1600)
+    (tmp_path / "mount" / folder / f"memory.{next(iter(files))}").write_text("max")
+    assert host_memory(tmp_path / "cgroup", tmp_path / "mount")[0] > 2**30
 
 
 def test_folder_of_a_run_that_goes_on(tmp_path):
     """The second run learns which process has it; the first one's end frees it."""
-    config = load_config("test")
-    config.torch_dtype = torch.bfloat16
+    config = bf16_config()
     ours, theirs = multiprocessing.Pipe()
 
     def other_run():

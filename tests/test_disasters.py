@@ -96,6 +96,17 @@ def test_disk_without_room_is_refused_before_training(pretrain, whole, tmp_path)
         assert not refused.metrics
 
 
+def test_disk_without_room_for_a_byte_is_refused_before_training(pretrain, tmp_path):
+    with file_system(tmp_path / "disk", 0.1) as disk:
+        with contextlib.suppress(OSError), open(disk / "another's", "wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        refused = pretrain(*FLAGS, "-o", disk, folder=tmp_path / "run", check=False)
+        assert refused.returncode == 2
+        assert f"--save_dir: {disk} cannot be written to (No space left on device)" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
 def test_read_only_folder_is_refused_before_training(pretrain, tmp_path):
     with file_system(tmp_path / "disk", 1) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -136,6 +147,15 @@ def test_a_flipped_bit_is_found_and_named(pretrain, copy, file):
     assert run.returncode == 2
     assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
     assert checkpoints(copy / "checkpoint") == [name for name in before if name != "epoch0-step6"]
+
+
+def test_a_run_that_has_ended_makes_no_model_of_a_damaged_checkpoint(pretrain, copy):
+    damaged = copy / "checkpoint" / "epoch0-step6" / "model" / "model-00003-of-00007.safetensors"
+    flip_a_bit(damaged)
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
+    assert run.returncode == 2
+    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
+    assert not (copy / "checkpoint" / "final").exists()
 
 
 def test_half_deleted_checkpoints_are_passed_over(pretrain, whole, copy):

@@ -132,12 +132,17 @@ def test_a_prepared_folder_keeps_its_fraction(folders, sample_tokenizer, tmp_pat
         prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=0.1)
 
 
-# A signal to the process while it evaluates.
+# A signal to the process while it evaluates after the step that follows {step}.
 SIGNAL_IN_EVALUATION = """
 import evaluation
-forward_loss = evaluation.forward_loss
+forward_loss, log, logged = evaluation.forward_loss, metrics.Metrics.log, []
+def log_and_remember(self, values):
+    log(self, values)
+    logged.append(values["step"])
+metrics.Metrics.log = log_and_remember
 def signal_and_forward(*args):
-    os.kill(os.getpid(), signal.SIGUSR1)
+    if {step} in logged:
+        os.kill(os.getpid(), signal.SIGUSR1)
     return forward_loss(*args)
 evaluation.forward_loss = signal_and_forward
 """
@@ -145,9 +150,32 @@ evaluation.forward_loss = signal_and_forward
 
 def test_a_signal_ends_a_run_in_its_evaluation(pretrain):
     flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--max_steps", 9, "--eval_fraction", 0.2, "--eval_interval", 2]
-    run = pretrain(*flags, check=False, change=SIGNAL_IN_EVALUATION)
+    run = pretrain(*flags, check=False, change=SIGNAL_IN_EVALUATION.format(step=1))
     assert run.returncode == INTERRUPTED
     assert run.column("step") == [1, 2]
     assert "eval_loss" not in run.metrics[-1]
     assert (run.save_dir / "epoch0-step2" / "manifest.json").is_file()
     assert (run.save_dir / "final").is_dir()
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_up(pretrain, tmp_path):
+    """Of the last step too, in which case the run has not come to its end before."""
+    flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--eval_fraction", 0.2, "--eval_interval", 2]
+    whole = pretrain(*flags, "--max_steps", 4)
+    run = pretrain(*flags, "--max_steps", 4, check=False, change=SIGNAL_IN_EVALUATION.format(step=1))
+    again = pretrain(
+        *flags,
+        "--max_steps",
+        4,
+        "-f",
+        "latest",
+        folder=run.folder,
+        check=False,
+        change=SIGNAL_IN_EVALUATION.format(step=3),
+    )
+    assert (run.returncode, again.returncode) == (INTERRUPTED, INTERRUPTED)
+    assert (again.save_dir / "epoch0-step4" / "manifest.json").is_file()
+    end = pretrain(*flags, "--max_steps", 4, "-f", "latest", folder=run.folder)
+    for key in ("step", "loss"):
+        assert end.column(key) == whole.column(key)
+    assert [row.get("eval_loss") for row in end.metrics] == [row.get("eval_loss") for row in whole.metrics]

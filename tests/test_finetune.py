@@ -270,10 +270,26 @@ def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_
 
 def test_adapters_resume(adapted, finetune):
     whole = adapted("zero2")
-    run = finetune(*LORA, "-p", "zero2", "-b", 8, "-f", whole.save_dir / "epoch0-step2")
+    same = ["--lora_alpha", 8, "--lora_modules", "up_proj,q_proj"]  # in other words
+    run = finetune(*LORA, *same, "-p", "zero2", "-b", 8, "-f", whole.save_dir / "epoch0-step2")
     assert run.column("loss") == whole.column("loss")[2:]
     states, expected = (optimizer_states(each.save_dir / f"epoch1-step{STEPS}") for each in (run, whole))
     assert all(torch.equal(value, expected[name]) for name, value in states.items())
+
+
+def test_adapters_do_not_resume_beside_other_weights(adapted, problem, model_folder, tmp_path):
+    """Of the same sizes; a copy in other files is the same model."""
+    flags = [*LORA, "-b", 8, "-e", EPOCHS, "--lr", LR, "-f", adapted("zero2").save_dir / "epoch0-step2"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype="auto")
+    for name in ("copy", "other"):
+        if name == "other":
+            model.model.layers[2].mlp.up_proj.weight.data[5:] *= 1.01
+        model.save_pretrained(tmp_path / name, max_shard_size="200KB")
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / name)
+    with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
+        problem(*flags, "-x", "fp32", model=tmp_path / "copy")
+    line = problem(*flags, "-x", "fp32", model=tmp_path / "other")
+    assert line.startswith("--load: the model of --model_path, by a sample of its weights, was ")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -31,7 +31,6 @@ class TestMetrics:
     @pytest.mark.parametrize(
         ("before", "kept"),
         [
-            ([line(1), line(2), line(3)], [line(1), line(2)]),
             ([line(1), line(2)], [line(1), line(2)]),
             ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
             ([line(1), '{"st'], [line(1)]),
@@ -47,6 +46,17 @@ class TestMetrics:
             file.write(b"new\n")
         assert path.read_text() == "".join([*kept, "new\n"])
         assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("step", [0, 2])
+    def test_rows_of_later_steps_stay_in_numbered_files(self, tmp_path, step):
+        """Whether a resumed run is going to repeat them, or they are another's."""
+        rows, path = [line(number) for number in range(1, 5)], tmp_path / "metrics.jsonl"
+        for _ in range(2):
+            path.write_text("".join(rows))
+            Metrics._open_after(path, step).close()
+            assert path.read_text() == "".join(rows[:step])
+        for number in (1, 2):
+            assert (tmp_path / f"metrics.{number}.jsonl").read_text() == "".join(rows[step:])
 
     def test_run_and_resumed_run_make_one_curve(self, tmp_path, capsys):
         for first, last in ((0, 3), (2, 4)):
@@ -72,6 +82,23 @@ class TestMetrics:
         metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
         metrics.close()
         assert capsys.readouterr().out.endswith("overflow, step skipped, 1,000 tok/s, MFU 45.7%\n")
+
+    def test_a_disk_that_is_full_from_the_start(self, tmp_path, capsys):
+        (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, most))
+        try:
+            metrics = metrics_of(tmp_path, step=1)
+            metrics.describe(1, {"lr": 3e-4}, {})
+            metrics.log(values_of(2, loss=5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        metrics.log(values_of(3, loss=5))
+        metrics.close()
+        lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [values["step"] for values in lines] == [1, 3]
+        assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [3]
+        assert capsys.readouterr().out.count("cannot be logged") == 1
 
     def test_a_full_disk_costs_rows_and_not_the_run(self, tmp_path, capsys):
         metrics = metrics_of(tmp_path)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from data_utils import PackedDataset
 from dataset_preparation import prepare_dataset
+from model_utils import load_config
 from train_utils import INTERRUPTED
 
 GLOBAL_BATCH = 8
@@ -105,6 +106,78 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert curve(run) == curve(whole, after=step)
     assert run.column("step")[0] == step + 1
     assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [(1, "-p zero2 -b 4 --accumulation_steps 2 -g"), (2, "-p hybrid_parallel --tp 2 --pp 1 -b 8")],
+)
+def test_resume_with_dropout_is_exact(pretrain, few_data, tmp_path, processes, flags):
+    config = load_config("test").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    flags = ["-d", few_data, "-x", "fp32", "-i", 2, *flags.split()]
+    whole = pretrain(*flags, "-c", tmp_path, processes=processes)
+    run = pretrain(*flags, "-c", tmp_path, "-f", whole.save_dir / "epoch0-step2", processes=processes)
+    assert curve(run) == curve(whole, after=2)
+    if processes == 1:
+        without = pretrain(*flags, "--max_steps", 1)
+        assert without.column("loss") != whole.column("loss")[:1]
+
+
+# Every file of a checkpoint takes a while, and training fails meanwhile.
+ERROR_WHILE_SAVING = """
+import time
+save_file = checkpoint_writer.save_file
+def save_slowly(*args, **kwargs):
+    time.sleep(0.1)
+    save_file(*args, **kwargs)
+checkpoint_writer.save_file = save_slowly
+forward_backward, steps = train_utils.forward_backward, []
+def fail_in_the_third_step(*args):
+    steps.append(None)
+    if len(steps) == 3 and console.rank() == {rank}:
+        raise RuntimeError("out of memory")
+    return forward_backward(*args)
+train_utils.forward_backward = fail_in_the_third_step
+"""
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_an_error_in_training_does_not_cost_the_checkpoint_in_flight(pretrain, few_data, processes, rank):
+    flags = ["-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 1, "-i", 2]
+    run = pretrain(*flags, change=ERROR_WHILE_SAVING.format(rank=rank), processes=processes, check=False)
+    assert run.returncode == 1, run.output()
+    assert "RuntimeError: out of memory" in run.stderr
+    assert run.column("step") == [1, 2]
+    assert f"checkpoint: {run.save_dir / 'epoch0-step2'}, " in run.stdout
+    assert (run.save_dir / "epoch0-step2" / "manifest.json").is_file()
+
+
+def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sample, tmp_path):
+    """What was trained up to there is saved, and goes on in the corrected file, whose size is another."""
+    data = tmp_path / "rows.jsonl"
+    texts = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
+    rows = [json.dumps({"text": text[:900]}) for text in texts[:24]]
+    flags = ["-d", data, "--streaming", "--shuffle_buffer", 4, "-p", "zero2", "-x", "fp32", "-b", 1, "--max_steps", 12]
+    data.write_text("\n".join(rows))
+    whole = pretrain(*flags, processes=2)
+
+    data.write_text("\n".join([*rows[:12], rows[12][:-2], *rows[13:]]))
+    broken = pretrain(*flags, processes=2, check=False)
+    step = broken.column("step")[-1]
+    assert 1 < step < 12
+    assert broken.column("loss") == whole.column("loss")[:step]
+    saved = broken.save_dir / f"epoch0-step{step}"
+    assert "rows.jsonl, line 13: not valid JSON" in broken.stderr
+    assert f"; resume from {saved}" in broken.stderr
+    assert "Traceback" not in broken.stderr.partition("torch.distributed.elastic")[0]
+
+    data.write_text("\n".join(rows) + "\n")
+    refused = pretrain(*flags, "-f", "latest", folder=broken.folder, check=False)
+    assert "--load: the data was" in refused.stderr
+    run = pretrain(*flags, "-f", "latest", "--allow_changes", folder=broken.folder, processes=2)
+    assert "the same files with other content; it goes on at the row where it stopped" in run.stdout
+    assert curve(run) == curve(whole)
 
 
 def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):

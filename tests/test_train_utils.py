@@ -1,5 +1,6 @@
 """Flags, the plan of a run, the learning-rate schedule, batches by rank, and signals."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,24 +18,15 @@ import torch.distributed as dist
 from processes import boosted, run_ranks
 
 from arguments import validate_args
-from console import InputError
+from console import KEYBOARD_INTERRUPT, InputError
 from data_utils import GlobalOrder, PackedDataset
 from files import checksum
 from layout import Layout, resolve_layout
 from model_utils import load_config
 from pretrain import parse_args
-from train_utils import (
-    Plan,
-    StopRequest,
-    TrainState,
-    announce,
-    build_dataloader,
-    build_scheduler,
-    check_same_batch,
-    cosine_with_warmup,
-    make_plan,
-    resume_state,
-)
+from run_plan import Plan, TrainState, announce, make_plan, resume_state
+from signals import StopRequest
+from train_utils import build_dataloader, build_scheduler, check_same_batch, cosine_with_warmup, step_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -323,6 +315,38 @@ class TestResumeState:
         elsewhere = parse_args([*self.FLAGS, "-o", str(tmp_path / "other"), "-f", str(folder)])
         assert resume_state(elsewhere, PackedStub(43)) == (state, folder)
 
+    def test_another_runs_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
+        """They would be later removed by --keep_checkpoints, or resumed instead of this run's."""
+        folder, _ = checkpoint
+        (tmp_path / "other").mkdir()
+        there = shutil.copytree(folder, tmp_path / "other" / "epoch0-step3")
+        with pytest.raises(
+            InputError, match=f"--save_dir: {there.parent} holds checkpoints of another run than --load"
+        ):
+            resume_state(parse_args([*self.FLAGS, "-o", str(there.parent), "-f", str(folder)]), PackedStub(43))
+
+    @pytest.mark.parametrize("flags", [(), ("-f", "latest")])
+    def test_a_new_run_does_not_take_the_place_of_a_model(self, tmp_path, flags):
+        (tmp_path / "final").mkdir()
+        with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
+            resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]), PackedStub(43))
+
+    def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
+        """As a job that was killed before its first, and is queued again."""
+        (tmp_path / ".epoch0-step9.incomplete").mkdir()
+        args = parse_args([*self.FLAGS, "-o", str(tmp_path), "-f", "latest"])
+        assert resume_state(args, PackedStub(43)) == (TrainState(), None)
+        assert f"no checkpoint in --save_dir {tmp_path} yet; a new run begins" in capsys.readouterr().out
+        (tmp_path / "epoch0-step9").mkdir()
+        with pytest.raises(InputError, match=r"no complete checkpoint in .*; move the incomplete ones away"):
+            resume_state(args, PackedStub(43))
+
+    def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
+        args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
+        args.lora_rank = 8
+        with pytest.raises(InputError, match=r"^--load: --lora_rank was 4 in the checkpoint and is 8 now$"):
+            make_plan(args, FOUR_RANKS, PackedStub(43), TrainState(settings={**self.SETTINGS, "lora_rank": 4}))
+
     def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
         folder, _ = checkpoint
         dataset = PackedStub(43)
@@ -345,7 +369,8 @@ class TestResumeState:
         assert state.sequences == 0  # other data are read from their beginning
         plan = make_plan(args, FOUR_RANKS, dataset, state)
         assert plan.total_steps == 9 + 3 * 43 // 8
-        said = capsys.readouterr().out.splitlines()
+        first, *said = capsys.readouterr().out.splitlines()
+        assert first == "--load: the data are read from their beginning, since they have another order now"
         assert [
             line.removesuffix(", as --allow_changes allows") for line in said if "length of the run" not in line
         ] == lines
@@ -469,14 +494,41 @@ class TestStopRequest:
         os.kill(os.getpid(), number)
         assert stop.received
 
-    def test_a_second_interrupt_kills(self):
-        code = "import time, train_utils; train_utils.StopRequest(); print('ready', flush=True); time.sleep(60)"
-        with subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
+    @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+    def test_an_interrupt_after_a_signal_ends_the_process_in_a_call_into_c_too(self, first):
+        lock_twice = (
+            "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in 'ab']"
+        )
+        with program(f"import ctypes, signals; signals.StopRequest(); print('ready', flush=True); {lock_twice}") as run:
+            assert run.stdout.readline() == "ready\n"
+            run.send_signal(first)
             time.sleep(0.2)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=10) == -signal.SIGINT
+            assert run.poll() is None
+            run.send_signal(signal.SIGINT)
+            assert run.wait(timeout=10) == KEYBOARD_INTERRUPT
+
+    @pytest.mark.parametrize("ignored", [True, False])
+    def test_hang_up_is_ignored_where_it_was(self, ignored):
+        """As under nohup."""
+        before = "signal.signal(signal.SIGHUP, signal.SIG_IGN);" if ignored else ""
+        hang_up = "stop = signals.StopRequest(); os.kill(os.getpid(), signal.SIGHUP); print(stop.received)"
+        with program(f"import os, signal, signals; {before} {hang_up}") as run:
+            assert run.stdout.read() == f"{not ignored}\n"
+
+
+@contextlib.contextmanager
+def program(code):
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_every_step_and_rank_draws_other_random_numbers(monkeypatch):
+    seeds = set()
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        seeds |= {step_seed(seed, step) for seed in range(3) for step in range(3)}
+    assert len(seeds) == 27
+    assert {step_seed(seed, step) for seed in range(3) for step in range(3)} < seeds  # nothing else goes in

@@ -1,0 +1,56 @@
+"""Makes of a checkpoint a folder that AutoModelForCausalLM and AutoTokenizer load."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from checkpoint_utils import read_running_states
+from files import replace_folder
+from model_utils import count_parameters, load_config
+
+
+def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase, model: Path | None = None) -> None:
+    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
+
+    The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
+
+    Args:
+        model: the model's folder, where it is not the checkpoint's own.
+    """
+    model = model or checkpoint / "model"
+    temporary = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(model, temporary, copy_function=_link_weights)
+    except (OSError, shutil.Error):
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(model, temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
+    replace_folder(temporary, target)
+
+
+def _link_weights(source: str, target: str) -> None:
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
+def _model_card(checkpoint: Path) -> str:
+    """The facts of the run that made a checkpoint, as the hub shows them."""
+    states, config = read_running_states(checkpoint), load_config(str(checkpoint / "model"))
+    facts = {
+        "parameters": f"{count_parameters(config):,}",
+        "layers, hidden size, heads, key-value heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
+        f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "weights": str(config.torch_dtype).removeprefix("torch."),
+        "optimizer steps": f"{states['step']:,} of {states['settings']['schedule_steps']:,}",
+        "tokens": f"{states['tokens']:,}",
+    }
+    facts |= {name.replace("_", " "): value for name, value in states["settings"].items() if name != "schedule_steps"}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- llama\n---\n\n"
+        f"# LLaMA, {checkpoint.name}\n\nA causal language model in Hugging Face's layout.\n\n"
+        f"| of the run | |\n|---|---|\n{rows}\n"
+    )
