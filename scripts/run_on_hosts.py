@@ -191,7 +191,8 @@ class Runner:
             say("nothing was started")
             raise SystemExit(NOTHING_STARTED)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._interrupt)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame) -> None:
         self.word = KILL if self.word and number == signal.SIGINT else STOP
