@@ -157,7 +157,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     """What was trained up to there is saved, and goes on in the corrected file, whose size is another."""
     data = tmp_path / "rows.jsonl"
     texts = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
-    rows = [json.dumps({"text": text[:900]}) for text in texts[:24]]
+    rows = [json.dumps({"text": text[:250]}) for text in texts[:24]]
     flags = ["-d", data, "--streaming", "--shuffle_buffer", 4, "-p", "zero2", "-x", "fp32", "-b", 1, "--max_steps", 12]
     data.write_text("\n".join(rows))
     whole = pretrain(*flags, processes=2)
