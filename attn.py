@@ -107,7 +107,7 @@ def _variable_length_attention(module, query, key, value, attention_mask, scalin
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output = varlen_attn(query, key, value, starts, starts, length, length, scale=scaling, window_size=(-1, 0))
-    return output.unflatten(0, (batch, length)), None
+    return output.unflatten(0, (batch, length)), None  # type: ignore[union-attr]
 
 
 AttentionInterface.register(VARIABLE_LENGTH, _variable_length_attention)

@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,7 +111,7 @@ def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
     validate_args(args, config)
 
 
-def gemini_options(args: argparse.Namespace) -> dict[str, float]:
+def gemini_options(args: argparse.Namespace) -> dict[str, Any]:
     return dict(
         shard_param_frac=args.shard_param_frac,
         offload_optim_frac=args.offload_optim_frac,
@@ -194,7 +195,7 @@ def peak_memory() -> dict[str, int]:
     return {"peak_device_memory_bytes": device, "peak_host_memory_bytes": host}
 
 
-def environment() -> dict[str, str | None]:
+def environment() -> dict[str, Any]:
     """Device, versions and commit of what was measured, so that a figure can be repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -244,6 +244,7 @@ def boost(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
+        model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters
         logging.disable(logging.WARNING)  # it asks to check the learning rate
         model = booster.enable_lora(model, lora_config=config.lora)
         logging.disable(logging.NOTSET)

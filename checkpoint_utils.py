@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -324,7 +325,8 @@ class LazyTensors:
 
     def __init__(self, files: dict[str, Path]):
         self.files = files
-        self.path, self.file = None, None
+        self.path: Path | None = None
+        self.file: Any = None  # tensors by name, or safe_open's handle
 
     def __getitem__(self, name: str):
         """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""

@@ -93,7 +93,7 @@ class CheckpointWriter:
         temporary = target.with_name(f".{target.name}.incomplete")
         self._temporary = temporary
         on_rank_zero(lambda: self._begin(temporary))
-        groups = self._gathered(plugin, model, optimizer)
+        groups: Iterable = self._gathered(plugin, model, optimizer)
         behind = self.background and self._fits_in_memory(plugin, model, optimizer)
         files: dict[str, dict] = {}
         if behind:

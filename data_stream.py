@@ -108,7 +108,7 @@ class TokenStream:
         self._readers = {
             name: SliceReader(
                 by_slice[name],
-                weights and weights[name],
+                weights[name] if weights else None,
                 splitmix64(splitmix64(seed) ^ number),
                 SlicePosition(**state["slices"].get(name, {})),
             )
@@ -157,8 +157,6 @@ class StreamedDataset(Dataset):
     buffer begins that the item is of, and that buffer's number.
     """
 
-    mean_length = property(lambda self: self.max_length)
-
     def __init__(
         self,
         source: Source,
@@ -194,6 +192,11 @@ class StreamedDataset(Dataset):
     def resume(self, stream: dict | None) -> None:
         """Goes on from what an item of an earlier run had as `stream`."""
         self.start = stream
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens in a sequence."""
+        return self.max_length
 
     def __len__(self) -> int:
         return ENDLESS

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import xxhash
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
@@ -107,6 +108,34 @@ def _check_hub_has(name: str) -> None:
             f"--tokenizer: {name} is no folder, is not in the hub's cache on this machine, and the hub cannot be "
             "reached; give a folder that holds tokenizer.model"
         ) from error
+
+
+class Order(Protocol):
+    """The number of the sequence at each position of a run, from 0 on over all epochs."""
+
+    def __getitem__(self, position: int, /) -> int: ...
+
+
+class TrainingData(Protocol):
+    """What a data set tells a run, whether its sequences are packed, streamed, or examples."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def mean_length(self) -> float: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def collate(self) -> Callable | None: ...
+
+    def order(self, seed: int) -> Order: ...
+
+    def fix_order(self, saved: dict, global_batch: int) -> dict: ...
+
+    def __len__(self) -> int: ...
 
 
 class TextEncoder:
@@ -359,18 +388,19 @@ class PackedDataset(Dataset):
         """Settings that sequences and their order depend on beside data, seed and length."""
         return {"slice_weights": self.slice_weights, "document_mask": self.document_ends is not None}
 
-    def order(self, seed: int) -> Sequence[int]:
+    def order(self, seed: int) -> Order:
         if self.slice_weights:
             return MixedOrder(self.slices, self.slice_weights, seed)
         return GlobalOrder(len(self), seed)
 
-    collate = None  # torch's default
+    collate: Callable | None = None  # torch's default
 
     @property
     def description(self) -> str:
         text = f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
         if self.slice_weights:
-            text += f"\nslices (times in an epoch): {self.order(seed=0).describe(len(self))}"
+            order = MixedOrder(self.slices, self.slice_weights, seed=0)
+            text += f"\nslices (times in an epoch): {order.describe(len(self))}"
         return text
 
     @property
@@ -443,7 +473,7 @@ class Permutation(Sequence[int]):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # slices of it are never asked for
         if not 0 <= index < self.n:
             raise IndexError(f"index {index} of {self.n}")
         value = self._feistel(index)
@@ -581,13 +611,13 @@ class ShardedSampler(Sampler[int]):
         seed: int,
         start: int = 0,
         stop: int,
-        order: Callable[[int], Sequence[int]] | None = None,
+        order: Callable[[int], Order] | None = None,
     ):
         """
         Args:
             order: gives the data set's own order of a seed, instead of GlobalOrder.
         """
-        self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)
+        self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)  # type: ignore[arg-type]
         self.positions = range(start + rank, stop, num_replicas)
 
     def __iter__(self) -> Iterator[int]:

@@ -114,7 +114,8 @@ def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
         return InputError(f"--dataset: {name} is neither a file nor a folder here, nor a name of the form OWNER/NAME")
     if isinstance(error, EntryNotFoundError):
         return InputError(f"--dataset: {name} has lost a file since it was listed; start again")
-    status = error.response.status_code if getattr(error, "response", None) is not None else "no status"
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else "no status"
     return InputError(f"--dataset: the hub refuses {name} (HTTP {status}); try again later, or check HF_TOKEN")
 
 

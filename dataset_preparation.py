@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,12 @@ def _prepare_in_cache(
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()
     if not is_prepared(folder):
         request = [dataset, revision, *slices]
-        options = {"request": request, "eval_fraction": eval_fraction, "flag": "--cache_dir", "wait_for_others": True}
+        options: dict[str, Any] = {
+            "request": request,
+            "eval_fraction": eval_fraction,
+            "flag": "--cache_dir",
+            "wait_for_others": True,
+        }
         prepare_folder(source, encoder, folder, num_workers, **options)
         _remove_superseded(folder, [eval_fraction, *request], encoder)
         console.say(f"kept for the next time in {folder}")

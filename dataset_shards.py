@@ -110,8 +110,8 @@ class ShardWriter:
         self._hash = hashlib.sha256()
 
     def append(self, tokens: np.ndarray) -> None:
-        self._file.write(tokens)
-        self._hash.update(tokens)
+        self._file.write(tokens.data)
+        self._hash.update(tokens.data)
         self.documents += 1
         self.tokens += len(tokens)
 
@@ -246,6 +246,9 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
         finally:
             progress.stop.value = 1
             executor.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Preparation, Progress]  # of a worker process
 
 
 def _start_worker(preparation: Preparation, progress: Progress) -> None:

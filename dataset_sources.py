@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dataset_hub
 from console import InputError
@@ -34,7 +34,7 @@ COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 class Document(NamedTuple):
     """A document, its slice, and how many bytes of the file are read by then; `text` is whatever the row has there."""
 
-    text: object
+    text: Any
     slice: str
     position: int
 

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,18 @@ from data_utils import IGNORE_INDEX, ShardedSampler
 from layout import Layout
 
 
+class MapDataset(Protocol):
+    """A data set of known length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
+
 class Padded(Dataset):
     """A data set made longer by items whose labels do not count, so that every rank runs as many full batches."""
 
-    def __init__(self, dataset: Dataset, multiple: int):
+    def __init__(self, dataset: MapDataset, multiple: int):
         self.dataset = dataset
         self.length = -(-len(dataset) // multiple) * multiple
 
@@ -37,7 +46,7 @@ class Padded(Dataset):
         return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
 
 
-def evaluation_loader(plugin: Plugin, dataset: Dataset, layout: Layout, args: argparse.Namespace) -> DataLoader:
+def evaluation_loader(plugin: Plugin, dataset: MapDataset, layout: Layout, args: argparse.Namespace) -> DataLoader:
     """This rank's share of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
     batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
     padded = Padded(dataset, batch_size * layout.dp)

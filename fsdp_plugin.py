@@ -4,6 +4,7 @@ ColossalAI's own plugin for it neither clips gradients, nor scales an fp16 loss,
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from colossalai.accelerator import get_accelerator
@@ -62,7 +63,7 @@ class FSDPPlugin(TorchFSDPPlugin):
             mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
         )
         self.max_norm, self.seed = max_norm, seed
-        self.scaling = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
+        self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
 
     def supported_devices(self) -> list[str]:
         return ["cuda", "npu"]

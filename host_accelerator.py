@@ -162,4 +162,4 @@ def install() -> None:
     _keep_chunks_in_place()
     memory_monitor.SyncCudaMemoryMonitor = memstats_collector.SyncCudaMemoryMonitor = _HostMemoryMonitor
     if not hasattr(dist, "is_hccl_available"):
-        dist.is_hccl_available = lambda: False
+        dist.is_hccl_available = lambda: False  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from console import InputError
-from data_utils import IGNORE_INDEX, MANIFEST_NAME, GlobalOrder, Permutation, TextEncoder, splitmix64
+from data_utils import IGNORE_INDEX, MANIFEST_NAME, GlobalOrder, Order, Permutation, TextEncoder, splitmix64
 from dataset_files import read_rows
 from dataset_shards import follow_parent
 from dataset_sources import Source
@@ -325,6 +326,9 @@ def _encoded_batches(source: Source, encoder: ExampleEncoder) -> Iterator[tuple[
             yield future.result(), read_bytes
 
 
+_worker_encoder: ExampleEncoder  # of a worker process
+
+
 def _start_worker(encoder: ExampleEncoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
@@ -405,7 +409,7 @@ class InstructionDataset(Dataset):
         self._open()
 
     def _open(self) -> None:
-        def mapped(name: str, dtype: str) -> np.memmap:
+        def mapped(name: str, dtype: npt.DTypeLike) -> np.memmap:
             return np.memmap(self.folder / name, dtype, mode="r")
 
         self._tokens = mapped("tokens.bin", np.dtype(self.manifest["dtype"]).newbyteorder("<"))
@@ -457,7 +461,7 @@ class InstructionDataset(Dataset):
         self.group_size = saved.get("length_group", global_batch)
         return {"length_group": self.group_size}
 
-    def order(self, seed: int) -> Sequence[int]:
+    def order(self, seed: int) -> Order:
         if self.packed:
             return GlobalOrder(len(self), seed)
         return LengthGroupedOrder(self, seed, self.group_size)
@@ -515,7 +519,8 @@ class LengthGroupedOrder:
         # At least four windows, else a small data set would have the same groups in every epoch.
         groups = min(WINDOW_GROUPS, max(1, len(dataset) // (4 * group_size)))
         self.window_size = groups * group_size
-        self._cached, self._window = None, []
+        self._cached: tuple[int, int] | None = None  # epoch and number of the window
+        self._window: list[int] = []
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, len(self.dataset))

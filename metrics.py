@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ class Metrics:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
         self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
-        self.last, self.start = {}, time.monotonic()
+        self.last: dict[str, Any] = {}  # row
+        self.start = time.monotonic()
         self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
-        self.failing, self.file, self.board = False, None, None
+        self.failing = False
+        self.file: FileIO | None = None
+        self.board: SummaryWriter | None = None
         try:
             self._open()
         except OSError as error:
@@ -93,7 +97,7 @@ class Metrics:
             name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
         }
         for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
-            self.board.file_writer.add_summary(summary)
+            self.board._get_file_writer().add_summary(summary)
         table = "\n".join(
             ["| flag | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in plain.items())]
         )

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 import checkpoint_utils
 from console import InputError, say
-from data_utils import PackedDataset
+from data_utils import TrainingData
 from layout import Layout, describe_layout
 from model_utils import count_parameters
 
@@ -55,7 +55,7 @@ LORA_SETTINGS = (*LORA_SIZES, "lora_alpha", "base_weights")
 SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
 
 
-def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[TrainState, Path | None]:
+def resume_state(args: argparse.Namespace, dataset: TrainingData) -> tuple[TrainState, Path | None]:
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Raises:
@@ -86,7 +86,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     other = [name for name, value in order.items() if state.settings.get(name) != value]
     if args.allow_changes and other:
         stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
-        if stream and dataset.continues(state.settings["data"]):
+        if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
             say("--load: the stream has the same files with other content; it goes on at the row where it stopped")
         else:
             say("--load: the data are read from their beginning, since they have another order now")
@@ -94,7 +94,7 @@ def resume_state(args: argparse.Namespace, dataset: PackedDataset) -> tuple[Trai
     return state, folder
 
 
-def make_plan(args: argparse.Namespace, layout: Layout, dataset: PackedDataset, state: TrainState) -> Plan:
+def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, state: TrainState) -> Plan:
     """Works out the run's length, and takes this run's settings into the state.
 
     Raises:
@@ -170,7 +170,7 @@ def check_agreement(args: argparse.Namespace, state: TrainState, checkpoint: Pat
                 )
 
 
-def announce(args: argparse.Namespace, config: LlamaConfig, dataset: PackedDataset, plan: Plan, attention: str) -> None:
+def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingData, plan: Plan, attention: str) -> None:
     """Prints what is about to run, in a few lines on rank 0."""
     name = getattr(args, "model_path", None) or args.config
     say(f"model: {name}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")

@@ -27,7 +27,7 @@ import checkpoint_utils
 from booster_utils import forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, rank, say
-from data_utils import IGNORE_INDEX, PackedDataset, ShardedSampler, splitmix64
+from data_utils import IGNORE_INDEX, ShardedSampler, TrainingData, splitmix64
 from evaluation import evaluate
 from layout import Layout, describe_layout
 from metrics import Metrics
@@ -58,11 +58,11 @@ def build_scheduler(optimizer: OptimizerWrapper, args: argparse.Namespace, state
 
 
 def build_dataloader(
-    plugin: Plugin, dataset: PackedDataset, args: argparse.Namespace, state: TrainState, plan: Plan
+    plugin: Plugin, dataset: TrainingData, args: argparse.Namespace, state: TrainState, plan: Plan
 ) -> DataLoader:
     """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
     if state.stream is not None:
-        dataset.resume(state.stream)
+        dataset.resume(state.stream)  # type: ignore[attr-defined]  # a stream has a position of its own
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
     sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop, order=dataset.order)
     loader = plugin.prepare_dataloader(
@@ -83,10 +83,9 @@ def build_dataloader(
 def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_parallel: int) -> None:
     """Asserts that there is one share of the data a data-parallel rank, and one batch among the ranks of a share."""
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (loader.sampler.positions.start, digest))
-    by_share = {}
-    for number, (share, other) in enumerate(gathered):
+    share = loader.sampler.positions.start  # type: ignore[attr-defined]
+    by_share: dict[int, str] = {}
+    for number, (share, other) in enumerate(checkpoint_utils.gather((share, digest))):
         if by_share.setdefault(share, other) != other:
             raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {share}")
     if len(by_share) != data_parallel:
@@ -102,7 +101,7 @@ def step_seed(seed: int, step: int) -> int:
     return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank())
 
 
-def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict[str, torch.Tensor]], str | None]:
+def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict], str | None]:
     """The micro-batches of a step, or none and the reason."""
     try:
         return [next(batches) for _ in range(number)], None
@@ -196,7 +195,7 @@ def train(
             loss = total_loss / label_tokens
             if save_failed:
                 writer.wait()
-            lr = lr_scheduler.get_last_lr()[0]
+            lr = float(lr_scheduler.get_last_lr()[0])
             if not math.isfinite(loss):
                 raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer, checkpoint))
             scaler = loss_scaler(optimizer)
@@ -210,7 +209,7 @@ def train(
             state.step += 1
             state.sequences += plan.global_batch
             state.tokens += tokens
-            state.epoch = (state.sequences - 1) // len(loader.dataset)
+            state.epoch = (state.sequences - 1) // len(loader.dataset)  # type: ignore[arg-type]
             state.skipped_steps += skipped
             seconds = time.perf_counter() - evaluator.last
             throughput = evaluator.lap(tokens)

@@ -63,7 +63,7 @@ class _Transfer:
         self.buffer = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
         self.arrived = torch.cuda.Event()
         self.stream = stream
-        self.target = None
+        self.target: torch.Tensor | None = None
 
     def receive(self, gradient: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.buffer.copy_(gradient, non_blocking=True)
@@ -164,7 +164,7 @@ def _gradient_norm(optimizer: OptimizerWrapper, parts: list[_Part]) -> float:
         shares = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
         squares *= torch.tensor(shares, device=squares.device)
     total = squares.sum()
-    data_groups = []
+    data_groups: tuple = ()
     if isinstance(optimizer, LowLevelZeroOptimizer):
         (data_group,) = optimizer.pg_to_grad_store
         data_groups = data_group if isinstance(data_group, tuple) else (data_group,)

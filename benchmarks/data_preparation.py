@@ -11,6 +11,7 @@ Then: opening a prepared set of 10^9 tokens, and the memory of an order over 3 x
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -151,7 +152,7 @@ def opening_seconds(folder: Path, tokenizer_name: str) -> float:
     """Makes a prepared set of TOKENS zeros in sparse files, and opens it as pretrain.py does, to its first sequence."""
     tokenizer = load_tokenizer(tokenizer_name)
     folder.mkdir()
-    shards = [
+    shards: list[dict[str, Any]] = [
         {"file": f"tokens-{n:05d}.bin", "slice": "x", "tokens": TOKENS // 100, "sha256": "0" * 64} for n in range(100)
     ]
     for shard in shards:

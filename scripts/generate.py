@@ -1,35 +1,163 @@
-"""Continues a text with a trained model.
+"""Lets a trained model write: the prompt and what follows it, word by word as it comes.
 
-python scripts/generate.py --model checkpoint/final --prompt "Return the"
+    python scripts/generate.py --model checkpoint/final --prompt "Return the"
+    python scripts/generate.py --model checkpoint/epoch0-step1000 --tokenizer tokenizer/ --temperature 0 --prompt "A"
+    echo "What is a list?" | python scripts/generate.py --model finetuned/final --prompt - --top_p 0.9
+
+--model takes a folder `final`, a checkpoint, any other Hugging Face folder of a LLaMA, the name of one on the hub, or
+adapters: a checkpoint of fine-tuning with --lora_rank, or a folder that peft has saved.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import console
+
+console.quiet_third_parties()
+
 import argparse
+import json
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
+from arguments import ArgumentParser
+from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
+from console import InputError
+from data_utils import check_vocabulary, load_tokenizer
+from model_utils import load_config
+from pretrained import check_pretrained, find_model
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="folder in Hugging Face layout, such as checkpoint/final")
-    parser.add_argument("--prompt", default="", help="text to continue (default: an empty document)")
-    parser.add_argument("--max_new_tokens", type=int, default=60, help="length in tokens (default: %(default)s)")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="generate.py", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a model, a checkpoint or adapters, or a hub name")
+    parser.add_argument("--base_model", help="model that adapters go with (default: the one they were trained beside)")
+    parser.add_argument(
+        "--tokenizer", help="hub name or folder (default: the model's own, or that of `final` beside it)"
+    )
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: nothing)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a model of chats")
+    parser.add_argument("--max_new_tokens", type=int, default=60, help="length in tokens (default: 60)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total share (default: 1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    return parser.parse_args(arguments)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError with one line for every flag that cannot be used."""
+    problems = []
+    if args.max_new_tokens < 1:
+        problems.append(f"--max_new_tokens: {args.max_new_tokens} is below the least possible, 1")
+    if not 0 <= args.temperature < float("inf"):
+        problems.append(f"--temperature: {args.temperature} is not 0 or a positive number")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p: {args.top_p} is not above 0 and at most 1")
+    if not 0 <= args.seed < 2**63:
+        problems.append(f"--seed: {args.seed} is not at least 0 and below 2^63")
+    if problems:
+        raise InputError(*problems)
+
+
+def find_parts(args: argparse.Namespace) -> tuple[Path, Path | None, list[Path]]:
+    """The folder of the whole model, that of adapters beside it, and the folders that may have the tokenizer."""
+    folder = find_model(args.model, "--model")
+    tokenizers = [folder]
+    if (folder / "model").is_dir() and (folder / RUNNING_STATES).is_file():
+        if not is_complete(folder):
+            raise InputError(f"--model: {folder} is an incomplete checkpoint; choose another")
+        tokenizers = [folder.parent / "final"]
+        folder = folder / "model"
+    if not (folder / ADAPTER_FILE).is_file():
+        if args.base_model:
+            raise InputError(f"--base_model: {folder} holds no adapters that it would go with; leave the flag out")
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--model: {folder} holds no model; give `final` or a checkpoint epochE-stepS")
+        return folder, None, tokenizers
+    try:
+        trained_beside = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--model: {folder}/adapter_config.json cannot be read; give peft's own folder") from error
+    base = find_model(str(args.base_model or trained_beside), "--base_model")
+    return base, folder, [*tokenizers, base]
+
+
+def open_tokenizer(args: argparse.Namespace, folders: list[Path]) -> PreTrainedTokenizerBase:
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer)
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return load_tokenizer(str(folder))
+    raise InputError(f"--tokenizer: there is none in {' or '.join(map(str, folders))}; give its folder or hub name")
+
+
+def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
+    """The ids of the prompt, [1, S], with room for what is to be written in a model's context of `context` tokens."""
+    try:
+        text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt: standard input is not {error.encoding} text") from error
+    if args.chat:
+        if not tokenizer.chat_template:
+            raise InputError("--chat: the tokenizer has no chat template; leave the flag out")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat)["input_ids"]
+    if ids.shape[1] + args.max_new_tokens > context:
+        raise InputError(
+            f"--max_new_tokens: {ids.shape[1]} tokens of the prompt and {args.max_new_tokens} new ones are more than "
+            f"the model's context of {context}; lower it, or shorten --prompt"
+        )
+    return ids
+
+
+def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
+    """The model with its adapters merged, on the GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", local_files_only=True)
+    if adapter:
+        try:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--base_model: the adapters in {adapter} do not fit {folder}: {reason}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> int:
+    args = parse_args()
+    check_args(args)
+    folder, adapter, tokenizers = find_parts(args)
+    config = load_config(str(folder), "--model")
+    check_pretrained(folder, config, "--model")
+    tokenizer = open_tokenizer(args, tokenizers)
+    check_vocabulary(tokenizer, config)
+    ids = read_prompt(args, tokenizer, config.max_position_embeddings)
 
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, torch_dtype="auto").to(device)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    limits = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id}
-    tokens = model.generate(**inputs, **limits, **sampling)
-    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    model = open_model(folder, adapter)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    ids = ids.to(model.device)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **(sampling if args.temperature > 0 else {"do_sample": False}),
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main, "generate.py")

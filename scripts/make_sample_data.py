@@ -68,7 +68,9 @@ def python_sources(*packages: str) -> Iterator[tuple[str, str, str]]:
         yield package, name, path.read_text(encoding="utf-8", errors="ignore")
 
 
-def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
     """Yields (dotted name, docstring) of a module, its classes and functions, in their order in the source."""
     if text := ast.get_docstring(node):
         yield name, text
@@ -140,7 +142,7 @@ def wikipedia() -> Iterator[Document]:
 def c4() -> Iterator[Document]:
     """The pages with which packages introduce themselves."""
     for distribution in distributions():
-        if text := distribution.metadata.get_payload():
+        if text := distribution.metadata.get_payload():  # type: ignore[attr-defined]
             yield Document(text, {"package": distribution.name, "version": distribution.version})
 
 
@@ -151,7 +153,7 @@ def common_crawl() -> Iterator[Document]:
     for distribution in distributions():
         package, record = distribution.name, distribution.read_text("RECORD") or ""
         for name in sorted(line.split(",")[0] for line in record.splitlines()):
-            files.append((package, name, Path(distribution.locate_file(name))))
+            files.append((package, name, Path(str(distribution.locate_file(name)))))
     page = re.compile(r"\.(html|txt|rst|md)$|(^|/)(LICEN[CS]E|COPYING|NOTICE)$")
     for package, name, path in files:
         if page.search(name) and path.is_file():

@@ -91,10 +91,10 @@ def read_run(text: str) -> LoggedRun:
     Raises:
         InputError: there is no log, it cannot be read, or it has no step yet.
     """
-    name, separator, path = text.partition("=")
+    name, separator, place = text.partition("=")
     if not separator or Path(text).exists():
-        name, path = text, text
-    path = Path(path).expanduser()
+        name, place = text, text
+    path = Path(place).expanduser()
     if path.is_dir() and (path / LOG_FILE).is_file():
         path = path / LOG_FILE
     if path.is_file():
@@ -153,7 +153,7 @@ def read_events(folder: Path) -> dict[str, np.ndarray]:
 def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figure:
     """One panel a curve, one colour a run, and a panel that says which is which."""
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    colors = pyplot.get_cmap("tab10").colors
+    colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
     for number, run in enumerate(runs):
         run_color = colors[number % len(colors)]
         for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
@@ -168,7 +168,7 @@ def panels_of(runs: list[LoggedRun]) -> list[Panel]:
     return [*PANELS[:-1], PANELS[-1] if any(run.has("mfu") for run in runs) else TFLOPS]
 
 
-def draw_curve(axis: Axes, run: LoggedRun, panel: Panel, x: str, smooth: int, color: tuple) -> None:
+def draw_curve(axis: Axes, run: LoggedRun, panel: Panel, x: str, smooth: int, color: str) -> None:
     if not run.has(panel.key):
         return
     factor = 100 if panel.key == "mfu" else 1
@@ -195,7 +195,7 @@ def finish(axis: Axes, panel: Panel, x: str) -> None:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="gray")
 
 
-def say_which(axis: Axes, runs: list[LoggedRun], colors: tuple) -> None:
+def say_which(axis: Axes, runs: list[LoggedRun], colors: list[str]) -> None:
     axis.axis("off")
     for number, run in enumerate(runs):
         axis.plot([], [], color=colors[number % len(colors)], linewidth=3, label=f"{run.name}\n{summary(run)}")
@@ -206,11 +206,11 @@ def say_which(axis: Axes, runs: list[LoggedRun], colors: tuple) -> None:
 
 def summary(run: LoggedRun) -> str:
     """A run in one line: how far it is and what it has reached."""
-    _, losses = run.curve("step", "loss", smooth=20) if run.has("loss") else (None, [])
     parts = [f"step {int(run.columns['step'][-1]):,}"]
     if run.has("tokens"):
         parts.append(f"{EngFormatter(places=2, sep='')(run.columns['tokens'][-1])} tokens")
-    if len(losses):
+    if run.has("loss"):
+        _, losses = run.curve("step", "loss", smooth=20)
         parts.append(f"loss {losses[-1]:.3f}")
     return ", ".join(parts)
 

@@ -33,6 +33,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -177,7 +178,8 @@ class Runner:
     """
 
     def connect(self, host_info_list, workdir: str, env: dict[str, str]) -> None:
-        self.hosts, self.folder, self.word = list(host_info_list), workdir, None
+        self.hosts, self.folder = list(host_info_list), workdir
+        self.word: str | None = None  # to the hosts
         extra = os.environ.get("LAUNCH_ENV", "").split()
         self.environment = {
             name: value for name, value in os.environ.items() if TRAVELLING.fullmatch(name) or name in extra
@@ -241,14 +243,14 @@ def main() -> int:
     if script is not None:
         # Without `--` it would take those flags of the program that are spelled like its own, such as -m.
         arguments[script:] = ["--", *map(as_one_word, arguments[script:])]
-    engine = importlib.import_module("colossalai.cli.launcher.run")
+    engine: Any = importlib.import_module("colossalai.cli.launcher.run")
     engine.MultiNodeRunner, engine.HostInfo = Runner, Host
     command_line = importlib.import_module("colossalai.cli.launcher").run  # of the same name as its module
     try:
         command_line.main(arguments, prog_name="run_on_hosts.py")
     except SystemExit as end:
         # Its own complaints, about a missing hosts file for one, end with exit(): None, which a shell sees as success.
-        return NOTHING_STARTED if end.code is None else end.code
+        return NOTHING_STARTED if end.code is None else int(end.code)
     return 0
 
 

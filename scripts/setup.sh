@@ -78,7 +78,7 @@ import importlib.util
 import sys
 needed = ["torch", "transformers", "datasets", "sentencepiece", "tensorboard", "xxhash", "colossalai"]
 if "--dev" in sys.argv:
-    needed += ["pytest", "pytest_timeout", "hypothesis", "ruff", "codespell_lib"]
+    needed += ["pytest", "pytest_timeout", "hypothesis", "ruff", "codespell_lib", "mypy", "matplotlib", "lm_eval"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 sys.exit(f"missing: {', '.join(missing)}" if missing else 0)
 PY
@@ -99,7 +99,7 @@ set_up() { # [--dev]
         make_environment
         install_once run "installing requirements.txt and ColossalAI, 1 to 5 minutes" \
             requirements.txt requirements-colossalai.txt
-        [[ ${1:-} != --dev ]] || install_once dev "installing requirements-dev.txt, 10 seconds" requirements-dev.txt
+        [[ ${1:-} != --dev ]] || install_once dev "installing requirements-dev.txt, 1 minute" requirements-dev.txt
     ) 9<.
     python=.venv/bin/python
 }

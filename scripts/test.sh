@@ -21,6 +21,7 @@ if (($# == 0)); then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m codespell_lib
+    "$python" -m mypy
     PATH="$(dirname "$(command -v "$python")"):$PATH"
     if command -v shellcheck >/dev/null; then
         shellcheck --external-sources .ci/run benchmarks/*.sh scripts/*.sh scripts/*/*.sh scripts/*/*.sbatch

@@ -152,7 +152,9 @@ def main() -> int:
                     process.wait()
             kill_all(process)
             finished = process.returncode == 0 or start(args, folder, work / "cache").wait() == 0
-            survived = finished and digest(folder) == expected and steps_logged(folder) == list(range(1, STEPS + 1))
+            survived: bool = (
+                finished and digest(folder) == expected and steps_logged(folder) == list(range(1, STEPS + 1))
+            )
             table[fault][0] += 1
             table[fault][1] += survived
             print(f"{number}/{args.times} {fault}, {where}: {'survived' if survived else 'LOST'}", flush=True)
@@ -161,9 +163,9 @@ def main() -> int:
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
                 print(f"  kept in {kept}", flush=True)
     print("\n| fault | tried | survived |\n|---|---|---|")
-    for fault, (tried, survived) in sorted(table.items()):
-        print(f"| {fault} | {tried} | {survived} |")
-    return int(any(tried != survived for tried, survived in table.values()))
+    for fault, (tried, good) in sorted(table.items()):
+        print(f"| {fault} | {tried} | {good} |")
+    return int(any(tried != good for tried, good in table.values()))
 
 
 if __name__ == "__main__":

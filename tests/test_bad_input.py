@@ -7,10 +7,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from launching import Run, start_pretrain
+from launching import ROOT, Run, start_pretrain
 
+import benchmark
+import finetune
 import pretrain as program
 from console import USAGE_ERROR, InputError
 from model_utils import load_config
@@ -19,13 +22,11 @@ TEXT = {"text": "Some words of an ordinary document, enough of them to make toke
 
 
 @pytest.fixture
-def problems(monkeypatch, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
-    """What main() objects to, given flags and what the launcher would set; it must not get as far as launching."""
+def objections(monkeypatch, tmp_path) -> Callable[..., list[str]]:
+    """What a program's main() objects to, given flags and what the launcher would set, before it launches."""
 
-    def problems(*args, ranks: int = 1) -> list[str]:
-        folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
-        flags = [*sample_flags, "-p", "zero2", *folders, *args]
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, flags)])
+    def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         before = sorted(tmp_path.rglob("*"))
@@ -34,6 +35,17 @@ def problems(monkeypatch, tmp_path, sample_flags, sample_dataset) -> Callable[..
         assert sorted(tmp_path.rglob("*")) == before
         assert all("\n" not in problem for problem in raised.value.problems)
         return list(raised.value.problems)
+
+    return objections
+
+
+@pytest.fixture
+def problems(objections, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
+    """What pretrain.py objects to."""
+
+    def problems(*args, ranks: int = 1) -> list[str]:
+        folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
+        return objections(program, [*sample_flags, "-p", "zero2", *folders, *args], ranks)
 
     return problems
 
@@ -99,6 +111,83 @@ HYBRID = "-p hybrid_parallel"
 )
 def test_flags(problems, flags, ranks, expected):
     (problem,) = problems(*flags.split(), ranks=ranks)
+    assert all(part in problem for part in expected), problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--model_path {model} -c test", ["unrecognized arguments: -c test"]),
+        ("--model_path {model} --warmup_steps 5", ["unrecognized arguments: --warmup_steps 5"]),
+        ("-b 2", ["required", "--model_path"]),
+        ("--model_path ./none", ["--model_path", "./none", "give a model folder or a hub name"]),
+        ("--model_path {rows}", ["--model_path", "is a file; give the folder"]),
+        ("--model_path {data}", ["--model_path", "config.json"]),
+        ("--model_path {model} -p 3d", ["--plugin", "3d", "hybrid_parallel"]),
+        ("--model_path {model} -l 129", ["--max_length", "129", "128"]),
+        ("--model_path {model} -e 0", ["--num_epochs", "0"]),
+        ("--model_path {model} --eval_interval 0", ["--eval_interval", "0"]),
+        ("--model_path {model} --lr inf", ["--lr", "inf"]),
+        ("--model_path {model} -d ./none", ["--dataset", "./none"]),
+        ("--model_path {model} -d {data}", ["columns", "'prompt' and 'completion'"]),
+        ("--model_path {model} --tokenizer ./none", ["--tokenizer", "./none"]),
+        ("--model_path {model} -f {model}", ["--load", "--model_path"]),
+        ("--model_path {model} -b 4000", ["--dataset", "4000", "lower --batch_size"]),
+        ("--model_path {model} --lora_rank 0", ["--lora_rank", "0", "1"]),
+        ("--model_path {model} --lora_rank 4 -p gemini", ["--lora_rank", "gemini", "use -p zero2"]),
+        ("--model_path {model} --lora_rank 4 --lora_modules attn", ["--lora_modules", "'attn'", "q_proj"]),
+        ("--model_path {model} --lora_rank 4 --lora_alpha 0", ["--lora_alpha", "0", "positive"]),
+        ("--model_path {model} --lora_alpha 4", ["--lora_alpha", "--lora_rank"]),
+        ("--model_path {model} --gpus 8", ["--gpus", "--dry_run"]),
+    ],
+)
+def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path, flags, expected):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
+    places = {"model": finished_run.save_dir / "final", "data": sample / "data", "rows": rows}
+    data = ["-d", rows, "--cache_dir", cache_dir, "-p", "zero2", "-x", "bf16"]
+    folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
+    (problem,) = objections(finetune, [*data, *folders, *(flag.format(**places) for flag in flags.split())])
+    assert all(part in problem for part in expected), problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "expected"),
+    [
+        ("-c 8b", 1, ["--config", "8b", "7b, 13b"]),
+        ("-p ddp", 1, ["--plugin", "ddp", "fsdp"]),
+        ("-b 0", 1, ["--batch_size", "0"]),
+        ("-l 129", 1, ["--max_length", "129", "128"]),
+        ("-s 0 -i 0", 1, ["--num_steps", "0", "--ignore_steps 0"]),
+        ("-s 2", 1, ["--num_steps", "2", "--ignore_steps 2"]),
+        ("-i -1", 1, ["--ignore_steps", "-1"]),
+        ("-m 0", 1, ["--memory_limit", "0"]),
+        ("-m all", 1, ["--memory_limit", "'all'"]),
+        ("--json no/such/file.json", 1, ["--json", "no folder"]),
+        ("--profile {file}", 1, ["--profile", "is a file; give a folder"]),
+        ("--shard_param_frac 2", 1, ["--shard_param_frac", "2.0", "between 0 and 1"]),
+        ("--offload_optim_frac -1", 1, ["--offload_optim_frac", "-1.0"]),
+        ("--offload_param_frac nan", 1, ["--offload_param_frac", "nan"]),
+        ("-w 1.5", 1, ["--warmup_ratio", "1.5"]),
+        ("-p gemini --mixed_precision fp32", 1, ["--mixed_precision", "gemini", "-p zero2"]),
+        ("-p fsdp --extra_dp 2", 2, ["--extra_dp", "-p gemini"]),
+        ("-p gemini --extra_dp 2", 3, ["--tp/--extra_dp", "2", "3 ranks"]),
+        ("-p gemini --tp 2 -g", 2, ["--gradient_checkpoint", "--tp 2"]),
+        ("-p 3d --tp 3", 3, ["--tp", "3", "4 heads"]),
+        ("-p 3d --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
+        ("-p 3d --zero 3", 1, ["--zero", "3"]),
+        ("-p 3d --pp 2 --mbs 3 -b 4", 2, ["--microbatch_size", "3", "4"]),
+        ("--dry_run --gpu X", 1, ["--gpu", "'X'", "H100"]),
+        ("--dry_run --gpu_memory -1", 1, ["--gpu_memory", "-1"]),
+        ("--dry_run --mfu 1.5", 1, ["--mfu", "1.5"]),
+        ("--dry_run --gpus 0", 1, ["--gpus", "0"]),
+        ("-d data", 1, ["unrecognized arguments: -d data"]),
+    ],
+)
+def test_flags_of_benchmark(objections, tmp_path, flags, ranks, expected):
+    (tmp_path / "file").touch()
+    given = [flag.format(file=tmp_path / "file") for flag in flags.split()]
+    (problem,) = objections(benchmark, ["-c", "test", "-l", 64, *given], ranks)
     assert all(part in problem for part in expected), problem
 
 
@@ -290,6 +379,22 @@ def test_exit_status_and_output(tmp_path):
         assert run.wait() == USAGE_ERROR
     assert_refused(run, "--tokenizer: hf-internal-testing/llama-tokenizer ")
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "expected"),
+    [
+        ("finetune.py", ["--model_path", "./none"], "--model_path: ./none does not exist"),
+        ("benchmark.py", ["-c", "8b"], "--config: '8b' is neither"),
+    ],
+)
+def test_exit_status_of_the_other_programs(tmp_path, program, flags, expected):
+    run = Run([sys.executable, ROOT / program, *flags], tmp_path / "run", cwd=tmp_path)
+    with run:
+        assert run.wait() == USAGE_ERROR
+    assert run.stderr.startswith(f"{program}: error: {expected}")
+    assert (run.stdout, run.stderr.count("\n")) == ("", 1)
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "stdout", "stderr"}
 
 
 def test_other_ranks_are_silent(tmp_path):

@@ -27,13 +27,14 @@ from console import USAGE_ERROR, InputError
 from dataset_sources import resolve_source
 from instruction_data import ExampleEncoder, InstructionDataset, LengthGroupedOrder, prepare_examples
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
+from scripts import generate
 
 EXAMPLES = 24
 GLOBAL_BATCH = 8
 EPOCHS = 2
 STEPS = EPOCHS * EXAMPLES // GLOBAL_BATCH
 LR = 3e-3
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb")
+TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")
 
 
 def rows() -> list[dict[str, str]]:
@@ -252,11 +253,25 @@ def test_adapters_train_as_in_a_plain_loop(adapted, plain_training, layout):
     assert adapted(layout).column("loss") == pytest.approx(plain_training(torch.float32, lora=True), rel=2e-5)
 
 
+def test_adapters_write_what_the_merged_model_does(adapted, monkeypatch, capsys):
+    """Without --base_model: the adapters name the model that they were trained beside."""
+    run = adapted("zero2")
+    texts = []
+    for model in (run.save_dir / "final", run.save_dir / f"epoch1-step{STEPS}"):
+        flags = ["--model", model, "--prompt", rows()[0]["prompt"], "--temperature", 0]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+        assert generate.main() == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(rows()[0]["prompt"])
+
+
 def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_folder):
     run = adapted("zero2")
     folder = run.save_dir / f"epoch1-step{STEPS}" / "model"
     saved = load_file(folder / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in saved} == {"q_proj", "up_proj"}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_folder)
     assert not list(folder.glob("model*"))
     ids = torch.arange(60)[None]
     with torch.no_grad():

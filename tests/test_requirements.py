@@ -1,0 +1,33 @@
+"""What the requirements files say of each dependency."""
+
+import importlib.metadata
+import re
+
+import pytest
+from launching import ROOT
+from packaging.requirements import Requirement
+
+FILES = ("requirements.txt", "requirements-colossalai.txt", "requirements-dev.txt")
+LINE = re.compile(r"(?P<requirement>[\w.-]+ *[><=]=[^#]*)(#(?P<reason>.*))?")
+LICENCES = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| licence |")[2]
+
+
+def lines() -> list[tuple[str, str, bool]]:
+    """Each file's requirements, with whether a reason stands beside it, or above the only one."""
+    found = []
+    for file in FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        matches = [match for match in map(LINE.fullmatch, text.splitlines()) if match]
+        for match in matches:
+            explained = match["reason"] or (len(matches) == 1 and text.startswith("#"))
+            found.append((file, match["requirement"].strip(), bool(explained)))
+    return found
+
+
+@pytest.mark.parametrize(("file", "requirement", "explained"), lines())
+def test_pinned_installed_explained_and_licensed(file, requirement, explained):
+    parsed = Requirement(requirement)
+    assert parsed.specifier
+    assert explained, f"{file}: {requirement} has no reason beside it"
+    assert re.search(rf"\b{re.escape(parsed.name)}\b", LICENCES), f"CONTRIBUTING.md: no licence of {parsed.name}"
+    assert parsed.specifier.contains(importlib.metadata.version(parsed.name), prereleases=True)
