@@ -175,6 +175,7 @@ class Metrics:
     def close(self) -> None:
         if self.main:
             self.bar.close()
-            for sink in filter(None, (self.board, self.file)):
+            for sink in (self.board, self.file):
                 with contextlib.suppress(OSError):
-                    sink.close()
+                    if sink is not None:
+                        sink.close()

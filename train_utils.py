@@ -83,9 +83,9 @@ def build_dataloader(
 def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_parallel: int) -> None:
     """Asserts that there is one share of the data a data-parallel rank, and one batch among the ranks of a share."""
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
-    share = loader.sampler.positions.start  # type: ignore[attr-defined]
+    first = loader.sampler.positions.start  # type: ignore[attr-defined]
     by_share: dict[int, str] = {}
-    for number, (share, other) in enumerate(checkpoint_utils.gather((share, digest))):
+    for number, (share, other) in enumerate(checkpoint_utils.gather((first, digest))):
         if by_share.setdefault(share, other) != other:
             raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {share}")
     if len(by_share) != data_parallel:
