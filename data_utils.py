@@ -86,18 +86,26 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A hub name and, where it comes as NAME@REVISION, the branch, tag or commit that it is pinned to."""
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    name, revision = split_revision(name)
+    choice = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
     except (OSError, ValueError):
-        _check_hub_has(name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _check_hub_has(name, revision)
+        return AutoTokenizer.from_pretrained(name, **choice)
 
 
-def _check_hub_has(name: str) -> None:
+def _check_hub_has(name: str, revision: str | None) -> None:
     """Fails at once where from_pretrained would go on retrying for most of a minute."""
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise InputError(

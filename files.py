@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -92,6 +93,23 @@ def exclusive_lock(path: Path, waiting: str, refusal: str | None = None) -> Iter
         yield
 
 
+def private_folder() -> Path:
+    """A folder for small files that are gone with the run, which this user alone can enter.
+
+    Raises:
+        InputError: another user has made it, or can enter it: what is read there might not be what was written.
+    """
+    folder = Path(tempfile.gettempdir(), f"llama-training-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise InputError(
+            f"TMPDIR: {folder} is not a folder of this user alone; remove it, or set TMPDIR to another place"
+        )
+    return folder
+
+
 _calls = itertools.count()
 
 
@@ -102,20 +120,19 @@ def once_per_node(function: Callable[[], Any]) -> Any:
     parent, the launcher, and call this in the same order. If local rank 0 fails, the launcher ends the others.
     """
     parent = os.getppid()
-    prefix = f"llama-training-{os.getuid()}-"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     launch = f"{parent}-{psutil.Process(parent).create_time()}-{attempt}-{next(_calls)}"
-    path = Path(tempfile.gettempdir(), f"{prefix}{launch}.json")
+    path = private_folder() / f"{launch}.json"
     if local_rank() == 0:
         value = function()
         if world_size() > 1:
-            for old in path.parent.glob(f"{prefix}*"):
+            for old in path.parent.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another launch tidies up too
                     if time.time() - old.stat().st_mtime > STALE_SECONDS:
                         old.unlink()
             write_json(path, {"value": value})
         return value
-    while not (path.is_file() and path.stat().st_uid == os.getuid()):
+    while not path.is_file():
         if os.getppid() != parent:
             sys.exit("the launcher is gone; no longer waiting for local rank 0")
         time.sleep(POLL_SECONDS)

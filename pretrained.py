@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from checkpoint_utils import LazyTensors, check_model, mapped_tensors
 from console import InputError, say
-from data_utils import HUB_TIMEOUT_SECONDS
+from data_utils import HUB_TIMEOUT_SECONDS, split_revision
 from files import exclusive_lock
 from model_utils import parameter_specs
 from sharded_state import frozen_parameters, restore
@@ -44,7 +44,7 @@ INPUT_EMBEDDING, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight
 
 
 def find_model(name_or_path: str, flag: str) -> Path:
-    """The folder of a model: `name_or_path` itself, or what the hub has under this name, downloaded once a node.
+    """The folder of a model: `name_or_path` itself, or what the hub has under NAME or NAME@REVISION.
 
     Raises:
         InputError: there is no such folder, and the hub does not have or does not give it.
@@ -55,7 +55,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
     if path.exists():
         raise InputError(f"{flag}: {name_or_path} is a file; give the folder that holds it")
     try:
-        validate_repo_id(name_or_path)
+        validate_repo_id(split_revision(name_or_path)[0])
     except HFValidationError as error:
         raise InputError(f"{flag}: {name_or_path} does not exist; give a model folder or a hub name") from error
     lock = Path(HF_HUB_CACHE) / f".{name_or_path.replace('/', '--')}.lock"
@@ -73,24 +73,29 @@ def find_model(name_or_path: str, flag: str) -> Path:
         ) from error
 
 
-def _downloaded(name: str) -> Path | None:
+def _downloaded(name_or_pin: str) -> Path | None:
     """The folder of an earlier download, if it is whole."""
+    name, revision = split_revision(name_or_pin)
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         pretrained_weights(folder, "")
     except (LocalEntryNotFoundError, InputError):
         return None
     return folder if (folder / "config.json").is_file() else None
 
 
-def _download(name: str, flag: str) -> Path:
+def _download(name_or_pin: str, flag: str) -> Path:
     """Fetches configuration, tokenizer, and weights in the one of their formats that comes first."""
-    files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS).siblings]
+    name, revision = split_revision(name_or_pin)
+    info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    files = [file.rfilename for file in info.siblings]
     if "config.json" not in files:
         raise InputError(f"{flag}: {name} on the hub is not a Hugging Face model: it has no config.json")
     pattern = "model*.safetensors" if {INDICES[0], SINGLES[0]} & set(files) else "pytorch_model*.bin"
-    say(f"downloading {name}")
-    return Path(snapshot_download(name, allow_patterns=[*DESCRIPTIONS, pattern]))
+    say(f"downloading {name}, commit {info.sha}")
+    return Path(
+        snapshot_download(name, revision=info.sha if revision else None, allow_patterns=[*DESCRIPTIONS, pattern])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -122,7 +122,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
 
 def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
     """The model with its adapters merged, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", trust_remote_code=False)
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -47,7 +47,7 @@ read_hostfile() {
     local names faulty
     names=$(awk 'NF' "$HOSTFILE")
     [[ -n $names ]] || fail "HOSTFILE: '$HOSTFILE' names no host; write one host name a line into it"
-    faulty=$(awk 'NF > 1 || /#/' <<<"$names" | head -n 1)
+    faulty=$(awk 'NF > 1 || /#/ || /^ *-/' <<<"$names" | head -n 1)
     [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' has the line '$faulty', which is not one host name"
     faulty=$(awk '{print $1}' <<<"$names" | sort | uniq -d | head -n 1)
     [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' names the host '$faulty' twice"

@@ -5,9 +5,10 @@
 It takes the same options, and the program's flags as they are. Before anything starts, every host must let us log in,
 and have this folder and this Python. OpenSSH's ssh makes the connections, with whatever keys and ~/.ssh/config
 it has. Only variables that concern training travel (TRAVELLING below, and those that LAUNCH_ENV names), never on a
-command line. When one host fails, a line names it and says how, the others end too, and the exit status is that of the
-program. SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save its checkpoint and end, and so does the death of this
-launcher; a second SIGINT ends it at once.
+command line; tokens, keys and passwords, HF_TOKEN too, only where LAUNCH_ENV names them. When one host fails, a line
+names it and says how, the others end too, and the exit status is that of the program. SIGTERM, SIGINT, SIGUSR1 and
+SIGHUP make the run save its checkpoint and end, and so does the death of this launcher; a second SIGINT ends it at
+once.
 
 Exit status: 0; 2 when nothing was started, or the program refused its flags; 75 for a run that a signal ended after its
 checkpoint was saved; 255 when the connection to a host was lost; else that of the first process that failed (128 + the
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ TRAVELLING = re.compile(
     r"PYTORCH_|TRITON_|NCCL_|GLOO_|CUDA_|NVIDIA_|OMP_|MKL_|KMP_|UCX_|FI_|MAX_JOBS)\w*)",
     re.ASCII,
 )
+SECRET = re.compile(r"\w*(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)", re.ASCII)
 NOTHING_STARTED = 2
 CHECK_SECONDS = 30  # for all that one host has to answer before the start
 GRACE_SECONDS = 30  # for the other hosts to end by themselves, with their own message, once one has failed
@@ -67,6 +70,15 @@ def how_it_ended(status: int) -> str:
     with contextlib.suppress(ValueError):
         return f"was killed by {signal.Signals(number).name}"
     return f"ended with status {status}"
+
+
+def travelling(environment: Mapping[str, str], asked_for: Sequence[str]) -> dict[str, str]:
+    """The variables that go to the hosts: those that concern training and are no secrets, and what is asked for."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in asked_for or (TRAVELLING.fullmatch(name) and not SECRET.fullmatch(name))
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- the hosts
@@ -104,6 +116,8 @@ class Host:
 
     def problem(self, folder: str) -> str | None:
         """What keeps a run from starting there, or None."""
+        if self.hostname.startswith("-"):  # ssh would take it for an option
+            return "is not the name of a host"
         needed = f"cd {shlex.quote(folder)} 2>/dev/null || {{ echo has no folder {shlex.quote(folder)}; exit 1; }}\n"
         for file in (sys.executable, str(Path(__file__).resolve())):
             needed += f"[ -r {shlex.quote(file)} ] || {{ echo has no file {shlex.quote(file)}; exit 1; }}\n"
@@ -180,10 +194,9 @@ class Runner:
     def connect(self, host_info_list, workdir: str, env: dict[str, str]) -> None:
         self.hosts, self.folder = list(host_info_list), workdir
         self.word: str | None = None  # to the hosts
-        extra = os.environ.get("LAUNCH_ENV", "").split()
-        self.environment = {
-            name: value for name, value in os.environ.items() if TRAVELLING.fullmatch(name) or name in extra
-        }
+        self.environment = travelling(os.environ, os.environ.get("LAUNCH_ENV", "").split())
+        if "HF_TOKEN" in os.environ and "HF_TOKEN" not in self.environment:
+            say("HF_TOKEN stays here; LAUNCH_ENV=HF_TOKEN sends it to the hosts")
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
             problems = list(pool.map(lambda host: host.problem(workdir), self.hosts))
         for host, problem in zip(self.hosts, problems, strict=True):

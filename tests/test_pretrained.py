@@ -213,14 +213,20 @@ def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
     save_model(tmp_path / "old", safe_serialization=False)
     (tmp_path / "old" / "pytorch_model.bin").rename(folder / "pytorch_model.bin")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with HubServer({"someone/small-llama": Branches({"main": files})}) as hub:
+    branches = Branches({"main": files, "v1": {**files, "README.md": b"the first"}})
+    with HubServer({"someone/small-llama": branches}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
         found = find_in_processes(2, "someone/small-llama", environment)
         assert len(set(found)) == 1
         assert all(len(hub.downloads(f"/{name}")) == (name != "pytorch_model.bin") for name in files)
         assert torch.equal(check(Path(found[0]))["lm_head.weight"][:], expected["lm_head.weight"])
+        pinned = find_in_processes(1, "someone/small-llama@v1", environment)
+        assert [Path(folder).name for folder in (*found[:1], *pinned)] == [
+            branches.commit(name) for name in ("main", "v1")
+        ]
         (line,) = find_in_processes(1, "someone/other", environment)
         assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 401)"
-    assert find_in_processes(1, "someone/small-llama", environment) == found[:1]  # with no hub to be reached
+    for name, there in (("someone/small-llama", found), (f"someone/small-llama@{branches.commit('v1')}", pinned)):
+        assert find_in_processes(1, name, environment) == there[:1]  # with no hub to be reached
     (line,) = find_in_processes(1, "someone/other", environment)
     assert "someone/other is no folder, and it cannot be downloaded" in line

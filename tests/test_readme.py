@@ -1,0 +1,142 @@
+"""The commands of the documentation: their programs exist and take their flags; what costs little is run."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+from colossalai.cli.launcher import run as colossalai_run
+from launching import ROOT
+from torch.distributed.run import parse_args as parse_torchrun
+
+import benchmark
+
+DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md")
+# Of a shell script's own flags, or those of the program that it hands them to.
+SHELL_SCRIPTS = {
+    "scripts/quickstart.sh": [],
+    "scripts/setup.sh": ["--dev"],
+    "scripts/build_extensions.sh": [],
+    "benchmarks/single_gpu.sh": [],
+    "scripts/test.sh": "pytest",
+    "scripts/slurm/pretrain.sbatch": "pretrain.py",
+    "scripts/benchmark_7B/gemini.sh": "benchmark.py",
+    "scripts/benchmark_70B/3d.sh": "benchmark.py",
+}
+ELSEWHERE = {"source", "pip", "echo", "ssh", "ssh-keygen", "ssh-copy-id", "lm_eval", "tensorboard", "export"}
+
+
+class Accepted(Exception):
+    """A program's parser has taken the flags."""
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line in a block of shell commands, and every one that stands in a sentence, by document."""
+    found = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        variables: dict[str, str] = {}
+        for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if assignment := re.fullmatch(r'([A-Z]+)="(.*)"', line.strip()):
+                    variables[assignment[1]] = assignment[2]
+                    continue
+                line = re.sub(r"\$([A-Z]+)", lambda match: variables[match[1]], line)  # noqa: B023
+                found.extend((document, part) for part in re.split(r"\||&&", line) if part.strip(" #"))
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for line in re.findall(r"`((?:python|bash|sbatch)\s[^`]+\.(?:py|sh|sbatch)\b[^`]*)`", prose):
+            found.append((document, " ".join(line.split())))
+    return [(document, line.strip()) for document, line in found if not line.strip().startswith("#")]
+
+
+@pytest.fixture
+def accept(monkeypatch):
+    """Hands flags to a program of the repository, which gets as far as having parsed them."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Accepted
+
+    def accept(program: str, flags: list[str]) -> None:
+        assert (ROOT / program).is_file(), program
+        monkeypatch.syspath_prepend((ROOT / program).parent)
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", [program, *flags])
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Accepted):
+            getattr(module, "parse_args", module.main)()
+
+    return accept
+
+
+def launched(words: list[str]) -> tuple[str, list[str]]:
+    """The program that a launcher would start, and its flags, once the launcher's own are taken."""
+    if words[0] == "torchrun":
+        taken = parse_torchrun(words[1:])
+        return taken.training_script, taken.training_script_args
+    if words[:2] in (["colossalai", "run"], ["python", "scripts/run_on_hosts.py"]):
+        script = next(place for place, word in enumerate(words) if word.endswith(".py") and place > 1)
+        colossalai_run.make_context("run", [*words[2:script], words[script]])
+        return words[script], words[script + 1 :]
+    return words[1], words[2:]
+
+
+def test_they_are_found():
+    lines = [line for _, line in commands()]
+    assert len(lines) > 50
+    assert sum("-d /data/redpajama" in line for line in lines) == 8
+
+
+@pytest.mark.parametrize(("document", "line"), commands())
+def test_programs_and_flags_exist(document, line, accept):
+    words = shlex.split(line, comments=True)
+    words = [word for before, word in zip(["", *words], words, strict=False) if word != "..." or before.startswith("-")]
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    if words[0] in ELSEWHERE:
+        for place, word in enumerate(words[:-1]):
+            assert word != "-r" or (ROOT / words[place + 1]).is_file()
+        return
+    program, flags = launched(words)
+    if not program.endswith(".py"):
+        assert (ROOT / program).is_file()
+        takes = SHELL_SCRIPTS[program]
+        if takes == "pytest":
+            assert all((ROOT / flag).is_file() for flag in flags if flag.startswith("tests/"))
+            return
+        if not isinstance(takes, str):
+            assert set(flags) <= set(takes)
+            return
+        program = takes
+    if flags == ["--help"]:
+        return
+    accept(program, flags)
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    re.findall(r"^\$ (python .*)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE),
+)
+def test_dry_runs_print_what_the_readme_says(monkeypatch, capsys, command, output):
+    program, *flags = shlex.split(command)[1:]
+    assert program == "benchmark.py"
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    assert benchmark.main() == 0
+    assert output in capsys.readouterr().out
+
+
+def test_paths_in_links_and_tables_exist():
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (ROOT / document).parent.joinpath(target).exists() or target.startswith("https:"), target
+        for name in re.findall(r"`((?:scripts|tests|benchmarks)/[\w./]+|\w+\.py)`", text):
+            assert any((folder / name).exists() for folder in (ROOT, ROOT / "scripts", ROOT / "tests")), name
+
+
+def test_every_module_is_in_the_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The code")[2]
+    assert not [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text]
