@@ -360,7 +360,7 @@ class TestCheckModel:
             "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
         )
 
-    @pytest.mark.parametrize("key", checkpoint_utils.MODEL_KEYS)
+    @pytest.mark.parametrize("key", sorted({*checkpoint_utils.MODEL_KEYS, "attention_dropout", "head_dim"}))
     def test_everything_that_makes_another_model_counts(self, saved, key):
         config = load_config("test")
         value = getattr(config, key)
