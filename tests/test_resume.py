@@ -170,7 +170,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     saved = broken.save_dir / f"epoch0-step{step}"
     assert "rows.jsonl, line 13: not valid JSON" in broken.stderr
     assert f"; resume from {saved}" in broken.stderr
-    assert "Traceback" not in broken.stderr.partition("torch.distributed.elastic")[0]
+    assert broken.stderr.count("Traceback") == 1  # torchrun's
 
     data.write_text("\n".join(rows) + "\n")
     refused = pretrain(*flags, "-f", "latest", folder=broken.folder, check=False)
