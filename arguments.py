@@ -23,6 +23,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def user_path(text: str) -> Path:
+    """A path on the command line; `~` stands for the home folder, which shells leave to the program in `--flag=~/x`."""
+    return Path(os.path.expanduser(text))
+
+
 class _Given(argparse.Action):
     """Stores the value and, in NAME_given, that the user set it."""
 
@@ -58,9 +63,13 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
     )
-    output.add_argument("-o", "--save_dir", type=Path, default="checkpoint", help="folder (default: checkpoint)")
+    output.add_argument("-o", "--save_dir", type=user_path, default="checkpoint", help="folder (default: checkpoint)")
     output.add_argument(
-        "-f", "--load", metavar="PATH|latest", help="checkpoint to resume from; latest: the newest, if any"
+        "-f",
+        "--load",
+        type=os.path.expanduser,
+        metavar="PATH|latest",
+        help="checkpoint to resume from; latest: the newest, if any",
     )
     output.add_argument(
         "--allow_changes",
@@ -74,7 +83,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "-t",
         "--tensorboard_dir",
-        type=Path,
+        type=user_path,
         default="tb_logs",
         help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
     )

@@ -34,7 +34,7 @@ from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 from transformers import LlamaConfig
 
 import sharded_state
-from arguments import ArgumentParser, add_compute_args, add_dry_run_args, validate_args
+from arguments import ArgumentParser, add_compute_args, add_dry_run_args, user_path, validate_args
 from attn import select_attention
 from booster_utils import boost, build_plugin, forward_backward, launch, optimizer_step, shut_down
 from console import InputError, RunError, say
@@ -87,8 +87,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     memory = parser.add_argument_group("limits and output")
     memory.add_argument("-x", "--xformers", dest="flash_attention", action="store_true", help="the same as -a")
     memory.add_argument("-m", "--memory_limit", type=int, help="GPU memory a process may take, in MB (default: all)")
-    memory.add_argument("--json", type=Path, help="write inputs and results to this file")
-    memory.add_argument("--profile", type=Path, help="folder for a trace of one more step, for chrome://tracing")
+    memory.add_argument("--json", type=user_path, help="write inputs and results to this file")
+    memory.add_argument("--profile", type=user_path, help="folder for a trace of one more step, for chrome://tracing")
     add_dry_run_args(parser)
     return parser.parse_args(arguments)
 

@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import hashlib
 import logging
+import multiprocessing
 import os
 import re
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -124,6 +126,16 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != _PARENT:  # gone before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """Has this process of `multiprocessing` end as soon as its parent has, however that ended, whatever it is doing."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(RUN_FAILED)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _report(prefix: str, problems: Sequence[str]) -> None:

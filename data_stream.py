@@ -17,7 +17,8 @@ import xxhash
 from torch.utils.data import Dataset, default_collate
 
 from console import InputError
-from data_utils import Permutation, TextEncoder, mark_documents, splitmix64
+from data_order import Permutation, splitmix64
+from data_utils import TextEncoder, mark_documents
 from dataset_sources import Document, Source, SourceFile, unusable
 
 ENDLESS = 2**62

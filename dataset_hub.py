@@ -4,11 +4,12 @@ A data set's loading script is never run. The client is huggingface_hub, so `HF_
 `HF_HUB_OFFLINE` mean what they mean everywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -27,7 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import get_session, logging
+from huggingface_hub.utils import http_backoff, logging
 
 from console import InputError
 
@@ -36,6 +37,8 @@ logging.set_verbosity_error()  # it reports every attempt of a request that it r
 TIMEOUT_SECONDS = 10
 HEAD_REQUESTS = 16  # at a time
 PAUSES_SECONDS = (1, 2, 4, 8, 16)  # between attempts at a download
+BUSY = (429, 500, 502, 503, 504)
+IDENTITY = {"Accept-Encoding": "identity"}  # a file is wanted as it is stored, and its size so
 
 T = TypeVar("T")
 
@@ -122,12 +125,8 @@ def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
 def fetch(repository: str, commit: str, path: str) -> Path:
     """Where a file of a data set lies on this machine, downloaded or resumed first if it is not whole here."""
     try:
-        return Path(
-            _persistently(
-                f"{path} of {repository}",
-                lambda: hf_hub_download(repository, path, repo_type="dataset", revision=commit),
-            )
-        )
+        with _in_one_line(f"{path} of {repository}"):
+            return Path(_persistently(lambda: hf_hub_download(repository, path, repo_type="dataset", revision=commit)))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"--dataset: {path} of {repository} is not on this machine, and the hub cannot be reached; download it "
@@ -137,22 +136,43 @@ def fetch(repository: str, commit: str, path: str) -> Path:
         raise _refusal(repository, commit, error) from error
 
 
-def _persistently(what: str, download: Callable[[], T]) -> T:
-    """Calls `download` again, which resumes it, when the connection breaks off. Errors of the disk are passed on."""
+def _persistently(request: Callable[[], T]) -> T:
+    """Calls `request`, and again while the connection breaks off. What the client has given up itself is passed on."""
     for pause in (*PAUSES_SECONDS, None):
         try:
-            return download()
-        except HfHubHTTPError:
-            raise
+            return request()
         except OSError as error:
-            if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+            if pause is None or not _may_pass(error):
                 raise
-            if pause is None or isinstance(error, OfflineModeIsEnabled):
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                raise InputError(
-                    f"--dataset: {what} cannot be downloaded ({reason}); start again to resume it"
-                ) from error
             time.sleep(pause)
+
+
+def _may_pass(error: OSError) -> bool:
+    answered = getattr(error, "response", None) is not None
+    return not (answered or isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) or _of_disk(error))
+
+
+def _of_disk(error: OSError) -> bool:
+    return error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+
+
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Has a download that failed for good end as an InputError; what the hub refuses and the disk are passed on."""
+    try:
+        yield
+    except HfHubHTTPError:
+        raise
+    except OSError as error:
+        if _of_disk(error):
+            raise
+        raise InputError(
+            f"--dataset: {what} cannot be downloaded ({_in_words(error)}); start again to resume it"
+        ) from error
+
+
+def _in_words(error: OSError) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _reason(error: OSError) -> str:
@@ -184,13 +204,14 @@ def remote_files(urls: Sequence[str]) -> list[RemoteFile]:
 
 
 def _head(url: str) -> RemoteFile:
-    headers = {"Accept-Encoding": "identity"}
+    options = {"headers": IDENTITY, "allow_redirects": True, "timeout": TIMEOUT_SECONDS}
     try:
-        response = get_session().head(url, headers=headers, allow_redirects=True, timeout=TIMEOUT_SECONDS)
+        response = http_backoff("HEAD", url, retry_on_status_codes=BUSY, **options)
         response.raise_for_status()
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--dataset: {url} cannot be had ({reason}); leave its slice out: --dataset_slices") from error
+        raise InputError(
+            f"--dataset: {url} cannot be had ({_in_words(error)}); leave its slice out: --dataset_slices"
+        ) from error
     version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
     return RemoteFile(url, int(response.headers.get("Content-Length", 0)), version)
 
@@ -206,7 +227,13 @@ def download(file: RemoteFile) -> Path:
     with filelock.FileLock(f"{target}.lock"):
         if target.is_file() and file.size in (0, target.stat().st_size):
             return target
-        _persistently(file.url, lambda: _append(file, partial))
+        try:
+            with _in_one_line(file.url):
+                _persistently(lambda: _append(file, partial))
+        except HfHubHTTPError as error:
+            raise InputError(
+                f"--dataset: {file.url} cannot be had ({_in_words(error)}); leave its slice out: --dataset_slices"
+            ) from error
         found = partial.stat().st_size
         if file.size and found != file.size:
             partial.unlink()
@@ -216,9 +243,9 @@ def download(file: RemoteFile) -> Path:
 
 
 def _append(file: RemoteFile, partial: Path) -> None:
-    with open(partial, "ab") as output:
+    with open(partial, "ab" if file.size else "wb") as output:  # of unknown size, it might be whole already
         if not file.size or output.tell() < file.size:
-            http_get(file.url, output, resume_size=output.tell(), headers={"Accept-Encoding": "identity"})
+            http_get(file.url, output, resume_size=output.tell(), headers=IDENTITY)
 
 
 # Listings that outlast the network

@@ -236,6 +236,7 @@ def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: 
     try:
         agreed = json.loads(path.read_bytes())
         first = Source.from_json(agreed["source"])
+        _ = [agreed[key] for key in plan]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{flag}: {path} is damaged; delete {folder} and start again") from error
     for name, key in (

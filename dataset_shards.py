@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from console import InputError
+from console import InputError, end_with_parent
 from data_utils import HELD_OUT, TRAIN, TextEncoder, is_held_out
 from dataset_files import Span, can_be_split
-from dataset_sources import Document, Source, unusable
+from dataset_sources import Document, Source, SourceFile, unusable
 from files import sync, write_json
 
 PREPARATION = ".preparation"
@@ -72,7 +71,7 @@ class Preparation:
         try:
             record = json.loads(self.record_path(unit).read_bytes())
             sizes = [(self.folder / shard["file"]).stat().st_size for shard in record["shards"]]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         expected = [shard["tokens"] * self.encoder.dtype.itemsize for shard in record["shards"]]
         return record if sizes == expected else None
@@ -84,6 +83,7 @@ def make_units(source: Source) -> list[Unit]:
     units, room = [], 0
     for index, file in enumerate(source.files):
         weight = file.size if can_be_split(file.path) else file.size * COMPRESSION_RATIO
+        weight = weight or unit_bytes  # of unknown size: a unit of its own
         parts = -(-file.size // unit_bytes) if can_be_split(file.path) else 1
         if parts > 1:
             ends = [file.size * part // parts for part in range(parts)]
@@ -172,8 +172,12 @@ def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "
                 position = document.position
                 yield batch
                 batch, size = [], 0
-        progress.add((file.size if piece.span.stop is None else piece.span.stop) - position)
+        progress.add(_end(file, piece.span) - position if file.size else 0)
     yield batch
+
+
+def _end(file: SourceFile, span: Span) -> int:
+    return file.size if span.stop is None else span.stop
 
 
 def _check_number_of_slices(preparation: Preparation, number: int, writers: dict) -> None:
@@ -215,9 +219,10 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
     """
     progress = Progress()
     files = preparation.source.files
-    spans = [(files[file].size, span) for number in numbers for file, span in preparation.units[number]]
-    total = sum((size if span.stop is None else span.stop) - span.start for size, span in spans)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+    pieces = [(files[index], span) for number in numbers for index, span in preparation.units[number]]
+    total = sum(_end(file, span) - span.start for file, span in pieces)
+    known = all(file.size for file, _ in pieces)
+    with tqdm(total=total if known else None, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         if num_workers <= 1 or not numbers:
             for number in numbers:
                 tokenize_unit(preparation, number, progress)
@@ -261,12 +266,7 @@ def follow_parent() -> None:
     """Leaves a keyboard interrupt to the process that this one was forked from, and ends when that one does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _tokenize_in_worker(number: int) -> None:

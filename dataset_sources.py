@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def resolve_source(
     Raises:
         InputError: there is nothing to read; the line says what was found and what to do.
     """
-    root = Path(os.path.abspath(os.path.expanduser(name)))
+    root = Path(os.path.abspath(name))
     if root.exists():
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
@@ -258,26 +259,33 @@ def _saved(path: Path, key: str) -> list | None:
 
 
 def _walk(root: Path) -> list[str]:
-    """Every file below `root` but hidden ones. A folder that links lead to twice, or in a circle, counts once."""
+    """Every file below `root` but hidden ones. What links lead to twice, or in a circle, counts once."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"--dataset: {error.filename} cannot be read ({error.strerror}); permit it or move it away")
 
-    seen, paths = set(), []
+    seen, paths, links = set(), [], []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (place := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith(".")]
-    return sorted(paths)
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            (links if os.path.islink(path) else paths).append(path)
+    seen = set(map(os.path.realpath, paths))
+    for path in sorted(links):
+        if (place := os.path.realpath(path)) not in seen:
+            seen.add(place)
+            paths.append(path)
+    return sorted(os.path.relpath(path, root) for path in paths)
 
 
 def _local_file(root: Path, path: str) -> SourceFile:
     try:
         status = (root / path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"--dataset: {root / path} is no regular file; remove it")
         with open(root / path, "rb"):
             pass
     except OSError as error:
@@ -382,10 +390,11 @@ def _url_source(repository: Repository, url_lists: list[str], slices: tuple[str,
             place = f"{name}/{_url_tail(remote.url, name)}"
             files.append(SourceFile(place, name, remote.size, remote.version, remote.url))
     size = sum(file.size for file in files)
-    origin = f"{repository.name}@{repository.commit}"
-    return Source(
-        repository.name, files, repository.commit, f"{origin}: {len(files)} files behind URLs, {size / 1e9:.2f} GB"
-    )
+    unknown = sum(not file.size for file in files)
+    found = f"{repository.name}@{repository.commit}: {len(files)} files behind URLs, {size / 1e9:.2f} GB"
+    if unknown:
+        found += f" and {unknown} of unknown size"
+    return Source(repository.name, files, repository.commit, found)
 
 
 def _url_tail(url: str, slice: str) -> str:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from booster_utils import forward_loss
 from console import rank
-from data_utils import IGNORE_INDEX, ShardedSampler
+from data_order import ShardedSampler
+from data_utils import IGNORE_INDEX
 from layout import Layout
 
 

@@ -12,6 +12,7 @@ import console
 console.quiet_third_parties()
 
 import argparse
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import model_export
 import run_plan
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_evaluation_args, add_training_args, validate_args
+from arguments import ArgumentParser, add_evaluation_args, add_training_args, user_path, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
@@ -50,6 +51,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "-d",
         "--dataset",
+        type=os.path.expanduser,
         default=DATASET,
         help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with the columns "
         f"prompt and completion, instruction (input) and output, or messages (default: {DATASET})",
@@ -62,8 +64,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument(
         "--cache_dir",
-        type=Path,
-        default=Path("~/.cache/llama-training").expanduser(),
+        type=user_path,
+        default="~/.cache/llama-training",
         help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
     )
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
@@ -77,7 +79,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def find_source(args: argparse.Namespace, split: str) -> Source:
     """The files of a split of --dataset and --task_name, which names a folder where the data set is a local one."""
-    local = Path(args.dataset).expanduser()
+    local = Path(args.dataset)
     if not local.exists():
         task = args.task_name or (TASK if args.dataset == DATASET else None)
         return resolve_source(args.dataset, configuration=task, split=split)

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from console import InputError
-from data_utils import IGNORE_INDEX, MANIFEST_NAME, GlobalOrder, Order, Permutation, TextEncoder, splitmix64
+from data_order import GlobalOrder, Order, Permutation, splitmix64
+from data_utils import IGNORE_INDEX, MANIFEST_NAME, TextEncoder
 from dataset_files import read_rows
 from dataset_shards import follow_parent
 from dataset_sources import Source

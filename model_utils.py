@@ -59,7 +59,7 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
     """
     if name_or_path in MODEL_CONFIGS:
         return LlamaConfig.from_dict(MODEL_CONFIGS[name_or_path].to_dict())
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

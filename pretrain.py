@@ -13,8 +13,8 @@ import console
 console.quiet_third_parties()
 
 import argparse
+import os
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,12 +23,13 @@ import model_export
 import run_plan
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, validate_args
+from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, user_path, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from console import InputError, say
+from data_order import parse_slice_weights
 from data_stream import StreamedDataset
-from data_utils import HELD_OUT, PackedDataset, TextEncoder, check_vocabulary, load_tokenizer, parse_slice_weights
+from data_utils import HELD_OUT, PackedDataset, TextEncoder, check_vocabulary, load_tokenizer
 from dataset_preparation import prepare_dataset
 from dataset_sources import Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
@@ -47,6 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "-d",
         "--dataset",
+        type=os.path.expanduser,
         default="togethercomputer/RedPajama-Data-1T-Sample",
         help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`; or a name on "
         "the hub; or what scripts/prepare_dataset.py made (default: togethercomputer/RedPajama-Data-1T-Sample)",
@@ -57,11 +59,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="hf-internal-testing/llama-tokenizer",
         help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
     )
-    model.add_argument("--init_from", type=Path, help="Hugging Face model folder to take the initial weights from")
+    model.add_argument("--init_from", type=user_path, help="Hugging Face model folder to take the initial weights from")
     model.add_argument(
         "--cache_dir",
-        type=Path,
-        default=Path("~/.cache/llama-training").expanduser(),
+        type=user_path,
+        default="~/.cache/llama-training",
         help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
     )
     model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 import checkpoint_utils
 from console import InputError, say
-from data_utils import TrainingData
+from data_order import TrainingData
 from layout import Layout, describe_layout
 from model_utils import count_parameters
 

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 
-from console import KEYBOARD_INTERRUPT
+from console import KEYBOARD_INTERRUPT, end_with_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
@@ -43,7 +43,8 @@ class StopRequest:
             stopping = stopping or number in STOP_SIGNALS
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Launchers signal a rank's loader processes with it; they are to last until the rank has saved and ended."""
+def follow_rank(worker: int) -> None:
+    """Launchers signal a rank's loader processes with it; they are to last until the rank has saved, and no longer."""
+    end_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -27,13 +27,14 @@ import checkpoint_utils
 from booster_utils import forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, rank, say
-from data_utils import IGNORE_INDEX, ShardedSampler, TrainingData, splitmix64
+from data_order import ShardedSampler, TrainingData, splitmix64
+from data_utils import IGNORE_INDEX
 from evaluation import evaluate
 from layout import Layout, describe_layout
 from metrics import Metrics
 from performance_evaluator import PerformanceEvaluator
 from run_plan import Plan, TrainState
-from signals import INTERRUPTED, StopRequest, ignore_stop_signals
+from signals import INTERRUPTED, StopRequest, follow_rank
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 MAX_SKIPPED_IN_A_ROW = 50
@@ -76,7 +77,7 @@ def build_dataloader(
         distributed_sampler_cls=sampler,
         collate_fn=dataset.collate,
     )
-    loader.worker_init_fn = ignore_stop_signals
+    loader.worker_init_fn = follow_rank
     return loader
 
 

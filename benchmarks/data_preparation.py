@@ -38,7 +38,8 @@ import psutil
 from transformers import LlamaTokenizerFast
 
 from arguments import ArgumentParser
-from data_utils import FORMAT_VERSION, GlobalOrder, PackedDataset, TextEncoder, load_tokenizer
+from data_order import GlobalOrder
+from data_utils import FORMAT_VERSION, PackedDataset, TextEncoder, load_tokenizer
 from dataset_preparation import prepare_dataset, prepare_folder
 from dataset_sources import resolve_source
 

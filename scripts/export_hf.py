@@ -17,7 +17,7 @@ console.quiet_third_parties()
 import argparse
 
 import checkpoint_utils
-from arguments import ArgumentParser
+from arguments import ArgumentParser, user_path
 from console import InputError
 from data_utils import load_tokenizer
 from model_export import export
@@ -25,8 +25,8 @@ from model_export import export
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="export_hf.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder epochE-stepS")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; it must not exist")
+    parser.add_argument("--checkpoint", type=user_path, required=True, help="folder epochE-stepS")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to make; it must not exist")
     parser.add_argument(
         "--tokenizer",
         default="hf-internal-testing/llama-tokenizer",

@@ -22,7 +22,7 @@ import argparse
 import os
 import re
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, user_path
 from console import InputError, say
 from data_utils import TextEncoder, load_tokenizer, read_manifest
 from dataset_preparation import Part, prepare_folder, verify
@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-d",
         "--dataset",
+        type=os.path.expanduser,
         default="togethercomputer/RedPajama-Data-1T-Sample",
         help="as of pretrain.py (default: togethercomputer/RedPajama-Data-1T-Sample)",
     )
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         default="hf-internal-testing/llama-tokenizer",
         help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the shards and the manifest")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the shards and the manifest")
     parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one for each core)")
     parser.add_argument(
         "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N shares (default: 1/1, everything)"

@@ -22,7 +22,8 @@ from corpora import write_jsonl
 from launching import ROOT, Run, start_pretrain
 from transformers import PreTrainedTokenizerBase
 
-from data_utils import GlobalOrder, PackedDataset, load_tokenizer
+from data_order import GlobalOrder
+from data_utils import PackedDataset, load_tokenizer
 from dataset_preparation import prepare_dataset
 from scripts.make_sample_data import train_tokenizer
 

@@ -36,12 +36,16 @@ class HubServer:
     Attributes:
         requests: (method, path, Range header) of every request so far.
         break_off: paths of which the first answer ends after this many bytes.
+        failures: (method, path) whose next requests are answered with these statuses.
+        without_length: paths of files that are sent in chunks, so that nobody is told their length.
     """
 
     repositories: dict[str, Branches] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     break_off: dict[str, int] = field(default_factory=dict)
+    failures: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    without_length: set[str] = field(default_factory=set)
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -72,7 +76,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        if path.removeprefix("/files/") in self.hub.files:
+        if failures := self.hub.failures.get((self.command, path)):
+            self._answer(failures.pop(0), {})
+        elif path in self.hub.without_length:
+            self._chunks(self.hub.files[path.removeprefix("/files/")])
+        elif path.removeprefix("/files/") in self.hub.files:
             self._file(path, self.hub.files[path.removeprefix("/files/")])
         elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/auth-check|/refs|/revision/(.+))?", path):
             self._api(*match.groups())
@@ -127,6 +135,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    def _chunks(self, data):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for chunk in (data, b"") if self.command == "GET" else ():
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
 
     def _file(self, path, data, commit=None):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])

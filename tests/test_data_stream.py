@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from console import InputError
+from data_order import ShardedSampler
 from data_stream import StreamedDataset
-from data_utils import IGNORE_INDEX, ShardedSampler, TextEncoder
+from data_utils import IGNORE_INDEX, TextEncoder
 from dataset_sources import resolve_source
 
 LENGTH = 16

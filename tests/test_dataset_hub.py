@@ -1,8 +1,10 @@
 """Data sets under their names on the hub, laid out as the real ones are, from a server on loopback."""
 
 import gzip
+import hashlib
 import json
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,7 +15,10 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import reset_sessions
 from launching import ROOT, Run
 
+from data_stream import StreamedDataset
+from data_utils import TextEncoder
 from dataset_preparation import prepare_dataset
+from dataset_shards import make_units
 from dataset_sources import resolve_source
 
 SCRIPT = b"raise SystemExit('a loading script is never run')\n"
@@ -183,6 +188,40 @@ class TestDownloads:
         folder = prepare_dataset(FULL, tokenizer, tmp_path / "cache", 2, slices=["arxiv"])
         assert stream_of(folder).tolist() == reference_stream(tokenizer, [text, "paper two"])
         assert hub.downloads("arxiv_0.jsonl") == [None, "bytes=7000-"]
+
+    def test_files_whose_size_nobody_tells(self, hub, tokenizer, tmp_path, capsys):
+        """A slice of them alone; what an earlier, killed download has left of one is not gone on with."""
+        hub.without_length = {f"/files/{path}" for path in hub.files if "arxiv" in path}
+        source = resolve_source(FULL, slices=["arxiv"])
+        assert source.remark.endswith("2 files behind URLs, 0.00 GB and 2 of unknown size")
+        assert [len(unit) for unit in make_units(source)] == [1, 1]
+        fetched = source.files[0].fetch()
+        (kept,) = fetched.parent.glob("arxiv_0.jsonl*.lock")
+        (unknown_version,) = {hashlib.sha256(file.version.encode()).hexdigest()[:12] for file in source.files}
+        fetched.rename(kept.with_suffix(f".{unknown_version}.part"))
+        folder = prepare_dataset(FULL, tokenizer, tmp_path / "cache", 2, slices=["arxiv"])
+        assert stream_of(folder).tolist() == reference_stream(tokenizer, ["paper one", "paper two"])
+        assert hub.downloads("arxiv_0.jsonl") == [None, None]
+        message = error_of(StreamedDataset, source, TextEncoder(tokenizer), 16, seed=0, buffer=8)
+        assert message.startswith("--streaming: the size of arxiv/arxiv_0.jsonl is not known")
+
+    def test_a_server_at_fault_is_asked_again(self, hub, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        path = "/files/redpajama-data-1T/v1.0.0/arxiv/arxiv_0.jsonl"
+        hub.failures = {("HEAD", path): [503, 429], ("GET", path): [500, 502]}
+        folder = prepare_dataset(FULL, tokenizer, tmp_path / "cache", slices=["arxiv"])
+        assert stream_of(folder).tolist() == reference_stream(tokenizer, ["paper one", "paper two"])
+        assert not any(hub.failures.values())
+        source = resolve_source(FULL, slices=["common_crawl"])
+        (tmp_path / "hf" / "downloads" / "listings").rename(tmp_path / "forgotten")
+        path = "/" + source.files[0].origin.partition("://")[2].partition("/")[2]
+        hub.failures = {("GET", path): [404]}
+        message = error_of(source.files[0].fetch)
+        assert message.startswith(f"--dataset: {source.files[0].origin} cannot be had (404")
+        assert "--dataset_slices" in message
+        hub.failures = {("GET", path): [503] * 99, ("HEAD", path): [503] * 99}
+        assert "cannot be downloaded (503" in error_of(source.files[0].fetch)
+        assert "cannot be had (503" in error_of(resolve_source, FULL, slices=["common_crawl"])
 
     def test_without_a_network_after_the_first_time(self, hub, tokenizer, tmp_path, monkeypatch):
         folder = prepare_dataset(SAMPLE, tokenizer, tmp_path / "cache")

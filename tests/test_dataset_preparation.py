@@ -9,6 +9,8 @@ import json
 import os
 import pydoc
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from corpora import ROWS, error_of, reference_stream, run_python, stream_of, write_jsonl
+from launching import ROOT
 from transformers import LlamaTokenizerFast
 
 import dataset_files
@@ -203,6 +206,16 @@ class TestFolders:
         folder = prepare_dataset(str(source), tokenizer, tmp_path / "cache")
         assert stream_of(folder).tolist() == reference_stream(tokenizer, ["upper", "lower"])
 
+    def test_a_file_counts_once_and_what_is_no_file_is_refused(self, tokenizer, tmp_path):
+        write_jsonl(tmp_path / "z.jsonl", [{"text": "once"}])
+        (tmp_path / "a.jsonl").symlink_to("z.jsonl")
+        outside = write_jsonl(tmp_path.with_name(f"{tmp_path.name}.jsonl"), [{"text": "elsewhere"}])
+        for name in ("b.jsonl", "c.jsonl"):
+            (tmp_path / name).symlink_to(outside)
+        assert [file.path for file in resolve_source(str(tmp_path)).files] == ["b.jsonl", "z.jsonl"]
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        assert f"{tmp_path / 'pipe.jsonl'} is no regular file" in error_of(resolve_source, str(tmp_path))
+
     def test_what_is_left_out_is_said(self, tokenizer, tmp_path, capsys):
         source = tmp_path / "source"
         source.mkdir()
@@ -292,6 +305,40 @@ class TestDamage:
         assert files_of(folder) == whole
         assert (folder / "tokens-00001.bin").stat() == untouched
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"vocab_size": None},
+            {"vocab_size": "600"},
+            {"dtype": "uint17"},
+            {"total_tokens": 5},
+            {"eval_fraction": []},
+            {"shards": []},
+            {"shards": [{"file": 1, "tokens": 9, "sha256": "", "slice": "x"}]},
+        ],
+    )
+    def test_manifest_with_a_wrong_value_is_named(self, prepared, change):
+        manifest = json.loads((prepared[0] / "manifest.json").read_text()) | change
+        for name in [name for name, value in change.items() if value is None]:
+            del manifest[name]
+        (prepared[0] / "manifest.json").write_text(json.dumps(manifest))
+        message = error_of(PackedDataset, prepared[0], 4)
+        assert message.startswith(f"--dataset: {prepared[0] / 'manifest.json'} cannot be read")
+
+    def test_damaged_plan_or_record(self, prepared):
+        folder, prepare = prepared
+        whole = files_of(folder)
+        for content in ("[]", "null", '{"shards": [1]}'):
+            (folder / ".preparation" / "unit-00002.json").write_text(content)
+            (folder / "manifest.json").unlink()
+            assert prepare()
+            assert files_of(folder) == whole
+        plan = folder / ".preparation" / "plan.json"
+        source = json.loads(plan.read_text())["source"]
+        for content in ("", "[]", json.dumps({"source": source})):
+            plan.write_text(content)
+            assert error_of(prepare).startswith(f"--output: {plan} is damaged; delete {folder}")
+
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 2}', '{"format_version": 1}'])
     def test_damaged_manifest_is_named(self, prepared, tokenizer, tmp_path, content):
         folder, prepare = prepared
@@ -351,6 +398,31 @@ class TestDamage:
         assert "File too large" in errors.splitlines()[-1]
         folder = run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "cache", 2)
         assert files_of(folder) == files_of(run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "b", 2))
+
+    def test_disk_without_room(self, tokenizer_folder, slow_source, tmp_path):
+        """A file system in memory, too small for what two processes write, is enlarged for the second call."""
+        namespace = ["unshare", "--map-root-user", "--mount"]
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mount = f"mount -t tmpfs -o size=3m none {disk}"
+        if subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode:
+            pytest.skip("this user may mount no file system")
+        (tmp_path / "prepare.py").write_text(textwrap.dedent(PREPARE))
+        prepare = f"{sys.executable} {tmp_path / 'prepare.py'} {slow_source} {tokenizer_folder} {disk} 2"
+        finished = f"sha256sum {disk}/*/.preparation/unit-*.json {disk}/*/tokens-00000.bin"
+        again = f"{finished} > {tmp_path}/before; mount -o remount,size=99m {disk}; {prepare}; {finished}"
+        script = f"{mount}; {prepare}; df {disk}; {again}; cp -r $(dirname {disk}/*/manifest.json) {tmp_path}/copy"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.run([*namespace, "sh", "-c", script], env=environment, text=True, capture_output=True)
+        error = process.stderr.splitlines()[-1]
+        assert f"--cache_dir: cannot write to {disk}" in error
+        assert "No space left on device" in error
+        assert "finished shards are kept: make room and give the same command again" in error
+        kept = (tmp_path / "before").read_text().splitlines()
+        assert set(kept) < set(process.stdout.splitlines()), process.stdout + process.stderr
+        assert f"going on: {len(kept) - 1} of" in process.stdout
+        whole = run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "b", 2)
+        assert files_of(tmp_path / "copy") == files_of(whole)
 
     def test_killed_worker(self, tokenizer_folder, slow_source, tmp_path):
         builder = run_python(PREPARE, slow_source, tokenizer_folder, tmp_path / "cache", 2)

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 import instruction_data
 from console import InputError
-from data_utils import IGNORE_INDEX, MANIFEST_NAME, ShardedSampler, load_tokenizer
+from data_order import ShardedSampler
+from data_utils import IGNORE_INDEX, MANIFEST_NAME, load_tokenizer
 from dataset_sources import resolve_source
 from instruction_data import (
     ExampleEncoder,

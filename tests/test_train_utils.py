@@ -19,7 +19,8 @@ from processes import boosted, run_ranks
 
 from arguments import validate_args
 from console import KEYBOARD_INTERRUPT, InputError
-from data_utils import GlobalOrder, PackedDataset
+from data_order import GlobalOrder
+from data_utils import PackedDataset
 from files import checksum
 from layout import Layout, resolve_layout
 from model_utils import load_config
