@@ -410,3 +410,12 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
     run = pretrain("-p", "zero2", "-d", tmp_path / "file.jsonl", processes=2, check=False)
     assert run.returncode != 0
     assert_refused(run, "--dataset: ")
+
+
+def test_home_folder_in_flags(monkeypatch, tmp_path):
+    """A shell leaves `~` behind `=` as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ("dataset", "cache_dir", "save_dir", "tensorboard_dir", "load", "init_from")
+    args = vars(program.parse_args([f"--{flag}=~/x" for flag in flags]))
+    assert {str(args[flag]) for flag in flags} == {str(tmp_path / "x")}
+    assert program.parse_args([]).cache_dir == tmp_path / ".cache" / "llama-training"

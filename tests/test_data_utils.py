@@ -183,6 +183,23 @@ class TestPacking:
             assert reason.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
             assert "\n" not in reason
 
+    def test_loader_process_ends_with_its_rank_whatever_it_is_doing(self):
+        code = """
+            import os, time
+            from torch.utils.data import DataLoader
+            import train_utils
+
+            class Slow:
+                def __len__(self): return 9
+                def __getitem__(self, index): time.sleep(600)
+
+            loader = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=train_utils._follow_rank))
+            time.sleep(1)
+            os._exit(1)
+        """
+        process = run_python(code)
+        process.communicate(timeout=60)  # to the end of all that hold its output
+
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
         """Of a shard too large to be checked when it is opened."""
