@@ -187,13 +187,13 @@ class TestPacking:
         code = """
             import os, time
             from torch.utils.data import DataLoader
-            import train_utils
+            import signals
 
             class Slow:
                 def __len__(self): return 9
                 def __getitem__(self, index): time.sleep(600)
 
-            loader = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=train_utils._follow_rank))
+            loader = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=signals.follow_rank))
             time.sleep(1)
             os._exit(1)
         """
