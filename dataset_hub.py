@@ -204,9 +204,15 @@ def remote_files(urls: Sequence[str]) -> list[RemoteFile]:
 
 
 def _head(url: str) -> RemoteFile:
-    options = {"headers": IDENTITY, "allow_redirects": True, "timeout": TIMEOUT_SECONDS}
     try:
-        response = http_backoff("HEAD", url, retry_on_status_codes=BUSY, **options)
+        response = http_backoff(
+            "HEAD",
+            url,
+            retry_on_status_codes=BUSY,
+            headers=IDENTITY,
+            allow_redirects=True,
+            timeout=TIMEOUT_SECONDS,
+        )
         response.raise_for_status()
     except OSError as error:
         raise InputError(
