@@ -24,9 +24,10 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
+from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
 from colossalai.shardformer.layer import cross_entropy_1d
 from colossalai.zero import GeminiOptimizer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused
 import host_accelerator
@@ -205,7 +206,11 @@ def build_plugin(
         overlap_communication=not on_host,
         cpu_offload=args.plugin == "3d_cpu",
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
-        enable_metadata_cache=not length_varies,
+        pp_style="interleaved" if layout.chunks > 1 else "1f1b",
+        num_model_chunks=layout.chunks,
+        enable_metadata_cache=layout.chunks > 1 or not length_varies,  # see _begin_batch
+        # The interleaved schedule lets go of its last send before it has ended, which Gloo then gives up.
+        overlap_p2p=not on_host,
         **common,
     )
 
@@ -241,7 +246,7 @@ def boost(
     else:
         model = build_model(config, LazyInitContext(default_device=device))
     if args.gradient_checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_layers(model, reentrant=isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1)
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters
@@ -257,6 +262,20 @@ def boost(
     fused.fuse(model, choose_fusion(args, resolve_layout(args, config), on_gpu=torch.cuda.is_available()))
     model.train()
     return booster, model, optimizer
+
+
+def _recompute_layers(model: LlamaForCausalLM, reentrant: bool) -> None:
+    """Makes each layer keep its input alone for the backward pass.
+
+    Args:
+        reentrant: for Gemini with tensor parallelism. Its weights are fetched when ColossalAI's linear layers multiply
+            by them in the backward pass, which takes the parameters themselves; torch's other way of recomputing hands
+            out detached ones. And where torch sees Gemini's class in a layer's output, it runs without Gemini's hooks.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(fused.plain, outputs)))
 
 
 def _count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
@@ -333,6 +352,23 @@ def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
 
 
+def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
+    """Has an interleaved schedule forget what stages told each other of tensors unlike those of this batch.
+
+    Once it has evaluated it would refuse a batch of another size. With its cache off, so that lengths may vary, a stage
+    that has just ended the last range of layers would not say what it sends next, and the next one wait for it.
+    """
+    if not isinstance(schedule, InterleavedSchedule):
+        return
+    kind = (batch["input_ids"].shape, torch.is_grad_enabled())
+    if kind == getattr(schedule, "kind_of_batch", None):
+        return
+    schedule.kind_of_batch = kind
+    schedule.num_microbatch, schedule.last_batch_size = None, len(batch["input_ids"])
+    schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
+    schedule.send_tensor_metadata = schedule.send_grad_metadata = True
+
+
 def _pipeline_loss(
     booster: Booster,
     model: ModelWrapper,
@@ -343,6 +379,7 @@ def _pipeline_loss(
     """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
     plugin = booster.plugin
     batch = _as_one(micro_batches)
+    _begin_batch(plugin.scheduler, batch)
     # Under the name `labels` the model would compute a loss of its own beside the criterion's.
     inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
     microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size

@@ -11,6 +11,7 @@ from console import world_size
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
 HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
+PIPELINE_STYLES = ("1f1b", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Layout:
     dp: int
     zero_stage: int
     extra_dp: int = 1  # Gemini: copies of the sharded state, each over dp / extra_dp ranks
+    chunks: int = 1  # layer ranges that a pipeline stage holds; several where the pipeline is interleaved
 
     @property
     def ranks(self) -> int:
@@ -48,6 +50,13 @@ def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = 
         default=1,
         help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
     )
+    group.add_argument(
+        "--pp_style",
+        choices=PIPELINE_STYLES,
+        default="1f1b",
+        help="hybrid_parallel: interleaved gives a stage several ranges of layers, so it idles less (default: 1f1b)",
+    )
+    group.add_argument("--model_chunks", type=int, help="interleaved: ranges of layers that a stage holds (default: 2)")
 
 
 def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
@@ -57,10 +66,12 @@ def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
         tp = args.tp or 1
         stage = 2 if args.plugin.startswith("zero2") else 3
         return Layout(tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=getattr(args, "extra_dp", 1))
+    chunks = (args.model_chunks or 2) if args.pp_style == "interleaved" else 1
     if args.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
         tp, pp = args.tp or 1, args.pp or 1
         zero_stage = args.zero if args.zero is not None else int(args.plugin == "3d_cpu")
-        return Layout(tp=tp, pp=pp, sp=args.sp, dp=ranks // (tp * pp * args.sp), zero_stage=zero_stage)
+        dp = ranks // (tp * pp * args.sp)
+        return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage, chunks=chunks)
     pp_given = args.pp or 1
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     tp = args.tp or max(
@@ -70,20 +81,22 @@ def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
         and config.vocab_size % n == config.intermediate_size % n == 0
     )
     sequences = args.batch_size * args.accumulation_steps
+    microbatches = sequences // args.microbatch_size
     two_stages = (
         ranks % (tp * 2) == 0
         and args.sp == 1
         and args.zero != 2
         and not config.tie_word_embeddings
-        and config.num_hidden_layers % 2 == 0
+        and config.num_hidden_layers % (2 * chunks) == 0
         and sequences % args.microbatch_size == 0
-        and sequences // args.microbatch_size >= 2
+        and microbatches >= 2
+        and (chunks == 1 or microbatches % 2 == 0)
     )
     pp = args.pp or (2 if two_stages else 1)
     dp = ranks // (tp * pp * args.sp)
     sharded = dp * args.sp > 1 and args.mixed_precision != "fp32"
     zero_stage = args.zero if args.zero is not None else int(sharded)
-    return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage)
+    return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage, chunks=chunks)
 
 
 def planned_ranks(args: argparse.Namespace) -> int:
@@ -97,7 +110,7 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
     extra_dp = getattr(args, "extra_dp", 1)  # a flag of the benchmark, whose gemini takes --tp too
     takes_tp = hybrid or (hasattr(args, "extra_dp") and args.plugin.startswith("gemini"))
     sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
-    sizes["--extra_dp"] = extra_dp
+    sizes |= {"--extra_dp": extra_dp, "--model_chunks": args.model_chunks}
     problems = [
         f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if value is not None and value < 1
     ]
@@ -108,6 +121,7 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         "--pp": not hybrid and args.pp not in (None, 1),
         "--zero": not hybrid and args.zero is not None,
         "--sp": not hybrid and args.sp != 1,
+        "--pp_style": not hybrid and args.pp_style != "1f1b",
     }
     problems = [
         f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
@@ -118,6 +132,8 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         problems.append(f"--extra_dp: takes effect with -p gemini alone, not with -p {args.plugin}")
     if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
         problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
+    if args.model_chunks is not None and args.pp_style != "interleaved":
+        problems.append(f"--model_chunks: takes effect with --pp_style interleaved alone, not with {args.pp_style}")
     if problems:
         return problems
     ranks, launched = planned_ranks(args), "of --gpus" if getattr(args, "gpus", None) else "that were launched"
@@ -126,10 +142,6 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         if ranks % (tp * extra_dp):
             problems.append(
                 f"--tp/--extra_dp: {tp} x {extra_dp} = {tp * extra_dp} does not divide the {ranks} ranks {launched}"
-            )
-        if tp > 1 and args.gradient_checkpoint:  # its weights are gone when the recomputed layer's backward needs them
-            problems.append(
-                f"--gradient_checkpoint: does not combine with {args.plugin} --tp {tp}; leave one of them out"
             )
         return problems + _tensor_parallel_problems(tp, config)
 
@@ -146,8 +158,12 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
 
     layout = resolve_layout(args, config)
     problems = _tensor_parallel_problems(layout.tp, config)
-    if config.num_hidden_layers % layout.pp:
-        problems.append(f"--pp: {layout.pp} does not divide the model's {config.num_hidden_layers} layers")
+    if layout.chunks > 1 and layout.pp == 1:
+        problems.append("--pp_style: interleaved needs several stages; give --pp")
+    if config.num_hidden_layers % (layout.pp * layout.chunks):
+        flag, ranges = ("--pp", layout.pp) if layout.chunks == 1 else ("--model_chunks", layout.pp * layout.chunks)
+        product = "" if layout.chunks == 1 else f"{layout.pp} stages x {layout.chunks} = "
+        problems.append(f"{flag}: {product}{ranges} does not divide the model's {config.num_hidden_layers} layers")
     if args.max_length % layout.sp:
         problems.append(f"--sp: {layout.sp} does not divide --max_length {args.max_length}")
     if layout.pp > 1:
@@ -162,6 +178,11 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
                 f"--pp: {layout.pp} stages need as many microbatches, but --batch_size x --accumulation_steps / "
                 f"--microbatch_size = {sequences // args.microbatch_size}"
             )
+        elif layout.chunks > 1 and sequences // args.microbatch_size % layout.pp:
+            problems.append(
+                f"--pp_style: interleaved needs a multiple of the {layout.pp} stages as microbatches, but "
+                f"--batch_size x --accumulation_steps / --microbatch_size = {sequences // args.microbatch_size}"
+            )
         if layout.sp > 1:
             problems.append("--sp: sequence parallelism does not combine with --pp; use --pp 1")
         if layout.zero_stage == 2:
@@ -169,13 +190,16 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         if config.tie_word_embeddings:
             problems.append("--pp: the model ties its embeddings, which cannot be split over stages; use --pp 1")
     if layout.zero_stage and args.mixed_precision == "fp32":
-        problems.append(f"--zero: stage {layout.zero_stage} needs -x fp16 or bf16, not fp32")
+        problems.append(f"--zero: stage {layout.zero_stage} needs --mixed_precision fp16 or bf16, not fp32")
     return problems
 
 
 def describe_layout(plugin: str, layout: Layout) -> str:
     """One line: the plugin and how it divides the ranks."""
-    split = f", tp {layout.tp} x pp {layout.pp} x sp {layout.sp}, ZeRO {layout.zero_stage}"
+    stages = (
+        f"pp {layout.pp}" if layout.chunks == 1 else f"pp {layout.pp} (interleaved, {layout.chunks} ranges a stage)"
+    )
+    split = f", tp {layout.tp} x {stages} x sp {layout.sp}, ZeRO {layout.zero_stage}"
     if plugin not in HYBRID_PLUGINS:
         split = f", tp {layout.tp} x {layout.extra_dp} copies" if layout.tp * layout.extra_dp > 1 else ""
     return f"plugin: {plugin}, {layout.dp} data-parallel{split}"

@@ -72,13 +72,12 @@ class _State:
 
 def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[ParameterSpec]:
     """The parameters of one pipeline stage, as large as tensor parallelism leaves them on a GPU."""
-    per_stage = config.num_hidden_layers // layout.pp
-    layers = range(stage * per_stage, (stage + 1) * per_stage)
+    per_range = config.num_hidden_layers // (layout.pp * layout.chunks)
     specs = []
     for spec in parameter_specs(config):
         parts = spec.name.split(".")
         if parts[1] == "layers":
-            here = int(parts[2]) in layers
+            here = int(parts[2]) // per_range % layout.pp == stage
         else:
             here = stage == (0 if "embed_tokens" in parts else layout.pp - 1)
         if here:
@@ -248,7 +247,10 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     sequences, in_flight = args.batch_size, 1
     if layout.pp > 1:  # 1F1B: the first stage has passed on as many microbatches as there are stages
         sequences = args.microbatch_size
-        in_flight = min(layout.pp - stage, args.batch_size * args.accumulation_steps // sequences)
+        ahead = layout.pp - stage
+        if layout.chunks > 1:  # in passes through one of its ranges of layers (InterleavedSchedule's warm-up)
+            ahead = (2 * (layout.pp - stage - 1) + (layout.chunks - 1) * layout.pp + 1) / layout.chunks
+        in_flight = min(ahead, args.batch_size * args.accumulation_steps // sequences)
     tokens = sequences * args.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(args, layout, on_gpu=True)

@@ -33,7 +33,7 @@ from datetime import timedelta
 from packaging.requirements import Requirement
 
 from console import InputError, local_rank, rank, say, world_size
-from scripts.run_on_hosts import Host
+from scripts.run_on_hosts import Host, read_hostfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ("requirements.txt", "requirements-colossalai.txt")
@@ -182,9 +182,9 @@ def memory() -> Finding:
 def hosts(hostfile: Path) -> list[Finding]:
     """Whether each host of a hosts file resolves, lets us log in, and has this folder and Python."""
     try:
-        names = hostfile.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise InputError(f"--hostfile: {hostfile} cannot be read ({error.strerror})") from error
+        names = read_hostfile(hostfile)
+    except ValueError as error:
+        raise InputError(f"--hostfile: {error}") from error
     problems = [(name, Host(name).problem(os.getcwd())) for name in names]
     wrong = [
         Finding("hosts", False, f"{name}: {problem}", "see SEVERAL_MACHINES.md")

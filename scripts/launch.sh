@@ -7,7 +7,8 @@
 #   launch pretrain.py FLAGS "$@"
 #
 # Environment:
-#   HOSTFILE=/path/hosts.txt    one host name a line (default: hosts.txt beside the script; without it, this machine)
+#   HOSTFILE=/path/hosts.txt    one host name a line, or user@name; # begins a comment (default: hosts.txt beside the
+#                               script; without it, this machine)
 #   NPROC_PER_NODE=8            processes a machine, one for each GPU (default: its GPUs; without a GPU 1)
 #   MASTER_ADDR=node1           several machines: where rank 0 runs (default: the first host)
 #   MASTER_PORT=29500           several machines: a port that is free there
@@ -33,7 +34,7 @@ find_python() {
     python=$(command -v "$python")
 }
 
-# Sets hosts, the number of machines.
+# Sets hosts, the number of machines, and first_host.
 read_hostfile() {
     local beside
     beside=$(cd "$(dirname "$0")" && pwd)/hosts.txt
@@ -44,14 +45,10 @@ read_hostfile() {
     fi
     [[ -f $HOSTFILE && -r $HOSTFILE ]] ||
         fail "HOSTFILE: there is no file '$HOSTFILE'; write one host name a line into it, or unset HOSTFILE"
-    local names faulty
-    names=$(awk 'NF' "$HOSTFILE")
-    [[ -n $names ]] || fail "HOSTFILE: '$HOSTFILE' names no host; write one host name a line into it"
-    faulty=$(awk 'NF > 1 || /#/ || /^ *-/' <<<"$names" | head -n 1)
-    [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' has the line '$faulty', which is not one host name"
-    faulty=$(awk '{print $1}' <<<"$names" | sort | uniq -d | head -n 1)
-    [[ -z $faulty ]] || fail "HOSTFILE: '$HOSTFILE' names the host '$faulty' twice"
+    local names
+    names=$("$python" "$root/scripts/run_on_hosts.py" --list_hosts "$HOSTFILE") || fail "HOSTFILE: $names"
     hosts=$(wc -l <<<"$names")
+    first_host=${names%%$'\n'*}
 }
 
 # Sets nproc_per_node.
@@ -134,7 +131,7 @@ launch() { # PROGRAM FLAGS...
         exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc_per_node" "$program" "$@"
     fi
     local options=(--nproc_per_node "$nproc_per_node" --hostfile "$HOSTFILE")
-    options+=(--master_addr "${MASTER_ADDR:-$(awk 'NF {print $1; exit}' "$HOSTFILE")}")
+    options+=(--master_addr "${MASTER_ADDR:-$first_host}")
     options+=(--master_port "${MASTER_PORT:-29500}")
     [[ -z ${SSH_PORT:-} ]] || options+=(--ssh-port "$SSH_PORT")
     # `colossalai run`, with connections that tell which host failed and how.

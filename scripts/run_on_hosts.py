@@ -53,6 +53,7 @@ SAVE_SECONDS = 1800  # for ranks that are to save and end, once the launcher is 
 POLL_SECONDS = 0.1
 CHECKS_AT_ONCE = 64
 SERVE = "--serve"  # this program's own flag, on each host
+LIST_HOSTS = "--list_hosts"  # and for the shell scripts: prints the names in a hosts file
 STOP, END, KILL = "stop", "end", "kill"  # to the ranks of a host: save a checkpoint and end; end; end at once
 # The first value that ssh finds holds, so that LAUNCH_SSH's own options come before these. A dead host counts as such
 # after a minute.
@@ -84,6 +85,38 @@ def travelling(environment: Mapping[str, str], asked_for: Sequence[str]) -> dict
 # ----------------------------------------------------------------------------------------------------------- the hosts
 
 
+def read_hostfile(path: Path) -> list[str]:
+    """The hosts of a file, each NAME or USER@NAME, one a line; what follows a # is a comment.
+
+    Raises:
+        ValueError: with one line on what is wrong with the file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not a text file") from error
+    hosts = [host for line in lines if (host := line.partition("#")[0].strip())]
+    if not hosts:
+        raise ValueError(f"'{path}' names no host; write one host name a line into it")
+    for host in hosts:
+        if not re.fullmatch(r"(?!-)([^\s,@]+@)?[^\s,@]+", host):
+            raise ValueError(f"'{path}' has the line '{host}', which is not one host name")
+        if re.fullmatch(r"[^:]+:\d+", host):
+            raise ValueError(f"'{path}' has the line '{host}'; ssh's port is no part of a name: see --help")
+    names = [name_of(host).lower() for host in hosts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"'{path}' names the host '{name}' twice")
+    return hosts
+
+
+def name_of(host: str) -> str:
+    """A host's name without the user to log in as."""
+    return host.rpartition("@")[2]
+
+
 class Host:
     """One host: how to reach it, what runs there and how it ended. Stands in for ColossalAI's HostInfo too.
 
@@ -91,12 +124,12 @@ class Host:
     """
 
     def __init__(self, hostname: str, port: int | None = None):
-        self.hostname, self.port = hostname, port
+        self.login, self.hostname, self.port = hostname, name_of(hostname), port
         self.process: subprocess.Popen | None = None
         self.failed_at: float | None = None
         self.is_local_host = False
         with contextlib.suppress(OSError, UnicodeError):  # a name may be known to ssh alone
-            addresses = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(self.hostname, None, type=socket.SOCK_STREAM)
             self.is_local_host = any(self._is_ours(*address) for address in addresses)
 
     @staticmethod
@@ -112,11 +145,11 @@ class Host:
             return list(remote)
         port = ["-p", str(self.port)] if self.port else []
         ssh = [*shlex.split(os.environ.get("LAUNCH_SSH", "ssh")), *port, *SSH_OPTIONS.split()]
-        return [*ssh, self.hostname, "exec " + shlex.join(remote)]
+        return [*ssh, self.login, "exec " + shlex.join(remote)]
 
     def problem(self, folder: str) -> str | None:
         """What keeps a run from starting there, or None."""
-        if self.hostname.startswith("-"):  # ssh would take it for an option
+        if self.login.startswith("-"):  # ssh would take it for an option
             return "is not the name of a host"
         needed = f"cd {shlex.quote(folder)} 2>/dev/null || {{ echo has no folder {shlex.quote(folder)}; exit 1; }}\n"
         for file in (sys.executable, str(Path(__file__).resolve())):
@@ -134,7 +167,7 @@ class Host:
             return None
         if answer.stdout.strip():
             return f"{words[0]}; all hosts need the same paths"
-        return f"{words[-1] if words else how_it_ended(answer.returncode)}; try: ssh {self.hostname} true"
+        return f"{words[-1] if words else how_it_ended(answer.returncode)}; try: ssh {self.login} true"
 
     def start(self, order: dict, prefix: str) -> None:
         """Starts the ranks of a host, and threads that pass on what they print, each line after `prefix`."""
@@ -245,6 +278,27 @@ class Runner:
         raise SystemExit(failures[0].exit_status() if failures else 0)
 
 
+def hosts_of(hostfile: str, ssh_port: int | None):
+    """Stands in for ColossalAI's fetch_hostfile, which takes comments for names, and a file without any for none."""
+    hosts = importlib.import_module("colossalai.cli.launcher.hostinfo").HostInfoList()
+    try:
+        for host in read_hostfile(Path(hostfile)):
+            hosts.append(Host(host, ssh_port))
+    except ValueError as error:
+        say(f"error: --hostfile: {error}")
+        raise SystemExit(NOTHING_STARTED) from error
+    return hosts
+
+
+def list_hosts(hostfile: str) -> int:
+    try:
+        print(*map(name_of, read_hostfile(Path(hostfile))), sep="\n")
+    except ValueError as error:
+        print(error)
+        return NOTHING_STARTED
+    return 0
+
+
 def as_one_word(argument: str) -> str:
     """An argument as shlex.split takes it whole, ending as it ends, since ColossalAI looks for `.py` there."""
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", argument, flags=re.ASCII) or "''"
@@ -257,7 +311,7 @@ def main() -> int:
         # Without `--` it would take those flags of the program that are spelled like its own, such as -m.
         arguments[script:] = ["--", *map(as_one_word, arguments[script:])]
     engine: Any = importlib.import_module("colossalai.cli.launcher.run")
-    engine.MultiNodeRunner, engine.HostInfo = Runner, Host
+    engine.MultiNodeRunner, engine.HostInfo, engine.fetch_hostfile = Runner, Host, hosts_of
     command_line = importlib.import_module("colossalai.cli.launcher").run  # of the same name as its module
     try:
         command_line.main(arguments, prog_name="run_on_hosts.py")
@@ -329,4 +383,6 @@ class Ranks:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [LIST_HOSTS]:
+        sys.exit(list_hosts(sys.argv[2]))
     sys.exit(Ranks().run() if sys.argv[1:] == [SERVE] else main())

@@ -78,6 +78,11 @@ class TestLayout:
         assert layout_of(ranks, flags, monkeypatch) == Layout(tp, pp, sp, dp, zero_stage)
         assert ranks == tp * pp * sp * dp
 
+    def test_interleaved(self, monkeypatch):
+        interleaved = f"{HYBRID} --pp_style interleaved"
+        assert layout_of(8, interleaved, monkeypatch) == Layout(4, 2, 1, 1, 0, chunks=2)
+        assert layout_of(16, f"{interleaved} --pp 4 --model_chunks 8 -b 4", monkeypatch).chunks == 8
+
     def test_default_divides_the_model(self, monkeypatch):
         assert layout_of(8, f"{HYBRID} -l 64", monkeypatch, "test") == Layout(2, 2, 1, 2, 1)  # two key-value heads
         assert layout_of(8, HYBRID, monkeypatch, num_hidden_layers=31) == Layout(4, 1, 1, 2, 1)
@@ -100,10 +105,15 @@ class TestLayout:
             (3, f"{HYBRID} --pp 3 -b 3", "--pp: 3 does not divide the model's 32 layers"),
             (8, f"{HYBRID} --pp 2 -b 1", "--pp: 2 stages need as many microbatches, .* = 1"),
             (8, f"{HYBRID} --pp 2 -b 3 --microbatch_size 2", "2 does not divide --batch_size x .* = 3"),
+            (8, f"{HYBRID} --pp_style interleaved -b 3", "--pp_style: interleaved needs several stages; give --pp"),
+            (8, f"{HYBRID} --pp 2 --pp_style interleaved -b 3", "multiple of the 2 stages as microbatches, .* = 3"),
+            (8, f"{HYBRID} --pp_style interleaved --pp 2 --model_chunks 5", "2 stages x 5 = 10 .* 32 layers"),
+            (8, f"{HYBRID} --model_chunks 2", "--model_chunks: takes effect with --pp_style interleaved alone"),
+            (8, "-p zero2 --pp_style interleaved", "--pp_style: takes effect with -p hybrid_parallel alone"),
             (8, f"{HYBRID} --sp 2 --pp 2", "--sp: sequence parallelism does not combine with --pp; use --pp 1"),
             (8, f"{HYBRID} --zero 2 --pp 2", "--zero: stage 2 does not combine with --pp; use --zero 1"),
             (2, f"{HYBRID} --tp 1 --sp 2 -l 4095", "--sp: 2 does not divide --max_length 4095"),
-            (2, f"{HYBRID} --tp 1 --zero 1 -x fp32", "--zero: stage 1 needs -x fp16 or bf16, not fp32"),
+            (2, f"{HYBRID} --tp 1 --zero 1 -x fp32", "--zero: stage 1 needs --mixed_precision fp16 or bf16, not fp32"),
         ],
     )
     def test_problem_is_one_line_with_the_flag_and_the_numbers(self, monkeypatch, ranks, flags, problem):
@@ -263,6 +273,7 @@ PLUGINS = [
     (1, f"{HYBRID} --zero 0"),
     (2, f"{HYBRID} --tp 2"),
     (2, f"{HYBRID} --tp 1 --pp 2"),
+    (2, f"{HYBRID} --tp 1 --pp 2 --pp_style interleaved"),
     (2, f"{HYBRID} --tp 1 --zero 1"),
 ]
 

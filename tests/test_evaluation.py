@@ -53,6 +53,7 @@ def expected():
         (2, "-p gemini -b 1 --accumulation_steps 2"),
         (2, "-p hybrid_parallel --tp 2 -b 4"),
         (2, f"{HYBRID} --pp 2 -b 2 --accumulation_steps 2 -g"),
+        (2, f"{HYBRID} --pp 2 --pp_style interleaved -b 2 --accumulation_steps 2"),
         (2, f"{HYBRID} --sp 2 -b 2"),
         (4, f"{HYBRID} --pp 2 --zero 1 -b 2"),
     ],

@@ -160,6 +160,7 @@ FP32 = {
     "zero2, 2 ranks, accumulating": (2, "-p zero2 -b 2 --accumulation_steps 2"),
     "tensor": (2, f"{HYBRID} --tp 2 --pp 1 -b 4 --accumulation_steps 2"),
     "pipeline": (2, f"{HYBRID} --tp 1 --pp 2 -b 4 --accumulation_steps 2 --microbatch_size 2"),
+    "interleaved": (2, f"{HYBRID} --tp 1 --pp 2 --pp_style interleaved -b 4 --accumulation_steps 2"),
     "sequence": (2, f"{HYBRID} --tp 1 --pp 1 --sp 2 -b 8"),
 }
 BF16 = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, Run
 
+from scripts.run_on_hosts import Host, read_hostfile
 from train_utils import INTERRUPTED
 
 COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
@@ -57,3 +58,35 @@ def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
         assert run.wait() == 128 + signal.SIGKILL, run.output()
     assert "SIGINT: ending at once" in run.stderr
     assert not list(run.save_dir.glob("epoch*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"node1 slots=8\n", "has the line 'node1 slots=8', which is not one host name"),
+        (b"node1\xff\n", "is not a text file"),
+        (None, r"cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_hosts_files_that_are_not(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "hosts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(tmp_path / "hosts.txt")
+
+
+def test_users_and_comments_in_a_hosts_file(tmp_path):
+    (tmp_path / "hosts.txt").write_bytes(b"\xef\xbb\xbf# all\r\nme@node1 # first\r\n\r\n  10.0.0.2\nfe80::1:22")
+    hosts = [Host(host, 2222) for host in read_hostfile(tmp_path / "hosts.txt")]
+    assert [host.hostname for host in hosts] == ["node1", "10.0.0.2", "fe80::1:22"]
+    assert hosts[0].command("true")[-2:] == ["me@node1", "exec true"]
+
+
+def test_a_file_without_hosts_starts_nothing(tmp_path):
+    """Not even on this machine alone."""
+    (tmp_path / "hosts.txt").write_text("# none yet\n")
+    command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", tmp_path / "hosts.txt", ROOT / "pretrain.py"]
+    with Run(command, tmp_path) as run:
+        assert run.wait() == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"run_on_hosts.py: error: --hostfile: '{tmp_path / 'hosts.txt'}' names no host")

@@ -110,6 +110,7 @@ FP32 = {
     "zero2_cpu": (1, "-p zero2_cpu -b 4 --accumulation_steps 2"),
     "tensor": (2, "-p hybrid_parallel --tp 2 --pp 1 -b 8"),
     "pipeline": (2, "-p hybrid_parallel --tp 1 --pp 2 -b 8 --microbatch_size 4"),
+    "interleaved": (2, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved -b 8 --microbatch_size 2"),
     "sequence": (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2 -b 4 --accumulation_steps 2"),
     "tensor x pipeline": (4, "-p hybrid_parallel --tp 2 --pp 2 -b 4 --accumulation_steps 2 --microbatch_size 4"),
 }
@@ -124,6 +125,7 @@ BF16 = {
     "hybrid": (1, "-p hybrid_parallel -b 4 --accumulation_steps 2 -g"),
     "tensor x data": (4, "-p hybrid_parallel --tp 2 --pp 1 -b 2 --accumulation_steps 2 -a"),
     "tensor x pipeline": (4, "-p hybrid_parallel --tp 2 --pp 2 -b 8 --microbatch_size 4 -a -g"),
+    "interleaved x data": (4, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved -b 2 --accumulation_steps 2 -g"),
 }
 FP16 = {
     "gemini_auto": (1, "-p gemini_auto -b 8"),

@@ -34,6 +34,7 @@ LAYOUTS = {
     # only to resume in
     "zero2 fp32, 2 ranks": (2, "-x fp32 -p zero2 -b 1 --accumulation_steps 4"),
     "zero2 fp32, accumulating": (1, "-x fp32 -p zero2 -b 2 --accumulation_steps 4"),
+    "interleaved fp32": (2, "-x fp32 -p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved -b 8"),
     "tensor fp32": (2, "-x fp32 -p hybrid_parallel --tp 2 --pp 1 -b 4 --accumulation_steps 2"),
 }
 
@@ -206,6 +207,8 @@ def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
         ("hybrid fp32", "zero2 fp32, accumulating", 2e-6),
         ("zero2 fp32", "zero2 fp32, 2 ranks", 2e-6),
         ("zero2 fp32", "tensor fp32", 2e-6),
+        ("zero2 fp32", "interleaved fp32", 2e-6),
+        ("interleaved fp32", "zero2 fp32, accumulating", 2e-6),
         ("gemini bf16", "zero2 bf16", 7e-4),
         ("zero2 bf16", "gemini bf16", 7e-4),
     ],
@@ -227,6 +230,7 @@ MATRIX = {
     "gemini_auto": (1, "-p gemini_auto -b 4 --accumulation_steps 2"),
     "hybrid tp2": (2, "-p hybrid_parallel --tp 2 --pp 1 -b 8"),
     "hybrid pp2": (2, "-p hybrid_parallel --tp 1 --pp 2 -b 8"),
+    "hybrid pp2 interleaved": (2, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved -b 8"),
 }
 
 

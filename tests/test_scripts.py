@@ -38,7 +38,8 @@ def without_program(tmp_path) -> dict[str, str]:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(
-        f'#!/bin/bash\nif [[ $* == *.py* ]]; then printf "%s\\n" "$@"; else exec {sys.executable} "$@"; fi\n'
+        f'#!/bin/bash\nif [[ $* == *.py* && $* != *--list_hosts* ]]; then printf "%s\\n" "$@"; '
+        f'else exec {sys.executable} "$@"; fi\n'
     )
     python.chmod(0o755)
     return {"LLAMA_PYTHON": str(python)}
@@ -122,7 +123,11 @@ def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_pr
         (None, {"HOSTFILE": "missing.txt"}, "HOSTFILE: there is no file 'missing.txt'"),
         ("", {}, "names no host"),
         ("node1 slots=8\n", {}, "has the line 'node1 slots=8', which is not one host name"),
-        ("node1\nnode2\nnode1\n", {}, "names the host 'node1' twice"),
+        ("node1\nnode2\nuser@Node1\n", {}, "names the host 'node1' twice"),
+        ("node1,node2\n", {}, "has the line 'node1,node2', which is not one host name"),
+        ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is no part of a name: see --help"),
+        ("# none yet\n", {}, "names no host"),
+        (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("node1\n", {}, "NPROC_PER_NODE: this machine has no GPU to tell how many each host has"),
         (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
         (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
@@ -144,7 +149,8 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
 def test_hosts_beside_the_script_are_used(tmp_path, without_program):
     """A copy of the repository's scripts, so that no hosts.txt is left in it."""
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    (tmp_path / "scripts" / "benchmark_7B" / "hosts.txt").write_text("node1\n\nnode2\n")
+    content = "\ufeff# the cluster\r\nroot@node1 # rank 0\r\n\r\nnode2"
+    (tmp_path / "scripts" / "benchmark_7B" / "hosts.txt").write_text(content, encoding="utf-8", newline="")
     environment = {**os.environ, **without_program, "NPROC_PER_NODE": "8", "SSH_PORT": "2222"}
     command = ["bash", str(tmp_path / "scripts" / "benchmark_7B" / "gemini.sh"), "-c", "a b"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=True)

@@ -32,6 +32,7 @@ LAYOUTS = [
     (2, "-p hybrid_parallel --tp 1 --pp 1 --zero 2"),
     (2, "-p hybrid_parallel --tp 2 --pp 1"),
     (2, "-p hybrid_parallel --tp 1 --pp 2"),
+    (2, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved"),
     (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2"),
     (2, "-p hybrid_parallel --tp 2 --pp 1 -x fp32"),
     (4, "-p hybrid_parallel --tp 2 --pp 1 --zero 1"),
