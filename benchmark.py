@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -106,6 +107,10 @@ def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         )
     if args.json and not args.json.absolute().parent.is_dir():
         problems.append(f"--json: there is no folder {args.json.absolute().parent}")
+    elif args.json and args.json.is_dir():
+        problems.append(f"--json: {args.json} is a folder; give a file")
+    elif args.json and not os.access(args.json.absolute().parent, os.W_OK | os.X_OK):
+        problems.append(f"--json: no permission to write in {args.json.absolute().parent}; give another folder")
     if problems:
         raise InputError(*problems)
     validate_args(args, config)
@@ -195,6 +200,22 @@ def peak_memory() -> dict[str, int]:
     return {"peak_device_memory_bytes": device, "peak_host_memory_bytes": host}
 
 
+def out_of_memory(args: argparse.Namespace) -> str:
+    """One line: what the GPU held, and which flags would take less that are not given yet."""
+    remedies = {
+        "-g": not args.gradient_checkpoint,
+        "-a": not args.flash_attention,
+        f"-b below {args.batch_size}": args.batch_size > 1,
+        "-p gemini_auto": args.plugin != "gemini_auto",
+        "a larger --memory_limit": args.memory_limit,
+        "more GPUs": True,
+    }
+    return (
+        f"out of GPU memory after {get_accelerator().max_memory_allocated() / MB:.2f} MB at the peak; what helps: "
+        f"{', '.join(remedy for remedy, helps in remedies.items() if helps)}; --dry_run shows what takes how much"
+    )
+
+
 def environment() -> dict[str, Any]:
     """Device, versions and commit of what was measured, so that a figure can be repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
@@ -237,7 +258,15 @@ def main() -> int:
     if args.dry_run:
         say_plan(args, config, layout, args.batch_size * layout.dp * args.max_length, REDPAJAMA_TOKENS)
         return 0
+    try:
+        measure(args, config, layout)
+    except torch.OutOfMemoryError as error:
+        raise RunError(out_of_memory(args)) from error
+    return 0
 
+
+def measure(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> None:
+    """Builds the model, times its steps, and reports."""
     launch(args.seed)
     if args.memory_limit:
         limit_memory(args.memory_limit)
@@ -270,7 +299,6 @@ def main() -> int:
 
     report(args, layout, results)
     shut_down(plugin)
-    return 0
 
 
 if __name__ == "__main__":

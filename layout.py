@@ -11,7 +11,7 @@ from console import world_size
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
 HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
-PIPELINE_STYLES = ("1f1b", "interleaved")
+PIPELINE_STYLES = ("1f1b", "interleaved", "zbv")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
     if args.model_chunks is not None and args.pp_style != "interleaved":
         problems.append(f"--model_chunks: takes effect with --pp_style interleaved alone, not with {args.pp_style}")
+    if args.pp_style == "zbv":
+        problems.append(
+            "--pp_style: ColossalAI's zero-bubble pipeline, zbv, takes a schedule that is made from measured times "
+            "of each pass, which these programs do not make; use interleaved"
+        )
     if problems:
         return problems
     ranks, launched = planned_ranks(args), "of --gpus" if getattr(args, "gpus", None) else "that were launched"

@@ -290,10 +290,13 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
 
 
 def planned_card(args: argparse.Namespace) -> Card:
-    """The kind of GPU that `--gpu` names, or this machine's, or an H100; with the memory of `--gpu_memory`."""
+    """The GPU that `--gpu` names, or this machine's, or an H100; with `--gpu_memory`, up to `--memory_limit`."""
     name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
     card = find_card(name) or Card(name, math.nan, args.gpu_memory or math.nan)
-    return replace(card, memory_gb=args.gpu_memory or card.memory_gb)
+    memory = args.gpu_memory or card.memory_gb
+    if getattr(args, "memory_limit", None):
+        memory = min(args.memory_limit * 2**20 / 1e9, memory)
+    return replace(card, memory_gb=memory)
 
 
 def card_problems(args: argparse.Namespace) -> list[str]:

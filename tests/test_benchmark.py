@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
+from colossalai.legacy.utils import memory
 from launching import ROOT, Run
 
 import benchmark
@@ -85,6 +87,7 @@ def test_flag(flags, name, value):
         ("--shard_param_frac 2", "--shard_param_frac: 2.0 is not between 0 and 1"),
         ("--warmup_ratio -0.1", "--warmup_ratio: -0.1 is not between 0 and 1"),
         ("--json /nowhere/file.json", "--json: there is no folder /nowhere"),
+        ("--json /", "--json: / is a folder; give a file"),
         ("-p fsdp --tp 2", "--tp: takes effect with -p"),
         ("-p zero2 --extra_dp 2", "--extra_dp: takes effect with -p gemini alone, not with -p zero2"),
         ("-p gemini --tp 3", "--tp/--extra_dp: 3 x 1 = 3 does not divide the 8 ranks"),
@@ -98,6 +101,27 @@ def test_mistakes_are_found_before_anything_is_allocated(flags, message, ranks):
     ranks(8)
     with pytest.raises(InputError, match=re.escape(message)):
         benchmark.check_args(benchmark.parse_args(["--dry_run", *flags.split()]), load_config("7b"))
+
+
+@pytest.mark.parametrize(("megabytes", "capacity"), [(20_000, 20_000 * 2**20), (10**9, 80 * 10**9)])
+def test_memory_limit_binds_torch_and_is_what_gemini_plans_with(monkeypatch, megabytes, capacity):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    device = Namespace(get_current_device=lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(benchmark, "get_accelerator", lambda: device)
+    monkeypatch.setattr(memory, "get_accelerator", lambda: device)
+    monkeypatch.setattr(memory, "_GLOBAL_CUDA_MEM_FRACTION", 1.0)
+    benchmark.limit_memory(megabytes)
+    assert fractions == [pytest.approx(capacity / (80 * 10**9))]
+    assert memory.colo_device_memory_capacity(torch.device("cuda", 0)) == pytest.approx(capacity)
+
+
+def test_memory_limit_without_a_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.limit_memory(20_000)
+    assert capsys.readouterr().out == "--memory_limit: there is no GPU whose memory it would limit\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -192,6 +216,33 @@ def test_the_benchmark_does_without_training():
     program = "import sys, benchmark; print({'train_utils', 'checkpoint_utils'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+OUT_OF_MEMORY = """\
+import benchmark, console, torch
+def allocate(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee documentation")
+benchmark.{where} = allocate
+console.run(benchmark.main, "benchmark.py")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "flags", "remedies"),
+    [
+        ("boost", "-p zero2 -b 4", "-g, -a, -b below 4, -p gemini_auto, more GPUs"),
+        ("train_step", "-p gemini_auto -b 1 -g -a -m 900", "a larger --memory_limit, more GPUs"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_path):
+    program = OUT_OF_MEMORY.format(where=where)
+    with Run([sys.executable, "-c", program, "-c", "test", "-l", 64, *flags.split()], tmp_path) as run:
+        assert run.wait() == 1
+    (line,) = run.stderr.splitlines()
+    pattern = (
+        rf"benchmark.py: out of GPU memory after \d+\.\d\d MB at the peak; what helps: {remedies}; --dry_run shows .*"
+    )
+    assert re.fullmatch(pattern, line)
 
 
 @pytest.mark.parametrize(

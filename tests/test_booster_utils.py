@@ -109,6 +109,7 @@ class TestLayout:
             (8, f"{HYBRID} --pp 2 --pp_style interleaved -b 3", "multiple of the 2 stages as microbatches, .* = 3"),
             (8, f"{HYBRID} --pp_style interleaved --pp 2 --model_chunks 5", "2 stages x 5 = 10 .* 32 layers"),
             (8, f"{HYBRID} --model_chunks 2", "--model_chunks: takes effect with --pp_style interleaved alone"),
+            (8, f"{HYBRID} --pp_style zbv", "--pp_style: ColossalAI's zero-bubble pipeline, zbv, .* use interleaved"),
             (8, "-p zero2 --pp_style interleaved", "--pp_style: takes effect with -p hybrid_parallel alone"),
             (8, f"{HYBRID} --sp 2 --pp 2", "--sp: sequence parallelism does not combine with --pp; use --pp 1"),
             (8, f"{HYBRID} --zero 2 --pp 2", "--zero: stage 2 does not combine with --pp; use --zero 1"),

@@ -172,6 +172,11 @@ def test_report(capsys, monkeypatch):
     assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
 
 
+def test_memory_limit_counts(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 -m 20000")
+    assert "does NOT fit: " in capsys.readouterr().out
+
+
 def test_too_large(capsys, monkeypatch):
     dry_run(monkeypatch, "-c 70b -p zero2 -g -a --dry_run --gpus 8")
     assert "does NOT fit: " in capsys.readouterr().out
