@@ -88,7 +88,6 @@ def estimate(flags: str, config: LlamaConfig | None = None) -> MemoryEstimate:
         (2, "-p zero2 -a -g"),
         (2, "-p gemini -a"),
         (2, "-p gemini --tp 2 -a"),
-        (2, "-p gemini --tp 2 -a -g"),
         (2, "-p fsdp -a -g"),
         (2, "-p 3d --tp 2 -a"),
         (2, "-p 3d --pp 2 --mbs 2 -a"),
