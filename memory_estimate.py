@@ -244,10 +244,11 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     width = DTYPES[args.mixed_precision].itemsize
     hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
 
-    sequences, in_flight = args.batch_size, 1
+    sequences = args.batch_size
+    in_flight: float = 1
     if layout.pp > 1:  # 1F1B: the first stage has passed on as many microbatches as there are stages
         sequences = args.microbatch_size
-        ahead = layout.pp - stage
+        ahead: float = layout.pp - stage
         if layout.chunks > 1:  # in passes through one of its ranges of layers (InterleavedSchedule's warm-up)
             ahead = (2 * (layout.pp - stage - 1) + (layout.chunks - 1) * layout.pp + 1) / layout.chunks
         in_flight = min(ahead, args.batch_size * args.accumulation_steps // sequences)
