@@ -21,7 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from console import InputError, RunError
 from data_order import GlobalOrder, MixedOrder, Order, splitmix64
@@ -78,9 +84,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) ->
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
-    fast = (folder / "tokenizer.json").is_file()
-    if fast or (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=False)
+    fast, settings = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
+    if fast or settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
+        loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+        options = {"use_fast": fast, "trust_remote_code": False}
+        if isinstance(extra := content.get("extra_special_tokens"), list):
+            options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+        return loader.from_pretrained(folder, **options)
     if (folder / "tokenizer.model").is_file():
         return LlamaTokenizer.from_pretrained(folder, legacy=False)
     raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")

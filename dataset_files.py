@@ -106,6 +106,8 @@ def _read_line(lines: io.BufferedIOBase, path: Path) -> bytes:
 
 
 def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
+    if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        raise InputError(f"{_place(path, span, number)}: a JSON list; write one object a line: jq -c '.[]' FILE")
     try:
         row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
@@ -118,10 +120,7 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
             f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
         ) from error
     if not isinstance(row, dict):
-        raise InputError(
-            f"{_place(path, span, number)}: a JSON {type(row).__name__}; "
-            'each line must be an object like {"text": "..."}'
-        )
+        raise InputError(f"{_place(path, span, number)}: a JSON {type(row).__name__}; each line must be an object")
     return row
 
 

@@ -33,12 +33,13 @@ from data_utils import check_vocabulary, load_tokenizer
 from dataset_sources import Source, resolve_source
 from evaluation import evaluation_loader
 from files import once_per_node
-from instruction_data import ExampleEncoder, InstructionDataset, find_shape, prepare_examples
+from instruction_data import InstructionDataset, prepare_examples
+from instruction_rows import ExampleEncoder, find_shape
 from layout import Layout, add_plugin_args, resolve_layout
 from lora import add_lora_args, fill_lora_args, lora_config, lora_problems, merge
 from memory_estimate import say_plan
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, load_pretrained, weights_fingerprint
+from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -105,15 +106,20 @@ def find_test_source(args: argparse.Namespace) -> Source | None:
 def open_data(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """The data to train on, and those of the split `test` if there is one."""
-    source = find_source(args, "train")
-    encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
+    """The data to train on, and those of the split `test` if there is one.
 
-    def prepared(split: Source) -> InstructionDataset:
-        return InstructionDataset(prepare_examples(split, encoder, args.cache_dir), args.pack, layout.sp)
+    One rank of a node finds and prepares them, while the others wait.
+    """
 
-    test_source = find_test_source(args)
-    return prepared(source), prepared(test_source) if test_source else None
+    def prepare() -> list[str]:
+        folders = []
+        for source in filter(None, (find_source(args, "train"), find_test_source(args))):
+            encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
+            folders.append(str(prepare_examples(source, encoder, args.cache_dir)))
+        return folders
+
+    dataset, *held_out = (InstructionDataset(Path(folder), args.pack, layout.sp) for folder in once_per_node(prepare))
+    return dataset, held_out[0] if held_out else None
 
 
 def export_final(
@@ -121,16 +127,17 @@ def export_final(
     config: LlamaConfig,
     weights: LazyTensors,
     tokenizer: PreTrainedTokenizerBase,
+    documents: dict[str, dict],
     checkpoint: Path,
 ) -> None:
     """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
     target = args.save_dir / "final"
     if not args.lora_rank:
-        model_export.export(checkpoint, target, tokenizer)
+        model_export.export(checkpoint, target, tokenizer, documents=documents)
         return
     with tempfile.TemporaryDirectory(dir=args.save_dir, prefix=".merged-") as folder:
         merge(checkpoint / "model", weights, config, Path(folder, "model"))
-        model_export.export(checkpoint, target, tokenizer, Path(folder, "model"))
+        model_export.export(checkpoint, target, tokenizer, Path(folder, "model"), documents)
 
 
 def main() -> int:
@@ -150,6 +157,7 @@ def main() -> int:
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
     weights = check_pretrained(folder, config, "--model_path")
+    documents = generation_config(folder, tokenizer, "--model_path")
     if args.lora_rank:
         args.base_weights = once_per_node(lambda: weights_fingerprint(weights))
     dataset, held_out = open_data(args, tokenizer, layout)
@@ -166,12 +174,14 @@ def main() -> int:
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
+        if not args.pack:
+            args.max_length = dataset.longest
         say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
         return 0
 
     if console.rank() == 0:
         checkpoint_utils.claim_folder(args.save_dir, config)
-    export = partial(export_final, args, config, weights, tokenizer)
+    export = partial(export_final, args, config, weights, tokenizer, documents)
     launch(args.seed)
     run_plan.check_agreement(args, state, checkpoint)
     if train_utils.nothing_left(args, state, plan, checkpoint, export):

@@ -1,8 +1,6 @@
-"""What fine-tuning reads: prompts and completions, tokenized once into a folder, and batches of them.
+"""What fine-tuning reads: examples, tokenized once into a folder, and batches of them.
 
-A row holds `prompt` and `completion`, or `instruction`, `output` and perhaps `input`, or a chat's `messages`. It
-becomes segments of text, of which the model is to learn some. Segments are joined so that a token never spans two: the
-ids of a prompt in training are those of the same prompt alone, as the model will be asked. The folder holds
+The folder holds
 
     tokens.bin      the examples' tokens, one after the other, little-endian uint16 (uint32 above 65536)
     labels.bin      one byte a token, 1 where it is to be learned
@@ -19,211 +17,37 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
+from array import array
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from console import InputError
+from console import InputError, say
 from data_order import GlobalOrder, Order, Permutation, splitmix64
-from data_utils import IGNORE_INDEX, MANIFEST_NAME, TextEncoder
+from data_utils import IGNORE_INDEX, MANIFEST_NAME
 from dataset_files import read_rows
 from dataset_shards import follow_parent
 from dataset_sources import Source
 from files import checksum, exclusive_lock, sync, write_json
+from instruction_rows import Encoded, ExampleEncoder
 
 FORMAT_VERSION = 1
 BATCH_ROWS = 256
 PARALLEL_BYTES = 2**23  # of a source that several processes tokenize
-SHAPES = (("prompt", "completion"), ("instruction", "output"), ("messages",))  # columns that a row may come in
 PAD_MULTIPLE = 8  # lengths that tensor cores take well
 WINDOW_GROUPS = 64
 PACK_WINDOW = 2**14  # examples
-
-Segment = tuple[str, bool]  # text, and whether it is to be learned
-
-
-class Encoded(NamedTuple):
-    """An example: ids and whether each is to be learned, [length]; whether tokens were cut off."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    cut: bool
-
-
-class Unusable(Exception):
-    """Why a row cannot be used, in a few words."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def separator(prompt: str, completion: str) -> str:
-    """What stands between them: nothing where either brings white space, else a space."""
-    return "" if not prompt or prompt[-1].isspace() or completion[0].isspace() else " "
-
-
-def row_segments(row: dict, shape: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The text of a row of the columns `shape`. Raises Unusable."""
-    if shape == ("messages",):
-        return _chat_segments(row.get("messages"), tokenizer)
-    prompt, completion = _text(row, shape[0], shape[0] == "prompt"), _text(row, shape[1])
-    if shape[0] == "instruction":
-        given = f"\nInput: {_text(row, 'input')}" if row.get("input") else ""
-        prompt = f"Instruction: {prompt}{given}\nOutput:"
-    return [(prompt, False), (separator(prompt, completion) + completion, True)]
-
-
-def _text(row: dict, column: str, may_be_empty: bool = False) -> str:
-    value = row.get(column)
-    if value is None:
-        raise Unusable(f"{column} missing or null")
-    if not isinstance(value, str):
-        raise Unusable(f"{column} not a string")
-    if not value and not may_be_empty:
-        raise Unusable(f"{column} empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Unusable(f"{column} with unpaired surrogates") from error
-    return value
-
-
-def _chat_segments(messages: object, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """A chat as its template renders it, the answers of the role `assistant` to be learned."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise Unusable("messages not a list of objects")
-    for message in messages:
-        _text(message, "role")
-        _text(message, "content", may_be_empty=True)
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise Unusable("messages without an answer of the role assistant")
-    segments, rendered = [], ""
-    for number in answers:
-        try:
-            before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        except TemplateError as error:
-            raise Unusable("messages that the chat template refuses") from error
-        if not (before.startswith(rendered) and after.startswith(before)):
-            raise Unusable("messages that the chat template renders otherwise once another follows")
-        segments += [(before[len(rendered) :], False), (after[len(before) :], True)]
-        rendered = after
-    return segments
-
-
-class ExampleEncoder:
-    """Turns rows into ids and labels: BOS, the segments' tokens, EOS, at most `max_length` of them.
-
-    Args:
-        train_on_prompt: everything is to be learned, not the completion alone.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, shape: Sequence[str], max_length: int, train_on_prompt: bool
-    ):
-        self.tokenizer = tokenizer
-        self.shape = tuple(shape)
-        self.max_length = max_length
-        self.train_on_prompt = train_on_prompt
-        self.encoder = TextEncoder(tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all that ids and labels depend on."""
-        template = self.tokenizer.chat_template if self.shape == ("messages",) else None
-        rules = [self.encoder.fingerprint, self.shape, template, self.max_length, self.train_on_prompt]
-        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
-
-    def encode(self, rows: Sequence[dict]) -> Iterator[Encoded | str]:
-        """An example for each row, or the reason why there is none."""
-        usable, reasons = [], {}
-        for number, row in enumerate(rows):
-            try:
-                usable.append(row_segments(row, self.shape, self.tokenizer))
-            except Unusable as reason:
-                reasons[number] = str(reason)
-        examples = iter(self._joined(usable))
-        for number in range(len(rows)):
-            yield reasons[number] if number in reasons else self._framed(*next(examples))
-
-    def _framed(self, ids: list[int], labels: list[bool]) -> Encoded | str:
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if ids[:1] != [bos]:  # which a chat template may write itself
-            ids, labels = [bos, *ids], [False, *labels]
-        last_given = max((number for number, learned in enumerate(labels) if not learned), default=-1)
-        if eos not in ids[last_given + 1 :]:
-            ids, labels = [*ids, eos], [*labels, True]
-        kept = np.array(labels[: self.max_length]) | self.train_on_prompt
-        kept[0] = False  # nothing precedes it from which it could be predicted
-        if not kept.any():
-            return f"no token of the completion within --max_length {self.max_length}"
-        return Encoded(np.array(ids[: self.max_length]), kept, len(ids) > self.max_length)
-
-    def _joined(self, examples: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
-        """Ids of the segments in one, and whether each is to be learned."""
-        texts, ids = [""] * len(examples), [[] for _ in examples]
-        labels: list[list[bool]] = [[] for _ in examples]
-        for depth in range(max(map(len, examples), default=0)):
-            active = [number for number, segments in enumerate(examples) if len(segments) > depth]
-            for number in active:
-                texts[number] += examples[number][depth][0]
-            joined = self._tokenize([texts[number] for number in active])
-            for number, whole in zip(active, joined, strict=True):
-                text, learned = examples[number][depth]
-                done = len(ids[number])
-                new = whole[done:] if whole[:done] == ids[number] else self._continuation(text)
-                ids[number] += new
-                labels[number] += [learned] * len(new)
-        return list(zip(ids, labels, strict=True))
-
-    def _continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on from a token border: without the space that some tokenizers put before a text."""
-        for anchor in ("\n", "0", "|"):
-            before, both = self._tokenize([anchor, anchor + text])
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        return self._tokenize([text])[0]
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Special tokens spelled out are text, but in a chat, whose template writes them."""
-        if self.shape == ("messages",):
-            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.encoder.tokenize(texts)
-
-
-def find_shape(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """In which columns the rows come, by the first of them.
-
-    Raises:
-        InputError: the first row has the columns of no shape, or is a chat and the tokenizer has no template for it.
-    """
-    file = source.files[0]
-    columns = next((row.columns.keys() for row in read_rows(file.fetch(), ())), ())
-    for shape in SHAPES:
-        if set(shape) <= set(columns):
-            if shape == ("messages",) and not tokenizer.chat_template:
-                raise InputError(
-                    "--tokenizer: it has no chat template, which rows of 'messages' need; give one that has"
-                )
-            return shape
-    wanted = ", or ".join(" and ".join(f"'{column}'" for column in shape) for shape in SHAPES)
-    raise InputError(
-        f"--dataset: {file.path} has the columns {', '.join(columns) or '(none)'}, not {wanted}; rename them"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ prepared folder
@@ -252,21 +76,23 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
 
 
 def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
-    partial = folder.with_suffix(".partial")
-    for stale in (partial, folder):
+    for stale in (folder, *folder.parent.glob(f"{folder.name}.{socket.gethostname()}.*.partial")):
         shutil.rmtree(stale, ignore_errors=True)
+    # Where the file system has no locks, other nodes build the same at the same time.
+    partial = folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir()
+    if source.remark:
+        say(source.remark)
     try:
         lengths, skipped, cut = _write_examples(partial, source, encoder)
         if not lengths:
             raise InputError(
-                f"--dataset: {source.name} has no usable row (skipped: {_listing(skipped) or 'none'}); "
+                f"--dataset: {_files(source)} of {source.name} has no usable row "
+                f"(skipped: {_listing(skipped) or 'none'}); "
                 "give more data, or raise --max_length if it is that"
             )
         np.cumsum(lengths, dtype="<i8").tofile(partial / "ends.bin")
-        packs = pack(lengths, encoder.max_length)
-        np.fromiter(itertools.chain.from_iterable(packs), "<i8").tofile(partial / "packs.bin")
-        np.cumsum([len(members) for members in packs], dtype="<i8").tofile(partial / "pack_ends.bin")
+        _write_packs(partial, lengths, encoder.max_length)
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -284,15 +110,23 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
             sync(partial / name)
         write_json(partial / MANIFEST_NAME, manifest)
         sync(partial)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST_NAME).is_file():
+                raise
         sync(folder.parent)
+        say(
+            f"tokenized {len(lengths):,} examples of {source.name} into {sum(lengths):,} tokens; "
+            f"skipped rows: {_listing(skipped) or 'none'}"
+        )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tuple[list[int], Counter, int]:
+def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tuple[array, Counter, int]:
     """Writes tokens.bin and labels.bin; returns the lengths, the skipped rows by reason, and how many were cut."""
-    lengths, skipped, cut = [], Counter(), 0
+    lengths, skipped, cut = array("q"), Counter(), 0
     bar = tqdm(total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with bar, open(folder / "tokens.bin", "wb") as tokens, open(folder / "labels.bin", "wb") as labels:
         for examples, read_bytes in _encoded_batches(source, encoder):
@@ -352,18 +186,35 @@ def _row_batches(source: Source) -> Iterator[tuple[list[dict], int]]:
         yield rows, position - done
 
 
+def _files(source: Source) -> str:
+    first, more = source.files[0].path, len(source.files) - 1
+    return f"{first} and {more} more" if more else first
+
+
 def _listing(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} with {reason}" for reason, count in sorted(skipped.items()))
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def _write_packs(folder: Path, lengths: Sequence[int], capacity: int) -> None:
+    """Writes packs.bin and pack_ends.bin."""
+    end, ends = 0, array("q")
+    with open(folder / "packs.bin", "wb") as packs:
+        for members in pack(lengths, capacity):
+            np.array(members, "<i8").tofile(packs)
+            end += len(members)
+            ends.append(end)
+    np.array(ends, "<i8").tofile(folder / "pack_ends.bin")
+
+
+def pack(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
     """Groups examples so that the tokens of each group fit into `capacity`.
 
     Best fit, longest first, among PACK_WINDOW examples that a fixed permutation brings together.
     """
-    packs, order = [], Permutation(len(lengths), seed=0, epoch=0)
+    order = Permutation(len(lengths), seed=0, epoch=0)
     for start in range(0, len(lengths), PACK_WINDOW):
         window = [order[position] for position in range(start, min(start + PACK_WINDOW, len(lengths)))]
+        packs: list[list[int]] = []
         open_packs: list[tuple[int, int]] = []  # room and number of each, by room
         for example in sorted(window, key=lambda example: (-lengths[example], example)):
             place = bisect_left(open_packs, (lengths[example], 0))
@@ -374,7 +225,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 packs.append([])
             packs[number].append(example)
             insort(open_packs, (room - lengths[example], number))
-    return packs
+        yield from packs
 
 
 # ------------------------------------------------------------------------------------------------------------- data set
@@ -483,6 +334,11 @@ class InstructionDataset(Dataset):
             rows = [torch.cat([item["position_ids"], torch.arange(longest - len(item["labels"]))]) for item in items]
             batch["position_ids"] = torch.stack(rows)
         return batch
+
+    @property
+    def longest(self) -> int:
+        """Positions of a batch that holds the longest example."""
+        return -(-self.manifest["longest"] // self.multiple) * self.multiple
 
     @property
     def mean_length(self) -> float:

@@ -7,17 +7,24 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint_utils import read_running_states
-from files import replace_folder
+from files import replace_folder, write_json
 from model_utils import count_parameters, load_config
 
 
-def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase, model: Path | None = None) -> None:
+def export(
+    checkpoint: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Path | None = None,
+    documents: dict[str, dict] | None = None,
+) -> None:
     """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
     The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
 
     Args:
         model: the model's folder, where it is not the checkpoint's own.
+        documents: further JSON files, by name.
     """
     model = model or checkpoint / "model"
     temporary = target.with_name(f".{target.name}.incomplete")
@@ -28,6 +35,8 @@ def export(checkpoint: Path, target: Path, tokenizer: PreTrainedTokenizerBase, m
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(model, temporary)
     tokenizer.save_pretrained(temporary)
+    for name, content in (documents or {}).items():
+        write_json(temporary / name, content)
     (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
     replace_folder(temporary, target)
 

@@ -70,7 +70,7 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
         if not isinstance(values, dict) or values.get("model_type") != "llama":
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
             raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains 'llama' alone")
-        config = LlamaConfig.from_dict(values)
+        config = LlamaConfig.from_dict(_as_transformers_4(values))
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         if hidden % heads or heads % kv_heads:
             raise InputError(
@@ -82,6 +82,21 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
         raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {error}") from error
     config.use_cache = False
     return config
+
+
+def _as_transformers_4(values: dict) -> dict:
+    """A config.json with what transformers 5 names otherwise, which this version would pass over, under its old names.
+
+    `rope_parameters` holds the base and, but for the type `default`, the scaling; `dtype` was `torch_dtype`.
+    """
+    values = dict(values)
+    if rope := values.pop("rope_parameters", None):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        values |= {name: rope[name] for name in ("rope_theta",) if name in rope}
+    if dtype := values.pop("dtype", None):
+        values.setdefault("torch_dtype", dtype)
+    return values
 
 
 @dataclass(frozen=True)

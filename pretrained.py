@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpoint_utils import LazyTensors, check_model, mapped_tensors
 from console import InputError, say
@@ -37,6 +37,7 @@ UNREADABLE = (  # what json, torch.load and safetensors raise on damaged files
     pickle.UnpicklingError,
 )
 FINGERPRINT_ROWS = 4  # of each tensor
+GENERATION_CONFIG = "generation_config.json"
 INPUT_EMBEDDING, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -96,6 +97,28 @@ def _download(name_or_pin: str, flag: str) -> Path:
     return Path(
         snapshot_download(name, revision=info.sha if revision else None, allow_patterns=[*DESCRIPTIONS, pattern])
     )
+
+
+def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: str) -> dict[str, dict]:
+    """How `generate` works with a model folder: its generation_config.json by name, if there is one.
+
+    The tokenizer's EOS, which fine-tuning teaches, is among the tokens that end a text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{flag}: {path} cannot be read ({_reason(error)}); restore or remove it") from error
+    ends = content.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if tokenizer.eos_token_id not in ends:
+        content["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+    return {GENERATION_CONFIG: content}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

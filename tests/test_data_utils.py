@@ -34,6 +34,17 @@ class TestTokenizer:
         tokenizer.save_pretrained(tmp_path)
         assert TextEncoder(load_tokenizer(str(tmp_path))).fingerprint == TextEncoder(tokenizer).fingerprint
 
+    def test_loads_what_transformers_5_saves(self, tokenizer, tmp_path):
+        fast = LlamaTokenizerFast.from_pretrained(Path(tokenizer.vocab_file).parent)
+        fast.save_pretrained(tmp_path)
+        (tmp_path / "special_tokens_map.json").unlink()
+        saved = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**saved, "extra_special_tokens": ["<unk>"]}))
+        loaded = load_tokenizer(str(tmp_path))
+        texts = ["def f(x):\n    return  it's", "  café </s> 日本"]
+        assert TextEncoder(loaded).tokenize(texts) == TextEncoder(fast).tokenize(texts)
+        assert loaded.additional_special_tokens == ["<unk>"]
+
     def test_missing_hub_name_fails_fast_with_one_line(self):
         code = "import sys, data_utils; data_utils.load_tokenizer('nobody/nothing')"
         started = time.monotonic()

@@ -135,6 +135,7 @@ class TestBadInput:
             ("x.jsonl", GOOD + b"{'text': 1}\n", "line 2: not valid JSON"),
             ("x.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: not valid JSON"),
             ("x.jsonl", GOOD * 2 + b'["text"]\n', "line 3: a JSON list"),
+            ("x.json", b'[\n{"text": "a"}\n]\n', "line 1: a JSON list; write one object a line"),
             ("x.jsonl", GOOD + b'{"text": "\xff\xfe"}\n', "line 2: not UTF-8 (invalid start byte at byte 10)"),
             ("x.jsonl", b'\n{"prompt": 1, "body": 2}\n', "has no column 'text', only: prompt, body"),
             ("x.parquet", b"PAR1 not really", "cannot be read beyond row 0"),

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finetune as program
 from console import USAGE_ERROR, InputError
 from dataset_sources import resolve_source
-from instruction_data import ExampleEncoder, InstructionDataset, LengthGroupedOrder, prepare_examples
+from instruction_data import InstructionDataset, LengthGroupedOrder, prepare_examples
+from instruction_rows import ExampleEncoder
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
 from scripts import generate
 
@@ -55,8 +56,11 @@ def instructions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(pretrain) -> Path:
-    """A model that has read a little."""
-    return pretrain("-p", "zero2", "-x", "bf16", "-b", 8, "--lr", "3e-3", "--max_steps", 200).save_dir / "final"
+    """A model that has read a little, with what such folders hold on the hub."""
+    folder = pretrain("-p", "zero2", "-x", "bf16", "-b", 8, "--lr", "3e-3", "--max_steps", 200).save_dir / "final"
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "do_sample": True}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +89,8 @@ def test_a_pretrained_model_learns_the_completions_and_when_to_end(finetune):
         assert output[0, -1] == tokenizer.eos_token_id
         answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] : -1])
         assert answer.strip() == row["completion"]
+    assert (model.generation_config.eos_token_id, model.generation_config.do_sample) == ([2, 7], True)
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
 
 
 def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
@@ -96,13 +102,21 @@ def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
     with HubServer({"yizhongw/self_instruct": Branches(branches)}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         flags = ["--model_path", model_folder, "--cache_dir", tmp_path / "cache", "--dry_run"]
-        for task, status in (([], 0), (["--task_name", "none"], USAGE_ERROR)):
-            folder = tmp_path / str(status)
-            with start_pretrain(*flags, *task, folder=folder, env=environment, program="finetune.py") as run:
+        requests = []
+        for task, status, processes in ((["--task_name", "none"], USAGE_ERROR, 1), ([], 0, 1), ([], 0, 2)):
+            seen = len(hub.requests)
+            run = start_pretrain(
+                *flags, *task, folder=tmp_path / "run", processes=processes, env=environment, program="finetune.py"
+            )
+            with run:
                 assert run.wait() == status, run.output()
-        assert "data: 24 examples" in (tmp_path / "0" / "stdout").read_text()
-        assert f"has no 'none' on the hub; choose of {', '.join(tasks)}" in run.stderr
-        assert hub.downloads("/super_natural_instructions/train/0000.parquet") == [None]
+            if status:
+                assert f"has no 'none' on the hub; choose of {', '.join(tasks)}" in run.stderr
+                continue
+            assert "data: 24 examples" in run.stdout
+            assert hub.downloads("/super_natural_instructions/train/0000.parquet") == [None]
+            requests.append(sum("/api/" in path for _, path, _ in hub.requests[seen:]))
+        assert requests[0] == requests[1]  # the second rank asks for nothing
         assert hub.downloads("/self_instruct/train/0000.parquet") == []
 
 
@@ -279,9 +293,11 @@ def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_
         base = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype=torch.float32)
         before = base(ids).logits
         after = PeftModel.from_pretrained(base, folder)(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(run.save_dir / "final")(ids).logits
+        final = AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
+        merged = final(ids).logits
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(merged, after, rtol=1e-4, atol=1e-4)
+    assert final.generation_config.eos_token_id == [2, 7]
 
 
 def test_adapters_resume(adapted, finetune):
@@ -308,6 +324,25 @@ def test_adapters_do_not_resume_beside_other_weights(adapted, problem, model_fol
         problem(*flags, "-x", "fp32", model=tmp_path / "copy")
 
 
+# ---------------------------------------------------------------------------------------------------------- dry run
+
+
+def test_a_dry_run_plans_for_the_longest_example_and_for_adapters(
+    model_folder, instructions, cache_dir, monkeypatch, capsys
+):
+    def peak(*args) -> float:
+        flags = ["--model_path", model_folder, "-d", instructions, "--cache_dir", cache_dir, "-p", "zero2", *args]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "-b", "8", "--dry_run", *map(str, flags)])
+        assert program.main() == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- peak")]
+        return float(line.split()[-3])
+
+    whole = peak("-l", 128)
+    assert peak("-l", 64) == whole  # none is as long
+    assert peak("-l", 128, "--pack", "-b", 1, "-e", 8) * 8 > whole
+    assert peak("-l", 128, "--lora_rank", 4) < whole
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -332,6 +367,7 @@ def problem(monkeypatch, tmp_path, model_folder, instructions):
 
 
 def write(path: Path, *lines: dict) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -368,6 +404,12 @@ class TestRefused:
         assert "no usable row (skipped: 3 with no token of the completion within --max_length 128)" in problem(
             dataset=path
         )
+
+    def test_evaluation_split_without_a_usable_row(self, problem, tmp_path):
+        write(tmp_path / "rows" / "train.jsonl", *rows())
+        write(tmp_path / "rows" / "test.jsonl", {"instruction": "a", "output": ""})
+        assert "test.jsonl of" in (line := problem(dataset=tmp_path / "rows"))
+        assert "no usable row (skipped: 1 with output empty)" in line
 
     def test_task_that_is_not_there(self, problem, tmp_path):
         for task in ("first", "second"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from colossalai.tensor.colo_tensor import ColoTensor
+from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 import fused
@@ -72,6 +73,26 @@ def test_loss_is_that_of_float32_and_leaves_out_what_does_not_count(stance):
 def test_precision_is_kept_on_geminis_tensors(stance):
     hidden = bf16(3, 5, 64).detach().as_subclass(ColoTensor)
     assert fused._rms_norm(LlamaRMSNorm(64).bfloat16(), hidden).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fused_how", [Fusion.PIECES, Fusion.LAYERS])
+def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
+    """For the first length alone, and at the second for all that follow: fine-tuning pads each batch to its longest."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+    config = load_config("test")
+    config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
+    model = build_model(config, torch.device("cpu"))
+    torch._dynamo.reset()
+    counters.clear()
+    fuse(model, fused_how)
+    compiled = []
+    for number in range(30):
+        ids = torch.zeros(2, 8 * (7 * number % 30 + 1), dtype=torch.int64)
+        summed_cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    fuse(torch.nn.Module(), Fusion.NONE)
+    assert 2 <= compiled[0] <= 4
+    assert compiled[-1] <= 2 * compiled[0]
 
 
 def test_layers_or_pieces():

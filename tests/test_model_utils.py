@@ -1,5 +1,6 @@
 """The table of models, their arithmetic, and weights, against closed formulas and a real Hugging Face model."""
 
+import json
 import math
 import resource
 
@@ -118,6 +119,17 @@ class TestLoadConfig:
         config = load_config(str(saved / file))
         assert (config.num_hidden_layers, config.hidden_size, config.rope_theta) == (3, 64, 5e5)
         assert not config.use_cache
+
+    @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])
+    def test_as_transformers_5_writes_it(self, saved, scaling):
+        file = saved / "config.json"
+        values = json.loads(file.read_text()) | {"dtype": "bfloat16"}
+        del values["rope_theta"], values["rope_scaling"]
+        values["rope_parameters"] = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+        file.write_text(json.dumps(values))
+        config = load_config(str(file))
+        assert (config.rope_theta, config.rope_scaling, config.torch_dtype) == (5e5, scaling, torch.bfloat16)
+        assert not {"rope_parameters", "dtype"} & set(config.to_dict())
 
     def test_a_change_does_not_reach_the_table(self):
         load_config("test").hidden_size = 1

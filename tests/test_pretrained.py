@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from console import InputError
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, load_pretrained, pretrained_weights
+from pretrained import check_pretrained, find_model, generation_config, load_pretrained, pretrained_weights
 from sharded_state import MASTER, local_shards
 
 
@@ -70,6 +70,23 @@ MODELS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "scaled positions": SCALED,
 }
+
+
+class TestGenerationConfig:
+    @pytest.mark.parametrize(
+        ("saved", "ends"), [({}, [2]), ({"eos_token_id": 2}, 2), ({"eos_token_id": [7, 9]}, [7, 9, 2])]
+    )
+    def test_ends_at_the_tokens_that_it_names_and_the_tokenizers(self, tmp_path, sample_tokenizer, saved, ends):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.9, **saved}))
+        content = generation_config(tmp_path, sample_tokenizer, "--model_path")
+        assert content == {"generation_config.json": {"top_p": 0.9, "eos_token_id": ends}}
+
+    def test_none_and_damaged(self, tmp_path, sample_tokenizer):
+        assert generation_config(tmp_path, sample_tokenizer, "--model_path") == {}
+        (tmp_path / "generation_config.json").write_text("{")
+        assert "generation_config.json cannot be read" in error_of(
+            generation_config, tmp_path, sample_tokenizer, "--model_path"
+        )
 
 
 class TestLoading:
