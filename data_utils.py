@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
         loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
-        options = {"use_fast": fast, "trust_remote_code": False}
+        options: dict[str, Any] = {"use_fast": fast, "trust_remote_code": False}
         if isinstance(extra := content.get("extra_special_tokens"), list):
             options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
         return loader.from_pretrained(folder, **options)
