@@ -1,6 +1,7 @@
 """LLaMA models: the table of sizes, construction without initialising, seeded weights, parameter and FLOP counts."""
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -128,7 +129,8 @@ def trained_specs(config: LlamaConfig) -> list[ParameterSpec]:
     """The parameters that training changes: all, or those of the adapters that `config.lora` describes."""
     if getattr(config, "lora", None) is None:
         return parameter_specs(config)
-    model = get_peft_model(build_model(config, torch.device("meta")), config.lora)
+    # A copy, for peft writes into it the name of the model that it is given, and this one has none.
+    model = get_peft_model(build_model(config, torch.device("meta")), copy.deepcopy(config.lora))
     parameters = model.named_parameters()
     return [ParameterSpec(plain_name(name), value.shape) for name, value in parameters if value.requires_grad]
 
