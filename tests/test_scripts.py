@@ -128,6 +128,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_pr
         ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is no part of a name: see --help"),
         ("# none yet\n", {}, "names no host"),
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
+        ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),
         ("node1\n", {}, "NPROC_PER_NODE: this machine has no GPU to tell how many each host has"),
         (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
         (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
