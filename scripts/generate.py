@@ -121,8 +121,9 @@ def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
 
 
 def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
-    """The model with its adapters merged, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", trust_remote_code=False)
+    """The model with its adapters merged, in the precision that these were trained in, on the GPU if there is one."""
+    dtype = load_config(str(adapter)).torch_dtype if adapter and (adapter / "config.json").is_file() else None
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype or "auto", trust_remote_code=False)
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
