@@ -11,6 +11,7 @@ from booster_utils import launch_problems
 from console import InputError
 from layout import layout_problems
 from memory_estimate import card_problems
+from recomputation import AUTO
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -119,6 +120,13 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
         action="store_true",
         help="recompute activations in the backward pass (default: off)",
     )
+    compute.add_argument(
+        "--recompute",
+        type=lambda value: value if value == AUTO else float(value),
+        metavar="SHARE",
+        help="share of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory allows "
+        "(default: 1 with -g, else 0)",
+    )
     compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
     compute.add_argument(
         "--compile",
@@ -211,6 +219,10 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
             problems.append("--streaming: a stream has no end; give --max_steps")
         if args.eval_fraction:
             problems.append("--eval_fraction: documents are held out when a data set is prepared, not from a stream")
+    if args.recompute is not None:
+        if args.recompute != AUTO and not 0 <= args.recompute <= 1:
+            problems.append(f"--recompute: {args.recompute} is neither auto nor from 0 to 1")
+        args.gradient_checkpoint = args.recompute != 0
     if args.seed >= 2**32:
         problems.append(f"--seed: {args.seed} is above the greatest possible, {2**32 - 1}")
     if args.max_length > config.max_position_embeddings:

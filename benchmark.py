@@ -43,9 +43,10 @@ from data_utils import RandomDataset
 from files import write_json
 from fsdp_plugin import FSDPPlugin
 from layout import BENCHMARK_PLUGINS, Layout, add_plugin_args, describe_layout, resolve_layout
-from memory_estimate import say_plan
+from memory_estimate import say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures
+from recomputation import recomputed_share
 
 REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
 MB = 2**20  # as in ColossalAI's published figures
@@ -254,6 +255,7 @@ def main() -> int:
     check_args(args, config)
     layout = resolve_layout(args, config)
     attention = select_attention(config, args.flash_attention, sequence_parallel=layout.sp > 1)
+    settle_recomputation(args, config, layout)
     announce(args, config, layout, attention)
     if args.dry_run:
         say_plan(args, config, layout, args.batch_size * layout.dp * args.max_length, REDPAJAMA_TOKENS)
@@ -290,7 +292,7 @@ def measure(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> No
         sequences=args.batch_size * layout.dp,
         seq_length=args.max_length,
         gpus=layout.ranks,
-        recomputation=args.gradient_checkpoint,
+        recomputation=recomputed_share(args),
         device_name=results["device"],
     )
     if args.profile:

@@ -26,10 +26,11 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
 from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
 from colossalai.shardformer.layer import cross_entropy_1d
-from colossalai.zero import GeminiOptimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
+from transformers import LlamaConfig
 
 import fused
+import gemini
 import host_accelerator
 import weight_update
 from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
@@ -37,14 +38,14 @@ from console import InputError, local_rank, rank, say, world_size
 from data_utils import IGNORE_INDEX
 from fsdp_plugin import FSDPPlugin
 from fused import Fusion
-from layout import HYBRID_PLUGINS, Layout, resolve_layout
-from model_utils import build_model, count_parameters, restore_rotary_precision
+from layout import Layout, resolve_layout
+from model_utils import build_model, restore_rotary_precision
+from recomputation import recompute, recomputed_layers, recomputed_share
 from weight_update import Adam
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
 INITIAL_LOSS_SCALE = 2.0**16
-GEMINI_CHUNK_PARAMETERS = 32 * 2**20
 UNPADDED_VOCABULARY = 1  # padded columns would count in the vocabulary-parallel loss
 
 
@@ -133,15 +134,6 @@ def shut_down(plugin: Plugin) -> None:
     dist.destroy_process_group()
 
 
-def gemini_chunk_parameters(config: LlamaConfig) -> int:
-    """The least size of Gemini's chunks, in parameters.
-
-    Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often: a
-    small model gets small chunks, so that it is sharded as a large one is.
-    """
-    return min(GEMINI_CHUNK_PARAMETERS, count_parameters(config) // 8)
-
-
 def build_plugin(
     args: argparse.Namespace, layout: Layout, config: LlamaConfig, length_varies: bool = False, **gemini_options: float
 ) -> Plugin:
@@ -158,22 +150,24 @@ def build_plugin(
         max_norm=args.gradient_clipping or math.inf,
         initial_scale=INITIAL_LOSS_SCALE,
     )
+    overlap = not on_host and world_size() > 1
     if on_host and args.mixed_precision == "fp16":
         say("fp16: it works without a GPU, slowly; -x bf16 is many times as fast")
     if args.plugin in ("zero2", "zero2_cpu"):
         offload = args.plugin == "zero2_cpu"
-        return LowLevelZeroPlugin(stage=2, cpu_offload=offload, overlap_communication=not on_host, **common)
+        return LowLevelZeroPlugin(stage=2, cpu_offload=offload, overlap_communication=overlap, **common)
     if args.plugin in ("gemini", "gemini_auto"):
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
-        chunk_parameters = gemini_chunk_parameters(config)
+        whole = gemini.keeps_whole(args, layout.dp // layout.extra_dp)
+        chunk_parameters = gemini.chunk_parameters(config, whole)
         plugin = GeminiPlugin(
             placement_policy="auto" if automatic else "static",
             tp_size=layout.tp,
             extra_dp_size=layout.extra_dp,
             min_chunk_size_m=chunk_parameters / 2**20,
-            search_range_m=chunk_parameters // 2**20,
+            search_range_m=0 if whole else chunk_parameters // 2**20,
             hidden_dim=config.hidden_size,
             enable_gradient_accumulation=args.accumulation_steps > 1,
             pin_memory=not on_host,
@@ -192,6 +186,7 @@ def build_plugin(
             offload=args.plugin == "fsdp_cpu" and not on_host,
             initial_scale=INITIAL_LOSS_SCALE,
             seed=args.seed,
+            recomputed=recomputed_layers(config, recomputed_share(args)),
         )
     sequence_parallel = layout.sp > 1
     return HybridParallelPlugin(
@@ -203,7 +198,7 @@ def build_plugin(
         enable_sequence_parallelism=sequence_parallel,
         sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
         custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
-        overlap_communication=not on_host,
+        overlap_communication=overlap,
         cpu_offload=args.plugin == "3d_cpu",
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
         pp_style="interleaved" if layout.chunks > 1 else "1f1b",
@@ -215,19 +210,26 @@ def build_plugin(
     )
 
 
-def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> Adam:
+def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, fusion: Fusion = Fusion.NONE) -> Adam:
     """ColossalAI's fused AdamW for parameters on GPU and host, with LLaMA's betas."""
     build_kernels()
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return Adam(trained, lr=lr, betas=ADAM_BETAS, weight_decay=weight_decay, adamw_mode=True)
+        return Adam(
+            trained,
+            lr=lr,
+            betas=ADAM_BETAS,
+            weight_decay=weight_decay,
+            adamw_mode=True,
+            fused=fusion is not Fusion.NONE,
+        )
 
 
 def choose_fusion(args: argparse.Namespace, layout: Layout, on_gpu: bool) -> Fusion:
-    """Layers are compiled where their parameters are plain tensors and no collective operation stands between them."""
+    """Layers are compiled where no collective operation stands inside them and nothing hooks into their parameters."""
     if not (on_gpu if args.compile is None else args.compile):
         return Fusion.NONE
-    whole = args.plugin in ("zero2", "zero2_cpu", *HYBRID_PLUGINS) and layout.tp == layout.sp == 1
+    whole = not args.plugin.startswith("fsdp") and layout.tp == layout.sp == 1
     return Fusion.LAYERS if whole else Fusion.PIECES
 
 
@@ -245,8 +247,8 @@ def boost(
         model = build_model(config, torch.device("meta"))
     else:
         model = build_model(config, LazyInitContext(default_device=device))
-    if args.gradient_checkpoint:
-        _recompute_layers(model, reentrant=isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1)
+    reentrant = isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1
+    recompute(model, recomputed_layers(config, recomputed_share(args)), reentrant)
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters
@@ -254,43 +256,20 @@ def boost(
         model = booster.enable_lora(model, lora_config=config.lora)
         logging.disable(logging.NOTSET)
     attend_inside_documents(model)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay)
+    fusion = choose_fusion(args, resolve_layout(args, config), on_gpu=torch.cuda.is_available())
+    optimizer = build_optimizer(model, args.lr, args.weight_decay, fusion)
     model, optimizer, *_ = booster.boost(model, optimizer)
-    if isinstance(optimizer, GeminiOptimizer) and plugin.tp_size > 1:
-        _count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+    if isinstance(optimizer, GeminiOptimizer):
+        gemini.keep_norm_on_device()
+        if plugin.tp_size > 1:
+            gemini.count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        weight_update.keep_gradients_in_place(optimizer)
     restore_rotary_precision(model, device)
-    fused.fuse(model, choose_fusion(args, resolve_layout(args, config), on_gpu=torch.cuda.is_available()))
+    compile_layers = gemini.compile_layers if isinstance(plugin, GeminiPlugin) else fused.compile_each_layer
+    fused.fuse(model, fusion, compile_layers)
     model.train()
     return booster, model, optimizer
-
-
-def _recompute_layers(model: LlamaForCausalLM, reentrant: bool) -> None:
-    """Makes each layer keep its input alone for the backward pass.
-
-    Args:
-        reentrant: for Gemini with tensor parallelism. Its weights are fetched when ColossalAI's linear layers multiply
-            by them in the backward pass, which takes the parameters themselves; torch's other way of recomputing hands
-            out detached ones. And where torch sees Gemini's class in a layer's output, it runs without Gemini's hooks.
-    """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        for layer in model.model.layers:
-            layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(fused.plain, outputs)))
-
-
-def _count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
-    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part.
-
-    The RMSNorm weights, which every rank holds in full, are counted once a rank.
-    """
-    own_norm = optimizer._calc_global_norm
-
-    def global_norm() -> float:
-        squared = torch.tensor(own_norm() ** 2, device=get_accelerator().get_current_device())
-        dist.all_reduce(squared, group=group)
-        return math.sqrt(squared.item())
-
-    optimizer._calc_global_norm = global_norm
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:

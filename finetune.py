@@ -37,7 +37,7 @@ from instruction_data import InstructionDataset, prepare_examples
 from instruction_rows import ExampleEncoder, find_shape
 from layout import Layout, add_plugin_args, resolve_layout
 from lora import add_lora_args, fill_lora_args, lora_config, lora_problems, merge
-from memory_estimate import say_plan
+from memory_estimate import say_plan, settle_recomputation
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
 
@@ -170,6 +170,7 @@ def main() -> int:
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
+    settle_recomputation(args, config, layout)
     run_plan.announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")

@@ -54,15 +54,18 @@ class FSDPPlugin(TorchFSDPPlugin):
         offload: keep shards and optimizer state in host memory.
         initial_scale: of the loss, in fp16.
         seed: of the weights.
+        recomputed: layers whose activations are recomputed.
     """
 
-    def __init__(self, dtype: torch.dtype, max_norm: float, offload: bool, initial_scale: float, seed: int):
+    def __init__(
+        self, dtype: torch.dtype, max_norm: float, offload: bool, initial_scale: float, seed: int, recomputed: set[int]
+    ):
         super().__init__(
             cpu_offload=CPUOffload(offload_params=offload),
             auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
             mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
         )
-        self.max_norm, self.seed = max_norm, seed
+        self.max_norm, self.seed, self.recomputed = max_norm, seed, recomputed
         self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
 
     def supported_devices(self) -> list[str]:
@@ -81,12 +84,13 @@ class FSDPPlugin(TorchFSDPPlugin):
                 spec = ParameterSpec(name, parameter.shape)
                 parameter.copy_(initial_weight(spec, model.config, self.seed, device))
 
-        recompute = model.is_gradient_checkpointing
         model.gradient_checkpointing_disable()
         self.fsdp_kwargs["param_init_fn"] = materialize
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
-        if recompute:  # inside the sharded layers, so that recomputing does not gather a layer's weights a third time
-            apply_activation_checkpointing(wrapper.module, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
+        # Inside the sharded layers, so that recomputing does not gather a layer's weights a third time.
+        layers = [module for module in wrapper.modules() if isinstance(module, LlamaDecoderLayer)]
+        chosen = [layer for layer in layers if layer.self_attn.layer_idx in self.recomputed]
+        apply_activation_checkpointing(wrapper.module, check_fn=lambda module: module in chosen)
         optimizer.param_groups.clear()  # of parameters that the shards have replaced
         optimizer.add_param_group({"params": list(wrapper.parameters())})
         scaler = ShardedGradScaler(device.type, **self.scaling)

@@ -6,7 +6,9 @@ are the same arithmetic. Without a GPU, or where the user turns compilation off,
 """
 
 import types
+from collections.abc import Callable
 from enum import Enum, auto
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,12 @@ class Fusion(Enum):
 fusion = Fusion.NONE  # of this process's model
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without Gemini's class, which its parameters pass on to all that is computed from them.
+def plain(tensor: Any) -> Any:
+    """A tensor without Gemini's class, which its parameters pass on to all that is computed from them.
 
     torch.compile loses the change of precision in `x.to(dtype)` where x is of such a class (torch 2.11 and 2.13).
     """
-    if type(tensor) is torch.Tensor:
+    if type(tensor) is torch.Tensor or not isinstance(tensor, torch.Tensor):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(torch.Tensor)
@@ -71,15 +73,19 @@ def _mlp(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
     return self.down_proj(_silu_product(plain(self.gate_proj(hidden)), plain(self.up_proj(hidden))))
 
 
-def fuse(model: nn.Module, fused: Fusion) -> None:
+def compile_each_layer(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile()
+
+
+def fuse(model: nn.Module, fused: Fusion, compile_layers: Callable[[Any], None] = compile_each_layer) -> None:
     """Compiles a boosted model's layers, or puts the pieces in their place; without fusion all runs as written."""
     global fusion
     fusion = fused
     torch.compiler.set_stance("force_eager" if fused is Fusion.NONE else "default")
     if fused is Fusion.LAYERS:
-        for module in model.modules():
-            if isinstance(module, LlamaDecoderLayer):
-                module.compile()
+        compile_layers(model)
     if fused is not Fusion.PIECES:
         return
     modeling_llama.apply_rotary_pos_emb = _rotary

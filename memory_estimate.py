@@ -14,16 +14,20 @@ import torch
 from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from transformers import LlamaConfig
 
+import gemini
 from attn import EAGER
-from booster_utils import DTYPES, choose_fusion, gemini_chunk_parameters
+from booster_utils import DTYPES, choose_fusion
 from console import say
 from fused import Fusion
 from layout import HYBRID_PLUGINS, Layout
 from model_utils import ParameterSpec, model_flops_per_token, parameter_specs, trained_specs
 from performance_evaluator import CARDS, Card, find_card
+from recomputation import AUTO, recomputed_layers, recomputed_share
 
 FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
+USABLE_SHARE = 0.95  # of a GPU's memory; the rest is lost to fragments
+CONTEXT_BYTES = 1.5e9  # of CUDA and NCCL
 ZERO_BUCKET_PARAMETERS = 12 * 2**20  # LowLevelZeroPlugin's reduce_bucket_size_in_m
 
 
@@ -94,7 +98,7 @@ def _gemini_padding(sizes: list[int], config: LlamaConfig) -> tuple[int, int]:
     mean = sum(sizes) / len(sizes)
     bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     packed = [size for size in sizes if size <= bound]
-    least = gemini_chunk_parameters(config)
+    least = gemini.chunk_parameters(config, whole=False)
     start = math.ceil(max(least, *packed) / config.hidden_size) * config.hidden_size
     candidates = range(start, start + least // 2**20 * 2**20 + 1, config.hidden_size)
     chunk = min(candidates, key=lambda size: _get_unused_byte(packed, size))
@@ -132,7 +136,7 @@ def _gemini_state(
     """Chunks of weights and master weights, not quite full, and moments; two chunks gathered."""
     sizes = [spec.shape.numel() for spec in specs]
     parameters = sum(sizes)
-    padding, chunk = _gemini_padding(sizes, config)
+    padding, chunk = (0, 0) if gemini.keeps_whole(args, shards) else _gemini_padding(sizes, config)
     room = parameters + padding
     whole = 1 - getattr(args, "shard_param_frac", 1.0)
     return _State(
@@ -175,7 +179,7 @@ def _zero_state(
             step=0 if mixed else 8 * largest,  # the norm of the largest in float64
             **common,
         )
-    exchange = 3 * width * min(parameters, ZERO_BUCKET_PARAMETERS)
+    exchange = 3 * width * min(parameters, ZERO_BUCKET_PARAMETERS) if shards > 1 else 0
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,
@@ -256,12 +260,14 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(args, layout, on_gpu=True)
     layer = tokens * layer_activations(config, layout.tp, width, args.max_length, fused)
-    kept = tokens * width * hidden if args.gradient_checkpoint else layer
+    share = recomputed_share(args)
+    recomputed = len(recomputed_layers(config, share)) // layout.pp
+    kept = tokens * width * hidden if share else layer
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
-    activations = in_flight * layers * kept + final_norm
+    activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
     # In the backward pass of the last layer: what it recomputes, gradients of its output and of the FFN's inner values.
-    working = (layer if args.gradient_checkpoint else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
+    working = (layer if share else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length
     # Log-probabilities, their gradient and that of the logits, all in float32; the logits themselves are gone by then.
@@ -277,7 +283,7 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
     first = state.buckets + max(earlier, min(head_gradient, state.gradients))
     moments = [
-        Moment("the loss", weights, state.buckets + earlier, optimizer, activations, logits),
+        Moment("the loss", weights, state.buckets + earlier, optimizer, activations + final_norm, logits),
         Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
         Moment("the end of the backward pass", backward_weights, all_gradients, optimizer, kept + working),
     ]
@@ -285,6 +291,29 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
         moments.append(Moment("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
     moments.append(Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer))
     return MemoryEstimate(tuple(moments), state.host)
+
+
+def settle_recomputation(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> None:
+    """Puts in the place of `--recompute auto` the least share with which the estimate fits, and says which."""
+    if args.recompute != AUTO:
+        return
+    if torch.cuda.is_available() and not args.dry_run:
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    elif args.dry_run:
+        memory = planned_card(args).memory_gb * 1e9
+    else:
+        args.recompute = 0.0
+        say("recomputation: none, there is no GPU memory to fit into")
+        return
+    room = memory * USABLE_SHARE - CONTEXT_BYTES
+    layers = config.num_hidden_layers
+    for count in range(layers + 1):
+        args.recompute = count / layers
+        peak = estimate_memory(args, config, layout).peak.total
+        if peak <= room:
+            break
+    fits = "" if peak <= room else ", which will not be enough"
+    say(f"recomputation: {count} of {layers} layers, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{fits}")
 
 
 # ------------------------------------------------------------------------------------------------------------ dry runs

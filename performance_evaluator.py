@@ -103,24 +103,24 @@ def benchmark_figures(
     sequences: int,
     seq_length: int,
     gpus: int,
-    recomputation: bool,
+    recomputation: float,
     device_name: str,
 ) -> dict[str, float | list[float] | None]:
     """What a benchmark reports of its steps; throughput over their sum, as one that trains on would see it.
 
     Args:
         sequences: in a step, over all data-parallel ranks.
-        recomputation: whether the backward pass repeats the forward one.
+        recomputation: share of the layers whose forward pass the backward pass repeats.
 
     Returns:
         Among others `tflops_per_gpu`, by the count of ColossalAI's published figures (8 x parameters x tokens with
-        recomputation, 6 without, attention left out), and `model_tflops_per_gpu` and `mfu` by that of
-        `model_flops_per_token`.
+        recomputation, 6 without, attention left out; in between for a share of the layers), and `model_tflops_per_gpu`
+        and `mfu` by that of `model_flops_per_token`.
     """
     mean = statistics.fmean(step_seconds)
     samples_per_second = sequences / mean
     tokens_per_second = samples_per_second * seq_length
-    counted = (8 if recomputation else 6) * count_parameters(config)
+    counted = (6 + 2 * recomputation) * count_parameters(config)
     model_tflops = tokens_per_second * model_flops_per_token(config, seq_length) / gpus / 1e12
     peak = peak_tflops(device_name)
     return {

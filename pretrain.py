@@ -35,7 +35,7 @@ from dataset_sources import Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
 from files import once_per_node
 from layout import add_plugin_args, resolve_layout
-from memory_estimate import say_plan
+from memory_estimate import say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
 
@@ -135,6 +135,7 @@ def main() -> int:
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
+    settle_recomputation(args, config, layout)
     run_plan.announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"held out: {held_out.description}")

@@ -26,17 +26,53 @@ from torch.distributed import ProcessGroup
 SMALL = 2**16  # elements below which weights are gathered together
 
 
+@torch.compile(dynamic=True)
+def _adamw(
+    master, moment, square, gradient, working, lr, beta1, beta2, epsilon, decay, correction1, correction2, scale
+):
+    """AdamW (arXiv:1711.05101) as ColossalAI's kernel computes it, and the weight in `working` precision, in one pass.
+
+    All tensors have one shape; the numbers are tensors too, or torch.compile would take them for constants.
+    """
+    gradient = gradient.float() / scale
+    moment.copy_(beta1 * moment + (1 - beta1) * gradient)
+    square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
+    update = moment / correction1 / ((square / correction2).sqrt() + epsilon) + decay * master
+    master.sub_(lr * update)
+    if working is not None:
+        working.copy_(master)
+
+
 class Adam(HybridAdam):
     """ColossalAI's AdamW for states on GPU and host, which takes gradients on the host in any precision.
 
     HybridAdam's own path for bf16 gradients on the host ignores the scale by which gradients are clipped; widened, they
-    take its C++ path, which does not.
+    take its C++ path, which does not. With `fused`, its kernel for the GPU gives way to one that also writes the
+    weights in `working`: by the address of a master weight, the tensor in working precision that follows it.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, fused: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.transfers: dict[torch.Tensor, _Transfer] = {}
+        self.working: dict[int, torch.Tensor] = {}
         self._scratch = torch.empty(0)
+        self.fused = fused and torch.cuda.is_available()
+        if self.fused:
+            self.gpu_adam_op = self._update_on_device
+
+    def _update_on_device(
+        self, chunk, overflowed, tensors, lr, beta1, beta2, epsilon, step, mode, correct, decay, scale
+    ) -> None:
+        """In the place of `multi_tensor_adam`, whose arguments these are."""
+        corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
+        numbers = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
+        numbers = torch.tensor(numbers, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
+        for gradient, master, moment, square in zip(*tensors, strict=True):
+            working = self.working.get(master.data_ptr())
+            flat = (
+                None if tensor is None else tensor.view(-1) for tensor in (master, moment, square, gradient, working)
+            )
+            _adamw(*flat, *numbers)
 
     def _pre_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
         if parameter in self.transfers:
@@ -102,6 +138,18 @@ def supports(optimizer: OptimizerWrapper) -> bool:
     return isinstance(optimizer, MixedPrecisionOptimizer)
 
 
+def keep_gradients_in_place(optimizer: LowLevelZeroOptimizer) -> None:
+    """Where one rank has all the data, spares its gradients the way through buckets, which copies each three times."""
+    if len(optimizer.pg_to_grad_store) != 1 or next(iter(optimizer.pg_to_grad_store.values())).world_size > 1:
+        return
+
+    def keep(parameter: torch.nn.Parameter, group_id: int) -> None:
+        optimizer._add_grad(parameter.grad.view(-1), 1, group_id, id(parameter))
+        parameter.grad = None
+
+    optimizer._add_to_bucket = keep
+
+
 @torch.no_grad()
 def update(optimizer: OptimizerWrapper) -> float:
     """Does what `optimizer.step()` does, and returns the norm of the gradients before clipping, loss scale included."""
@@ -123,13 +171,14 @@ def update(optimizer: OptimizerWrapper) -> float:
     _fetch(optimizer.optim, on_host)
     for part in parts:
         _lend(part.master, part.gradient)
+    on_device = [part for part in parts if part.master.device == part.working.device]
+    optimizer.optim.working = {part.master.data_ptr(): part.working for part in on_device}
     optimizer.optim.step(div_scale=scale)
     for part in parts:
         part.master.grad = None
     if on_host:
         torch.cuda.current_stream().wait_stream(optimizer.optim.transfers[on_host[0].master].stream)
-    on_device = [part for part in parts if part.master.device == part.working.device]
-    if on_device:
+    if on_device and not optimizer.optim.fused:
         torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
     if zero:
         _gather(optimizer, parts)

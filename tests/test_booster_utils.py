@@ -16,7 +16,6 @@ import sharded_state
 from attn import EAGER, TORCH_FUSED
 from booster_utils import (
     ADAM_BETAS,
-    GEMINI_CHUNK_PARAMETERS,
     build_optimizer,
     build_plugin,
     forward_backward,
@@ -28,7 +27,7 @@ from booster_utils import (
 )
 from data_utils import IGNORE_INDEX
 from layout import Layout, layout_problems, resolve_layout
-from model_utils import build_model, count_parameters, load_config
+from model_utils import build_model, load_config
 from pretrain import parse_args
 from sharded_state import MASTER
 
@@ -430,27 +429,3 @@ class TestLossScaler:
 def initial_scales(flags):
     scalers = {name: loss_scaler(boosted(f"{flags} -b 2 -x {name}").optimizer) for name in ("fp16", "bf16")}
     return {name: scaler and scaler.loss_scale for name, scaler in scalers.items()}
-
-
-class TestGeminiChunks:
-    def test_a_small_model_is_sharded_as_a_large_one_is(self):
-        for chunks in run_ranks(2, chunk_sizes):
-            assert len(chunks) >= 4
-            assert sum(chunks) == pytest.approx(count_parameters(load_config("test")), rel=0.3)
-
-    def test_size_for_a_large_model(self, monkeypatch):
-        assert count_parameters(load_config("7b")) // 8 > GEMINI_CHUNK_PARAMETERS
-        assert run_ranks(1, chunk_options) == [(32, 32)]
-
-
-def chunk_sizes():
-    run = boosted("-p gemini")
-    chunks = {run.model.chunk_manager.get_chunk(parameter) for parameter in run.model.unwrap().parameters()}
-    assert not any(chunk.keep_gathered for chunk in chunks)
-    return [chunk.chunk_size for chunk in chunks]
-
-
-def chunk_options():
-    args, config = parse_args(["-p", "gemini"]), load_config("7b")
-    options = build_plugin(args, resolve_layout(args, config), config).gemini_config
-    return options["min_chunk_size_m"], options["search_range_m"]

@@ -1,0 +1,103 @@
+"""Every kernel of attention that there is here against the plain product of matrices in float64, forward and backward.
+
+    python benchmarks/attention_accuracy.py
+
+The figures are norms of differences over norms of the reference, the largest of output and the three gradients. bf16
+itself rounds to 2e-3. Inputs are random, the same for all kernels; lengths are even and odd, heads in groups or not.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import console
+
+console.quiet_third_parties()
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attn import _variable_length_attention, document_boundaries
+
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+SHAPES = ((2, 32, 32, 4096, 128), (2, 32, 8, 2047, 128), (2, 12, 4, 129, 64))  # batch, heads, KV heads, length, width
+Tensors = Sequence[torch.Tensor]
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D], a head at a time: the weights of all of them would not fit."""
+    heads = []
+    for head in range(query.shape[1]):
+        group = head * key.shape[1] // query.shape[1]
+        scores = query[:, head] @ key[:, group].transpose(1, 2) / math.sqrt(query.shape[-1])
+        heads.append(scores.masked_fill(~visible[:, 0], -math.inf).softmax(-1) @ value[:, group])
+    return torch.stack(heads, dim=1)
+
+
+def result(attention: Callable, inputs: Tensors, cotangent: torch.Tensor) -> Tensors:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = attention(*leaves)
+    return output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
+
+
+def kernels(inside_documents: bool, visible: torch.Tensor, boundaries: torch.Tensor) -> dict[str, Callable]:
+    def scaled_dot_product(backend: SDPBackend) -> Callable:
+        def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+            mask = {"attn_mask": visible} if inside_documents else {"is_causal": True}
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, **mask)
+
+        return attention
+
+    found = {backend.name.lower(): scaled_dot_product(backend) for backend in KERNELS}
+    found["variable_length"] = lambda query, key, value: _variable_length_attention(
+        None, query, key, value, boundaries
+    )[0].transpose(1, 2)
+    return found
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = SHAPES if device.type == "cuda" else SHAPES[2:]
+    print("| batch, heads, KV heads, length, width | documents | kernel | error | forward and backward, ms |")
+    print("|---|---|---|---|---|")
+    for batch, heads, kv_heads, length, width in shapes:
+        sizes = ((batch, heads), (batch, kv_heads), (batch, kv_heads), (batch, heads))
+        *inputs, cotangent = (torch.randn(*size, length, width, device=device).bfloat16() for size in sizes)
+        for documents in (1, 5):
+            starts = torch.arange(length) % -(-length // documents)
+            boundaries = document_boundaries(starts.expand(batch, -1)).to(device)
+            document = (starts == 0).cumsum(0).to(device)
+            visible = (document[:, None] == document).tril().expand(batch, 1, length, length)
+            wide = tuple(tensor.double() for tensor in inputs)
+            expected = result(partial(reference, visible=visible), wide, cotangent.double())
+            for name, attention in kernels(documents > 1, visible, boundaries).items():
+                row = f"| {batch}, {heads}, {kv_heads}, {length}, {width} | {documents} | {name} "
+                try:
+                    found = result(attention, inputs, cotangent)
+                except (RuntimeError, NotImplementedError):
+                    print(f"{row}| does not take this | |", flush=True)
+                    continue
+                errors = [
+                    ((ours.double() - theirs).norm() / theirs.norm()).item()
+                    for ours, theirs in zip(found, expected, strict=True)
+                ]
+                torch.cuda.synchronize() if device.type == "cuda" else None
+                start = time.perf_counter()
+                for _ in range(5):
+                    result(attention, inputs, cotangent)
+                torch.cuda.synchronize() if device.type == "cuda" else None
+                milliseconds = (time.perf_counter() - start) * 200
+                print(f"{row}| {max(errors):.1e} | {milliseconds:.2f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main, "attention_accuracy.py")

@@ -1,0 +1,130 @@
+"""What Gemini is helped with: the size of its chunks, the norm it clips by, and whole layers compiled.
+
+Gemini keeps parameters in chunks, and gathers and releases them from hooks that each operation on a parameter calls.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.interface import ModelWrapper
+from colossalai.tensor.param_op_hook import ColoParamOpHookManager
+from colossalai.zero import GeminiOptimizer
+from colossalai.zero.gemini.chunk import Chunk
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from fused import plain
+from model_utils import count_parameters
+
+CHUNK_PARAMETERS = 32 * 2**20
+
+
+def keeps_whole(args: argparse.Namespace, shards: int) -> bool:
+    """Whether the model is sharded among one rank, which is not at all, and nothing is offloaded.
+
+    Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
+    times a step.
+    """
+    offloads = getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0) > 0
+    return shards == 1 and args.plugin == "gemini" and not offloads
+
+
+def chunk_parameters(config: LlamaConfig, whole: bool) -> int:
+    """The least size of chunks, in parameters.
+
+    Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often: a
+    small model gets small chunks, so that it is sharded as a large one is, unless a rank keeps it `whole`.
+    """
+    parameters = count_parameters(config)
+    return parameters + 1 if whole else min(CHUNK_PARAMETERS, parameters // 8)
+
+
+def keep_norm_on_device() -> None:
+    """Makes chunks of gradients look for overflow and take their norm in one pass, and without waiting for the GPU.
+
+    On its own each widens all of a chunk to take the norm, waits for the number before it goes on with the backward
+    pass, and reads the chunk several times more to find out whether it is finite, which the norm tells.
+    """
+
+    def squared_norm(chunk: Chunk) -> torch.Tensor:
+        valid = (
+            chunk.cuda_global_chunk[: chunk.utilized_size] if chunk.is_gathered else chunk.cuda_shard[: chunk.valid_end]
+        )
+        # Gemini adds the chunks' squares in the order of a set, which no two runs share: in float64 that does not show.
+        return torch.linalg.vector_norm(valid, dtype=torch.float32).double().square()
+
+    def has_inf_or_nan(chunk: Chunk) -> torch.Tensor:
+        chunk.l2_norm = squared_norm(chunk)
+        return ~torch.isfinite(chunk.l2_norm)
+
+    def set_l2_norm(chunk: Chunk) -> None:
+        """has_inf_or_nan, which comes before, has set it."""
+
+    Chunk.has_inf_or_nan, Chunk.set_l2_norm = property(has_inf_or_nan), set_l2_norm
+
+
+def count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
+    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part.
+
+    The RMSNorm weights, which every rank holds in full, are counted once a rank.
+    """
+    own_norm = optimizer._calc_global_norm
+
+    def global_norm() -> float:
+        squared = torch.tensor(own_norm() ** 2, device=get_accelerator().get_current_device())
+        dist.all_reduce(squared, group=group)
+        return math.sqrt(squared.item())
+
+    optimizer._calc_global_norm = global_norm
+
+
+def compile_layers(model: ModelWrapper) -> None:
+    """Compiles every decoder layer as a function of its parameters, which Gemini gathers and releases all at once.
+
+    Compiled as they are, layers would pass by the hooks of the operations inside. The one function is that of a layer
+    without storage, so it is compiled once for all of them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+    with torch.device("meta"):
+        empty = LlamaDecoderLayer(model.unwrap().config, layer_idx=0)
+
+    @torch.compile
+    def compute(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict) -> tuple[torch.Tensor, ...]:
+        return functional_call(empty, parameters, args, kwargs)
+
+    for layer in layers:
+        layer.forward = _hooked_once(layer, empty, compute)
+
+
+class _Plain(torch.autograd.Function):
+    """Parameters as tensors of torch's own class over the same storage, no views of Gemini's, which dynamo refuses."""
+
+    @staticmethod
+    def forward(ctx, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(plain(parameter).detach() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+def _hooked_once(layer: LlamaDecoderLayer, empty: LlamaDecoderLayer, compute: Callable) -> Callable:
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def forward(*args, **kwargs):
+        empty.train(layer.training)
+        args, kwargs = tree_map(plain, (args, kwargs))
+        hooked = ColoParamOpHookManager.has_hook()
+        with torch._C.DisableTorchFunction():
+            gathered = ColoParamOpHookManager.pre_op(parameters, *parameters) if hooked else parameters
+            gathered = _Plain.apply(*gathered)
+        outputs = compute(dict(zip(names, gathered, strict=True)), args, kwargs)
+        return ColoParamOpHookManager.post_op(parameters, outputs) if hooked else outputs
+
+    return forward

@@ -1,0 +1,115 @@
+"""Gemini with its chunks, its norm and its layers as they are helped, beside Gemini as it is."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from colossalai.zero.gemini.chunk import Chunk
+from processes import boosted, run_ranks
+
+import gemini
+import sharded_state
+from booster_utils import build_plugin, forward_backward, optimizer_step
+from gemini import CHUNK_PARAMETERS
+from layout import resolve_layout
+from model_utils import count_parameters, load_config
+from pretrain import parse_args
+
+OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
+
+
+def trained(flags: str, prepare: str = "") -> list[tuple[float, float, bool]]:
+    """Loss, norm and overflow of three steps; `prepare` does something to the model before."""
+    run = boosted(f"-p gemini -b 2 --lr 1e-3 --gradient_clipping 0.1 {flags}")
+    if prepare == "own norm":
+        Chunk.has_inf_or_nan, Chunk.set_l2_norm = OWN_NORM
+    elif prepare:
+        torch.compiler.set_stance("force_eager" if prepare == "whole layers" else "default")
+        gemini.compile_layers(run.model)
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    steps, micro_batches = [], run.args.accumulation_steps
+    for _ in range(3):
+        ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(micro_batches)]
+        batches = [{"input_ids": micro, "labels": micro} for micro in ids]
+        label_tokens = 62 * micro_batches * dist.get_world_size()
+        loss = forward_backward(run.booster, run.model, run.optimizer, batches, label_tokens)
+        steps.append((loss.item(), *optimizer_step(run.model, run.optimizer)))
+    return steps
+
+
+FLAGS = ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("flags", FLAGS)
+class TestLayers:
+    def test_hooked_at_once_are_the_same_to_the_bit(self, ranks, flags):
+        assert run_ranks(ranks, trained, flags, "whole layers") == run_ranks(ranks, trained, flags)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_layers_differ_by_rounding(ranks):
+    compiled = run_ranks(ranks, trained, FLAGS[1], "compiled layers")
+    for ours, theirs in zip(compiled, run_ranks(ranks, trained, FLAGS[1]), strict=True):
+        for (loss, norm, _), (other_loss, other_norm, _) in zip(ours, theirs, strict=True):
+            assert loss == pytest.approx(other_loss, rel=2e-4)
+            assert norm == pytest.approx(other_norm, rel=2e-2)
+
+
+class TestNorm:
+    @pytest.mark.parametrize("flags", FLAGS)
+    def test_is_what_gemini_takes(self, flags):
+        for ours, theirs in zip(run_ranks(2, trained, flags), run_ranks(2, trained, flags, "own norm"), strict=True):
+            assert ours == [(pytest.approx(loss), pytest.approx(norm), skipped) for loss, norm, skipped in theirs]
+            assert any(norm > 0.1 for _, norm, _ in ours)  # it clips
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_shows_an_overflow(self, value):
+        assert run_ranks(2, overflows, value) == [[False, True], [False, True]]
+
+
+def overflows(value):
+    """Whether a chunk is seen to overflow, without and with one such element."""
+    run = boosted("-p gemini -x fp16 -b 2")
+    chunk = run.model.chunk_manager.get_chunk(next(run.model.unwrap().parameters()))
+    seen = []
+    for element in (1.0, value):
+        chunk.payload.zero_()[0] = element
+        seen.append(bool(chunk.has_inf_or_nan))
+    return seen
+
+
+class TestChunks:
+    def test_a_small_model_is_sharded_as_a_large_one_is(self):
+        for chunks in run_ranks(2, chunk_sizes):
+            assert len(chunks) >= 4
+            assert not any(gathered for _, gathered in chunks)
+            assert sum(size for size, _ in chunks) == pytest.approx(count_parameters(load_config("test")), rel=0.3)
+
+    def test_one_rank_keeps_the_model_whole(self):
+        assert run_ranks(1, chunk_sizes) == [[(count_parameters(load_config("test")), True)]]
+
+    def test_size_for_a_large_model(self):
+        assert count_parameters(load_config("7b")) // 8 > CHUNK_PARAMETERS
+        assert run_ranks(2, chunk_options) == [(32, 32)] * 2
+
+    def test_what_is_offloaded_is_not_kept_whole(self):
+        args = parse_args(["-p", "gemini"])
+        assert gemini.keeps_whole(args, shards=1)
+        assert not gemini.keeps_whole(args, shards=2)
+        args.offload_optim_frac = 0.5
+        assert not gemini.keeps_whole(args, shards=1)
+
+
+def chunk_sizes():
+    run = boosted("-p gemini")
+    chunks = {run.model.chunk_manager.get_chunk(parameter) for parameter in run.model.unwrap().parameters()}
+    return [(chunk.chunk_size, chunk.keep_gathered) for chunk in chunks]
+
+
+def chunk_options():
+    args, config = parse_args(["-p", "gemini"]), load_config("7b")
+    options = build_plugin(args, resolve_layout(args, config), config).gemini_config
+    return options["min_chunk_size_m"], options["search_range_m"]
