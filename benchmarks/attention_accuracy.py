@@ -6,6 +6,7 @@ The figures are norms of differences over norms of the reference, the largest of
 itself rounds to 2e-3. Inputs are random, the same for all kernels; lengths are even and odd, heads in groups or not.
 """
 
+import argparse
 import math
 import sys
 import time
@@ -64,6 +65,7 @@ def kernels(inside_documents: bool, visible: torch.Tensor, boundaries: torch.Ten
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = SHAPES if device.type == "cuda" else SHAPES[2:]
     print("| batch, heads, KV heads, length, width | documents | kernel | error | forward and backward, ms |")
