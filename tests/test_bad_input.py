@@ -172,7 +172,6 @@ def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path
         ("-p gemini --mixed_precision fp32", 1, ["--mixed_precision", "gemini", "-p zero2"]),
         ("-p fsdp --extra_dp 2", 2, ["--extra_dp", "-p gemini"]),
         ("-p gemini --extra_dp 2", 3, ["--tp/--extra_dp", "2", "3 ranks"]),
-        ("-p gemini --tp 2 -g", 2, ["--gradient_checkpoint", "--tp 2"]),
         ("-p 3d --tp 3", 3, ["--tp", "3", "4 heads"]),
         ("-p 3d --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
         ("-p 3d --zero 3", 1, ["--zero", "3"]),
@@ -290,7 +289,7 @@ def checkpoint(finished_run, few_data, tmp_path) -> tuple[Path, list]:
     """A copy of a checkpoint, and the flags with which it could be resumed."""
     folder = tmp_path / "saved" / "epoch0-step2"
     shutil.copytree(finished_run.save_dir / "epoch0-step2", folder)
-    return folder, ["-d", few_data, "-x", "bf16", "-b", 8, "-f", folder]
+    return folder, ["-d", few_data, "-x", "bf16", "-b", 8, "-s", 1, "-f", folder]
 
 
 def test_hugging_face_folder_is_no_checkpoint(problems, checkpoint, finished_run):
