@@ -160,7 +160,7 @@ def build_plugin(
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
-        whole = gemini.keeps_whole(args, layout.dp // layout.extra_dp)
+        whole = gemini.keeps_whole(args, layout.dp)
         chunk_parameters = gemini.chunk_parameters(config, whole)
         plugin = GeminiPlugin(
             placement_policy="auto" if automatic else "static",

@@ -25,14 +25,14 @@ from model_utils import count_parameters
 CHUNK_PARAMETERS = 32 * 2**20
 
 
-def keeps_whole(args: argparse.Namespace, shards: int) -> bool:
-    """Whether the model is sharded among one rank, which is not at all, and nothing is offloaded.
+def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
+    """Whether one rank has all the data, and so nobody to share its states with, and nothing is offloaded.
 
     Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
     times a step.
     """
     offloads = getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0) > 0
-    return shards == 1 and args.plugin == "gemini" and not offloads
+    return data_parallel == 1 and args.plugin == "gemini" and not offloads
 
 
 def chunk_parameters(config: LlamaConfig, whole: bool) -> int:

@@ -97,10 +97,10 @@ class TestChunks:
 
     def test_what_is_offloaded_is_not_kept_whole(self):
         args = parse_args(["-p", "gemini"])
-        assert gemini.keeps_whole(args, shards=1)
-        assert not gemini.keeps_whole(args, shards=2)
+        assert gemini.keeps_whole(args, data_parallel=1)
+        assert not gemini.keeps_whole(args, data_parallel=2)
         args.offload_optim_frac = 0.5
-        assert not gemini.keeps_whole(args, shards=1)
+        assert not gemini.keeps_whole(args, data_parallel=1)
 
 
 def chunk_sizes():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from corpora import write_jsonl
 from launching import ROOT, Run
 
 SCRIPTS = ROOT / "scripts"
@@ -87,6 +88,16 @@ def test_pretraining(script, run_script, sample, cache_dir):
     assert run.returncode == 0, run.output()
     assert f"= {tokens} tokens" in run.stdout
     assert (run.folder / "checkpoint" / "final").is_dir()
+
+
+def test_fine_tuning(run_script, finished_run, cache_dir, tmp_path):
+    rows = [{"prompt": f"row {number}", "completion": "an answer"} for number in range(16)]
+    data = ["-d", write_jsonl(tmp_path / "rows.jsonl", rows), "--cache_dir", cache_dir, "-l", 64, "-b", 2]
+    model = ["--model_path", finished_run.save_dir / "final", "--max_steps", 2, "-o", "tuned", "-t", "logs"]
+    run = run_script("finetune_7B.sh", *data, *model, NPROC_PER_NODE="2", BATCH_TOKENS="512")
+    assert run.returncode == 0, run.output()
+    assert "2 x 2 accumulated x 2 ranks" in run.stdout
+    assert (run.folder / "tuned" / "final").is_dir()
 
 
 @pytest.mark.parametrize(
