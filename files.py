@@ -119,18 +119,19 @@ def once_per_node(function: Callable[[], Any]) -> Any:
     It needs no process group, so nothing times out. The value must go through JSON. All local ranks must have the same
     parent, the launcher, and call this in the same order. If local rank 0 fails, the launcher ends the others.
     """
+    if world_size() == 1:
+        return function()
     parent = os.getppid()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     launch = f"{parent}-{psutil.Process(parent).create_time()}-{attempt}-{next(_calls)}"
     path = private_folder() / f"{launch}.json"
     if local_rank() == 0:
         value = function()
-        if world_size() > 1:
-            for old in path.parent.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # another launch tidies up too
-                    if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                        old.unlink()
-            write_json(path, {"value": value})
+        for old in path.parent.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another launch tidies up too
+                if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                    old.unlink()
+        write_json(path, {"value": value})
         return value
     while not path.is_file():
         if os.getppid() != parent:

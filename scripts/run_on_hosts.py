@@ -315,6 +315,11 @@ def main() -> int:
     command_line = importlib.import_module("colossalai.cli.launcher").run  # of the same name as its module
     try:
         command_line.main(arguments, prog_name="run_on_hosts.py")
+    except Exception as error:
+        if not str(error).startswith("Hostname "):  # its words for a host of --include or --exclude that is not there
+            raise
+        say(f"error: --hostfile: {error}; --include and --exclude take names that are in it")
+        return NOTHING_STARTED
     except SystemExit as end:
         # Its own complaints, about a missing hosts file for one, end with exit(): None, which a shell sees as success.
         return NOTHING_STARTED if end.code is None else int(end.code)

@@ -551,6 +551,7 @@ class TestCache:
             tmp_path / "cache",
             1,
             LOCAL_RANK="1",
+            WORLD_SIZE="2",
         )
         output, errors = launcher.communicate(timeout=60)
         wait_until(lambda: not is_running(output.strip()))
