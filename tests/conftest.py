@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pydoc
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ EPOCH = 24  # sequences in `few_data`
 SEED = 42  # the default
 NOBODY = 65534  # user id
 SECRET = "hf_never_to_be_written"
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that are started would ignore it too
 
 
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
