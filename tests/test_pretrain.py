@@ -223,13 +223,13 @@ def test_init_from(pretrain, finished_run, sample_dataset):
 
 
 BY_GLOBAL_RANK = """
-class ByGlobalRank(data_utils.ShardedSampler):
+class ByGlobalRank(train_utils.ShardedSampler):
     def __init__(self, dataset, num_replicas, rank, **kwargs):
         super().__init__(dataset, console.world_size(), console.rank(), **kwargs)
 train_utils.ShardedSampler = ByGlobalRank
 """
 OWN_ORDER = """
-class OwnOrder(data_utils.ShardedSampler):
+class OwnOrder(train_utils.ShardedSampler):
     def __init__(self, *args, seed, **kwargs):
         super().__init__(*args, seed=seed + console.rank(), **kwargs)
 train_utils.ShardedSampler = OwnOrder
