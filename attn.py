@@ -34,10 +34,12 @@ def select_attention(
     Without `flash_attention` the plain product of matrices is used, [B, H, S, S] in memory. With it, the flash-attn
     package where it is installed beside a GPU, else torch's scaled_dot_product_attention, whose flash kernel takes
     the same causal inputs. With `inside_documents` every batch has to carry `position_ids`; the flash kernel is then
-    torch's for sequences of differing length, which takes `config.torch_dtype` float16 and bfloat16.
+    torch's for sequences of differing length, which takes `config.torch_dtype` float16 and bfloat16 and has no
+    dropout.
     """
     if inside_documents:
-        if flash_attention and torch.cuda.is_available() and config.torch_dtype in (torch.float16, torch.bfloat16):
+        half = config.torch_dtype in (torch.float16, torch.bfloat16)
+        if flash_attention and torch.cuda.is_available() and half and not config.attention_dropout:
             config._attn_implementation = VARIABLE_LENGTH
             return "attention: torch's variable-length flash kernel, inside documents"
         fused = flash_attention or sequence_parallel

@@ -167,6 +167,8 @@ def train(
     skipped_in_a_row = 0
     batches = iter(loader)
     first_step = state.step
+    if first_step and config.attention_dropout:
+        say("dropout: goes on as it would have if ranks and layout are the same; with others it draws other masks")
     evaluator.restart()
     with CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every) as writer:
         while state.step < plan.total_steps:

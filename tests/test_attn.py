@@ -124,6 +124,13 @@ class TestSelectAttention:
         assert chosen == f"attention: {line} documents"
         assert config._attn_implementation == kernel
 
+    def test_a_kernel_without_dropout_is_not_taken_for_one_with(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        config = load_config("test")
+        config.torch_dtype, config.attention_dropout = torch.bfloat16, 0.1
+        select_attention(config, flash_attention=True, inside_documents=True)
+        assert config._attn_implementation == TORCH_FUSED
+
 
 @pytest.mark.parametrize("kernel", [EAGER, TORCH_FUSED])
 class TestKernels:
