@@ -29,6 +29,13 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _share(text: str) -> float | str:
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a number from 0 to 1") from error
+
+
 class _Given(argparse.Action):
     """Stores the value and, in NAME_given, that the user set it."""
 
@@ -122,7 +129,7 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
     )
     compute.add_argument(
         "--recompute",
-        type=lambda value: value if value == AUTO else float(value),
+        type=_share,
         metavar="SHARE",
         help="share of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory allows "
         "(default: 1 with -g, else 0)",

@@ -247,8 +247,9 @@ def boost(
         model = build_model(config, torch.device("meta"))
     else:
         model = build_model(config, LazyInitContext(default_device=device))
-    reentrant = isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1
-    recompute(model, recomputed_layers(config, recomputed_share(args)), reentrant)
+    if not isinstance(plugin, FSDPPlugin):  # which sees to it inside its sharded layers
+        reentrant = isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1
+        recompute(model, recomputed_layers(config, recomputed_share(args)), reentrant)
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters

@@ -84,7 +84,6 @@ class FSDPPlugin(TorchFSDPPlugin):
                 spec = ParameterSpec(name, parameter.shape)
                 parameter.copy_(initial_weight(spec, model.config, self.seed, device))
 
-        model.gradient_checkpointing_disable()
         self.fsdp_kwargs["param_init_fn"] = materialize
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
         # Inside the sharded layers, so that recomputing does not gather a layer's weights a third time.

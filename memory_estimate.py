@@ -112,7 +112,7 @@ def _state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs:
     if args.plugin.startswith("fsdp"):
         return _offloaded(_fsdp_state(specs, width, shards), args)
     if args.plugin.startswith("gemini"):
-        return _offloaded(_gemini_state(args, config, specs, width, shards, layout.dp), args)
+        return _offloaded(_gemini_state(args, config, layout, specs, width, shards), args)
     return _offloaded(_zero_state(args, config, layout, specs, width, shards), args)
 
 
@@ -133,15 +133,15 @@ def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
 def _gemini_state(
     args: argparse.Namespace,
     config: LlamaConfig,
+    layout: Layout,
     specs: list[ParameterSpec],
     width: int,
     shards: int,
-    data_parallel: int,
 ) -> _State:
     """Chunks of weights and master weights, not quite full, and moments; two chunks gathered."""
     sizes = [spec.shape.numel() for spec in specs]
     parameters = sum(sizes)
-    padding, chunk = (0, 0) if gemini.keeps_whole(args, data_parallel) else _gemini_padding(sizes, config)
+    padding, chunk = (0, 0) if gemini.keeps_whole(args, layout.dp) else _gemini_padding(sizes, config)
     room = parameters + padding
     whole = 1 - getattr(args, "shard_param_frac", 1.0)
     return _State(

@@ -28,7 +28,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, user_path
 from console import InputError
 
 LOG_FILE = "metrics.jsonl"
@@ -218,7 +218,7 @@ def summary(run: LoggedRun) -> str:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run's --tensorboard_dir or metrics.jsonl")
-    parser.add_argument("-o", "--output", type=Path, default=Path("run.png"), help="the PNG file (default: run.png)")
+    parser.add_argument("-o", "--output", type=user_path, default="run.png", help="the PNG file (default: run.png)")
     parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="what the curves go by (default: step)")
     parser.add_argument(
         "--smooth", type=int, default=1, help="rows of a moving average; the rows themselves stay, pale (default: 1)"

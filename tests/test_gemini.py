@@ -10,7 +10,7 @@ from processes import boosted, run_ranks
 
 import gemini
 import sharded_state
-from booster_utils import build_plugin, forward_backward, optimizer_step
+from booster_utils import build_plugin, forward_backward, forward_loss, optimizer_step
 from gemini import CHUNK_PARAMETERS
 from layout import resolve_layout
 from model_utils import count_parameters, load_config
@@ -56,6 +56,25 @@ def test_compiled_layers_differ_by_rounding(ranks):
         for (loss, norm, _), (other_loss, other_norm, _) in zip(ours, theirs, strict=True):
             assert loss == pytest.approx(other_loss, rel=2e-4)
             assert norm == pytest.approx(other_norm, rel=2e-2)
+
+
+def losses_without_training():
+    run = boosted("-p gemini -b 2", attention_dropout=0.5)
+    torch.compiler.set_stance("force_eager")
+    gemini.compile_layers(run.model)
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = []
+    for training in (True, False):
+        run.model.train(training)
+        found.append({forward_loss(run.booster, run.model, {"input_ids": ids, "labels": ids}).item() for _ in range(2)})
+    return found
+
+
+def test_whole_layers_drop_nothing_out_when_they_are_evaluated():
+    training, evaluation = run_ranks(1, losses_without_training)[0]
+    assert len(training) == 2
+    assert len(evaluation) == 1
 
 
 class TestNorm:

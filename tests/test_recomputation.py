@@ -83,3 +83,8 @@ def test_a_share_is_from_0_to_1(share):
     args = parse_args(["-c", "test", "-l", "64", "--recompute", share])
     with pytest.raises(InputError, match=r"--recompute: .* is neither auto nor from 0 to 1"):
         validate_args(args, load_config("test"))
+
+
+def test_a_word_is_no_share():
+    with pytest.raises(InputError, match="--recompute: 'much' is neither auto nor a number"):
+        parse_args(["--recompute", "much"])
