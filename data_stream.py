@@ -18,8 +18,9 @@ from torch.utils.data import Dataset, default_collate
 
 from console import InputError
 from data_order import Permutation, splitmix64
-from data_utils import TextEncoder, mark_documents
+from data_utils import mark_documents
 from dataset_sources import Document, Source, SourceFile, unusable
+from tokenization import TextEncoder
 
 ENDLESS = 2**62
 

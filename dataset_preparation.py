@@ -29,10 +29,11 @@ from transformers import PreTrainedTokenizerBase
 
 import console
 from console import InputError
-from data_utils import FORMAT_VERSION, MANIFEST_NAME, TextEncoder, read_manifest
+from data_utils import FORMAT_VERSION, MANIFEST_NAME, read_manifest
 from dataset_shards import PREPARATION, Preparation, make_units, tokenize_units
 from dataset_sources import Source, resolve_source
 from files import exclusive_lock, once_per_node, sync, write_json
+from tokenization import TextEncoder
 
 CHECKED_AT_START_BYTES = 2**29
 

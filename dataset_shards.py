@@ -24,10 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from console import InputError, end_with_parent
-from data_utils import HELD_OUT, TRAIN, TextEncoder, is_held_out
+from data_utils import HELD_OUT, TRAIN, is_held_out
 from dataset_files import Span, can_be_split
 from dataset_sources import Document, Source, SourceFile, unusable
 from files import sync, write_json
+from tokenization import TextEncoder
 
 PREPARATION = ".preparation"
 BATCH_CHARACTERS = 2**20

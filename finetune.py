@@ -29,7 +29,6 @@ from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
 from console import InputError, say
-from data_utils import check_vocabulary, load_tokenizer
 from dataset_sources import Source, resolve_source
 from evaluation import evaluation_loader
 from files import once_per_node
@@ -40,6 +39,7 @@ from lora import add_lora_args, fill_lora_args, lora_config, lora_problems, merg
 from memory_estimate import say_plan, settle_recomputation
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
+from tokenization import check_vocabulary, load_tokenizer
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096

@@ -15,9 +15,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from console import InputError
-from data_utils import TextEncoder
 from dataset_files import read_rows
 from dataset_sources import Source
+from tokenization import TextEncoder
 
 SHAPES = (("prompt", "completion"), ("instruction", "output"), ("messages",))  # columns that a row may come in
 

@@ -29,7 +29,7 @@ from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from console import InputError, say
 from data_order import parse_slice_weights
 from data_stream import StreamedDataset
-from data_utils import HELD_OUT, PackedDataset, TextEncoder, check_vocabulary, load_tokenizer
+from data_utils import HELD_OUT, PackedDataset
 from dataset_preparation import prepare_dataset
 from dataset_sources import Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
@@ -38,6 +38,7 @@ from layout import add_plugin_args, resolve_layout
 from memory_estimate import say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
+from tokenization import TextEncoder, check_vocabulary, load_tokenizer
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

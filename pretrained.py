@@ -17,10 +17,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpoint_utils import LazyTensors, check_model, mapped_tensors
 from console import InputError, say
-from data_utils import HUB_TIMEOUT_SECONDS, split_revision
 from files import exclusive_lock
 from model_utils import parameter_specs
 from sharded_state import frozen_parameters, restore
+from tokenization import HUB_TIMEOUT_SECONDS, split_revision
 
 # What a folder may hold, in order of preference: an index of several files, or a single one.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -39,9 +39,10 @@ from transformers import LlamaTokenizerFast
 
 from arguments import ArgumentParser
 from data_order import GlobalOrder
-from data_utils import FORMAT_VERSION, PackedDataset, TextEncoder, load_tokenizer
+from data_utils import FORMAT_VERSION, PackedDataset
 from dataset_preparation import prepare_dataset, prepare_folder
 from dataset_sources import resolve_source
+from tokenization import TextEncoder, load_tokenizer
 
 CORES = len(os.sched_getaffinity(0))
 SEQUENCE_LENGTH = 4096

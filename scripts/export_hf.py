@@ -19,8 +19,8 @@ import argparse
 import checkpoint_utils
 from arguments import ArgumentParser, user_path
 from console import InputError
-from data_utils import load_tokenizer
 from model_export import export
+from tokenization import load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:

@@ -28,9 +28,9 @@ from transformers.utils import logging
 from arguments import ArgumentParser
 from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
 from console import InputError
-from data_utils import check_vocabulary, load_tokenizer
 from model_utils import load_config
 from pretrained import check_pretrained, find_model
+from tokenization import check_vocabulary, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 

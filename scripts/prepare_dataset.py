@@ -24,9 +24,10 @@ import re
 
 from arguments import ArgumentParser, user_path
 from console import InputError, say
-from data_utils import TextEncoder, load_tokenizer, read_manifest
+from data_utils import read_manifest
 from dataset_preparation import Part, prepare_folder, verify
 from dataset_sources import add_source_args, resolve_source
+from tokenization import TextEncoder, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:

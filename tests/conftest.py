@@ -24,9 +24,10 @@ from launching import ROOT, Run, start_pretrain
 from transformers import PreTrainedTokenizerBase
 
 from data_order import GlobalOrder
-from data_utils import PackedDataset, load_tokenizer
+from data_utils import PackedDataset
 from dataset_preparation import prepare_dataset
 from scripts.make_sample_data import train_tokenizer
+from tokenization import load_tokenizer
 
 SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`

@@ -38,6 +38,7 @@ class HubServer:
         break_off: paths of which the first answer ends after this many bytes.
         failures: (method, path) whose next requests are answered with these statuses.
         without_length: paths of files that are sent in chunks, so that nobody is told their length.
+        hangs_up: whether every connection ends without an answer.
     """
 
     repositories: dict[str, Branches] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class HubServer:
     break_off: dict[str, int] = field(default_factory=dict)
     failures: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     without_length: set[str] = field(default_factory=set)
+    hangs_up: bool = False
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -76,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        if failures := self.hub.failures.get((self.command, path)):
+        if self.hub.hangs_up:
+            self.close_connection = True
+        elif failures := self.hub.failures.get((self.command, path)):
             self._answer(failures.pop(0), {})
         elif path in self.hub.without_length:
             self._chunks(self.hub.files[path.removeprefix("/files/")])

@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {root!r})
 import pretrain
 import os, signal
-import booster_utils, checkpoint_writer, console, data_utils, metrics, train_utils
+import booster_utils, checkpoint_writer, console, metrics, train_utils
 {change}
 console.run(pretrain.main, "pretrain.py")
 """

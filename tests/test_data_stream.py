@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from console import InputError
 from data_order import ShardedSampler
 from data_stream import StreamedDataset
-from data_utils import IGNORE_INDEX, TextEncoder
+from data_utils import IGNORE_INDEX
 from dataset_sources import resolve_source
+from tokenization import TextEncoder
 
 LENGTH = 16
 SLICES = {"arxiv": (2, 30), "c4": (3, 60), "github": (1, 15)}  # files and documents of each

@@ -16,10 +16,10 @@ from huggingface_hub.utils import reset_sessions
 from launching import ROOT, Run
 
 from data_stream import StreamedDataset
-from data_utils import TextEncoder
 from dataset_preparation import prepare_dataset
 from dataset_shards import make_units
 from dataset_sources import resolve_source
+from tokenization import TextEncoder
 
 SCRIPT = b"raise SystemExit('a loading script is never run')\n"
 SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"

@@ -26,10 +26,11 @@ from transformers import LlamaTokenizerFast
 
 import dataset_files
 import dataset_shards
-from data_utils import PackedDataset, TextEncoder, is_held_out
+from data_utils import PackedDataset, is_held_out
 from dataset_files import Span, read_rows
 from dataset_preparation import Part, prepare_dataset, prepare_folder, verify
 from dataset_sources import resolve_source
+from tokenization import TextEncoder
 
 
 class TestUnits:
@@ -247,8 +248,8 @@ class TestHardInput:
         documents = [json.dumps({"text": text}) + "\n" for text in (numbers, "a" * 50_000_000, "", "\x00\x00")]
         (tmp_path / "x.jsonl").write_text("".join(documents) + tiny)
         code = """
-            import resource, sys, data_utils, dataset_preparation
-            tokenizer = data_utils.load_tokenizer(sys.argv[2])
+            import resource, sys, tokenization, dataset_preparation
+            tokenizer = tokenization.load_tokenizer(sys.argv[2])
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(dataset_preparation.prepare_dataset(sys.argv[1], tokenizer, sys.argv[3], 2))
             workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -452,10 +453,10 @@ class TestDamage:
 
 
 PREPARE = """
-    import sys, data_utils, dataset_preparation, dataset_shards
+    import sys, tokenization, dataset_preparation, dataset_shards
     dataset_shards.MIN_UNIT_BYTES = 2**20
     source, tokenizer, cache_dir, num_workers = sys.argv[1:]
-    tokenizer = data_utils.load_tokenizer(tokenizer)
+    tokenizer = tokenization.load_tokenizer(tokenizer)
     print("ready", flush=True)
     print(dataset_preparation.prepare_dataset(source, tokenizer, cache_dir, int(num_workers)), flush=True)
 """

@@ -13,12 +13,13 @@ from processes import boosted, random_states, run_ranks
 import sharded_state
 from booster_utils import forward_backward, optimizer_step
 from console import InputError
-from data_utils import HELD_OUT, IGNORE_INDEX, TRAIN, PackedDataset, TextEncoder, is_held_out
+from data_utils import HELD_OUT, IGNORE_INDEX, TRAIN, PackedDataset, is_held_out
 from dataset_preparation import prepare_dataset
 from evaluation import evaluate, evaluation_loader
 from layout import resolve_layout
 from model_utils import build_model, load_config
 from sharded_state import MASTER
+from tokenization import TextEncoder
 from train_utils import INTERRUPTED
 
 HYBRID = "-p hybrid_parallel --tp 1"

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from console import InputError
-from data_utils import load_tokenizer
 from dataset_sources import resolve_source
 from instruction_rows import SHAPES, ExampleEncoder, find_shape, separator
+from tokenization import load_tokenizer
 
 PROMPTED, INSTRUCTED, CHAT = SHAPES
 TEMPLATE = (

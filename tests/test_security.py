@@ -10,10 +10,10 @@ import torch
 
 import files
 from console import InputError
-from data_utils import load_tokenizer
 from files import once_per_node, private_folder
 from scripts import generate
 from scripts.run_on_hosts import Host, travelling
+from tokenization import load_tokenizer
 
 
 class Code:

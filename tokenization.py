@@ -1,0 +1,232 @@
+"""Tokenizers: loaded from a folder or the hub, and what turns documents into ids."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from console import InputError
+
+HUB_TIMEOUT_SECONDS = 5
+PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
+PROBE = (
+    "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
+    "  two spaces first",
+    "\x00\n<0x0A> ▁",
+)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder (`tokenizer.model` alone is enough) or from the Hugging Face hub.
+
+    Raises InputError if there is none, or if it lacks a BOS or EOS token.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~"))):
+        raise InputError(f"--tokenizer: {name_or_path} does not exist; give a folder with a tokenizer or a hub name")
+    try:
+        tokenizer = _from_folder(path) if path.is_dir() else _from_hub(name_or_path)
+        if not tokenizer:  # what transformers returns for a damaged tokenizer.model
+            raise ValueError("damaged tokenizer.model")
+    except InputError:
+        raise
+    # tokenizers raises bare Exception on a damaged file.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--tokenizer: cannot load {name_or_path} ({reason}); "
+            "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
+        ) from error
+    missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise InputError(f"--tokenizer: {name_or_path} has no {' and no '.join(missing)}; set it in its configuration")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
+    """Refuses a tokenizer that has tokens the model does not know."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
+        )
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    fast, settings = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
+    if fast or settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
+        loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+        options: dict[str, Any] = {"use_fast": fast, "trust_remote_code": False}
+        if isinstance(extra := content.get("extra_special_tokens"), list):
+            options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+        return loader.from_pretrained(folder, **options)
+    if (folder / "tokenizer.model").is_file():
+        return LlamaTokenizer.from_pretrained(folder, legacy=False)
+    raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A hub name and, where it comes as NAME@REVISION, the branch, tag or commit that it is pinned to."""
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    name, revision = split_revision(name)
+    choice = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
+    except (OSError, ValueError):
+        _check_hub_has(name, revision)
+        return AutoTokenizer.from_pretrained(name, **choice)
+
+
+def _check_hub_has(name: str, revision: str | None) -> None:
+    """Fails at once where from_pretrained would go on retrying for most of a minute."""
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise InputError(
+            f"--tokenizer: {name} is no folder, and the hub refuses it (HTTP {status}); check the name"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"--tokenizer: {name} is no folder, is not in the hub's cache on this machine, and the hub cannot be "
+            "reached; give a folder that holds tokenizer.model"
+        ) from error
+
+
+class TextEncoder:
+    """Turns documents into BOS + ids + EOS.
+
+    Uses SentencePiece itself, which is faster, where the tokenizer is based on a model that gives the same ids.
+    A special token spelled out in a document, such as `</s>`, stays text.
+
+    SentencePiece and its lists need up to 70 bytes of memory a character, so a document above PIECE_CHARACTERS is
+    encoded in pieces, cut where no token of the vocabulary could lie across the cut; that leaves its ids as they are.
+    Only if there is no such place among MAX_PIECE_CHARACTERS, as in a very long run of one letter, it is cut anyway.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self.sentencepiece = self._load_sentencepiece()
+        self.bare_leading_space = False  # SentencePiece puts a space before every text, some tokenizers not before one
+        if self.sentencepiece and self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
+            self.bare_leading_space = self._can_cut
+            if self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
+                self.sentencepiece, self.bare_leading_space = None, False
+
+    def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """One array of `dtype` per document, [number of tokens]."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        cut = self.sentencepiece and self._can_cut
+        if not cut or all(len(document) <= PIECE_CHARACTERS for document in documents):
+            return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents, threads)]
+        arrays = []
+        for document in documents:
+            pieces = [np.array(ids, self.dtype) for ids in self._encode_in_pieces(document, threads)]
+            arrays.append(np.concatenate([[bos], *pieces, [eos]], dtype=self.dtype, casting="unsafe"))
+        return arrays
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as it stands, without BOS and EOS."""
+        return self._encode(texts)
+
+    def _encode(self, documents: Sequence[str], threads: int = 1) -> list[list[int]]:
+        if not self.sentencepiece:
+            return self._encode_with_tokenizer(documents) if documents else []
+        if not self.bare_leading_space:
+            return self.sentencepiece.encode(list(documents), num_threads=threads)
+        bare = [document.startswith((" ", "▁")) for document in documents]
+        texts = ["\n" + document if bare_ else document for document, bare_ in zip(documents, bare, strict=True)]
+        encoded = self.sentencepiece.encode(texts, num_threads=threads)
+        return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
+
+    def _encode_in_pieces(self, document: str, threads: int) -> Iterator[list[int]]:
+        """The ids of the pieces of a document. All but the first are encoded behind a line end, which is taken off."""
+        start, prefix = 0, ""
+        while start < len(document):
+            stop = self._place_to_cut(document, start)
+            (ids,) = self._encode([prefix + document[start:stop]], threads)
+            yield ids[len(self._line_end) :] if prefix else ids
+            start, prefix = stop, "\n"
+
+    def _place_to_cut(self, document: str, start: int) -> int:
+        """The first place from PIECE_CHARACTERS on that separates two characters which no token has side by side."""
+        last = min(start + MAX_PIECE_CHARACTERS, len(document))
+        for place in range(start + PIECE_CHARACTERS, last):
+            if document[place - 1 : place + 1].replace(" ", "▁") not in self._neighbours:
+                return place
+        return last
+
+    @cached_property
+    def _line_end(self) -> list[int]:
+        return self.sentencepiece.encode("\n")
+
+    @cached_property
+    def _neighbours(self) -> set[str]:
+        """Every pair of characters that stand side by side in some token."""
+        pieces = map(self.sentencepiece.id_to_piece, range(len(self.sentencepiece)))
+        return {pair for piece in pieces for pair in map("".join, itertools.pairwise(piece))}
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        """Whether the text is encoded as it stands, but for a space that is put before it, and a line end by itself."""
+        if not self.sentencepiece:
+            return False
+        rules = ModelProto.FromString(self.sentencepiece.serialized_model_proto()).normalizer_spec
+        plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces and rules.escape_whitespaces
+        return plain and not any("\n" in pair for pair in self._neighbours)
+
+    def _encode_with_tokenizer(self, documents: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(list(documents), **options)["input_ids"]
+
+    def _load_sentencepiece(self) -> SentencePieceProcessor | None:
+        vocab_file = getattr(self.tokenizer, "vocab_file", None)
+        if not vocab_file:
+            return None
+        try:
+            return SentencePieceProcessor(model_file=vocab_file)
+        except (OSError, RuntimeError):
+            return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that the ids depend on."""
+        if self.sentencepiece:
+            rules = self.sentencepiece.serialized_model_proto()
+        elif self.tokenizer.is_fast:
+            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            rules = json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True).encode()
+        else:
+            rules = json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab()], sort_keys=True).encode()
+        frame = [
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            bool(self.sentencepiece),
+            self.bare_leading_space,
+        ]
+        return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
