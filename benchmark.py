@@ -37,7 +37,7 @@ from transformers import LlamaConfig
 import sharded_state
 from arguments import ArgumentParser, add_compute_args, add_dry_run_args, user_path, validate_args
 from attn import select_attention
-from booster_utils import boost, build_plugin, forward_backward, launch, optimizer_step, shut_down
+from booster_utils import boost, build_plugin, launch, shut_down
 from console import InputError, RunError, say
 from data_utils import RandomDataset
 from files import write_json
@@ -47,6 +47,7 @@ from memory_estimate import say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures
 from recomputation import recomputed_share
+from training_step import forward_backward, optimizer_step
 
 REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
 MB = 2**20  # as in ColossalAI's published figures

@@ -1,8 +1,7 @@
-"""ColossalAI's Booster: the plugins by name, launching, one training step's forward, backward and update."""
+"""ColossalAI's Booster: launching, the plugins by name, model and optimizer inside them."""
 
 import argparse
 import contextlib
-import fcntl
 import importlib.util
 import io
 import logging
@@ -13,10 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from colossalai import launch_from_torch
 from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.booster import Booster
 from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 from colossalai.booster.plugin.plugin_base import Plugin
@@ -24,8 +21,6 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
-from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
-from colossalai.shardformer.layer import cross_entropy_1d
 from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
 from transformers import LlamaConfig
 
@@ -33,9 +28,9 @@ import fused
 import gemini
 import host_accelerator
 import weight_update
-from attn import SequenceParallelPolicy, attend_inside_documents, document_boundaries
+from attn import SequenceParallelPolicy, attend_inside_documents
 from console import InputError, local_rank, rank, say, world_size
-from data_utils import IGNORE_INDEX
+from files import exclusive_lock
 from fsdp_plugin import FSDPPlugin
 from fused import Fusion
 from layout import Layout, resolve_layout
@@ -107,8 +102,7 @@ def compile_kernels() -> None:
     """
     folder = Path(_Extension.get_jit_extension_folder_path())
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with exclusive_lock(folder / "build.lock", "another process compiles ColossalAI's extensions; waiting for it"):
         (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
         for name in missing_kernels():
             say(f"building ColossalAI's extension {name}: the first time only, about a minute")
@@ -203,7 +197,7 @@ def build_plugin(
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
         pp_style="interleaved" if layout.chunks > 1 else "1f1b",
         num_model_chunks=layout.chunks,
-        enable_metadata_cache=layout.chunks > 1 or not length_varies,  # see _begin_batch
+        enable_metadata_cache=layout.chunks > 1 or not length_varies,  # see training_step._begin_batch
         # The interleaved schedule lets go of its last send before it has ended, which Gloo then gives up.
         overlap_p2p=not on_host,
         **common,
@@ -271,171 +265,3 @@ def boost(
     fused.fuse(model, fusion, compile_layers)
     model.train()
     return booster, model, optimizer
-
-
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:
-    """Cross-entropy of the next token, in float32, summed over the labels that count.
-
-    Args:
-        logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
-        labels: [B, S], unshifted and whole; IGNORE_INDEX does not count.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    shard_config = getattr(plugin, "shard_config", None)
-    if shard_config is not None and shard_config.enable_sequence_parallelism:
-        group = shard_config.sequence_parallel_process_group
-        targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
-    # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
-    # place: the gradient would lose its scale.
-    logits = fused.plain(logits)
-    tensor_parallel = shard_config is not None and shard_config.enable_tensor_parallelism
-    if tensor_parallel or fused.fusion is Fusion.NONE:
-        logits = logits.float()  # and let go of the others
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    if tensor_parallel:
-        group = shard_config.tensor_parallel_process_group
-        return cross_entropy_1d(logits, targets, process_group=group, vocab_size=None, dtype=torch.float32, mode="sum")
-    return fused.summed_cross_entropy(logits, targets)
-
-
-def gradient_ranks(plugin: Plugin) -> int:
-    """Over how many ranks the plugin averages gradients: data-parallel times sequence-parallel peers."""
-    if isinstance(plugin, GeminiPlugin):
-        return plugin.dp_size
-    return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
-
-
-def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is called with, from a batch on the host."""
-    inputs = {"input_ids": batch["input_ids"]}
-    if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"]
-        inputs["attention_mask"] = document_boundaries(batch["position_ids"])
-    return inputs
-
-
-def _loss_of(model: ModelWrapper, batch: dict[str, torch.Tensor], plugin: Plugin) -> torch.Tensor:
-    device = get_accelerator().get_current_device()
-    labels = batch["labels"].to(device, non_blocking=True)
-    inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
-    return token_loss(model(**inputs).logits, labels, plugin)
-
-
-def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """All batches in one, padded on the right to the longest of them."""
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-
-    def joined(name: str, filler: int) -> torch.Tensor:
-        return torch.cat([F.pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in batches])
-
-    fillers = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
-    return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
-
-
-def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
-    """Has an interleaved schedule forget what stages told each other of tensors unlike those of this batch.
-
-    Once it has evaluated it would refuse a batch of another size. With its cache off, so that lengths may vary, a stage
-    that has just ended the last range of layers would not say what it sends next, and the next one wait for it.
-    """
-    if not isinstance(schedule, InterleavedSchedule):
-        return
-    kind = (batch["input_ids"].shape, torch.is_grad_enabled())
-    if kind == getattr(schedule, "kind_of_batch", None):
-        return
-    schedule.kind_of_batch = kind
-    schedule.num_microbatch, schedule.last_batch_size = None, len(batch["input_ids"])
-    schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
-    schedule.send_tensor_metadata = schedule.send_grad_metadata = True
-
-
-def _pipeline_loss(
-    booster: Booster,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper | None,
-    micro_batches: list[dict[str, torch.Tensor]],
-    scale: float,
-) -> torch.Tensor:
-    """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
-    plugin = booster.plugin
-    batch = _as_one(micro_batches)
-    _begin_batch(plugin.scheduler, batch)
-    # Under the name `labels` the model would compute a loss of its own beside the criterion's.
-    inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
-    microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
-
-    def criterion(outputs, inputs):  # the schedule divides by the number of microbatches
-        return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
-
-    loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer, return_loss=True)["loss"]
-    return torch.zeros((), device=get_accelerator().get_current_device()) if loss is None else loss.detach()
-
-
-def forward_backward(
-    booster: Booster,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    micro_batches: list[dict[str, torch.Tensor]],
-    label_tokens: int,
-) -> torch.Tensor:
-    """Accumulates the gradient of the mean loss over one optimizer step's tokens.
-
-    Args:
-        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S], and where several
-            documents share a sequence `position_ids`, [B, S], which restart at 0 with each (see attn.py).
-        label_tokens: labels that count in the whole step, over all ranks and micro-batches. The loss is the sum over
-            tokens divided by this one number, so no layout and no accumulation changes it.
-
-    Returns:
-        This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
-    """
-    plugin = booster.plugin
-    scale = gradient_ranks(plugin) / label_tokens
-
-    if getattr(plugin, "enable_pipeline_parallelism", False):
-        return _pipeline_loss(booster, model, optimizer, micro_batches, scale) / scale
-
-    total = torch.zeros((), device=get_accelerator().get_current_device())
-    can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
-    for index, micro in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        deferred = contextlib.nullcontext() if last or not can_defer else booster.no_sync(model, optimizer)
-        with deferred:
-            loss = _loss_of(model, micro, plugin)
-            booster.backward(loss * scale, optimizer)
-        total += loss.detach()
-    return total
-
-
-def forward_loss(booster: Booster, model: ModelWrapper, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """This rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
-    with torch.no_grad():
-        if not getattr(booster.plugin, "enable_pipeline_parallelism", False):
-            return _loss_of(model, batch, booster.plugin)
-        with model.no_sync():  # else the plugin would exchange gradients, of which there are none
-            return _pipeline_loss(booster, model, None, [batch], 1.0)
-
-
-def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
-    """The optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
-    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # one name a plugin
-        mixin = getattr(optimizer, name, None)
-        if isinstance(mixin, FP16MixedPrecisionMixin):
-            return mixin
-    return None
-
-
-def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[float, bool]:
-    """Clips and updates; returns the gradient norm before clipping and whether fp16 overflowed, skipping the update."""
-    scaler = loss_scaler(optimizer)
-    scale = scaler.loss_scale if scaler else 1.0
-    if weight_update.supports(optimizer):
-        weight_update.update(optimizer)
-    else:
-        optimizer.step()
-    skipped = bool(scaler.found_overflow.item()) if scaler else False
-    if skipped and hasattr(model, "chunk_manager"):
-        # Gemini leaves this on after a skipped step, and would add the next gradients to the overflowed ones.
-        model.chunk_manager.accumulating_grads = False
-    optimizer.zero_grad()
-    return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped

@@ -29,11 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from booster_utils import loss_scaler
 from console import InputError, RunError, rank, say, size_text, world_size
 from files import checksum, exclusive_lock, sync, write_json
 from model_utils import load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
+from training_step import loss_scaler
 
 CHECKPOINT = "epoch{epoch}-step{step}"
 MANIFEST = "manifest.json"

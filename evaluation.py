@@ -15,11 +15,11 @@ from colossalai.interface import ModelWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from booster_utils import forward_loss
 from console import rank
 from data_order import ShardedSampler
 from data_utils import IGNORE_INDEX
 from layout import Layout
+from training_step import forward_loss
 
 
 class MapDataset(Protocol):

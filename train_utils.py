@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 import checkpoint_utils
-from booster_utils import forward_backward, loss_scaler, optimizer_step
 from checkpoint_writer import CheckpointWriter
 from console import InputError, RunError, rank, say
 from data_order import ShardedSampler, TrainingData, splitmix64
@@ -35,6 +34,7 @@ from metrics import Metrics
 from performance_evaluator import PerformanceEvaluator
 from run_plan import Plan, TrainState
 from signals import INTERRUPTED, StopRequest, follow_rank
+from training_step import forward_backward, loss_scaler, optimizer_step
 
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 MAX_SKIPPED_IN_A_ROW = 50

@@ -26,12 +26,13 @@ from colossalai.accelerator import get_accelerator
 import sharded_state
 from arguments import ArgumentParser, add_training_args
 from attn import select_attention
-from booster_utils import DTYPES, boost, build_plugin, forward_backward, launch, optimizer_step, shut_down
+from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LR_SCHEDULER, RUNNING_STATES
 from checkpoint_writer import CheckpointWriter
 from console import say
 from layout import add_plugin_args, resolve_layout
 from model_utils import count_parameters, load_config
+from training_step import forward_backward, optimizer_step
 
 
 def main() -> int:

@@ -24,7 +24,6 @@ import checkpoint_writer
 import model_export
 import run_plan
 import sharded_state
-from booster_utils import loss_scaler
 from checkpoint_utils import check_model, claim_folder, find_checkpoint, is_complete
 from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints
 from console import InputError, RunError
@@ -32,6 +31,7 @@ from files import checksum
 from model_utils import load_config, parameter_specs
 from pretrained import check_pretrained, load_pretrained
 from sharded_state import MASTER, MOMENTS
+from training_step import loss_scaler
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
 STATES = {"epoch": 0, "step": 6, "adam_steps": 5, "tokens": 96, "settings": {"schedule_steps": 20, "seed": 3}}

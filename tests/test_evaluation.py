@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from processes import boosted, random_states, run_ranks
 
 import sharded_state
-from booster_utils import forward_backward, optimizer_step
 from console import InputError
 from data_utils import HELD_OUT, IGNORE_INDEX, TRAIN, PackedDataset, is_held_out
 from dataset_preparation import prepare_dataset
@@ -21,6 +20,7 @@ from model_utils import build_model, load_config
 from sharded_state import MASTER
 from tokenization import TextEncoder
 from train_utils import INTERRUPTED
+from training_step import forward_backward, optimizer_step
 
 HYBRID = "-p hybrid_parallel --tp 1"
 SEQUENCES = 5  # which no number of ranks and no batch divides

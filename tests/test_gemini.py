@@ -10,11 +10,12 @@ from processes import boosted, run_ranks
 
 import gemini
 import sharded_state
-from booster_utils import build_plugin, forward_backward, forward_loss, optimizer_step
+from booster_utils import build_plugin
 from gemini import CHUNK_PARAMETERS
 from layout import resolve_layout
 from model_utils import count_parameters, load_config
 from pretrain import parse_args
+from training_step import forward_backward, forward_loss, optimizer_step
 
 OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
 

@@ -13,12 +13,13 @@ import benchmark
 import sharded_state
 from arguments import validate_args
 from attn import select_attention
-from booster_utils import boost, build_plugin, forward_backward, optimizer_step
+from booster_utils import boost, build_plugin
 from console import InputError
 from fsdp_plugin import FSDPPlugin
 from layout import resolve_layout
 from memory_estimate import MemoryEstimate, estimate_memory
 from model_utils import LlamaConfig, load_config
+from training_step import forward_backward, optimizer_step
 
 SMALL = "--no-compile -c tiny -b 4 -l 128"
 

@@ -8,13 +8,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sharded_state
 from arguments import validate_args
-from booster_utils import forward_backward, optimizer_step
 from console import InputError
 from layout import resolve_layout
 from memory_estimate import CONTEXT_BYTES, USABLE_SHARE, estimate_memory, settle_recomputation
 from model_utils import load_config
 from pretrain import parse_args
 from recomputation import recomputed_layers
+from training_step import forward_backward, optimizer_step
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sharded_state
-from booster_utils import forward_backward
 from model_utils import ParameterSpec, build_model, initial_weight, load_config, parameter_specs
 from sharded_state import MASTER, MOMENTS, LocalShard
+from training_step import forward_backward
 
 CPU = torch.device("cpu")
 ADAM_STEPS = 7

@@ -7,8 +7,8 @@ from processes import boosted, run_ranks
 
 import sharded_state
 import weight_update
-from booster_utils import forward_backward, optimizer_step
 from sharded_state import MASTER, MOMENTS, local_shards
+from training_step import forward_backward, optimizer_step
 from weight_update import Adam
 
 HYBRID = "-p hybrid_parallel --pp 1"
