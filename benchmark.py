@@ -9,8 +9,10 @@ What it would take, without a GPU:
 """
 
 import console
+import dependencies
 
 console.quiet_third_parties()
+dependencies.require()
 
 import argparse
 import contextlib

@@ -75,7 +75,7 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
     refusal = f"--save_dir: another run ({{holder}}) is writing to {save_dir}; end it or give another folder"
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", waiting="", refusal=refusal))
+        _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", refusal=refusal))
     except OSError as error:
         raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
     for pattern in LEFTOVERS:

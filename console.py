@@ -27,6 +27,7 @@ TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends a
 _PARENT = os.getppid()  # as this process begins
 # Gloo's messages, whatever the collective operation (gloo/transport/tcp/pair.cc)
 _LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
+_NO_STORE = (OSError, RuntimeError, ValueError, KeyError, ImportError)  # nobody answers, or torch is what is missing
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -148,7 +149,7 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
         for problem in problems:
             print(prefix + problem, file=sys.stderr, flush=True)
         if world_size() > 1:
-            with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError):
+            with contextlib.suppress(*_NO_STORE):
                 _store().set(_key(problems), "said")
         if several:
             time.sleep(TELL_SECONDS)
@@ -166,7 +167,7 @@ def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
                 return True
             time.sleep(0.1)
         return store.add(f"{_key(problems)}/{socket.gethostname()}", 1) > 1
-    except (OSError, RuntimeError, ValueError, KeyError):
+    except _NO_STORE:
         return alone
 
 

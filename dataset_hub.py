@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlparse
 
-import filelock
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -31,6 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import http_backoff, logging
 
 from console import InputError
+from files import exclusive_lock
 
 CONVERTED = "refs/convert/parquet"  # the branch to which the hub's own converter writes every data set it can read
 logging.set_verbosity_error()  # it reports every attempt of a request that it repeats in several lines
@@ -230,7 +230,7 @@ def download(file: RemoteFile) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(file.version.encode()).hexdigest()[:12]
     partial = target.with_name(f"{target.name}.{key}.part")  # never continued with bytes of another version
-    with filelock.FileLock(f"{target}.lock"):
+    with exclusive_lock(target.with_name(f"{target.name}.lock")):
         if target.is_file() and file.size in (0, target.stat().st_size):
             return target
         try:

@@ -320,5 +320,5 @@ def _remove_superseded(folder: Path, request: Sequence, encoder: TextEncoder) ->
         with contextlib.suppress(OSError, ValueError, KeyError, InputError):
             plan = json.loads(plan_path.read_bytes())
             if plan["request"] == request and plan["tokenizer_fingerprint"] == encoder.fingerprint:
-                with exclusive_lock(plan_path.with_name("part-1-of-1.lock"), "", refusal="in use by {holder}"):
+                with exclusive_lock(plan_path.with_name("part-1-of-1.lock"), refusal="in use by {holder}"):
                     rmtree(begun)

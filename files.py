@@ -64,13 +64,13 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, waiting: str, refusal: str | None = None) -> Iterator[None]:
+def exclusive_lock(path: Path, waiting: str = "", refusal: str | None = None) -> Iterator[None]:
     """Held by this process alone: unlike flock's, a lockf lock does not pass on to forked workers.
 
     Where the file system has no locks, a line says so and nothing is held.
 
     Args:
-        waiting: what rank 0 says when another process has it.
+        waiting: what rank 0 says when another process has it, if anything.
         refusal: ends as an InputError instead of waiting; `{holder}` in it becomes the process and machine.
     """
     with open(path, "a+", encoding="utf-8") as lock:
@@ -81,7 +81,8 @@ def exclusive_lock(path: Path, waiting: str, refusal: str | None = None) -> Iter
                 lock.seek(0)
                 if refusal:
                     raise InputError(refusal.format(holder=lock.read() or "another process")) from error
-                say(waiting)
+                if waiting:
+                    say(waiting)
                 fcntl.lockf(lock, fcntl.LOCK_EX)
             elif error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 say(f"the file system of {path.parent} has no locks: start no second program there that does the same")

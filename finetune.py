@@ -8,8 +8,10 @@ Eight GPUs of one machine:
 """
 
 import console
+import dependencies
 
 console.quiet_third_parties()
+dependencies.require()
 
 import argparse
 import os

@@ -9,8 +9,10 @@ Several machines:
 """
 
 import console
+import dependencies
 
 console.quiet_third_parties()
+dependencies.require()
 
 import argparse
 import os

@@ -18,7 +18,6 @@ console.quiet_third_parties()
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -30,14 +29,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from packaging.requirements import Requirement
-
+import dependencies
 from console import InputError, local_rank, rank, say, world_size
 from scripts.run_on_hosts import Host, read_hostfile
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ("requirements.txt", "requirements-colossalai.txt")
-NAMED = ("torch", "transformers", "colossalai")  # whose versions are shown
 JOIN_SECONDS = 60
 SHARED_SECONDS = 30  # a network file system may take as long to show a file to other machines
 MAX_SKEW_SECONDS = 1.0
@@ -61,22 +56,15 @@ class Finding:
 
 def packages() -> Finding:
     """Versions against the requirements files."""
-    lines = [line for name in REQUIREMENTS for line in (REPOSITORY / name).read_text().splitlines()]
-    requirements = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
-    wrong, versions = [], {}
-    for requirement in requirements:
-        try:
-            versions[requirement.name] = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(versions[requirement.name], prereleases=True):
-            wrong.append(f"{requirement.name} {versions[requirement.name]} is not {requirement.specifier}")
+    found = dependencies.packages()
+    wrong = [package.problem for package in found if package.problem]
     if wrong:
         remedy = "bash scripts/setup.sh, or pip install with the requirements files"
         return Finding("packages", False, "; ".join(wrong), remedy)
-    named = ", ".join(f"{name} {versions[name]}" for name in NAMED)
-    return Finding("packages", True, f"{named} and {len(versions) - len(NAMED)} more, as the requirements files say")
+    versions = {package.requirement.name: package.version for package in found}
+    named = ", ".join(f"{name} {versions[name]}" for name in dependencies.BUILT_ON)
+    detail = f"{named} and {len(versions) - len(dependencies.BUILT_ON)} more, as the requirements files say"
+    return Finding("packages", True, detail)
 
 
 def cuda() -> Finding:

@@ -14,8 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import console
+import dependencies
 
 console.quiet_third_parties()
+dependencies.require()
 
 import argparse
 import json

@@ -13,6 +13,7 @@ import pytest
 from launching import ROOT, Run, start_pretrain
 
 import benchmark
+import dependencies
 import finetune
 import pretrain as program
 from console import USAGE_ERROR, InputError
@@ -394,6 +395,63 @@ def test_exit_status_of_the_other_programs(tmp_path, program, flags, expected):
     assert run.stderr.startswith(f"{program}: error: {expected}")
     assert (run.stdout, run.stderr.count("\n")) == ("", 1)
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "stdout", "stderr"}
+
+
+HIDDEN = """\
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "package", "version", "expected"),
+    [
+        ("pretrain.py", "transformers", "5.2.0", "transformers 5.2.0 is installed, not ==4.51.3; pip install -r "),
+        ("finetune.py", "torch", "2.5.1", "torch 2.5.1 is installed, not <2.14,>=2.11; pip install -r "),
+        (
+            "benchmark.py",
+            "colossalai",
+            "0.4.6",
+            "colossalai 0.4.6 is installed, not ==0.5.0; pip install --no-deps ",
+        ),
+        ("scripts/prepare_dataset.py", "transformers", "4.57.1", "transformers 4.57.1 is installed, not ==4.51.3; "),
+        ("pretrain.py", "peft", None, "a package cannot be imported (No module named 'peft'); pip install -r "),
+        ("benchmark.py", "bitsandbytes", None, "a package cannot be imported (No module named 'bitsandbytes'); "),
+        ("scripts/plot_run.py", "matplotlib", None, "a package cannot be imported (No module named 'matplotlib'); "),
+        ("scripts/generate.py", "packaging", None, "a package cannot be imported (No module named 'packaging'); "),
+    ],
+)
+def test_packages_of_other_versions_or_missing(tmp_path, program, package, version, expected):
+    """Found before those that are installed: the description of another version, or none of the package."""
+    site = tmp_path / "site"
+    site.mkdir()
+    if version:
+        (site / f"{package}-{version}.dist-info").mkdir()
+        (site / f"{package}-{version}.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+    else:
+        (site / "sitecustomize.py").write_text(HIDDEN.format(package=package))
+    environment = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    before = sorted(tmp_path.rglob("*"))
+    with Run([sys.executable, ROOT / program], tmp_path / "run", environment, cwd=tmp_path) as run:
+        assert run.wait() == USAGE_ERROR
+    assert run.stderr.startswith(f"{Path(program).name}: error: {expected}")
+    assert (run.stdout, run.stderr.count("\n")) == ("", 1)
+    assert sorted(set(tmp_path.rglob("*")) - {run.folder, *run.folder.iterdir()}) == before
+
+
+def test_older_python(monkeypatch, capsys):
+    monkeypatch.setattr(dependencies, "MINIMUM_PYTHON", (99, 0))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match=str(USAGE_ERROR)):
+        dependencies.require()
+    assert "99.0 or later is needed" in capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(tmp_path):

@@ -366,7 +366,7 @@ class TestDamage:
         holder = run_python(
             """
             import sys, time, files
-            with files.exclusive_lock(files.Path(sys.argv[1]), ""):
+            with files.exclusive_lock(files.Path(sys.argv[1])):
                 print("held", flush=True)
                 time.sleep(60)
             """,

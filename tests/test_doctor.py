@@ -64,7 +64,7 @@ def test_versions(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     finding = doctor.packages()
     assert not finding.ok
-    assert finding.detail == "transformers 4.40.0 is not ==4.51.3; einops is missing"
+    assert finding.detail == "transformers 4.40.0 is installed, not ==4.51.3; einops is not installed"
     assert "setup.sh" in finding.remedy
 
 

@@ -1,7 +1,10 @@
 """What the requirements files say of each dependency."""
 
+import ast
 import importlib.metadata
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from launching import ROOT
@@ -22,6 +25,25 @@ def lines() -> list[tuple[str, str, bool]]:
             explained = match["reason"] or (len(matches) == 1 and text.startswith("#"))
             found.append((file, match["requirement"].strip(), bool(explained)))
     return found
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports, without Python's own."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+def test_whatever_is_imported_is_listed():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    own = {path.stem for path in files} | {"scripts"}
+    listed = {Requirement(requirement).name for file, requirement, _ in lines() if file != "requirements-dev.txt"}
+    optional = {"flash_attn"}
+    assert set().union(*map(imported, files)) - own <= listed | optional
 
 
 @pytest.mark.parametrize(("file", "requirement", "explained"), lines())

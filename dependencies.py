@@ -1,0 +1,92 @@
+"""What has to be installed: looked at before it is imported, so that what is missing or unsuitable is one line."""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import console
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent
+INSTALL = {  # by requirements file
+    "requirements.txt": "pip install -r requirements.txt",
+    "requirements-colossalai.txt": "pip install --no-deps -r requirements-colossalai.txt",
+}
+BUILT_ON = ("torch", "transformers", "colossalai")  # the programs reach into these, so no other version will do
+MINIMUM_PYTHON = (3, 11)
+
+
+class Package(NamedTuple):
+    """A requirement, the file that has it, and the version that is installed, if any."""
+
+    requirement: "Requirement"
+    file: str
+    version: str | None
+
+    @property
+    def problem(self) -> str | None:
+        if self.version is None:
+            return f"{self.requirement.name} is not installed"
+        if not self.requirement.specifier.contains(self.version, prereleases=True):
+            return f"{self.requirement.name} {self.version} is installed, not {self.requirement.specifier}"
+        return None
+
+
+def packages() -> list[Package]:
+    """What the requirements files ask for, beside what there is."""
+    from packaging.requirements import Requirement  # which may be what is missing
+
+    found = []
+    for file in INSTALL:
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+            if text := line.partition("#")[0].strip():
+                requirement = Requirement(text)
+                found.append(Package(requirement, file, _installed(requirement.name)))
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require() -> None:
+    """Ends the program with status 2 where Python or what it is BUILT_ON is of a version that it does not work with.
+
+    Call before importing them. The other packages are left to the imports that follow: one that fails is a line too.
+    """
+    sys.excepthook = _refuse_failed_import
+    if sys.version_info < MINIMUM_PYTHON:
+        needed, found = (".".join(map(str, version[:2])) for version in (MINIMUM_PYTHON, sys.version_info))
+        _refuse(
+            f"this is Python {found}, and {needed} or later is needed; make a .venv with one: bash scripts/setup.sh"
+        )
+    unsuitable = [package for package in packages() if package.requirement.name in BUILT_ON and package.problem]
+    if unsuitable:
+        _refuse(*(f"{package.problem}; {INSTALL[package.file]}" for package in unsuitable))
+
+
+def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """Stands for sys.excepthook: what fails later than at the imports is console.run's."""
+    if isinstance(error, ImportError) and not _is_own(error):
+        reason = (str(error).splitlines() or [kind.__name__])[0]
+        _refuse(f"a package cannot be imported ({reason}); {INSTALL['requirements.txt']}")
+    sys.__excepthook__(kind, error, traceback)
+
+
+def _is_own(error: ImportError) -> bool:
+    """Whether it is a module of this repository that cannot be imported, which no installation would mend."""
+    return (ROOT / f"{(error.name or '').partition('.')[0]}.py").is_file()
+
+
+def _refuse(*problems: str) -> NoReturn:
+    def main() -> int:
+        raise console.InputError(*problems)
+
+    console.run(main, os.path.basename(sys.argv[0]))
