@@ -111,6 +111,17 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_loading_args(parser: argparse._ActionsContainer) -> None:
+    """Flags of where data are kept once tokenized, and of who reads them."""
+    parser.add_argument(
+        "--cache_dir",
+        type=user_path,
+        default="~/.cache/llama-training",
+        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
+    )
+    parser.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+
+
 def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, precision: str = "fp16") -> None:
     """Flags of precision, recomputation and kernels; in benchmark.py -x is an older name of another flag."""
     compute = parser.add_argument_group("precision and memory")

@@ -17,19 +17,19 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from console import InputError, RunError, rank, say, size_text, world_size
+from collectives import gather, on_rank_zero
+from console import InputError, rank, say, size_text, world_size
 from files import checksum, exclusive_lock, sync, write_json
 from model_utils import load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
@@ -41,7 +41,6 @@ RUNNING_STATES = "running_states.json"
 ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
 LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
-NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
 SHARED_SECONDS = 20  # for other machines to see a new file
 _CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 MODEL_KEYS = (
@@ -63,7 +62,7 @@ MODEL_KEYS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ all or no rank
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
@@ -113,33 +112,6 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
         raise InputError(
             f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}"
         )
-
-
-def gather(value: object) -> list:
-    """Every rank's value, by rank. Collective."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def raise_together(error: str | None, failure: str = NOT_WRITTEN) -> None:
-    """Raises RunError on every rank when any has an error, so that none waits for one that is gone."""
-    first = next((f"rank {number}: {text}" for number, text in enumerate(gather(error)) if text), None)
-    if first:
-        raise RunError(f"{failure}: {first}")
-
-
-def on_rank_zero(action: Callable[[], None], failure: str = NOT_WRITTEN) -> None:
-    """Runs `action` on rank 0, with all ranks waiting for it and sharing its failure."""
-    error = None
-    if rank() == 0:
-        try:
-            action()
-        except (InputError, RunError) as caught:
-            error = str(caught)
-        except Exception as caught:
-            error = f"{type(caught).__name__}: {caught}"
-    raise_together(error, failure)
 
 
 # -------------------------------------------------------------------------------------------------------------- layout

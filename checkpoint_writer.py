@@ -26,19 +26,19 @@ from transformers import LlamaConfig
 from checkpoint_utils import (
     CHECKPOINT,
     MANIFEST,
+    RUNNING_STATES,
     check_room,
     complete_checkpoints,
     file_names,
-    gather,
-    on_rank_zero,
-    raise_together,
     write_adapter,
     write_model_index,
 )
+from collectives import gather, on_rank_zero, raise_together
 from console import rank, say, size_text, world_size
 from files import checksum, replace_folder, sync, write_json
 from sharded_state import MASTER, MOMENTS, local_shards
 
+NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
 POLL_SECONDS = 0.05
 STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
 SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
@@ -88,11 +88,11 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        states = documents["running_states.json"]
+        states = documents[RUNNING_STATES]
         target = self.save_dir / CHECKPOINT.format(**states)
         temporary = target.with_name(f".{target.name}.incomplete")
         self._temporary = temporary
-        on_rank_zero(lambda: self._begin(temporary))
+        on_rank_zero(lambda: self._begin(temporary), NOT_WRITTEN)
         groups: Iterable = self._gathered(plugin, model, optimizer)
         behind = self.background and self._fits_in_memory(plugin, model, optimizer)
         files: dict[str, dict] = {}
@@ -133,7 +133,7 @@ class CheckpointWriter:
         self._thread = None
         if rank() == 0 and self._abandoned:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
-        raise_together(self.error)
+        raise_together(self.error, NOT_WRITTEN)
 
     def __enter__(self) -> "CheckpointWriter":
         return self

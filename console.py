@@ -43,6 +43,11 @@ class RunError(Exception):
     """A run cannot go on; one message says what happened, where, and how to resume."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as it fits into a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def rank() -> int:
     """Global rank as the launcher set it; 0 before and without a launcher."""
     return int(os.environ.get("RANK", 0))

@@ -21,6 +21,7 @@ from console import InputError
 from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows
 from dataset_hub import CONVERTED, RemoteFile, Repository
 
+REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
 SLICE_COLUMN = "red_pajama_subset"
 DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 SPLITS = {

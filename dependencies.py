@@ -75,8 +75,7 @@ def require() -> None:
 def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback) -> None:
     """Stands for sys.excepthook: what fails later than at the imports is console.run's."""
     if isinstance(error, ImportError) and not _is_own(error):
-        reason = (str(error).splitlines() or [kind.__name__])[0]
-        _refuse(f"a package cannot be imported ({reason}); {INSTALL['requirements.txt']}")
+        _refuse(f"a package cannot be imported ({console.first_line(error)}); {INSTALL['requirements.txt']}")
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -26,7 +26,7 @@ import model_export
 import run_plan
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_evaluation_args, add_training_args, user_path, validate_args
+from arguments import ArgumentParser, add_evaluation_args, add_loading_args, add_training_args, validate_args
 from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
@@ -65,13 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--pack", action="store_true", help="several examples a sequence, each attending to itself alone (default: off)"
     )
-    model.add_argument(
-        "--cache_dir",
-        type=user_path,
-        default="~/.cache/llama-training",
-        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
-    )
-    model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    add_loading_args(model)
     add_plugin_args(parser)
     add_training_args(parser)
     add_evaluation_args(parser, by_fraction=False)

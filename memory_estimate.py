@@ -194,15 +194,6 @@ def _zero_state(
     )
 
 
-def _trained_state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs: list[ParameterSpec]) -> _State:
-    """The state of a run that trains all of `specs`, or adapters beside them, in a model that is not divided (LoRA)."""
-    if getattr(config, "lora", None) is None:
-        return _state(args, config, layout, specs)
-    frozen = DTYPES[args.mixed_precision].itemsize * sum(spec.shape.numel() for spec in specs)
-    adapters = _state(args, config, layout, trained_specs(config))
-    return replace(adapters, weights=adapters.weights + frozen)
-
-
 def _offloaded(state: _State, args: argparse.Namespace) -> _State:
     """The same state with what the plugin and its flags keep in host memory moved there."""
     if args.plugin == "fsdp_cpu":
@@ -249,7 +240,7 @@ def estimate_memory(args: argparse.Namespace, config: LlamaConfig, layout: Layou
 
 
 def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layout, stage: int) -> MemoryEstimate:
-    state = _trained_state(args, config, layout, stage_specs(config, layout, stage))
+    state = _state(args, config, layout, stage_specs(config, layout, stage))
     width = DTYPES[args.mixed_precision].itemsize
     hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
 

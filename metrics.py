@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from console import rank, say
 
-LONGEST_ROW = 4096  # bytes of metrics.jsonl, with room to spare
+LOG_FILE = "metrics.jsonl"
+LONGEST_ROW = 4096  # bytes of it, with room to spare
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
 
 
@@ -49,8 +50,8 @@ class Metrics:
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
-            self.file = self._open_after(self.folder / "metrics.jsonl", self.step)
-            self.last = self._last_row(self.folder / "metrics.jsonl")
+            self.file = self._open_after(self.folder / LOG_FILE, self.step)
+            self.last = self._last_row(self.folder / LOG_FILE)
             self.start -= 3600 * self.last.get("hours", 0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
 

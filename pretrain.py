@@ -25,7 +25,15 @@ import model_export
 import run_plan
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_evaluation_args, add_training_args, add_warmup_arg, user_path, validate_args
+from arguments import (
+    ArgumentParser,
+    add_evaluation_args,
+    add_loading_args,
+    add_training_args,
+    add_warmup_arg,
+    user_path,
+    validate_args,
+)
 from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from console import InputError, say
@@ -33,14 +41,14 @@ from data_order import parse_slice_weights
 from data_stream import StreamedDataset
 from data_utils import HELD_OUT, PackedDataset
 from dataset_preparation import prepare_dataset
-from dataset_sources import Source, add_source_args, resolve_source
+from dataset_sources import REDPAJAMA_SAMPLE, Source, add_source_args, resolve_source
 from evaluation import evaluation_loader
 from files import once_per_node
 from layout import add_plugin_args, resolve_layout
 from memory_estimate import say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
-from tokenization import TextEncoder, check_vocabulary, load_tokenizer
+from tokenization import TextEncoder, add_tokenizer_arg, check_vocabulary, load_tokenizer
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,24 +60,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "-d",
         "--dataset",
         type=os.path.expanduser,
-        default="togethercomputer/RedPajama-Data-1T-Sample",
+        default=REDPAJAMA_SAMPLE,
         help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`; or a name on "
-        "the hub; or what scripts/prepare_dataset.py made (default: togethercomputer/RedPajama-Data-1T-Sample)",
+        f"the hub; or what scripts/prepare_dataset.py made (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(model)
-    model.add_argument(
-        "--tokenizer",
-        default="hf-internal-testing/llama-tokenizer",
-        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
-    )
+    add_tokenizer_arg(model)
     model.add_argument("--init_from", type=user_path, help="Hugging Face model folder to take the initial weights from")
-    model.add_argument(
-        "--cache_dir",
-        type=user_path,
-        default="~/.cache/llama-training",
-        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
-    )
-    model.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    add_loading_args(model)
     model.add_argument(
         "--slice_weights",
         type=parse_slice_weights,

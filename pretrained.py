@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpoint_utils import LazyTensors, check_model, mapped_tensors
-from console import InputError, say
+from console import InputError, first_line, say
 from files import exclusive_lock
 from model_utils import parameter_specs
 from sharded_state import frozen_parameters, restore
@@ -113,7 +113,7 @@ def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: st
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{flag}: {path} cannot be read ({_reason(error)}); restore or remove it") from error
+        raise InputError(f"{flag}: {path} cannot be read ({first_line(error)}); restore or remove it") from error
     ends = content.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     if tokenizer.eos_token_id not in ends:
@@ -133,17 +133,13 @@ def pretrained_weights(folder: Path, flag: str) -> dict[str, Path]:
     try:
         files = _weight_files(folder)
     except UNREADABLE as error:
-        raise InputError(f"{flag}: the weights in {folder} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{flag}: the weights in {folder} cannot be read: {first_line(error)}") from error
     if not files:
         raise InputError(f"{flag}: {folder} holds no weights: none of {', '.join((*SINGLES, *INDICES))}")
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     if missing:
         raise InputError(f"{flag}: {folder} lacks {', '.join(missing)}, which its index names")
     return files
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
@@ -185,7 +181,7 @@ def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
     try:
         shapes = {name: weights.shape(name) for name in sorted(specs, key=lambda name: str(files[name]))}
     except UNREADABLE as error:
-        raise InputError(f"{flag}: the weights in {weights.path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{flag}: the weights in {weights.path} cannot be read: {first_line(error)}") from error
     for name, shape in shapes.items():
         if shape != specs[name]:
             raise InputError(

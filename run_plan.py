@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 import checkpoint_utils
+from collectives import gather
 from console import InputError, say
 from data_order import TrainingData
 from layout import Layout, describe_layout
@@ -160,7 +161,7 @@ def check_agreement(args: argparse.Namespace, state: TrainState, checkpoint: Pat
     checkpoint_utils.check_shared(args.save_dir)
     own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
     own |= {_setting(name): value for name, value in state.settings.items()}
-    views = checkpoint_utils.gather((socket.gethostname(), own))
+    views = gather((socket.gethostname(), own))
     for number, (host, other) in enumerate(views):
         for name, expected in views[0][1].items():
             if other.get(name) != expected:

@@ -1,5 +1,6 @@
 """Tokenizers: loaded from a folder or the hub, and what turns documents into ids."""
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -21,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from console import InputError
+from console import InputError, first_line
 
+LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 HUB_TIMEOUT_SECONDS = 5
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 PROBE = (
@@ -30,6 +32,10 @@ PROBE = (
     "  two spaces first",
     "\x00\n<0x0A> ▁",
 )
+
+
+def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -50,9 +56,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise
     # tokenizers raises bare Exception on a damaged file.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--tokenizer: cannot load {name_or_path} ({reason}); "
+            f"--tokenizer: cannot load {name_or_path} ({first_line(error)}); "
             "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
         ) from error
     missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, f"{name}_id") is None]

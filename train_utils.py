@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 import checkpoint_utils
 from checkpoint_writer import CheckpointWriter
+from collectives import gather, on_rank_zero
 from console import InputError, RunError, rank, say
 from data_order import ShardedSampler, TrainingData, splitmix64
 from data_utils import IGNORE_INDEX
@@ -86,7 +87,7 @@ def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_pa
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
     first = loader.sampler.positions.start  # type: ignore[attr-defined]
     by_share: dict[int, str] = {}
-    for number, (share, other) in enumerate(checkpoint_utils.gather((first, digest))):
+    for number, (share, other) in enumerate(gather((first, digest))):
         if by_share.setdefault(share, other) != other:
             raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {share}")
     if len(by_share) != data_parallel:
@@ -181,7 +182,7 @@ def train(
                     writer.save(booster.plugin, model, optimizer, _documents(optimizer, lr_scheduler, state))
                 writer.wait()
                 metrics.note(writer.take_reports())
-                reason = next(text for text in checkpoint_utils.gather(broken) if text)
+                reason = next(text for text in gather(broken) if text)
                 raise RunError(f"{reason}; {_last_of(writer, checkpoint)}")
             if state.step == first_step:
                 check_same_batch(loader, micro_batches[0], plan.layout.dp)
@@ -270,7 +271,7 @@ def nothing_left(
 def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path], None], interrupted: bool) -> int:
     """Leaves the folder `final`, made by `export` on rank 0; returns the exit status of the run. Collective."""
     final = args.save_dir / "final"
-    checkpoint_utils.on_rank_zero(
+    on_rank_zero(
         lambda: export(checkpoint), f"{final} could not be made of {checkpoint}, which is whole; make room and resume"
     )
     say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")

@@ -151,8 +151,8 @@ def keep_gradients_in_place(optimizer: LowLevelZeroOptimizer) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: OptimizerWrapper) -> float:
-    """Does what `optimizer.step()` does, and returns the norm of the gradients before clipping, loss scale included."""
+def update(optimizer: OptimizerWrapper) -> None:
+    """Does what `optimizer.step()` does."""
     zero = isinstance(optimizer, LowLevelZeroOptimizer)
     parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
     norm = _gradient_norm(optimizer, parts)
@@ -161,7 +161,7 @@ def update(optimizer: OptimizerWrapper) -> float:
     if isinstance(precision, FP16MixedPrecisionMixin):
         precision.check_local_overflow = lambda: not math.isfinite(norm)
     if precision is not None and precision.should_skip_step():
-        return norm
+        return
 
     scale = 1.0 if precision is None else precision.get_grad_div_scale()
     max_norm = optimizer._clip_grad_norm if zero else optimizer.max_norm
@@ -182,7 +182,6 @@ def update(optimizer: OptimizerWrapper) -> float:
         torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
     if zero:
         _gather(optimizer, parts)
-    return norm
 
 
 def _zero_parts(optimizer: LowLevelZeroOptimizer) -> Iterator[_Part]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import dependencies
-from console import InputError, local_rank, rank, say, world_size
+from console import InputError, first_line, local_rank, rank, say, world_size
 from scripts.run_on_hosts import Host, read_hostfile
 
 JOIN_SECONDS = 60
@@ -141,7 +141,7 @@ def attention() -> Finding:
         torch.cuda.synchronize()
     except (ImportError, RuntimeError) as error:
         remedy = "reinstall flash-attn for this torch, or uninstall it; without -a no such kernel is needed"
-        return Finding("attention", False, f"-a selects {line}, which fails: {str(error).splitlines()[0]}", remedy)
+        return Finding("attention", False, f"-a selects {line}, which fails: {first_line(error)}", remedy)
     return Finding("attention", True, f"-a selects {line}; it ran on the GPU")
 
 
@@ -233,10 +233,12 @@ def clocks() -> Finding:
     """How far the clocks of the machines are apart, read as a barrier opens."""
     import torch.distributed as dist
 
+    from collectives import gather
+
     rounds = []
     for _ in range(ROUNDS):
         dist.barrier()
-        rounds.append(_gather((socket.gethostname(), time.time())))
+        rounds.append(gather((socket.gethostname(), time.time())))
     skews = {}
     for number in range(world_size()):
         difference = statistics.median(times[number][1] - times[0][1] for times in rounds)
@@ -252,7 +254,9 @@ def clocks() -> Finding:
 
 def shared_folder(folder: Path) -> Finding:
     """Whether each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
-    run = _gather(uuid.uuid4().hex)[0]
+    from collectives import gather
+
+    run = gather(uuid.uuid4().hex)[0]
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +265,7 @@ def shared_folder(folder: Path) -> Finding:
         error = None
     except OSError as caught:
         error = f"{socket.gethostname()} cannot write to {folder}: {caught.strerror}"
-    errors = [other for other in _gather(error) if other]
+    errors = [other for other in gather(error) if other]
     if errors:
         return Finding("shared folder", False, errors[0], "mount it there for writing, or give another with -o")
     expected = [folder / f".doctor-{run}-{number}" for number in (range(world_size()) if rank() == 0 else (0,))]
@@ -269,9 +273,9 @@ def shared_folder(folder: Path) -> Finding:
     while not all(path.exists() for path in expected) and time.monotonic() < deadline:
         time.sleep(0.1)
     unseen = [path for path in expected if not path.exists()]
-    blind = sorted({host for host, missing in _gather((socket.gethostname(), bool(unseen))) if missing})
+    blind = sorted({host for host, missing in gather((socket.gethostname(), bool(unseen))) if missing})
     own.unlink()
-    _gather(None)
+    gather(None)
     if not existed:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -279,17 +283,6 @@ def shared_folder(folder: Path) -> Finding:
         detail = f"{folder}: {', '.join(blind)} did not see the others' files within {SHARED_SECONDS} s"
         return Finding("shared folder", False, detail, "give a folder on a file system that all machines share")
     return Finding("shared folder", True, f"{folder} is written and seen by all {world_size()} ranks")
-
-
-def _gather(value: object) -> list:
-    """Every rank's value, by rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 # ------------------------------------------------------------------------------------------------------------ together
@@ -314,7 +307,9 @@ def show(findings: dict[str, Finding]) -> bool:
 
 def report(finding: Finding) -> bool:
     """Shows what the first rank of every machine found; on each rank, whether all is well. Collective."""
-    gathered = _gather((socket.gethostname(), local_rank(), finding))
+    from collectives import gather
+
+    gathered = gather((socket.gethostname(), local_rank(), finding))
     return show({host: found for host, local, found in gathered if local == 0})
 
 
@@ -349,7 +344,7 @@ def main() -> int:
         try:
             backend = join()
         except (RuntimeError, ValueError) as error:
-            detail = f"not joined within {JOIN_SECONDS} s: {str(error).strip().splitlines()[0]}"
+            detail = f"not joined within {JOIN_SECONDS} s: {first_line(error)}"
             remedy = "open --master_port; name the interface: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME"
             return show_own(Finding("process group", False, detail, remedy))
     good = report(first)

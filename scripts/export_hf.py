@@ -22,18 +22,14 @@ import checkpoint_utils
 from arguments import ArgumentParser, user_path
 from console import InputError
 from model_export import export
-from tokenization import load_tokenizer
+from tokenization import add_tokenizer_arg, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="export_hf.py", description=__doc__)
     parser.add_argument("--checkpoint", type=user_path, required=True, help="folder epochE-stepS")
     parser.add_argument("--output", type=user_path, required=True, help="folder to make; it must not exist")
-    parser.add_argument(
-        "--tokenizer",
-        default="hf-internal-testing/llama-tokenizer",
-        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
-    )
+    add_tokenizer_arg(parser)
     return parser.parse_args()
 
 

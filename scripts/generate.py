@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from arguments import ArgumentParser
 from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
-from console import InputError
+from console import InputError, first_line
 from model_utils import load_config
 from pretrained import check_pretrained, find_model
 from tokenization import check_vocabulary, load_tokenizer
@@ -130,8 +130,9 @@ def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"--base_model: the adapters in {adapter} do not fit {folder}: {reason}") from error
+            raise InputError(
+                f"--base_model: the adapters in {adapter} do not fit {folder}: {first_line(error)}"
+            ) from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -32,8 +32,8 @@ from matplotlib.ticker import EngFormatter
 
 from arguments import ArgumentParser, user_path
 from console import InputError
+from metrics import LOG_FILE
 
-LOG_FILE = "metrics.jsonl"
 MOST_POINTS = 2000  # that a curve is drawn with; more become means of neighbours
 X_LABELS = {"step": "optimizer step", "tokens": "tokens", "hours": "hours of training"}
 

@@ -28,8 +28,8 @@ from arguments import ArgumentParser, user_path
 from console import InputError, say
 from data_utils import read_manifest
 from dataset_preparation import Part, prepare_folder, verify
-from dataset_sources import add_source_args, resolve_source
-from tokenization import TextEncoder, load_tokenizer
+from dataset_sources import REDPAJAMA_SAMPLE, add_source_args, resolve_source
+from tokenization import TextEncoder, add_tokenizer_arg, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,15 +38,11 @@ def parse_args() -> argparse.Namespace:
         "-d",
         "--dataset",
         type=os.path.expanduser,
-        default="togethercomputer/RedPajama-Data-1T-Sample",
-        help="as of pretrain.py (default: togethercomputer/RedPajama-Data-1T-Sample)",
+        default=REDPAJAMA_SAMPLE,
+        help=f"as of pretrain.py (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(parser)
-    parser.add_argument(
-        "--tokenizer",
-        default="hf-internal-testing/llama-tokenizer",
-        help="hub name or folder (default: hf-internal-testing/llama-tokenizer)",
-    )
+    add_tokenizer_arg(parser)
     parser.add_argument("--output", type=user_path, required=True, help="folder of the shards and the manifest")
     parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one for each core)")
     parser.add_argument(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from corpora import error_of
 from processes import boosted, random_states, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ import run_plan
 import sharded_state
 from checkpoint_utils import check_model, claim_folder, find_checkpoint, is_complete
 from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints
+from collectives import on_rank_zero
 from console import InputError, RunError
 from files import checksum
 from model_utils import load_config, parameter_specs
@@ -338,14 +340,6 @@ class TestFindCheckpoint:
         assert "does not exist" in error_of(find_checkpoint, str(tmp_path / "none"), tmp_path)
 
 
-def error_of(function, *arguments):
-    """The single line of the InputError that a call ends in."""
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 class TestCheckModel:
     def test_the_same_sizes(self, saved):
         config = load_config("test")
@@ -424,7 +418,7 @@ class TestExport:
 
 def export_error(checkpoint, target):
     with pytest.raises(RunError) as caught:
-        checkpoint_utils.on_rank_zero(lambda: export(checkpoint, target), "no model")
+        on_rank_zero(lambda: export(checkpoint, target), "no model")
     return str(caught.value)
 
 

@@ -5,10 +5,10 @@ import json
 from collections import Counter
 
 import pytest
+from corpora import error_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from console import InputError
 from dataset_sources import resolve_source
 from instruction_rows import SHAPES, ExampleEncoder, find_shape, separator
 from tokenization import load_tokenizer
@@ -59,14 +59,6 @@ def learned(example):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return resolve_source(str(path))
-
-
-def error_of(function, *arguments):
-    """The single line of the InputError that a call ends in."""
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class TestPromptAndCompletion:

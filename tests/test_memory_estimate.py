@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig
 from processes import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,7 @@ from console import InputError
 from fsdp_plugin import FSDPPlugin
 from layout import resolve_layout
 from memory_estimate import MemoryEstimate, estimate_memory
-from model_utils import LlamaConfig, load_config
+from model_utils import LlamaConfig, count_parameters, load_config, trained_specs
 from training_step import forward_backward, optimizer_step
 
 SMALL = "--no-compile -c tiny -b 4 -l 128"
@@ -103,6 +104,15 @@ def test_estimate_is_what_the_tensors_take(ranks, flags):
     predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
     fullest = max(passes for passes, _ in peaks)
     assert max(moment.total for moment in predicted.moments[:-1]) == pytest.approx(fullest, rel=0.03)
+
+
+def test_adapters_beside_frozen_weights():
+    args, config, layout = parsed("-c tiny -l 128 -p zero2 -a --dry_run --gpus 1")
+    config.lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    trained = sum(spec.shape.numel() for spec in trained_specs(config))
+    first = estimate_memory(args, config, layout).moments[0]
+    assert first.weights == 2 * (count_parameters(config) + trained)
+    assert first.optimizer == 12 * trained
 
 
 # GB that torch allocated at the peak on an H100: width of 7B, 4 layers, 2 sequences of 4096, no recomputation. The

@@ -8,24 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpora import error_of
 from hub_server import Branches, HubServer
 from launching import ROOT
 from processes import boosted, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from console import InputError
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, generation_config, load_pretrained, pretrained_weights
 from sharded_state import MASTER, local_shards
-
-
-def error_of(function, *arguments):
-    """The single line of the InputError that a call ends in."""
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def check(folder, config=None):
