@@ -31,7 +31,7 @@ from files import sync, write_json
 from tokenization import TextEncoder
 
 PREPARATION = ".preparation"
-BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS = 2**22
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**22, 2**30
 UNITS = 2**12  # about as many are made of a large data set, so that its manifest stays small
 COMPRESSION_RATIO = 4  # of text, roughly: what a byte of a compressed file weighs when units are made

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -27,6 +28,12 @@ from console import InputError, first_line
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 HUB_TIMEOUT_SECONDS = 5
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
+FEW_CHARACTERS = 2**11
+BLOCK_BYTES = 2**22  # in which equal parts are encoded once
+PARTS_AT_ONCE = 64  # the longer a text is, the slower is SentencePiece
+OPEN, CLOSE, LINE_END = SIGNS = b"\xfe\xff\n"  # the first two are in no UTF-8 text
+Piece = ModelProto.SentencePiece
+FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
 PROBE = (
     "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
     "  two spaces first",
@@ -127,9 +134,14 @@ class TextEncoder:
     Uses SentencePiece itself, which is faster, where the tokenizer is based on a model that gives the same ids.
     A special token spelled out in a document, such as `</s>`, stays text.
 
-    SentencePiece and its lists need up to 70 bytes of memory a character, so a document above PIECE_CHARACTERS is
-    encoded in pieces, cut where no token of the vocabulary could lie across the cut; that leaves its ids as they are.
-    Only if there is no such place among MAX_PIECE_CHARACTERS, as in a very long run of one letter, it is cut anyway.
+    Byte-pair encoding joins no two bytes that no token of the vocabulary has side by side. So the documents are cut
+    between all such bytes, and of the parts, which are words or less, those that are equal are encoded once; the ids
+    stay what they are. This takes a model that falls back to bytes: others make one token of unknown characters in a
+    row.
+
+    SentencePiece and its lists need up to 70 bytes of memory a character. So where a part is very long, as a run of one
+    letter can be, a document above PIECE_CHARACTERS is encoded in pieces, cut where no token could lie across the cut;
+    only if there is no such place among MAX_PIECE_CHARACTERS, it is cut anyway.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -139,20 +151,21 @@ class TextEncoder:
         self.sentencepiece = self._load_sentencepiece()
         self.bare_leading_space = False  # SentencePiece puts a space before every text, some tokenizers not before one
         if self.sentencepiece and self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
-            self.bare_leading_space = self._can_cut
+            self.bare_leading_space = self._is_plain
             if self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
                 self.sentencepiece, self.bare_leading_space = None, False
 
     def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """One array of `dtype` per document, [number of tokens]."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        cut = self.sentencepiece and self._can_cut
-        if not cut or all(len(document) <= PIECE_CHARACTERS for document in documents):
+        if not self.can_cut or sum(map(len, documents)) < FEW_CHARACTERS:
             return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents, threads)]
-        arrays = []
-        for document in documents:
-            pieces = [np.array(ids, self.dtype) for ids in self._encode_in_pieces(document, threads)]
-            arrays.append(np.concatenate([[bos], *pieces, [eos]], dtype=self.dtype, casting="unsafe"))
+        arrays = self._encode_by_parts(documents, threads)
+        if arrays is None:
+            arrays = []
+            for document in documents:
+                pieces = [np.array(ids, self.dtype) for ids in self._encode_in_pieces(document, threads)]
+                arrays.append(np.concatenate([[bos], *pieces, [eos]], dtype=self.dtype, casting="unsafe"))
         return arrays
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,6 +181,55 @@ class TextEncoder:
         texts = ["\n" + document if bare_ else document for document, bare_ in zip(documents, bare, strict=True)]
         encoded = self.sentencepiece.encode(texts, num_threads=threads)
         return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
+
+    def _encode_by_parts(self, documents: Sequence[str], threads: int) -> list[np.ndarray] | None:
+        """What `encode` returns, or None if a part is longer than PIECE_CHARACTERS."""
+        text = b"".join(map(self._framed, documents))
+        arrays, stops, start = [np.empty(0, self.dtype)], [0], 0
+        while start < len(text):
+            block = np.frombuffer(SIGNS + text[start : start + BLOCK_BYTES], np.uint8)
+            ends = np.flatnonzero(self._cuts[block[:-1].astype(np.uint16) << 8 | block[1:]]) + 1
+            if start + BLOCK_BYTES >= len(text):
+                ends = np.append(ends, len(block))
+            if len(ends) == len(SIGNS) or np.diff(ends).max() > PIECE_CHARACTERS:
+                return None
+            ids, ends_of_ids = self._encode_block(block, ends, threads)
+            arrays.append(ids)
+            stops += (sum(map(len, arrays[:-1])) + ends_of_ids[block[ends[len(SIGNS) :] - 1] == CLOSE]).tolist()
+            start += int(ends[-1]) - len(SIGNS)
+        stream = np.concatenate(arrays)
+        return [stream[start:stop] for start, stop in itertools.pairwise(stops)]
+
+    def _framed(self, document: str) -> bytes:
+        text = document.replace("▁", " ")  # which SentencePiece takes for the same
+        bare = not text or (self.bare_leading_space and text.startswith(" "))
+        prefix = "" if bare or not self._rules.normalizer_spec.add_dummy_prefix else " "
+        return b"%c%b%c" % (OPEN, (prefix + text).encode(), CLOSE)
+
+    def _encode_block(self, block: np.ndarray, ends: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the parts of a block, SIGNS before them left out, and where those of each part end."""
+        offsets = np.append(0, ends).astype(np.int32)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
+        parts = pa.Array.from_buffers(pa.binary(), len(ends), buffers).dictionary_encode()
+        distinct = self._encode_parts(parts.dictionary[len(SIGNS) :].to_pylist(), threads)
+        chosen = distinct.take(parts.indices[len(SIGNS) :])
+        _, offsets, data = chosen.buffers()
+        ends_of_ids = np.frombuffer(offsets, np.int32, len(chosen) + 1)[1:] // self.dtype.itemsize
+        return np.frombuffer(data, self.dtype, ends_of_ids[-1]), ends_of_ids
+
+    def _encode_parts(self, parts: list[bytes], threads: int) -> pa.BinaryArray:
+        """The ids of SIGNS and of these parts, each as bytes of `dtype`. A line end parts them for SentencePiece."""
+        *prefix, line_end = self._line_end
+        texts = [b"\n".join([b"", *parts[i : i + PARTS_AT_ONCE]]) for i in range(0, len(parts), PARTS_AT_ONCE)]
+        encoded = self.sentencepiece.encode(texts, num_threads=threads)
+        ids = np.fromiter(itertools.chain.from_iterable(some[len(prefix) :] for some in encoded), np.int64)
+        starts = np.flatnonzero(ids == line_end)
+        lengths = np.diff(starts, append=len(ids)) - 1
+        signs = np.array([self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, line_end], self.dtype)
+        values = np.concatenate([signs, ids[ids != line_end].astype(self.dtype)])
+        offsets = np.cumsum(np.concatenate([[0], [1] * len(SIGNS), lengths])) * self.dtype.itemsize
+        buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(values)]
+        return pa.Array.from_buffers(pa.binary(), len(SIGNS) + len(parts), buffers)
 
     def _encode_in_pieces(self, document: str, threads: int) -> Iterator[list[int]]:
         """The ids of the pieces of a document. All but the first are encoded behind a line end, which is taken off."""
@@ -197,13 +259,36 @@ class TextEncoder:
         return {pair for piece in pieces for pair in map("".join, itertools.pairwise(piece))}
 
     @cached_property
-    def _can_cut(self) -> bool:
+    def _cuts(self) -> np.ndarray:
+        """Whether a text may be cut between two bytes, [65536]: before a character, where no token has both of them."""
+        pieces = [piece.piece for piece in self._rules.pieces if piece.type in FOUND_IN_TEXT]
+        joined = np.frombuffer("\n".join(pieces).replace("▁", " ").encode(), np.uint8)
+        cuts = np.ones((256, 256), bool)
+        cuts[joined[:-1], joined[1:]] = False
+        cuts[:, 0x80:0xC0] = False
+        cuts[LINE_END, :] = cuts[:, LINE_END] = True  # see `_is_plain`
+        return cuts.reshape(-1)
+
+    @cached_property
+    def _rules(self) -> ModelProto:
+        return ModelProto.FromString(self.sentencepiece.serialized_model_proto())
+
+    @cached_property
+    def _is_plain(self) -> bool:
         """Whether the text is encoded as it stands, but for a space that is put before it, and a line end by itself."""
         if not self.sentencepiece:
             return False
-        rules = ModelProto.FromString(self.sentencepiece.serialized_model_proto()).normalizer_spec
+        rules = self._rules.normalizer_spec
         plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces and rules.escape_whitespaces
         return plain and not any("\n" in pair for pair in self._neighbours)
+
+    @cached_property
+    def can_cut(self) -> bool:
+        """Whether the parts of a text can be encoded by themselves."""
+        if not self._is_plain:
+            return False
+        rules = self._rules.trainer_spec
+        return rules.model_type == TrainerSpec.BPE and rules.byte_fallback and not rules.treat_whitespace_as_suffix
 
     def _encode_with_tokenizer(self, documents: Sequence[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}

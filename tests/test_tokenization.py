@@ -1,15 +1,20 @@
 """Tokenizers from folders and the hub, and the ids of documents."""
 
+import inspect
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentencepiece
 from corpora import TEXTS, error_of, run_python
 from hub_server import HubServer
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
 
+import tokenization
 from tokenization import TextEncoder, load_tokenizer
 
 
@@ -102,3 +107,83 @@ class TestTextEncoder:
         again("some use", truncation=True, max_length=2)
         fingerprint = TextEncoder(tokenizer).fingerprint
         assert TextEncoder(again).fingerprint == fingerprint != TextEncoder(fast).fingerprint
+
+
+LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+LLAMA |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True}
+CUT = {
+    "LLaMA's": {},
+    "without a space before a text": {"add_dummy_prefix": False},
+    "of tokens longer than a word": {"split_by_whitespace": False, "split_by_unicode_script": False},
+    "with symbols of its own": {"user_defined_symbols": ["<tool>", "▁▁x", "é日", "ab▁", "0", "\t"]},
+}
+NOT_CUT = {
+    "of unigrams": {"model_type": "unigram"},
+    "without bytes": {"byte_fallback": False},
+    "with spaces behind words": {"treat_whitespace_as_suffix": True},
+    "of other forms of a character": {"normalization_rule_name": "nmt_nfkc"},
+    "without double spaces": {"remove_extra_whitespaces": True},
+    "with line ends in tokens": {"user_defined_symbols": ["\n\n", "}\n"]},
+}
+FRAGMENTS = [" ", "  ", "\t", "\n", "\n\n", "\r\n", "\0", "▁", "▁▁", "\xa0", "\u2003", "\u200b", "\ufeff", "\U0010ffff"]
+FRAGMENTS += ["é日本", "日", "😀", "</s>", "<s>", "<unk>", "<0x0A>", "<tool>", "ab ", "0", "}\n", "self", "return None"]
+FRAGMENTS += ["a" * 99, "-" * 70, " " * 40, "日" * 50]
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=9)).map(
+    "".join
+)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """Trains a vocabulary by its name above."""
+    lines = (inspect.getsource(json.decoder) + inspect.getsource(tokenization)).splitlines()
+    paths = {}
+
+    def train(name):
+        if name not in paths:
+            model = io.BytesIO()
+            options = {**LLAMA, **{**CUT, **NOT_CUT}[name], "vocab_size": 600, "hard_vocab_limit": False}
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=model, minloglevel=2, **options
+            )
+            paths[name] = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+            paths[name].write_bytes(model.getvalue())
+        return str(paths[name])
+
+    return train
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", [*CUT, *NOT_CUT])
+    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        documents=st.lists(texts, max_size=5),
+        sizes=st.sampled_from([(7, 8), (150, 90), (2**22, 2**16)]),
+        threads=st.integers(1, 3),
+        dtype=st.sampled_from(["<u2", "<u4"]),
+    )
+    def test_ids_are_those_of_whole_texts(self, vocabulary, monkeypatch, name, documents, sizes, threads, dtype):
+        """Cut in a vocabulary where it is so, else left whole; blocks are crossed, and parts too long for them met."""
+        for constant, size in zip(("BLOCK_BYTES", "PIECE_CHARACTERS"), sizes, strict=True):
+            monkeypatch.setattr(tokenization, constant, size)
+        monkeypatch.setattr(tokenization, "FEW_CHARACTERS", 0)
+        encoder = TextEncoder(LlamaTokenizer(vocabulary(name), legacy=True))
+        encoder.dtype = np.dtype(dtype)
+        assert encoder.can_cut is (name in CUT)
+        model = sentencepiece.SentencePieceProcessor(model_file=vocabulary(name))
+        expected = [[1, *model.encode(text), 2] for text in documents]
+        encoded = encoder.encode(documents, threads)
+        assert [ids.tolist() for ids in encoded] == expected
+        assert {ids.dtype for ids in encoded} <= {encoder.dtype}
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(texts, max_size=5), st.booleans())
+    def test_ids_are_those_of_the_tokenizer(self, tokenizer, sample_tokenizer, monkeypatch, documents, fast):
+        """One that puts no space before a text that begins with one."""
+        monkeypatch.setattr(tokenization, "FEW_CHARACTERS", 0)
+        encoder = TextEncoder(sample_tokenizer if fast else tokenizer)
+        assert encoder.can_cut
+        bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        expected = [[bos, *encoder.tokenizer(text, **options)["input_ids"], eos] for text in documents]
+        assert [ids.tolist() for ids in encoder.encode(documents)] == expected
