@@ -31,7 +31,7 @@ from files import sync, write_json
 from tokenization import TextEncoder
 
 PREPARATION = ".preparation"
-BATCH_CHARACTERS = 2**22
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**22, 2**14
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**22, 2**30
 UNITS = 2**12  # about as many are made of a large data set, so that its manifest stays small
 COMPRESSION_RATIO = 4  # of text, roughly: what a byte of a compressed file weighs when units are made
@@ -157,7 +157,7 @@ def tokenize_unit(preparation: Preparation, number: int, progress: "Progress") -
 
 
 def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "Progress") -> Iterator[list[Document]]:
-    """The usable documents of a unit, about BATCH_CHARACTERS at a time."""
+    """The usable documents of a unit, about BATCH_CHARACTERS and at most BATCH_DOCUMENTS at a time."""
     batch, size = [], 0
     for piece in unit:
         file = preparation.source.files[piece.file]
@@ -168,7 +168,7 @@ def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "
                 continue
             batch.append(document)
             size += len(document.text)
-            if size >= BATCH_CHARACTERS:
+            if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
                 progress.add(document.position - position)
                 position = document.position
                 yield batch
