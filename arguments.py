@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import Any, NoReturn
 
 from transformers import LlamaConfig
 
@@ -17,10 +18,10 @@ from recomputation import AUTO
 class ArgumentParser(argparse.ArgumentParser):
     """Reports mistakes on the command line as InputError, so that one rank prints one line."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
 
@@ -39,7 +40,13 @@ def _share(text: str) -> float | str:
 class _Given(argparse.Action):
     """Stores the value and, in NAME_given, that the user set it."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         setattr(namespace, self.dest, values)
         setattr(namespace, f"{self.dest}_given", True)
 

@@ -10,11 +10,15 @@ forward pass, by `attend_inside_documents`; the kernel VARIABLE_LENGTH reads it 
 """
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from colossalai.shardformer.layer._operation import all_to_all_comm
 from colossalai.shardformer.policies.llama import LlamaForCausalLMPolicy
+from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -92,7 +96,15 @@ def _mask_documents(model: LlamaForCausalLM, args: tuple, kwargs: dict) -> tuple
     return args, {**kwargs, "attention_mask": mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)}
 
 
-def _variable_length_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _variable_length_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Causal attention inside the documents of `attention_mask`, int32 [B, 1, 1, N + 1], by torch's flash kernel.
 
     Query, key and value are [B, H, S, D], key and value perhaps of fewer heads; the output is [B, S, H, D]. Documents
@@ -115,15 +127,21 @@ def _variable_length_attention(module, query, key, value, attention_mask, scalin
 AttentionInterface.register(VARIABLE_LENGTH, _variable_length_attention)
 
 
-def _ulysses_forward(group):
+def _ulysses_forward(group: ProcessGroup) -> Callable:
     """LlamaAttention.forward over sequences split P ways: heads are exchanged for positions around the attention.
 
     DeepSpeed-Ulysses (arXiv:2309.14509). ColossalAI's own version without its flash kernel applies no causal mask when
     it is given none, so this one calls the kernel that the configuration names, as the unsplit model does.
     """
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
-        def exchanged(projection):  # [B, S/P, H D] -> [B, H/P, S, D]
+    def forward(
+        self: LlamaAttention,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        def exchanged(projection: nn.Module) -> torch.Tensor:  # [B, S/P, H D] -> [B, H/P, S, D]
             states = all_to_all_comm(projection(hidden_states), group)
             return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
@@ -140,7 +158,7 @@ def _ulysses_forward(group):
 class SequenceParallelPolicy(LlamaForCausalLMPolicy):
     """ColossalAI's sharding of LLaMA with the attention above."""
 
-    def module_policy(self):
+    def module_policy(self) -> dict:
         policy = super().module_policy()
         self.append_or_create_method_replacement(
             description={"forward": _ulysses_forward(self.shard_config.sequence_parallel_process_group)},

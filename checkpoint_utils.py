@@ -259,8 +259,11 @@ def find_checkpoint(load: str, save_dir: Path) -> Path | None:
 
 def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     """Files of a checkpoint, or of one share of them, whose size or checksum is not the manifest's."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        return [MANIFEST]
     damaged = []
-    for name, expected in sorted(_manifest(folder).items())[share::shares]:
+    for name, expected in sorted(manifest.items())[share::shares]:
         try:
             if checksum(folder / name) != expected:
                 damaged.append(name)
@@ -281,7 +284,7 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
 def read_running_states(folder: Path) -> dict:
     """Raises InputError where the file is not what the manifest says."""
     path = folder / RUNNING_STATES
-    if checksum(path) != _manifest(folder).get(RUNNING_STATES):
+    if checksum(path) != (_manifest(folder) or {}).get(RUNNING_STATES):
         raise InputError(f"--load: {path} is damaged; choose another checkpoint")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -300,7 +303,7 @@ class LazyTensors:
         self.path: Path | None = None
         self.file: Any = None  # tensors by name, or safe_open's handle
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name: str) -> Any:
         """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""
         if self.files[name] != self.path:
             self.path = self.files[name]

@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._abandoned = False
-        self._temporary: Path | None = None
+        self._temporary: Path  # folder of the checkpoint in flight
 
     def save(
         self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
@@ -138,13 +138,13 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Where training has failed, lets what is in flight be completed, as long as it grows. Not collective."""
         written, since = -1, time.monotonic()
         while kind and self._thread and self._thread.is_alive() and time.monotonic() - since < STALLED_SECONDS:
             with contextlib.suppress(OSError):  # files come and go
                 size = sum(path.stat().st_size for path in self._temporary.rglob("*"))
-                written, since = size, since if size == written else time.monotonic()
+                written, since = size, (since if size == written else time.monotonic())
             time.sleep(POLL_SECONDS)
         for report in self.take_reports():
             say(report)

@@ -17,7 +17,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
@@ -138,7 +141,9 @@ def end_with_parent() -> None:
     """Has this process of `multiprocessing` end as soon as its parent has, however that ended, whatever it is doing."""
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(RUN_FAILED)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -180,7 +185,7 @@ def _key(problems: Sequence[str]) -> str:
     return f"console/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
 
 
-def _store():
+def _store() -> "TCPStore":
     """A client of the store that torchrun keeps for its ranks; OSError where there is none."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     socket.create_connection((address, port), TELL_SECONDS).close()  # TCPStore would complain at length

@@ -213,7 +213,7 @@ class StreamedDataset(Dataset):
             self._read = number * self.buffer
         number, place = divmod(position, self.buffer)
         # The next buffer is read as this one is used up, so that no step waits for a whole buffer.
-        self._read_until(max((number + 1) * self.buffer, position + self.buffer), keep=number)
+        self._read_until(self._stream, max((number + 1) * self.buffer, position + self.buffer), keep=number)
         index = number * self.buffer + Permutation(self.buffer, self.seed, number)[place]
         ids = torch.from_numpy(self._sequences[index].astype(np.int64))
         item = {"input_ids": ids, "labels": ids.clone()}
@@ -221,7 +221,7 @@ class StreamedDataset(Dataset):
             item = mark_documents(item, *self.document_ends)
         return {**item, "stream": {"buffer": number, "state": self._states[number]}}
 
-    def _read_until(self, stop: int, keep: int) -> None:
+    def _read_until(self, stream: TokenStream, stop: int, keep: int) -> None:
         for number in [number for number in self._states if number < keep]:
             del self._states[number]
             for index in range(number * self.buffer, (number + 1) * self.buffer):
@@ -229,8 +229,8 @@ class StreamedDataset(Dataset):
         while self._read < stop:
             number, place = divmod(self._read, self.buffer)
             if place == 0:
-                self._states[number] = self._stream.state
-            sequence = self._stream.next_sequence()
+                self._states[number] = stream.state
+            sequence = stream.next_sequence()
             if number >= keep:
                 self._sequences[self._read] = sequence
             self._read += 1

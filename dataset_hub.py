@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import http_backoff, logging
 
+import hub
 from console import InputError
 from files import exclusive_lock
 
@@ -87,7 +88,7 @@ def list_repository(name: str, revision: str | None) -> Repository:
         sibling.rfilename: (sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or "")
         for sibling in info.siblings or []
     }
-    return Repository(name, info.sha, files)
+    return Repository(name, str(info.sha), files)
 
 
 def has_converted_branch(name: str) -> bool:
@@ -100,7 +101,7 @@ def has_converted_branch(name: str) -> bool:
     return any(branch.ref == CONVERTED for branch in branches)
 
 
-def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
+def _refusal(name: str, revision: str | None, error: HfHubHTTPError | HFValidationError) -> InputError:
     if isinstance(error, GatedRepoError):
         return InputError(
             f"--dataset: {name} is gated; accept its terms on its page of the hub, then log in with `hf auth login` "
@@ -117,9 +118,7 @@ def _refusal(name: str, revision: str | None, error: Exception) -> InputError:
         return InputError(f"--dataset: {name} is neither a file nor a folder here, nor a name of the form OWNER/NAME")
     if isinstance(error, EntryNotFoundError):
         return InputError(f"--dataset: {name} has lost a file since it was listed; start again")
-    response = getattr(error, "response", None)
-    status = response.status_code if response is not None else "no status"
-    return InputError(f"--dataset: the hub refuses {name} (HTTP {status}); try again later, or check HF_TOKEN")
+    return InputError(f"--dataset: the hub refuses {name} ({hub.status_of(error)}); try again later, or check HF_TOKEN")
 
 
 def fetch(repository: str, commit: str, path: str) -> Path:
@@ -138,13 +137,14 @@ def fetch(repository: str, commit: str, path: str) -> Path:
 
 def _persistently(request: Callable[[], T]) -> T:
     """Calls `request`, and again while the connection breaks off. What the client has given up itself is passed on."""
-    for pause in (*PAUSES_SECONDS, None):
+    for pause in PAUSES_SECONDS:
         try:
             return request()
         except OSError as error:
-            if pause is None or not _may_pass(error):
+            if not _may_pass(error):
                 raise
             time.sleep(pause)
+    return request()
 
 
 def _may_pass(error: OSError) -> bool:

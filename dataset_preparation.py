@@ -266,11 +266,11 @@ def _remove_temporary(preparation: Preparation, numbers: range) -> None:
 def _merge(preparation: Preparation, seconds: float) -> bool:
     """Writes the manifest if every unit has its record; the same one, whoever writes it."""
     folder, source, encoder = preparation.folder, preparation.source, preparation.encoder
-    records = [preparation.record(number) for number in range(len(preparation.units))]
-    if None in records:
-        missing = records.count(None)
+    units = range(len(preparation.units))
+    records = [record for number in units if (record := preparation.record(number))]
+    if missing := len(units) - len(records):
         console.say(
-            f"finished here; {missing:,} of {len(records):,} pieces are with other parts, the last writes the manifest"
+            f"finished here; {missing:,} of {len(units):,} pieces are with other parts, the last writes the manifest"
         )
         return False
     shards = [shard for record in records for shard in record["shards"]]

@@ -201,7 +201,7 @@ class Stopped(Exception):
 class Progress:
     """Bytes of the input that all processes have read, and whether they are to stop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes = multiprocessing.Value("q", 0)
         self.stop = multiprocessing.Value("b", 0)
 
@@ -236,8 +236,8 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
         remaining = iter(numbers)
         try:
             while True:
-                while len(pending) < 2 * num_workers and (number := next(remaining, None)) is not None:
-                    pending.add(executor.submit(_tokenize_in_worker, number))
+                while len(pending) < 2 * num_workers and (unit := next(remaining, None)) is not None:
+                    pending.add(executor.submit(_tokenize_in_worker, unit))
                 if not pending:
                     break
                 done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)

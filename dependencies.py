@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import console
@@ -37,11 +38,11 @@ class Package(NamedTuple):
 
 
 def packages() -> list[Package]:
-    """What the requirements files ask for, beside what there is."""
+    """What the requirements files ask for, beside what there is; nothing where the programs came without the files."""
     from packaging.requirements import Requirement  # which may be what is missing
 
     found = []
-    for file in INSTALL:
+    for file in filter(lambda file: (ROOT / file).is_file(), INSTALL):
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
             if text := line.partition("#")[0].strip():
                 requirement = Requirement(text)
@@ -72,7 +73,7 @@ def require() -> None:
         _refuse(*(f"{package.problem}; {INSTALL[package.file]}" for package in unsuitable))
 
 
-def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback) -> None:
+def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Stands for sys.excepthook: what fails later than at the imports is console.run's."""
     if isinstance(error, ImportError) and not _is_own(error):
         _refuse(f"a package cannot be imported ({console.first_line(error)}); {INSTALL['requirements.txt']}")

@@ -26,11 +26,13 @@ from model_utils import ParameterSpec, initial_weight
 class FSDPOptimizer(FSDPOptimizerWrapper):
     """Clips by the norm over all shards, and in fp16 scales the loss and skips steps that overflowed."""
 
+    grad_norm: torch.Tensor  # of the last step, before clipping
+
     def __init__(self, optimizer: Optimizer, model: ModelWrapper, max_norm: float, scaler: ShardedGradScaler):
         super().__init__(optimizer, model)
-        self.max_norm, self.scaler, self.grad_norm = max_norm, scaler, None
+        self.max_norm, self.scaler = max_norm, scaler
 
-    def backward(self, loss: torch.Tensor, *args, **kwargs) -> None:
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(self.scaler.scale(loss), *args, **kwargs)
 
     def step(self) -> None:
@@ -72,7 +74,12 @@ class FSDPPlugin(TorchFSDPPlugin):
         return ["cuda", "npu"]
 
     def configure(
-        self, model: LlamaForCausalLM, optimizer: Optimizer, criterion=None, dataloader=None, lr_scheduler=None
+        self,
+        model: LlamaForCausalLM,
+        optimizer: Optimizer,
+        criterion: Any = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
     ) -> tuple:
         device = torch.device(get_accelerator().get_current_device())
         names = {module: name for name, module in model.named_modules()}

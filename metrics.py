@@ -47,16 +47,17 @@ class Metrics:
         except OSError as error:
             self._complain(step + 1, error)
 
-    def _open(self) -> None:
+    def _open(self) -> FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
             self.file = self._open_after(self.folder / LOG_FILE, self.step)
             self.last = self._last_row(self.folder / LOG_FILE)
             self.start -= 3600 * self.last.get("hours", 0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        return self.file
 
     @staticmethod
-    def _open_after(path: Path, step: int):
+    def _open_after(path: Path, step: int) -> FileIO:
         """Opens the file for appending, less the rows of later steps, which stay in a numbered file beside it.
 
         They are those that a resumed run repeats, or another run's.
@@ -111,7 +112,7 @@ class Metrics:
             return
         step, now = values["step"], time.monotonic()
         self.last = values = {**values, "hours": (now - self.start) / 3600}
-        self.first = self.first or (step, now)
+        first = self.first = self.first or (step, now)
         try:
             self._write(step, values)
         except OSError as error:
@@ -126,13 +127,13 @@ class Metrics:
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
-            say(f"step {step}/{self.total_steps}: {line}{self._time_left(step, now)}")
+            say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
         if "eval_loss" in values:
             loss, perplexity = values["eval_loss"], values["eval_perplexity"]
             self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
 
-    def _time_left(self, step: int, now: float) -> str:
-        first_step, first_time = self.first
+    def _time_left(self, first: tuple[int, float], step: int, now: float) -> str:
+        first_step, first_time = first
         if first_step == step or step == self.total_steps:
             return ""
         seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
@@ -154,11 +155,10 @@ class Metrics:
         self.failing = True
 
     def _write(self, step: int, values: dict) -> None:
-        if self.file is None:
-            self._open()
-        row, end = f"{json.dumps(values)}\n".encode(), os.fstat(self.file.fileno()).st_size
-        if self.file.write(row) != len(row):
-            self.file.truncate(end)
+        file = self.file or self._open()
+        row, end = f"{json.dumps(values)}\n".encode(), os.fstat(file.fileno()).st_size
+        if file.write(row) != len(row):
+            file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.failing or self.board is None:  # TensorBoard's own thread ends at its first error
             self.board = SummaryWriter(str(self.folder), purge_step=step)

@@ -84,7 +84,7 @@ class PerformanceEvaluator:
 class StepTimer:
     """Seconds of each step, from when the device has done what came before it to when it has done the step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: list[float] = []
 
     @contextlib.contextmanager

@@ -15,12 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+import hub
 from checkpoint_utils import LazyTensors, check_model, mapped_tensors
 from console import InputError, first_line, say
 from files import exclusive_lock
 from model_utils import parameter_specs
 from sharded_state import frozen_parameters, restore
-from tokenization import HUB_TIMEOUT_SECONDS, split_revision
 
 # What a folder may hold, in order of preference: an index of several files, or a single one.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -56,7 +56,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
     if path.exists():
         raise InputError(f"{flag}: {name_or_path} is a file; give the folder that holds it")
     try:
-        validate_repo_id(split_revision(name_or_path)[0])
+        validate_repo_id(hub.split_revision(name_or_path)[0])
     except HFValidationError as error:
         raise InputError(f"{flag}: {name_or_path} does not exist; give a model folder or a hub name") from error
     lock = Path(HF_HUB_CACHE) / f".{name_or_path.replace('/', '--')}.lock"
@@ -65,8 +65,9 @@ def find_model(name_or_path: str, flag: str) -> Path:
         with exclusive_lock(lock, f"{name_or_path} is being downloaded; waiting for it"):
             return _downloaded(name_or_path) or _download(name_or_path, flag)
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise InputError(f"{flag}: {name_or_path} is no folder, and the hub refuses it (HTTP {status})") from error
+        raise InputError(
+            f"{flag}: {name_or_path} is no folder, and the hub refuses it ({hub.status_of(error)})"
+        ) from error
     except OSError as error:
         raise InputError(
             f"{flag}: {name_or_path} is no folder, and it cannot be downloaded ({type(error).__name__}); "
@@ -76,7 +77,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
 
 def _downloaded(name_or_pin: str) -> Path | None:
     """The folder of an earlier download, if it is whole."""
-    name, revision = split_revision(name_or_pin)
+    name, revision = hub.split_revision(name_or_pin)
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         pretrained_weights(folder, "")
@@ -87,9 +88,9 @@ def _downloaded(name_or_pin: str) -> Path | None:
 
 def _download(name_or_pin: str, flag: str) -> Path:
     """Fetches configuration, tokenizer, and weights in the one of their formats that comes first."""
-    name, revision = split_revision(name_or_pin)
-    info = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    files = [file.rfilename for file in info.siblings]
+    name, revision = hub.split_revision(name_or_pin)
+    info = HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
+    files = [file.rfilename for file in info.siblings or []]
     if "config.json" not in files:
         raise InputError(f"{flag}: {name} on the hub is not a Hugging Face model: it has no config.json")
     pattern = "model*.safetensors" if {INDICES[0], SINGLES[0]} & set(files) else "pytorch_model*.bin"

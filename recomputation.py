@@ -39,7 +39,7 @@ def recompute(model: LlamaForCausalLM, layers: set[int], reentrant: bool = False
             layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(plain, outputs)))
     checkpoint = model.model._gradient_checkpointing_func
 
-    def checkpoint_some(call: Any, *inputs):
+    def checkpoint_some(call: Any, *inputs: Any) -> Any:
         bound: Any = call.func if isinstance(call, partial) else call
         layer = bound.__self__
         return checkpoint(call, *inputs) if layer.self_attn.layer_idx in layers else call(*inputs)

@@ -8,6 +8,7 @@ initialising, saving and loading are written once, against full tensors in Huggi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ class LocalShard:
         whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))
         return whole.view(-1)[: self.stop - self.start]
 
-    def read(self, full) -> torch.Tensor:
+    def read(self, full: Any) -> torch.Tensor:
         """This rank's range, flat, of a full tensor, or of a safetensors slice, of which it reads only its own rows."""
         shape = self.tp_shape
         row_size = math.prod(shape[1:])
@@ -106,11 +107,11 @@ class LocalShard:
             return None
         part = part.view(self.tp_shape)
         is_writer = self.tp_rank == 0
-        if self.split_dim is None:
+        if self.split_dim is None or self.tp_group is None:
             return part if is_writer else None
         parts = [torch.empty_like(part) for _ in range(self.tp_size)] if is_writer else None
         dist.gather(part.contiguous(), parts, dist.get_global_rank(self.tp_group, 0), group=self.tp_group)
-        return torch.cat(parts, dim=self.split_dim) if is_writer else None
+        return torch.cat(parts, dim=self.split_dim) if parts else None
 
 
 def _gemini_part(optimizer: GeminiOptimizer, number: int) -> tuple[int, int, torch.Tensor, dict]:
@@ -163,7 +164,7 @@ def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrappe
                 spec=ParameterSpec(plain_name(name), torch.Size(shape)),
                 split_dim=split_dim,
                 tp_group=getattr(plugin, "tp_group", None),
-                data_group=getattr(plugin, "mixed_dp_group", dist.group.WORLD),
+                data_group=getattr(plugin, "mixed_dp_group", dist.group.WORLD),  # type: ignore[arg-type]  # there is one
                 replicated=replicated,
                 start=start,
                 stop=stop,

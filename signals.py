@@ -17,7 +17,7 @@ class StopRequest:
     call into C, such as an exchange with a rank that is gone. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = False
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -30,7 +30,7 @@ class StopRequest:
     def __call__(self) -> bool:
         return self.received
 
-    def _receive(self, number, frame) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         self.received = True
 
     def _watch(self, numbers: int) -> None:

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import hub
 from console import InputError, first_line
 
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
-HUB_TIMEOUT_SECONDS = 5
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 FEW_CHARACTERS = 2**11
 BLOCK_BYTES = 2**22  # in which equal parts are encoded once
@@ -96,14 +96,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """A hub name and, where it comes as NAME@REVISION, the branch, tag or commit that it is pinned to."""
-    name, _, revision = name.partition("@")
-    return name, revision or None
-
-
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
-    name, revision = split_revision(name)
+    name, revision = hub.split_revision(name)
     choice = {"revision": revision or "main", "trust_remote_code": False}
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
@@ -115,11 +109,10 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 def _check_hub_has(name: str, revision: str | None) -> None:
     """Fails at once where from_pretrained would go on retrying for most of a minute."""
     try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
     except HfHubHTTPError as error:
-        status = error.response.status_code
         raise InputError(
-            f"--tokenizer: {name} is no folder, and the hub refuses it (HTTP {status}); check the name"
+            f"--tokenizer: {name} is no folder, and the hub refuses it ({hub.status_of(error)}); check the name"
         ) from error
     except OSError as error:
         raise InputError(

@@ -159,7 +159,7 @@ def train(
     metrics = Metrics(args.tensorboard_dir, done, plan.total_steps, args.log_interval)
     metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
     stop = StopRequest()
-    if state.unevaluated:
+    if checkpoint and state.unevaluated:
         evaluation = evaluate(booster, model, held_out, plan.layout, stop) if held_out else {}
         metrics.log(state.unevaluated | (evaluation or {}))
         if evaluation is None:
@@ -250,7 +250,9 @@ def train(
         writer.wait()
         metrics.note([*writer.take_reports(), *metrics.summary()])
     metrics.close()
-    return writer.latest or checkpoint, state.step < plan.total_steps or state.unevaluated is not None
+    newest = writer.latest or checkpoint
+    assert newest is not None  # the last step saves
+    return newest, state.step < plan.total_steps or state.unevaluated is not None
 
 
 def nothing_left(
@@ -260,7 +262,7 @@ def nothing_left(
 
     Collective.
     """
-    if state.step < plan.total_steps or state.unevaluated:
+    if checkpoint is None or state.step < plan.total_steps or state.unevaluated:
         return False
     say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
     checkpoint_utils.refuse_damaged(checkpoint)

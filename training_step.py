@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,13 +38,16 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
     # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
     # place: the gradient would lose its scale.
     logits = fused.plain(logits)
-    tensor_parallel = shard_config is not None and shard_config.enable_tensor_parallelism
-    if tensor_parallel or fused.fusion is Fusion.NONE:
+    tp_group = None
+    if shard_config is not None and shard_config.enable_tensor_parallelism:
+        tp_group = shard_config.tensor_parallel_process_group
+    if tp_group is not None or fused.fusion is Fusion.NONE:
         logits = logits.float()  # and let go of the others
     logits, targets = logits.flatten(0, 1), targets.flatten()
-    if tensor_parallel:
-        group = shard_config.tensor_parallel_process_group
-        return cross_entropy_1d(logits, targets, process_group=group, vocab_size=None, dtype=torch.float32, mode="sum")
+    if tp_group is not None:
+        return cross_entropy_1d(
+            logits, targets, process_group=tp_group, vocab_size=None, dtype=torch.float32, mode="sum"
+        )
     return fused.summed_cross_entropy(logits, targets)
 
 
@@ -113,7 +117,8 @@ def _pipeline_loss(
     inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
     microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
 
-    def criterion(outputs, inputs):  # the schedule divides by the number of microbatches
+    def criterion(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # The schedule divides by the number of microbatches.
         return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
 
     loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer, return_loss=True)["loss"]

@@ -9,6 +9,7 @@ the host are updated parameter by parameter while the next gradients and the las
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from colossalai.zero import LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
 from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from colossalai.zero.low_level.bookkeeping import TensorBucket
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 SMALL = 2**16  # elements below which weights are gathered together
@@ -28,8 +30,20 @@ SMALL = 2**16  # elements below which weights are gathered together
 
 @torch.compile(dynamic=True)
 def _adamw(
-    master, moment, square, gradient, working, lr, beta1, beta2, epsilon, decay, correction1, correction2, scale
-):
+    master: Tensor,
+    moment: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    working: Tensor | None,
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    epsilon: Tensor,
+    decay: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    scale: Tensor,
+) -> None:
     """AdamW (arXiv:1711.05101) as ColossalAI's kernel computes it, and the weight in `working` precision, in one pass.
 
     All tensors have one shape; the numbers are tensors too, or torch.compile would take them for constants.
@@ -51,7 +65,7 @@ class Adam(HybridAdam):
     weights in `working`: by the address of a master weight, the tensor in working precision that follows it.
     """
 
-    def __init__(self, *args, fused: bool = False, **kwargs):
+    def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.transfers: dict[torch.Tensor, _Transfer] = {}
         self.working: dict[int, torch.Tensor] = {}
@@ -61,23 +75,33 @@ class Adam(HybridAdam):
             self.gpu_adam_op = self._update_on_device
 
     def _update_on_device(
-        self, chunk, overflowed, tensors, lr, beta1, beta2, epsilon, step, mode, correct, decay, scale
+        self,
+        chunk: int,
+        overflowed: Tensor,
+        tensors: list[list[Tensor]],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        step: int,
+        mode: int,
+        correct: bool,
+        decay: float,
+        scale: float,
     ) -> None:
         """In the place of `multi_tensor_adam`, whose arguments these are."""
         corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
-        numbers = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
-        numbers = torch.tensor(numbers, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
+        values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
+        numbers = torch.tensor(values, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
         for gradient, master, moment, square in zip(*tensors, strict=True):
             working = self.working.get(master.data_ptr())
-            flat = (
-                None if tensor is None else tensor.view(-1) for tensor in (master, moment, square, gradient, working)
-            )
-            _adamw(*flat, *numbers)
+            states = (tensor.view(-1) for tensor in (master, moment, square, gradient))
+            _adamw(*states, None if working is None else working.view(-1), *numbers)  # type: ignore[call-arg]
 
     def _pre_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
         if parameter in self.transfers:
             self.transfers[parameter].arrived.synchronize()
-        if parameter.grad.dtype is not torch.float32:
+        if parameter.grad is not None and parameter.grad.dtype is not torch.float32:
             if self._scratch.numel() < parameter.numel():
                 self._scratch = torch.empty(parameter.numel())
             wide = self._scratch[: parameter.numel()].view(parameter.shape)
@@ -99,7 +123,7 @@ class _Transfer:
         self.buffer = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
         self.arrived = torch.cuda.Event()
         self.stream = stream
-        self.target: torch.Tensor | None = None
+        self.target: torch.Tensor  # of the way back
 
     def receive(self, gradient: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.buffer.copy_(gradient, non_blocking=True)
@@ -144,6 +168,7 @@ def keep_gradients_in_place(optimizer: LowLevelZeroOptimizer) -> None:
         return
 
     def keep(parameter: torch.nn.Parameter, group_id: int) -> None:
+        assert parameter.grad is not None
         optimizer._add_grad(parameter.grad.view(-1), 1, group_id, id(parameter))
         parameter.grad = None
 

@@ -62,7 +62,7 @@ def packages() -> Finding:
         remedy = "bash scripts/setup.sh, or pip install with the requirements files"
         return Finding("packages", False, "; ".join(wrong), remedy)
     versions = {package.requirement.name: package.version for package in found}
-    named = ", ".join(f"{name} {versions[name]}" for name in dependencies.BUILT_ON)
+    named = ", ".join(f"{name} {versions.get(name)}" for name in dependencies.BUILT_ON)
     detail = f"{named} and {len(versions) - len(dependencies.BUILT_ON)} more, as the requirements files say"
     return Finding("packages", True, detail)
 
@@ -87,7 +87,7 @@ def cuda() -> Finding:
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = answer.partition("release ")[2].partition(",")[0]
     detail = f"torch for CUDA {torch.version.cuda}, nvcc {version} in {CUDA_HOME}"
-    same = version.partition(".")[0] == torch.version.cuda.partition(".")[0]
+    same = version.partition(".")[0] == str(torch.version.cuda).partition(".")[0]
     remedy = f"set CUDA_HOME to a CUDA {torch.version.cuda}, or install a torch for CUDA {version}"
     return Finding("CUDA", same, detail, "" if same else remedy)
 

@@ -209,7 +209,7 @@ def parts(documents: Iterable[Document]) -> Iterator[tuple[str, dict[str, str]]]
 class Novelty:
     """Tells new documents from those that mostly repeat lines of earlier ones, such as licences and copied pages."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: set[bytes] = set()
 
     def is_new(self, text: str) -> bool:

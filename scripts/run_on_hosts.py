@@ -32,10 +32,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import psutil
 
@@ -133,7 +133,7 @@ class Host:
             self.is_local_host = any(self._is_ours(*address) for address in addresses)
 
     @staticmethod
-    def _is_ours(family, kind, protocol, _, address) -> bool:
+    def _is_ours(family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
             probe.bind(address)
             return True
@@ -205,7 +205,7 @@ class Host:
         return how_it_ended(self.process.returncode)
 
 
-def _pass_on(source, target, prefix: str) -> None:
+def _pass_on(source: IO[bytes], target: BinaryIO, prefix: str) -> None:
     read = True
     for line in source:
         try:
@@ -224,7 +224,7 @@ class Runner:
     another, and leaves processes running on the others when one host fails or it is killed itself.
     """
 
-    def connect(self, host_info_list, workdir: str, env: dict[str, str]) -> None:
+    def connect(self, host_info_list: Iterable[Host], workdir: str, env: dict[str, str]) -> None:
         self.hosts, self.folder = list(host_info_list), workdir
         self.word: str | None = None  # to the hosts
         self.environment = travelling(os.environ, os.environ.get("LAUNCH_ENV", "").split())
@@ -242,7 +242,7 @@ class Runner:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._interrupt)
 
-    def _interrupt(self, number: int, frame) -> None:
+    def _interrupt(self, number: int, frame: object) -> None:
         self.word = KILL if self.word and number == signal.SIGINT else STOP
         say(f"{signal.Signals(number).name}: {'ending at once' if self.word == KILL else 'the run is to save and end'}")
 
@@ -278,7 +278,7 @@ class Runner:
         raise SystemExit(failures[0].exit_status() if failures else 0)
 
 
-def hosts_of(hostfile: str, ssh_port: int | None):
+def hosts_of(hostfile: str, ssh_port: int | None) -> Any:
     """Stands in for ColossalAI's fetch_hostfile, which takes comments for names, and a file without any for none."""
     hosts = importlib.import_module("colossalai.cli.launcher.hostinfo").HostInfoList()
     try:
@@ -335,7 +335,7 @@ class Ranks:
     The launcher's words come on standard input, whose end is the launcher's. Ranks get an empty one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.words = os.fdopen(os.dup(sys.stdin.fileno()))
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), sys.stdin.fileno())

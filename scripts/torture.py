@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -53,8 +55,8 @@ def child() -> None:
     fatal, count = int(os.environ.get("TORTURE_OPERATION", 0)), 0
     if fatal and os.environ.get("TORTURE_RANK", "0") == os.environ.get("RANK", "0"):
 
-        def counted(operation):
-            def call(*args, **kwargs):
+        def counted(operation: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
                 nonlocal count
                 count += 1
                 if count == fatal:
