@@ -179,6 +179,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
 
 
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of plans for GPUs that need not be there."""
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
@@ -192,6 +193,7 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
+    """The warm-up's flag, of pretraining alone, and whether it was given."""
     parser.set_defaults(warmup_steps_given=False)
     parser.add_argument_group("warm-up").add_argument(
         "-s",

@@ -121,6 +121,7 @@ def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
 
 
 def gemini_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of Gemini as GeminiPlugin's arguments."""
     return dict(
         shard_param_frac=args.shard_param_frac,
         offload_optim_frac=args.offload_optim_frac,

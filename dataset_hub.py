@@ -65,6 +65,7 @@ class Unreachable(Exception):
 
 
 def downloads_folder() -> Path:
+    """Where files that are not the hub's own are kept, beside its cache."""
     return Path(constants.HF_HOME, "downloads")
 
 
@@ -92,6 +93,7 @@ def list_repository(name: str, revision: str | None) -> Repository:
 
 
 def has_converted_branch(name: str) -> bool:
+    """Whether the hub's converter has made Parquet files of a data set. Raises Unreachable."""
     try:
         branches = HfApi().list_repo_refs(name, repo_type="dataset").converts
     except HfHubHTTPError:

@@ -32,6 +32,7 @@ class Layout:
 
 
 def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
+    """The plugin, one of `plugins`, and the sizes of its parallelism."""
     group = parser.add_argument_group("parallelism")
     group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
     group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")

@@ -22,6 +22,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of adapters; without --lora_rank all weights are trained."""
     group = parser.add_argument_group("LoRA")
     group.add_argument("--lora_rank", type=int, help="train adapters of this rank alone (default: all weights)")
     group.add_argument("--lora_alpha", type=float, help="adapters count alpha / rank times (default: 2 x rank)")
@@ -62,6 +63,7 @@ def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
+    """peft's description of the adapters."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(args.model_path),
