@@ -16,6 +16,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jso
 MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
 READ_BYTES = 2**20
 COLUMNAR_ROWS = 64
+MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
 
 class Span(NamedTuple):
@@ -174,8 +175,5 @@ def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> Non
         if name not in columns:
             raise InputError(
                 f"--dataset: {path} has no column '{name}', only: {', '.join(columns)}; "
-                f"rename the column that holds the {_MEANINGS.get(name, 'values')} to '{name}'"
+                f"rename the column that holds the {MEANINGS.get(name, 'values')} to '{name}'"
             )
-
-
-_MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}

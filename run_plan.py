@@ -16,6 +16,9 @@ from layout import Layout, describe_layout
 from model_utils import count_parameters
 
 WARMUP_RATIO = 0.03  # of the steps of fine-tuning
+LORA_SIZES = ("lora_rank", "lora_modules")  # what no resume may change, allowed or not: the tensors have their shapes
+LORA_SETTINGS = (*LORA_SIZES, "lora_alpha", "base_weights")
+SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
 
 
 @dataclass
@@ -49,11 +52,6 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return round(self.global_batch * self.mean_length)
-
-
-LORA_SIZES = ("lora_rank", "lora_modules")
-LORA_SETTINGS = (*LORA_SIZES, "lora_alpha", "base_weights")
-SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
 
 
 def resume_state(args: argparse.Namespace, dataset: TrainingData) -> tuple[TrainState, Path | None]:
