@@ -70,14 +70,22 @@ def require() -> None:
         )
     unsuitable = [package for package in packages() if package.requirement.name in BUILT_ON and package.problem]
     if unsuitable:
-        _refuse(*(f"{package.problem}; {INSTALL[package.file]}" for package in unsuitable))
+        _refuse(*(f"{package.problem}; {_remedy(package.file)}" for package in unsuitable))
 
 
 def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Stands for sys.excepthook: what fails later than at the imports is console.run's."""
     if isinstance(error, ImportError) and not _is_own(error):
-        _refuse(f"a package cannot be imported ({console.first_line(error)}); {INSTALL['requirements.txt']}")
+        _refuse(f"a package cannot be imported ({console.first_line(error)}); {_remedy('requirements.txt')}")
     sys.__excepthook__(kind, error, traceback)
+
+
+def _remedy(file: str) -> str:
+    """To start the program in the environment of scripts/setup.sh, where there is one; else to install the file."""
+    environment = ROOT / ".venv"
+    if (environment / "bin" / "python").is_file() and Path(sys.prefix) != environment:
+        return f"start it with {environment / 'bin' / 'python'}, or: {INSTALL[file]}"
+    return INSTALL[file]
 
 
 def _is_own(error: ImportError) -> bool:

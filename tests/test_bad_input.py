@@ -412,16 +412,16 @@ sys.meta_path.insert(0, Hidden())
 @pytest.mark.parametrize(
     ("program", "package", "version", "expected"),
     [
-        ("pretrain.py", "transformers", "5.2.0", "transformers 5.2.0 is installed, not ==4.51.3; pip install -r "),
-        ("finetune.py", "torch", "2.5.1", "torch 2.5.1 is installed, not <2.14,>=2.11; pip install -r "),
+        ("pretrain.py", "transformers", "5.2.0", "transformers 5.2.0 is installed, not ==4.51.3; "),
+        ("finetune.py", "torch", "2.5.1", "torch 2.5.1 is installed, not <2.14,>=2.11; "),
         (
             "benchmark.py",
             "colossalai",
             "0.4.6",
-            "colossalai 0.4.6 is installed, not ==0.5.0; pip install --no-deps ",
+            "colossalai 0.4.6 is installed, not ==0.5.0; ",
         ),
         ("scripts/prepare_dataset.py", "transformers", "4.57.1", "transformers 4.57.1 is installed, not ==4.51.3; "),
-        ("pretrain.py", "peft", None, "a package cannot be imported (No module named 'peft'); pip install -r "),
+        ("pretrain.py", "peft", None, "a package cannot be imported (No module named 'peft'); "),
         ("benchmark.py", "bitsandbytes", None, "a package cannot be imported (No module named 'bitsandbytes'); "),
         ("scripts/plot_run.py", "matplotlib", None, "a package cannot be imported (No module named 'matplotlib'); "),
         ("scripts/generate.py", "packaging", None, "a package cannot be imported (No module named 'packaging'); "),
@@ -443,6 +443,16 @@ def test_packages_of_other_versions_or_missing(tmp_path, program, package, versi
     assert run.stderr.startswith(f"{Path(program).name}: error: {expected}")
     assert (run.stdout, run.stderr.count("\n")) == ("", 1)
     assert sorted(set(tmp_path.rglob("*")) - {run.folder, *run.folder.iterdir()}) == before
+
+
+def test_remedy_is_the_environment_that_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(dependencies, "ROOT", tmp_path)
+    assert dependencies._remedy("requirements.txt") == "pip install -r requirements.txt"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    assert dependencies._remedy("requirements.txt").startswith(f"start it with {tmp_path}/.venv/bin/python, or: pip ")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert dependencies._remedy("requirements.txt") == "pip install -r requirements.txt"
 
 
 def test_older_python(monkeypatch, capsys):
