@@ -1,8 +1,10 @@
 """The flags that pretraining and fine-tuning share, and their validation before anything is allocated."""
 
 import argparse
+import difflib
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,8 @@ from layout import layout_problems
 from memory_estimate import card_problems
 from recomputation import AUTO
 
+CLOSE = 0.75  # of two spellings of a flag, as difflib has it
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Reports mistakes on the command line as InputError, so that one rank prints one line."""
@@ -22,12 +26,28 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -"):
+            given = message.split()[2].partition("=")[0]
+            known = re.findall(r"--\w+", self.format_help())
+            if close := difflib.get_close_matches(given, known, 1, CLOSE):
+                raise InputError(f"{message}; did you mean {close[0]}? (see --help)")
         raise InputError(f"{message} (see --help)")
 
 
+def user_name(text: str) -> str:
+    """A path or a hub name on the command line.
+
+    `~` stands for the home folder, which shells leave to the program in `--flag=~/x`. An empty one, where a shell's
+    variable has no value, would mean the working directory.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a path, or leave the flag out")
+    return os.path.expanduser(text)
+
+
 def user_path(text: str) -> Path:
-    """A path on the command line; `~` stands for the home folder, which shells leave to the program in `--flag=~/x`."""
-    return Path(os.path.expanduser(text))
+    """A path on the command line, as `user_name` takes it."""
+    return Path(user_name(text))
 
 
 def _share(text: str) -> float | str:
@@ -82,7 +102,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "-f",
         "--load",
-        type=os.path.expanduser,
+        type=user_name,
         metavar="PATH|latest",
         help="checkpoint to resume from; latest: the newest, if any",
     )

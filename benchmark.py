@@ -45,7 +45,7 @@ from data_utils import RandomDataset
 from files import write_json
 from fsdp_plugin import FSDPPlugin
 from layout import BENCHMARK_PLUGINS, Layout, add_plugin_args, describe_layout, resolve_layout
-from memory_estimate import say_plan, settle_recomputation
+from memory_estimate import memory_remedies, say_plan, settle_recomputation
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures
 from recomputation import recomputed_share
@@ -207,17 +207,9 @@ def peak_memory() -> dict[str, int]:
 
 def out_of_memory(args: argparse.Namespace) -> str:
     """One line: what the GPU held, and which flags would take less that are not given yet."""
-    remedies = {
-        "-g": not args.gradient_checkpoint,
-        "-a": not args.flash_attention,
-        f"-b below {args.batch_size}": args.batch_size > 1,
-        "-p gemini_auto": args.plugin != "gemini_auto",
-        "a larger --memory_limit": args.memory_limit,
-        "more GPUs": True,
-    }
     return (
         f"out of GPU memory after {get_accelerator().max_memory_allocated() / MB:.2f} MB at the peak; what helps: "
-        f"{', '.join(remedy for remedy, helps in remedies.items() if helps)}; --dry_run shows what takes how much"
+        f"{memory_remedies(args)}; --dry_run shows what takes how much"
     )
 
 

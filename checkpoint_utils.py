@@ -72,15 +72,23 @@ def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
         InputError: another run has it, it cannot be written to, or it has no room for one checkpoint.
     """
     refusal = f"--save_dir: another run ({{holder}}) is writing to {save_dir}; end it or give another folder"
+    made = not save_dir.exists()
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
         _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", refusal=refusal))
     except OSError as error:
-        raise InputError(f"--save_dir: {save_dir} cannot be written to ({error.strerror})") from error
+        raise InputError(
+            f"--save_dir: {save_dir} cannot be written to ({error.strerror}); make room or give another folder"
+        ) from error
     for pattern in LEFTOVERS:
         for remains in save_dir.glob(pattern):
             shutil.rmtree(remains, ignore_errors=True)
-    check_room(save_dir, config)
+    try:
+        check_room(save_dir, config)
+    except InputError:
+        if made:
+            shutil.rmtree(save_dir, ignore_errors=True)
+        raise
 
 
 def check_shared(save_dir: Path) -> None:
@@ -110,7 +118,8 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
     needed, free = checkpoint_bytes(config), shutil.disk_usage(save_dir).free
     if free < needed:
         raise InputError(
-            f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}"
+            f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}; "
+            "make room or give another folder"
         )
 
 

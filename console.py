@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def size_text(size: float) -> str:
 
 
 def quiet_third_parties() -> None:
-    """Silences messages of libraries that the user of these programs cannot act on. Call before importing them."""
+    """Silences messages of libraries that the user of these programs cannot act on. Call before importing them.
+
+    A Ctrl-C during those imports, which take seconds, then ends the program without a traceback too.
+    """
+    sys.excepthook = _end_uncaught
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -115,7 +120,9 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         status = KEYBOARD_INTERRUPT
     except Exception as error:
         status = RUN_FAILED
-        if isinstance(error, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr)):
+        if _interrupted(error):
+            status = KEYBOARD_INTERRUPT
+        elif isinstance(error, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr)):
             status = READER_GONE
         elif peer := _LOST_PEER.search(str(error)):
             lost = f"rank {rank()} lost the connection to {_name(peer[1])}: a rank there has ended; see its own message"
@@ -126,6 +133,19 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(status)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error is a Ctrl-C, or follows from one, as when a library reports that its import has failed."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _end_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if _interrupted(error):
+        os._exit(KEYBOARD_INTERRUPT)
+    sys.__excepthook__(kind, error, trace)
 
 
 def end_with_launcher() -> None:

@@ -105,9 +105,11 @@ class PackedDataset(Dataset):
                 "give a larger fraction"
             )
         if len(self) == 0:
+            share = self.manifest.get("eval_fraction")
+            held_out = f" beside the {share:g} of it that --eval_fraction holds out" if share else ""
             raise InputError(
                 f"--max_length: one sequence takes {max_length} tokens, but the whole data set has "
-                f"{self._first_tokens[-1]} ({self.folder}); lower --max_length or give more data"
+                f"{self._first_tokens[-1]}{held_out} ({self.folder}); lower --max_length or give more data"
             )
 
     @staticmethod

@@ -117,6 +117,8 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
         ) from error
     except (ValueError, RecursionError) as error:
         remedy = "correct or remove it" if line.endswith(b"\n") else "the file seems cut off: copy it again"
+        if number == 1 and line.strip() == b"{":
+            remedy = "data have one JSON object a line: jq -c . FILE makes one of an object over several lines"
         raise InputError(
             f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
         ) from error

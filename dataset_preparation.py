@@ -187,6 +187,8 @@ def prepare_folder(
     """
     started = time.monotonic()
     try:
+        if not (folder / PREPARATION).exists() and _has_files(folder):
+            raise InputError(f"{flag}: {folder} has other files; give a new or an empty folder")
         (folder / PREPARATION).mkdir(parents=True, exist_ok=True)
         lock = folder / PREPARATION / f"part-{part.number}-of-{part.of}.lock"
         refusal = f"{flag}: {{holder}} is preparing {part} of {folder}; let it finish, or give another --part"
@@ -217,6 +219,11 @@ def prepare_folder(
         raise InputError(
             f"{flag}: cannot write to {error.filename or folder} ({error.strerror or error}); {remedy}"
         ) from error
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder has more in it than a new file system or a desktop puts there."""
+    return folder.is_dir() and any(path.name[0] != "." and path.name != "lost+found" for path in folder.iterdir())
 
 
 def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: Sequence, flag: str) -> Source:

@@ -29,6 +29,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+TEXT_TO_JSONL = "jq -Rsc '{text: .}' FILE > FILE.jsonl"
 SHARD_NUMBER = re.compile(r"[-_.]?\d{4,}(-of-\d+)?$")
 COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 
@@ -155,6 +156,7 @@ def resolve_source(
     slices: Sequence[str] = (),
     configuration: str | None = None,
     split: str = "train",
+    used: Sequence[str] = (),
 ) -> Source:
     """The files behind `--dataset`.
 
@@ -164,6 +166,7 @@ def resolve_source(
         slices: leave out all others.
         configuration: the part of a data set on the hub to take where it has several.
         split: files that are marked as of another split are left out.
+        used: other splits, whose files are not among those that the remark counts as left out.
 
     Raises:
         InputError: there is nothing to read; the line says what was found and what to do.
@@ -172,7 +175,7 @@ def resolve_source(
     if root.exists():
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
-        return _pick(_local_source(name, root, split), slices)
+        return _pick(_local_source(name, root, split, used), slices)
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"--dataset: {name} is neither a file nor a folder here; check the path")
     return _pick(_hub_source(name, revision, tuple(slices), configuration, split), slices)
@@ -211,7 +214,7 @@ def _split_of_path(path: str) -> str | None:
                 return split
 
 
-def _readable(paths: list[str], split: str) -> tuple[list[str], str]:
+def _readable(paths: list[str], split: str, used: Sequence[str] = ()) -> tuple[list[str], str]:
     """The data files of a split among all files of a data set, and a remark on those left out."""
     paths = [path for path in paths if PurePosixPath(path).name not in DESCRIPTIONS]
     data = [path for path in paths if path.lower().endswith(FILE_SUFFIXES)]
@@ -219,7 +222,8 @@ def _readable(paths: list[str], split: str) -> tuple[list[str], str]:
     if not chosen and split == "train":
         chosen = data
     others = Counter(PurePosixPath(path).suffix or PurePosixPath(path).name for path in set(paths) - set(data))
-    remarks = [f"{len(data) - len(chosen)} of other splits"] if len(data) > len(chosen) else []
+    unused = [path for path in set(data) - set(chosen) if _split_of_path(path) not in used]
+    remarks = [f"{len(unused)} of other splits"] if unused else []
     remarks += [f"{count} {suffix}" for suffix, count in sorted(others.items())]
     return chosen, ", ".join(remarks)
 
@@ -227,10 +231,13 @@ def _readable(paths: list[str], split: str) -> tuple[list[str], str]:
 # On this machine
 
 
-def _local_source(name: str, root: Path, split: str) -> Source:
+def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -> Source:
     if root.is_file():
         if not root.name.lower().endswith(FILE_SUFFIXES):
-            raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}")
+            remedy = (
+                f"; write one JSON object a line: {TEXT_TO_JSONL}" if root.suffix.lower() in (".txt", ".md") else ""
+            )
+            raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
         return Source(name, [_local_file(root.parent, root.name)])
     splits = _saved(root / "dataset_dict.json", "splits")
     if splits:
@@ -243,7 +250,7 @@ def _local_source(name: str, root: Path, split: str) -> Source:
     if arrow_files:
         paths = [f"{root.name}/{arrow_file['filename']}" for arrow_file in arrow_files]
         return Source(name, [_local_file(root.parent, path) for path in paths])
-    paths, remark = _readable(_walk(root), split)
+    paths, remark = _readable(_walk(root), split, used)
     if not paths:
         found = f", only {remark}" if remark else ""
         raise InputError(f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}")

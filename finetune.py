@@ -14,8 +14,8 @@ console.quiet_third_parties()
 dependencies.require()
 
 import argparse
-import os
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,14 @@ import model_export
 import run_plan
 import sharded_state
 import train_utils
-from arguments import ArgumentParser, add_evaluation_args, add_loading_args, add_training_args, validate_args
+from arguments import (
+    ArgumentParser,
+    add_evaluation_args,
+    add_loading_args,
+    add_training_args,
+    user_name,
+    validate_args,
+)
 from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
@@ -50,17 +57,19 @@ MAX_LENGTH = 4096
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="finetune.py", description=__doc__)
     model = parser.add_argument_group("model and data")
-    model.add_argument("--model_path", required=True, help="model folder in Hugging Face's layout, or a hub name")
+    model.add_argument(
+        "--model_path", type=user_name, required=True, help="model folder in Hugging Face's layout, or a hub name"
+    )
     model.add_argument(
         "-d",
         "--dataset",
-        type=os.path.expanduser,
+        type=user_name,
         default=DATASET,
         help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with the columns "
         f"prompt and completion, instruction (input) and output, or messages (default: {DATASET})",
     )
     model.add_argument("--task_name", help=f"configuration of the data set (default: {TASK})")
-    model.add_argument("--tokenizer", help="hub name or folder (default: the model's own)")
+    model.add_argument("--tokenizer", type=user_name, help="hub name or folder (default: the model's own)")
     model.add_argument("--train_on_prompt", action="store_true", help="learn the prompt too (default: off)")
     model.add_argument(
         "--pack", action="store_true", help="several examples a sequence, each attending to itself alone (default: off)"
@@ -81,7 +90,7 @@ def find_source(args: argparse.Namespace, split: str) -> Source:
         task = args.task_name or (TASK if args.dataset == DATASET else None)
         return resolve_source(args.dataset, configuration=task, split=split)
     if args.task_name is None or (local / args.task_name).is_dir():
-        return resolve_source(str(local / (args.task_name or "")), split=split)
+        return resolve_source(str(local / (args.task_name or "")), split=split, used=("train", "test"))
     tasks = sorted(path.name for path in local.iterdir() if path.is_dir()) if local.is_dir() else []
     raise InputError(
         f"--task_name: {local} has no folder {args.task_name}; "
@@ -94,7 +103,7 @@ def find_test_source(args: argparse.Namespace) -> Source | None:
     if Path(args.dataset).expanduser().is_file():
         return None
     try:
-        return find_source(args, "test")
+        return replace(find_source(args, "test"), remark="")  # the other split has said what is left out
     except InputError:  # the split `train` was found, so this one is not there
         return None
 
@@ -173,7 +182,7 @@ def main() -> int:
     if args.dry_run:
         if not args.pack:
             args.max_length = dataset.longest
-        say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
+        say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
     if console.rank() == 0:

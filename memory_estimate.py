@@ -325,6 +325,19 @@ def planned_card(args: argparse.Namespace) -> Card:
     return replace(card, memory_gb=memory)
 
 
+def memory_remedies(args: argparse.Namespace) -> str:
+    """The flags that would take less GPU memory and are not given yet."""
+    remedies = {
+        "-g": not args.gradient_checkpoint,
+        "-a": not args.flash_attention,
+        f"-b below {args.batch_size}": args.batch_size > 1,
+        "-p gemini_auto": args.plugin != "gemini_auto" and not getattr(args, "lora_rank", None),
+        "a larger --memory_limit": getattr(args, "memory_limit", None),
+        "more GPUs": True,
+    }
+    return ", ".join(remedy for remedy, helps in remedies.items() if helps)
+
+
 def card_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags that describe the GPUs of a dry run."""
     problems = []
@@ -353,8 +366,8 @@ def say_plan(
         say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
     peak, memory = estimate.peak.total / 1e9, card.memory_gb
     if not math.isnan(memory):
-        verdict = "fits" if peak <= memory else "does NOT fit"
-        say(f"{verdict}: {peak:.1f} GB at the peak, on {card.name} with {memory:g} GB")
+        verdict, remedy = ("fits", "") if peak <= memory else ("does NOT fit", f"; what helps: {memory_remedies(args)}")
+        say(f"{verdict}: {peak:.1f} GB at the peak, on {card.name} with {memory:g} GB{remedy}")
 
     flops = model_flops_per_token(config, args.max_length)
     if math.isnan(card.peak_tflops):

@@ -7,18 +7,22 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from console import rank, say
+from console import rank, say, world_size
 
 LOG_FILE = "metrics.jsonl"
 LONGEST_ROW = 4096  # bytes of it, with room to spare
+MEAN_STEPS = 20  # of the loss in the summary
+BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
 
 
@@ -37,8 +41,18 @@ class Metrics:
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
         self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
         self.last: dict[str, Any] = {}  # row
-        self.start = time.monotonic()
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", desc="training", disable=not sys.stderr.isatty())
+        self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
+        self.trained_before = 0  # tokens up to the step logged first
+        self.began = self.start = time.monotonic()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            desc="training",
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
         self.failing = False
         self.file: FileIO | None = None
         self.board: SummaryWriter | None = None
@@ -112,7 +126,10 @@ class Metrics:
             return
         step, now = values["step"], time.monotonic()
         self.last = values = {**values, "hours": (now - self.start) / 3600}
-        first = self.first = self.first or (step, now)
+        self.losses.append(values["loss"])
+        if self.first is None:
+            self.first, self.trained_before = (step, now), values["tokens"]
+        first = self.first
         try:
             self._write(step, values)
         except OSError as error:
@@ -121,10 +138,10 @@ class Metrics:
             self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
         norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
-        line = (
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {norm}, {values['tokens_per_second']:,.0f} tok/s{mfu}"
-        )
-        self.bar.set_postfix_str(line, refresh=False)
+        loss, lr = f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"
+        speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
+        line = f"{loss}, {lr}, {norm}, {speed}"
+        self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)  # a narrow terminal cuts the end
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
@@ -140,14 +157,26 @@ class Metrics:
         return f", {tqdm.format_interval(seconds)} left"
 
     def summary(self) -> list[str]:
-        """What the run has come to, in one line, on rank 0."""
+        """What the run has come to, and how fast this part of it was, all saves and evaluations counted, on rank 0."""
         if not self.main:
             return []
         loss = f"loss {self.last['loss']:.4f}"
+        if len(self.losses) == MEAN_STEPS:
+            loss += f" ({sum(self.losses) / MEAN_STEPS:.4f} on average of {MEAN_STEPS} steps)"
         if "eval_loss" in self.last:
             loss += f", {self.last['eval_loss']:.4f} on held-out documents"
         tokens, hours = self.last["tokens"], self.last["hours"]
-        return [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
+        lines = [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
+        if self.first is not None and self.first[0] < self.last["step"]:
+            now, rate = time.monotonic(), self.last["tokens_per_second"]
+            speed = (tokens - self.trained_before) / (now - self.first[1])
+            mfu = "" if self.last["mfu"] is None else f", MFU {self.last['mfu'] * speed / rate:.1%}"
+            line = f"speed: {speed:,.0f} tok/s{mfu} on average, saves and evaluations included"
+            if torch.cuda.is_available():
+                spent = (now - self.began) / 3600
+                line += f"; {world_size()} GPUs x {spent:,.3f} hours = {world_size() * spent:,.3f} GPU-hours"
+            lines.append(line)
+        return lines
 
     def _complain(self, step: int, error: OSError) -> None:
         if not self.failing:

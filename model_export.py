@@ -30,15 +30,19 @@ def export(
     temporary = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(model, temporary, copy_function=_link_weights)
-    except (OSError, shutil.Error):
+        try:
+            shutil.copytree(model, temporary, copy_function=_link_weights)
+        except (OSError, shutil.Error):
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(model, temporary)
+        tokenizer.save_pretrained(temporary)
+        for name, content in (documents or {}).items():
+            write_json(temporary / name, content)
+        (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
+        replace_folder(temporary, target)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(model, temporary)
-    tokenizer.save_pretrained(temporary)
-    for name, content in (documents or {}).items():
-        write_json(temporary / name, content)
-    (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
-    replace_folder(temporary, target)
+        raise
 
 
 def _link_weights(source: str, target: str) -> None:

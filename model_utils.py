@@ -63,6 +63,10 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         path = path / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{flag}: {name_or_path} has no config.json; give a model's folder: `final`, or `model` in a checkpoint"
+            )
     if not path.is_file():
         known = ", ".join(MODEL_CONFIGS)
         raise InputError(f"{flag}: {name_or_path!r} is neither a known model ({known}) nor a config.json or its folder")

@@ -15,7 +15,6 @@ console.quiet_third_parties()
 dependencies.require()
 
 import argparse
-import os
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +30,7 @@ from arguments import (
     add_loading_args,
     add_training_args,
     add_warmup_arg,
+    user_name,
     user_path,
     validate_args,
 )
@@ -59,7 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "-d",
         "--dataset",
-        type=os.path.expanduser,
+        type=user_name,
         default=REDPAJAMA_SAMPLE,
         help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`; or a name on "
         f"the hub; or what scripts/prepare_dataset.py made (default: {REDPAJAMA_SAMPLE})",
@@ -141,7 +141,7 @@ def main() -> int:
     if held_out:
         say(f"held out: {held_out.description}")
     if args.dry_run:
-        say_plan(args, config, layout, plan.tokens_per_step, plan.total_steps * plan.tokens_per_step)
+        say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
     if console.rank() == 0:

@@ -33,6 +33,7 @@ class TrainState:
     settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
     stream: dict | None = None  # where a data set that is read as a stream goes on
     unevaluated: dict | None = None  # the last step's metrics, if a signal came before its evaluation ended
+    global_batch: int = 0  # sequences in the last step; 0 in checkpoints that do not have it
 
     @property
     def adam_steps(self) -> int:
@@ -48,10 +49,20 @@ class Plan:
     mean_length: float  # tokens in a sequence; packed ones are all of max_length
     total_steps: int
     total_sequences: int  # in all epochs
+    trained_steps: int = 0  # by the checkpoint that is resumed
+    trained_tokens: int = 0
 
     @property
     def tokens_per_step(self) -> int:
         return round(self.global_batch * self.mean_length)
+
+    @property
+    def remaining_tokens(self) -> int:
+        return (self.total_steps - self.trained_steps) * self.tokens_per_step
+
+    @property
+    def total_tokens(self) -> int:
+        return self.trained_tokens + self.remaining_tokens
 
 
 def resume_state(args: argparse.Namespace, dataset: TrainingData) -> tuple[TrainState, Path | None]:
@@ -138,7 +149,13 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
     state.settings = settings
-    return Plan(layout, global_batch, dataset.mean_length, total_steps, total_sequences)
+    if state.global_batch not in (0, global_batch) and total_steps > state.step:
+        say(
+            f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "
+            "--batch_size and --accumulation_steps would keep it"
+        )
+    state.global_batch = global_batch
+    return Plan(layout, global_batch, dataset.mean_length, total_steps, total_sequences, state.step, state.tokens)
 
 
 def _setting(name: str) -> str:
@@ -179,4 +196,5 @@ def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingDat
         f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} ranks = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
-    say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_steps * plan.tokens_per_step:,} tokens")
+    done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""
+    say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")

@@ -50,6 +50,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
     Raises InputError if there is none, or if it lacks a BOS or EOS token.
     """
+    if not name_or_path.strip():
+        raise InputError("--tokenizer: it is empty; give a folder or a hub name, or leave the flag out")
     path = Path(name_or_path).expanduser()
     if path.is_file():
         raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")

@@ -298,7 +298,7 @@ def _descriptions(args: argparse.Namespace, config: LlamaConfig, plan: Plan) -> 
     return {
         "model": f"```\n{json.dumps(config.to_diff_dict(), indent=2, default=str)}\n```",
         "plan": f"{describe_layout(args.plugin, plan.layout)}; {plan.total_steps:,} steps of {plan.global_batch:,} "
-        f"sequences, {plan.tokens_per_step:,} tokens, {plan.total_steps * plan.tokens_per_step:,} in all",
+        f"sequences, {plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device}; {versions}",
     }
 

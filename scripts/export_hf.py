@@ -43,7 +43,11 @@ def main() -> int:
     damaged = checkpoint_utils.damaged_files(args.checkpoint)
     if damaged:
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
-    export(args.checkpoint, args.output, tokenizer)
+    try:
+        export(args.checkpoint, args.output, tokenizer)
+    except OSError as error:
+        reason = error.strerror or "no room, or no permission"
+        raise InputError(f"--output: {args.output} cannot be written ({reason}); give another folder") from error
     print(f"model: {args.output}")
     return 0
 

@@ -27,7 +27,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from arguments import ArgumentParser
+from arguments import ArgumentParser, user_name
 from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
 from console import InputError, first_line
 from model_utils import load_config
@@ -39,10 +39,16 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="generate.py", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a model, a checkpoint or adapters, or a hub name")
-    parser.add_argument("--base_model", help="model that adapters go with (default: the one they were trained beside)")
     parser.add_argument(
-        "--tokenizer", help="hub name or folder (default: the model's own, or that of `final` beside it)"
+        "--model", type=user_name, required=True, help="folder of a model, a checkpoint or adapters, or a hub name"
+    )
+    parser.add_argument(
+        "--base_model", type=user_name, help="model that adapters go with (default: the one they were trained beside)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=user_name,
+        help="hub name or folder (default: the model's own, or that of `final` beside it)",
     )
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: nothing)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a model of chats")

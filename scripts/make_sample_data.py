@@ -319,10 +319,19 @@ def main() -> None:
         if folder.exists() and not manifest.is_file():
             parser.error(f"--output_dir: {folder} exists and was not made by this program; choose another folder")
     try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        sizes = make(args, parser, manifest, folders, settings)
     except OSError as error:
-        parser.error(f"--output_dir: {error}")
+        parser.error(f"--output_dir: {args.output_dir} cannot be written ({error.strerror}); give another folder")
+    megabytes = ", ".join(f"{subset} {size / 1e6:.2f}" for subset, size in sizes.items())
+    print(f"sample data: {sum(sizes.values()) / 1e6:.2f} MB in {folders[0]} ({megabytes})")
+    print(f"sample data: tokenizer of {args.vocab_size} tokens in {folders[1]}")
 
+
+def make(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, manifest: Path, folders: list[Path], settings: str
+) -> dict[str, int]:
+    """Makes both folders, or none of them, and returns the bytes of text by slice."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".making-") as temporary:
         made = [Path(temporary, folder.name) for folder in folders]
         for folder in made:
@@ -338,9 +347,7 @@ def main() -> None:
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
     manifest.write_text(settings)
-    megabytes = ", ".join(f"{subset} {size / 1e6:.2f}" for subset, size in sizes.items())
-    print(f"sample data: {sum(sizes.values()) / 1e6:.2f} MB in {folders[0]} ({megabytes})")
-    print(f"sample data: tokenizer of {args.vocab_size} tokens in {folders[1]}")
+    return sizes
 
 
 if __name__ == "__main__":

@@ -38,11 +38,16 @@ def main() -> None:
     args = parser.parse_args()
     rows = pairs()[: args.examples]
     held_out = round(TEST_SHARE * len(rows))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", rows[:held_out]), ("train", rows[held_out:])):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-        (args.output_dir / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"sample instructions: {len(part)} in {args.output_dir / name}.jsonl")
+        path = args.output_dir / f"{name}.jsonl"
+        try:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            parser.error(f"--output_dir: {path} cannot be written ({error.strerror}); give another folder")
+        print(f"sample instructions: {len(part)} in {path}")
 
 
 if __name__ == "__main__":

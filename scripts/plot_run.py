@@ -243,9 +243,12 @@ def main() -> int:
     for run in runs:
         if not run.has(args.x):
             raise InputError(f"--x: {run.name} has no '{args.x}' in its logs; draw it by step")
+    existed = args.output.exists()
     try:
         draw(runs, args.x, args.smooth).savefig(args.output, dpi=80)
     except OSError as error:
+        if not existed:
+            args.output.unlink(missing_ok=True)
         raise InputError(f"--output: {args.output} cannot be written ({error.strerror}); give another") from error
     for run in runs:
         print(f"{run.name}: {summary(run)}")

@@ -24,7 +24,7 @@ import argparse
 import os
 import re
 
-from arguments import ArgumentParser, user_path
+from arguments import ArgumentParser, user_name, user_path
 from console import InputError, say
 from data_utils import read_manifest
 from dataset_preparation import Part, prepare_folder, verify
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "-d",
         "--dataset",
-        type=os.path.expanduser,
+        type=user_name,
         default=REDPAJAMA_SAMPLE,
         help=f"as of pretrain.py (default: {REDPAJAMA_SAMPLE})",
     )

@@ -351,7 +351,10 @@ class Ranks:
 
         threading.Thread(target=self._obey, daemon=True).start()
         try:
-            run(parse_args(order["command"][1:]))
+            options = parse_args(order["command"][1:])
+            if options.nproc_per_node != "1":
+                os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, with four lines about it
+            run(options)
         except ChildFailedError as error:
             number, failure = error.get_first_failure()
             say(f"rank {number} {how_it_ended(failure.exitcode)}")

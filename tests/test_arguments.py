@@ -59,6 +59,7 @@ class TestFlags:
         [
             (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
             (["--batch", "4"], "unrecognized arguments: --batch 4 (see --help)"),
+            (["--batchsize", "4"], "unrecognized arguments: --batchsize 4; did you mean --batch_size? (see --help)"),
             (["-b", "two"], "argument -b/--batch_size: invalid int value: 'two' (see --help)"),
             (["-p", "zero9"], "argument -p/--plugin: invalid choice: 'zero9'"),
         ],

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,16 @@ HYBRID = "-p hybrid_parallel"
         ("-x fp8", 1, ["--mixed_precision", "fp8"]),
         ("-b many", 1, ["--batch_size", "many"]),
         ("--learning_rate 1", 1, ["--learning_rate"]),
-        ("--max_step 1", 1, ["--max_step "]),  # no guessing from the beginning of a flag
+        ("--max_step 1", 1, ["--max_step ", "did you mean --max_steps?"]),  # no guessing from the beginning of a flag
+        ("--batchsize 2", 1, ["--batchsize", "did you mean --batch_size?"]),
+        ("--max_steps 1e3", 1, ["--max_steps", "1e3"]),
+        ("-d=", 1, ["--dataset", "empty"]),  # as a shell's variable without a value leaves it
+        ("--tokenizer=", 1, ["--tokenizer", "empty"]),
+        ("--save_dir=", 1, ["--save_dir", "empty"]),
+        ("--tensorboard_dir=", 1, ["--tensorboard_dir", "empty"]),
+        ("--cache_dir=", 1, ["--cache_dir", "empty"]),
+        ("--load=", 1, ["--load", "empty"]),
+        ("--eval_fraction 0.9999", 1, ["--max_length", "--eval_fraction"]),
         ("-d no/such/folder", 1, ["--dataset", "no/such/folder"]),
         ("--tokenizer ./no/such/folder", 1, ["--tokenizer", "no/such/folder"]),
         ("-l 256", 1, ["--max_length", "256", "128"]),
@@ -121,6 +131,10 @@ def test_flags(problems, flags, ranks, expected):
         ("--model_path {model} -c test", ["unrecognized arguments: -c test"]),
         ("--model_path {model} --warmup_steps 5", ["unrecognized arguments: --warmup_steps 5"]),
         ("-b 2", ["required", "--model_path"]),
+        ("--model_path=", ["--model_path", "empty"]),
+        ("--model_path {run}", ["--model_path", "has no config.json", "`final`"]),
+        ("--model_path {run}/epoch0-step2", ["--model_path", "has no config.json", "`model`"]),
+        ("--model_path {run}/epoch0-step2/model", ["--tokenizer", "holds neither", "give a folder"]),
         ("--model_path ./none", ["--model_path", "./none", "give a model folder or a hub name"]),
         ("--model_path {rows}", ["--model_path", "is a file; give the folder"]),
         ("--model_path {data}", ["--model_path", "config.json"]),
@@ -145,7 +159,12 @@ def test_flags(problems, flags, ranks, expected):
 def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path, flags, expected):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
-    places = {"model": finished_run.save_dir / "final", "data": sample / "data", "rows": rows}
+    places = {
+        "run": finished_run.save_dir,
+        "model": finished_run.save_dir / "final",
+        "data": sample / "data",
+        "rows": rows,
+    }
     data = ["-d", rows, "--cache_dir", cache_dir, "-p", "zero2", "-x", "bf16"]
     folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
     (problem,) = objections(finetune, [*data, *folders, *(flag.format(**places) for flag in flags.split())])
@@ -264,6 +283,8 @@ ROW = json.dumps(TEXT).encode() + b"\n"
         ("not.jsonl.gz", ROW, "cannot be read"),
         ("not.parquet", ROW, "cannot be read"),
         ("words.txt", b"Once upon a time\n", "known kind"),
+        ("notes.txt", b"Once upon a time\n", "jq -Rsc '{text: .}'"),
+        ("indented.json", b'{\n "text": "words"\n}\n', "jq -c . FILE"),
         ("short.jsonl", b'{"text": "short"}\n', "lower --max_length or give more data"),
     ],
 )
@@ -477,6 +498,27 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
     run = pretrain("-p", "zero2", "-d", tmp_path / "file.jsonl", processes=2, check=False)
     assert run.returncode != 0
     assert_refused(run, "--dataset: ")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("export_hf.py", "--checkpoint {run}/epoch0-step2 --tokenizer {run}/final --output {locked}/model"),
+        ("prepare_dataset.py", "-d {few} --tokenizer {run}/final --output {locked}/prepared"),
+        ("plot_run.py", "{run}/../tb_logs --output {locked}/run.png"),
+        ("make_sample_data.py", "--output_dir {locked}/sample --megabytes 0.1"),
+        ("make_sample_instructions.py", "--output_dir {locked}/sample --examples 10"),
+    ],
+)
+def test_scripts_without_a_place_to_write(finished_run, few_data, script, flags):
+    """Where nothing can be made, for whatever reason: one line, no traceback."""
+    places = {"run": finished_run.save_dir, "few": few_data, "locked": "/proc/none"}
+    command = [sys.executable, ROOT / "scripts" / script, *flags.format(**places).split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == USAGE_ERROR, done.stderr
+    assert line.startswith(f"{script}: error: --output")
+    assert "Traceback" not in done.stderr
 
 
 def test_home_folder_in_flags(monkeypatch, tmp_path):

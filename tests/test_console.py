@@ -31,6 +31,18 @@ def run_main(statements, **environment):
     return run_program(code, **environment)
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError('scipy') from KeyboardInterrupt()"])
+def test_ctrl_c_while_libraries_are_imported(error):
+    program = run_program(f"import console\nconsole.quiet_third_parties()\nraise {error}")
+    assert (program.returncode, program.stdout, program.stderr) == (console.KEYBOARD_INTERRUPT, "", "")
+
+
+def test_other_errors_of_imports_have_a_traceback():
+    program = run_program("import console\nconsole.quiet_third_parties()\nimport no_such_module")
+    assert program.returncode == 1
+    assert "ModuleNotFoundError" in program.stderr
+
+
 class TestRun:
     @pytest.mark.parametrize("status", [0, 3, 75])
     def test_status_of_main(self, status):

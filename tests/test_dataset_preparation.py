@@ -194,6 +194,14 @@ class TestBadInput:
 
 
 class TestFolders:
+    def test_a_folder_of_others_files_is_not_filled(self, tokenizer, tmp_path):
+        """Least of all the data's own, which would be taken for a prepared one from then on."""
+        write_jsonl(tmp_path / "x.jsonl", ROWS)
+        source = resolve_source(str(tmp_path))
+        message = error_of(prepare_folder, source, TextEncoder(tokenizer), tmp_path, 1)
+        assert message == f"--output: {tmp_path} has other files; give a new or an empty folder"
+        assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
     """What lies in a folder beside the documents, and how links lead to them."""
 
     def test_links_in_a_circle_and_descriptions_beside_the_data(self, tokenizer, tmp_path):

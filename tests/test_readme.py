@@ -2,13 +2,15 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
 from colossalai.cli.launcher import run as colossalai_run
-from launching import ROOT
+from launching import ROOT, start_finetune
 from torch.distributed.run import parse_args as parse_torchrun
 
 import benchmark
@@ -126,6 +128,25 @@ def test_dry_runs_print_what_the_readme_says(monkeypatch, capsys, command, outpu
     monkeypatch.setattr(sys, "argv", [program, *flags])
     assert benchmark.main() == 0
     assert output in capsys.readouterr().out
+
+
+def test_the_example_of_fine_tuning(sample, start, tmp_path):
+    """As the README goes: pretrain, fine-tune what `final` holds on questions, evaluate, ask. Learnt by heart."""
+    with start("-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 4, folder=tmp_path / "pretrained") as run:
+        assert run.wait() == 0, run.output()
+    program, questions = ROOT / "scripts" / "make_sample_instructions.py", tmp_path / "instructions"
+    subprocess.run([sys.executable, program, "--output_dir", questions, "--examples", "20"], check=True)
+    flags = ["--model_path", run.save_dir / "final", "-d", questions, "--cache_dir", tmp_path / "cache"]
+    flags += ["-p", "zero2", "-x", "bf16", "-b", 18, "-e", 150, "--lr", "1e-2"]
+    with start_finetune(*flags, folder=tmp_path / "finetuned") as run:
+        assert run.wait() == 0, run.output()
+    assert run.column("loss")[-1] < 0.2 < run.column("loss")[0]
+    assert "eval_loss" in run.metrics[-1]
+    assert "left out" not in run.stdout  # train.jsonl and test.jsonl are both used
+    row = json.loads((questions / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    ask = [sys.executable, ROOT / "scripts" / "generate.py", "--model", run.save_dir / "final", "--temperature", "0"]
+    answer = subprocess.run([*ask, "--prompt", row["prompt"]], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == f"{row['prompt']} {row['completion']}"
 
 
 def test_paths_in_links_and_tables_exist():

@@ -45,6 +45,19 @@ class TestPlan:
         else:
             assert plan_of(f"-b {batch_size}", data=200, **resumed).total_steps == total
 
+    def test_a_resume_tells_of_another_global_batch(self, capsys):
+        resumed = dict(step=10, sequences=80, tokens=5120, global_batch=8)
+        same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
+        args = parse_args(["-c", "test", "-s", "0"])
+        announce(args, load_config("test"), PackedStub(200), more, "attention: plain")
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are trained"
+        )
+        assert more.total_tokens == 5120 + 7 * 16 * 4096
+        assert same.remaining_tokens == 15 * 8 * 4096
+
     def test_resume_of_a_finished_run(self):
         with pytest.raises(InputError, match="at step 10 and the run ends at step 5; raise --max_steps"):
             plan_of("-b 1 --max_steps 5", 100, step=10)
