@@ -15,7 +15,8 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 import benchmark
 
-DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
 # Of a shell script's own flags, or those of the program that it hands them to.
 SHELL_SCRIPTS = {
     "scripts/quickstart.sh": [],
