@@ -81,7 +81,7 @@ def quiet_third_parties() -> None:
 
     A Ctrl-C during those imports, which take seconds, then ends the program without a traceback too.
     """
-    sys.excepthook = _end_uncaught
+    sys.excepthook = end_uncaught
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -120,7 +120,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         status = KEYBOARD_INTERRUPT
     except Exception as error:
         status = RUN_FAILED
-        if _interrupted(error):
+        if interrupted(error):
             status = KEYBOARD_INTERRUPT
         elif isinstance(error, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr)):
             status = READER_GONE
@@ -135,15 +135,16 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     os._exit(status)
 
 
-def _interrupted(error: BaseException | None) -> bool:
+def interrupted(error: BaseException | None) -> bool:
     """Whether an error is a Ctrl-C, or follows from one, as when a library reports that its import has failed."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def _end_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if _interrupted(error):
+def end_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In the place of sys.excepthook: ends in silence where the user has pressed Ctrl-C."""
+    if interrupted(error):
         os._exit(KEYBOARD_INTERRUPT)
     sys.__excepthook__(kind, error, trace)
 

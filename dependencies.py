@@ -74,10 +74,10 @@ def require() -> None:
 
 
 def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Stands for sys.excepthook: what fails later than at the imports is console.run's."""
-    if isinstance(error, ImportError) and not _is_own(error):
+    """In the place of console.end_uncaught, for the imports: what fails later is console.run's."""
+    if isinstance(error, ImportError) and not console.interrupted(error) and not _is_own(error):
         _refuse(f"a package cannot be imported ({console.first_line(error)}); {_remedy('requirements.txt')}")
-    sys.__excepthook__(kind, error, traceback)
+    console.end_uncaught(kind, error, traceback)
 
 
 def _remedy(file: str) -> str:

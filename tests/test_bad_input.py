@@ -17,7 +17,7 @@ import benchmark
 import dependencies
 import finetune
 import pretrain as program
-from console import USAGE_ERROR, InputError
+from console import KEYBOARD_INTERRUPT, USAGE_ERROR, InputError
 from model_utils import load_config
 
 TEXT = {"text": "Some words of an ordinary document, enough of them to make tokens. " * 20}
@@ -464,6 +464,16 @@ def test_packages_of_other_versions_or_missing(tmp_path, program, package, versi
     assert run.stderr.startswith(f"{Path(program).name}: error: {expected}")
     assert (run.stdout, run.stderr.count("\n")) == ("", 1)
     assert sorted(set(tmp_path.rglob("*")) - {run.folder, *run.folder.iterdir()}) == before
+
+
+def test_interrupt_during_the_imports_is_no_missing_package(tmp_path):
+    """An import that a Ctrl-C has cut off may come as an ImportError."""
+    (tmp_path / "peft.py").write_text(
+        "try:\n    raise KeyboardInterrupt\nexcept BaseException as e:\n    raise ImportError from e"
+    )
+    with Run([sys.executable, ROOT / "pretrain.py"], tmp_path / "run", {"PYTHONPATH": str(tmp_path)}) as run:
+        assert run.wait() == KEYBOARD_INTERRUPT
+    assert run.stdout + run.stderr == ""
 
 
 def test_remedy_is_the_environment_that_is_there(monkeypatch, tmp_path):
