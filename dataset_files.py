@@ -3,9 +3,10 @@
 import codecs
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -74,7 +75,7 @@ def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with open(path, "rb") as raw:
         if compression:
-            lines = io.BufferedReader(pa.CompressedInputStream(raw, compression), READ_BYTES)
+            lines = io.BufferedReader(_Decompressed(raw, compression), READ_BYTES)
         else:
             lines = raw
         if span.start:  # a line that begins before the span belongs to the span before
@@ -95,6 +96,39 @@ def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) 
             yield Row(columns, position)
         if number == 0 and span == WHOLE:
             raise InputError(f"--dataset: {path} is empty; copy it again or remove it")
+
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file holds; of one that is cut off or damaged, everything before that place."""
+
+    def __init__(self, raw: BinaryIO, compression: str):
+        self.raw, self.compression = raw, compression
+        self.streams = [pa.CompressedInputStream(raw, compression)]
+        self.count = 0  # bytes handed out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        second = len(self.streams) == 2
+        try:
+            count = self.streams[-1].readinto(memoryview(buffer)[:1] if second else buffer)
+        except OSError as error:
+            if second:
+                size = os.fstat(self.raw.fileno()).st_size
+                raise OSError(f"{error}, at byte {self.raw.tell():,} of {size:,}") from error
+            self._read_again()
+            return self.readinto(buffer)
+        self.count += count
+        return count
+
+    def _read_again(self) -> None:
+        """Up to where a read failed, which loses what it had got; from there on byte by byte."""
+        self.raw.seek(0)
+        self.streams.append(pa.CompressedInputStream(self.raw, self.compression))  # the first would close the file
+        remaining = self.count
+        while remaining:
+            remaining -= len(self.streams[-1].read(min(remaining, READ_BYTES)))
 
 
 def _read_line(lines: io.BufferedIOBase, path: Path) -> bytes:

@@ -193,7 +193,12 @@ def prepare_folder(
         lock = folder / PREPARATION / f"part-{part.number}-of-{part.of}.lock"
         refusal = f"{flag}: {{holder}} is preparing {part} of {folder}; let it finish, or give another --part"
         waiting = "another job is preparing the same data set; waiting for it"
-        with exclusive_lock(lock, waiting, None if wait_for_others else refusal):
+        finished = is_prepared(folder) and not os.access(folder, os.W_OK)  # then nothing is written
+        with (
+            contextlib.nullcontext()
+            if finished
+            else exclusive_lock(lock, waiting, None if wait_for_others else refusal)
+        ):
             source = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
             units = make_units(source)
             preparation = Preparation(folder, source, units, encoder, eval_fraction)
@@ -210,6 +215,7 @@ def prepare_folder(
                 preparation = replace(preparation, threads=threads)
                 tokenize_units(preparation, missing, min(workers, len(missing)))
             if not missing and is_prepared(folder):
+                console.say(f"{folder} is complete already")
                 return True
             return _merge(preparation, time.monotonic() - started)
     except OSError as error:

@@ -170,12 +170,11 @@ def train(
     first_step = state.step
     if first_step and config.attention_dropout:
         say("dropout: goes on as it would have if ranks and layout are the same; with others it draws other masks")
+    if state.step < plan.total_steps:
+        micro_batches, broken = next_batches(batches, args.accumulation_steps)
     evaluator.restart()
     with CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every) as writer:
         while state.step < plan.total_steps:
-            waited = time.perf_counter()
-            micro_batches, broken = next_batches(batches, args.accumulation_steps)
-            waited = time.perf_counter() - waited
             label_tokens, tokens, positions, without_batch = count_tokens(micro_batches, plan.layout)
             if without_batch:
                 if state.step > first_step and state.step % args.save_interval:
@@ -192,6 +191,12 @@ def train(
                     state.stream = json.loads(batch.pop("stream"))
             torch.manual_seed(step_seed(args.seed, state.step))
             loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
+            launched = accelerator.Event()
+            launched.record()
+            waited = time.perf_counter()
+            if state.step + 1 < plan.total_steps:  # while the GPU works; a resume starts from what was trained
+                micro_batches, broken = next_batches(batches, args.accumulation_steps)
+            waited = time.perf_counter() - waited if launched.query() else 0.0
             totals = torch.tensor([0.0, stop.received, writer.error is not None], dtype=torch.float64, device=device)
             totals[0] = loss_sum / plan.layout.tp
             dist.all_reduce(totals)

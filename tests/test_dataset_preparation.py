@@ -28,7 +28,7 @@ import dataset_files
 import dataset_shards
 from data_utils import PackedDataset, is_held_out
 from dataset_files import Span, read_rows
-from dataset_preparation import Part, prepare_dataset, prepare_folder, verify
+from dataset_preparation import PREPARATION, Part, prepare_dataset, prepare_folder, verify
 from dataset_sources import resolve_source
 from tokenization import TextEncoder
 
@@ -125,8 +125,8 @@ class TestBadInput:
         [
             ("x.jsonl", b"", "is empty"),
             ("x.jsonl.gz", gzip.compress(b""), "is empty"),
-            ("x.jsonl.gz", gzip.compress(GOOD * 9)[:-3], "cannot be read beyond row"),
-            ("x.jsonl.zst", pa.compress(GOOD * 9, "zstd", asbytes=True)[:-3], "cannot be read beyond row"),
+            ("x.jsonl.gz", gzip.compress(GOOD * 9)[:-3], "row 9 (Truncated compressed stream, at byte"),
+            ("x.jsonl.zst", pa.compress(GOOD * 9, "zstd", asbytes=True)[:-3], "row 0 (Truncated compressed stream"),
             ("x.jsonl.gz", GOOD, "cannot be read beyond row 0"),
             (
                 "x.jsonl",
@@ -149,6 +149,21 @@ class TestBadInput:
         assert message.startswith(f"--dataset: {tmp_path / name}")
         assert expected in message
         assert not list((tmp_path / ".cache").glob("*/manifest.json"))
+
+    @pytest.mark.parametrize("suffix", ["gz", "zst"])
+    def test_compressed_file_is_read_up_to_where_it_breaks_off(self, tmp_path, suffix):
+        texts = [f"{place}, {place**99}" for place in range(20_000)]
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        whole = gzip.compress(content) if suffix == "gz" else pa.compress(content, "zstd", asbytes=True)
+        path = tmp_path / f"x.jsonl.{suffix}"
+        path.write_bytes(whole[: len(whole) // 2])
+        rows = []
+        message = error_of(lambda: rows.extend(row.columns["text"] for row in read_rows(path, ["text"])))
+        assert rows == texts[: len(rows)]
+        assert abs(len(rows) - 10_000) < 1000
+        size = f"{len(whole) // 2:,}"
+        reason = f"Truncated compressed stream, at byte {size} of {size}"
+        assert message == f"--dataset: {path} cannot be read beyond row {len(rows)} ({reason}); copy it again"
 
     def test_error_beyond_the_first_batches_names_its_line(self, tokenizer, tmp_path):
         line = json.dumps({"text": "word " * 20_000}) + "\n"
@@ -191,6 +206,24 @@ class TestBadInput:
         (tmp_path / "file").write_text("")
         message = error_of(prepare_dataset, str(words[0]), tokenizer, tmp_path / "file" / "cache")
         assert message.startswith(f"--cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+
+    def test_finished_folder_that_cannot_be_written_is_complete(self, tokenizer, locked_folder, capsys):
+        source = write_jsonl(locked_folder.with_name("open") / "x.jsonl", [{"text": "some words"}])
+        folder = source.with_name("prepared")
+        prepare = functools.partial(prepare_folder, resolve_source(str(source)), TextEncoder(tokenizer), folder, 1)
+        assert prepare()
+        folders = (folder / PREPARATION, folder)
+        for path in folders:
+            path.chmod(0o555)
+        _, effective, _ = os.getresuid()
+        os.seteuid(os.getuid())
+        try:
+            assert prepare()
+        finally:
+            os.seteuid(effective)
+            for path in folders:
+                path.chmod(0o755)
+        assert capsys.readouterr().out.splitlines()[-1] == f"{folder} is complete already"
 
 
 class TestFolders:

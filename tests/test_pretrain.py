@@ -288,3 +288,24 @@ def test_quickstart_and_its_printed_command(tmp_path):
     with Run(command, tmp_path / "copied_output", env, cwd=tmp_path) as copied:
         assert copied.wait() == 0, copied.output()
     assert (tmp_path / "copied" / "checkpoint" / "epoch0-step2" / "manifest.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+SAID = """
+def said(function):
+    def call(*args):
+        print("called:", function.__name__, flush=True)
+        return function(*args)
+    return call
+for function in (train_utils.next_batches, train_utils.forward_backward, train_utils.optimizer_step):
+    setattr(train_utils, function.__name__, said(function))
+"""
+
+
+def test_next_steps_data_are_fetched_while_the_device_works_and_none_beyond_the_end(pretrain):
+    run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=SAID)
+    calls = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("called:")]
+    fetch, compute, update = "next_batches", "forward_backward", "optimizer_step"
+    assert calls == [fetch, *[compute, fetch, update] * 2, compute, update]
+    assert all(0 <= row["data_wait"] < 1 for row in run.metrics)
