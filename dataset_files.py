@@ -74,10 +74,9 @@ def read_rows(
 def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) -> Iterator[Row]:
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with open(path, "rb") as raw:
+        lines: BinaryIO = raw
         if compression:
             lines = io.BufferedReader(_Decompressed(raw, compression), READ_BYTES)
-        else:
-            lines = raw
         if span.start:  # a line that begins before the span belongs to the span before
             raw.seek(span.start - 1)
             _read_line(lines, path)
@@ -131,7 +130,7 @@ class _Decompressed(io.RawIOBase):
             remaining -= len(self.streams[-1].read(min(remaining, READ_BYTES)))
 
 
-def _read_line(lines: io.BufferedIOBase, path: Path) -> bytes:
+def _read_line(lines: BinaryIO, path: Path) -> bytes:
     line = lines.readline(MAX_LINE_BYTES)
     if len(line) == MAX_LINE_BYTES:
         raise InputError(
