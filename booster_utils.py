@@ -162,6 +162,7 @@ def build_plugin(
             extra_dp_size=layout.extra_dp,
             min_chunk_size_m=chunk_parameters / 2**20,
             search_range_m=0 if whole else chunk_parameters // 2**20,
+            max_prefetch=gemini.prefetched_chunks(args, config, layout.dp),
             hidden_dim=config.hidden_size,
             enable_gradient_accumulation=args.accumulation_steps > 1,
             pin_memory=not on_host,
@@ -256,10 +257,11 @@ def boost(
     model, optimizer, *_ = booster.boost(model, optimizer)
     if isinstance(optimizer, GeminiOptimizer):
         gemini.keep_norm_on_device()
+        gemini.prefetch_in_training_alone(model)
         if plugin.tp_size > 1:
             gemini.count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        weight_update.keep_gradients_in_place(optimizer)
+        weight_update.exchange_gradients_directly(optimizer)
     restore_rotary_precision(model, device)
     compile_layers = gemini.compile_layers if isinstance(plugin, GeminiPlugin) else fused.compile_each_layer
     fused.fuse(model, fusion, compile_layers)

@@ -1,4 +1,4 @@
-"""What Gemini is helped with: the size of its chunks, the norm it clips by, and whole layers compiled.
+"""What Gemini is helped with: its chunks and when they are gathered, the norm it clips by, whole layers compiled.
 
 Gemini keeps parameters in chunks, and gathers and releases them from hooks that each operation on a parameter calls.
 """
@@ -14,13 +14,14 @@ from colossalai.interface import ModelWrapper
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fused import plain
-from model_utils import count_parameters
+from model_utils import count_parameters, parameter_specs
 
 CHUNK_PARAMETERS = 32 * 2**20
 
@@ -31,8 +32,11 @@ def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
     Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
     times a step.
     """
-    offloads = getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0) > 0
-    return data_parallel == 1 and args.plugin == "gemini" and not offloads
+    return data_parallel == 1 and args.plugin == "gemini" and not _offloads(args)
+
+
+def _offloads(args: argparse.Namespace) -> bool:
+    return getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0) > 0
 
 
 def chunk_parameters(config: LlamaConfig, whole: bool) -> int:
@@ -43,6 +47,41 @@ def chunk_parameters(config: LlamaConfig, whole: bool) -> int:
     """
     parameters = count_parameters(config)
     return parameters + 1 if whole else min(CHUNK_PARAMETERS, parameters // 8)
+
+
+def layer_parameters(config: LlamaConfig) -> int:
+    return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
+
+
+def prefetched_chunks(args: argparse.Namespace, config: LlamaConfig, data_parallel: int) -> int:
+    """How many chunks Gemini gathers ahead, while those before them compute: as many as a layer has.
+
+    None where a rank has all of them, or where some are in host memory, of which the GPU may not hold more at once.
+    """
+    if data_parallel == 1 or args.plugin != "gemini" or _offloads(args):
+        return 0
+    return math.ceil(layer_parameters(config) / chunk_parameters(config, whole=False))
+
+
+def prefetch_in_training_alone(model: ModelWrapper) -> None:
+    """Keeps Gemini's prefetching to the training passes whose order it goes by.
+
+    It writes that order down in the first pass, whatever it is. A pass without gradients releases all chunks at its
+    end, and the next pass would take those that were under way for gathered.
+    """
+    manager, hook = model.gemini_manager, model.param_op_hook
+    begin, chunks_ahead = manager.pre_iter, manager.placement_policy.get_prefetch_chunks
+
+    def begin_training_pass(*args) -> None:
+        if manager.is_warmup():
+            manager.compute_list.clear()
+        begin(*args)
+
+    def chunks_to_prefetch(**progress) -> list[Chunk]:
+        training = torch.is_grad_enabled() or hook._training_phase is TrainingPhase.BACKWARD
+        return chunks_ahead(**progress) if training else []
+
+    manager.pre_iter, manager.placement_policy.get_prefetch_chunks = begin_training_pass, chunks_to_prefetch
 
 
 def keep_norm_on_device() -> None:

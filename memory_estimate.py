@@ -138,18 +138,19 @@ def _gemini_state(
     width: int,
     shards: int,
 ) -> _State:
-    """Chunks of weights and master weights, not quite full, and moments; two chunks gathered."""
+    """Chunks of weights and master weights, not quite full, and moments; gathered two chunks, and a layer ahead."""
     sizes = [spec.shape.numel() for spec in specs]
     parameters = sum(sizes)
     padding, chunk = (0, 0) if gemini.keeps_whole(args, layout.dp) else _gemini_padding(sizes, config)
     room = parameters + padding
     whole = 1 - getattr(args, "shard_param_frac", 1.0)
+    ahead = gemini.layer_parameters(config) // layout.tp if gemini.prefetched_chunks(args, config, layout.dp) else 0
     return _State(
         weights=width * room * (whole + (1 - whole) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
         # Gradients take the place of the weights that they are of, unless several backward passes add to them.
         gradients=width * room / shards if args.accumulation_steps > 1 else 0,
-        gathered=width * chunk if shards > 1 else 0,
+        gathered=width * (chunk + ahead) if shards > 1 else 0,
         gathered_layers=width * chunk if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )

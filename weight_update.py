@@ -7,12 +7,13 @@ the host are updated parameter by parameter while the next gradients and the las
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
 from colossalai.interface import OptimizerWrapper
@@ -20,12 +21,11 @@ from colossalai.nn.optimizer import HybridAdam
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.zero import LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
-from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from colossalai.zero.low_level.bookkeeping import TensorBucket
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-SMALL = 2**16  # elements below which weights are gathered together
+SMALL = 2**20  # elements below which parameters share a collective operation
 
 
 @torch.compile(dynamic=True)
@@ -62,13 +62,14 @@ class Adam(HybridAdam):
 
     HybridAdam's own path for bf16 gradients on the host ignores the scale by which gradients are clipped; widened, they
     take its C++ path, which does not. With `fused`, its kernel for the GPU gives way to one that also writes the
-    weights in `working`: by the address of a master weight, the tensor in working precision that follows it.
+    working weights of `parts`, which it finds by the address of a master weight, and calls `updated` with each.
     """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.transfers: dict[torch.Tensor, _Transfer] = {}
-        self.working: dict[int, torch.Tensor] = {}
+        self.parts: dict[int, _Part] = {}
+        self.updated: Callable[[_Part], None] = lambda part: None
         self._scratch = torch.empty(0)
         self.fused = fused and torch.cuda.is_available()
         if self.fused:
@@ -94,9 +95,12 @@ class Adam(HybridAdam):
         values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
         numbers = torch.tensor(values, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
         for gradient, master, moment, square in zip(*tensors, strict=True):
-            working = self.working.get(master.data_ptr())
+            part = self.parts.get(master.data_ptr())
+            working = part.working.view(-1) if part else None
             states = (tensor.view(-1) for tensor in (master, moment, square, gradient))
-            _adamw(*states, None if working is None else working.view(-1), *numbers)  # type: ignore[call-arg]
+            _adamw(*states, working, *numbers)  # type: ignore[call-arg]
+            if part:
+                self.updated(part)
 
     def _pre_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
         if parameter in self.transfers:
@@ -158,27 +162,69 @@ def supports(optimizer: OptimizerWrapper) -> bool:
     if not isinstance(getattr(optimizer, "optim", None), Adam) or getattr(optimizer, "shared_params", None):
         return False
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        return optimizer._master_weights and len(optimizer.pg_to_grad_store) == 1 and not optimizer._overlap_allgather
+        one_group = len(optimizer.pg_to_grad_store) == 1 and isinstance(
+            next(iter(optimizer.pg_to_grad_store)), ProcessGroup
+        )
+        return optimizer._master_weights and one_group and not optimizer._overlap_allgather
     return isinstance(optimizer, MixedPrecisionOptimizer)
 
 
-def keep_gradients_in_place(optimizer: LowLevelZeroOptimizer) -> None:
-    """Where one rank has all the data, spares its gradients the way through buckets, which copies each three times."""
-    if len(optimizer.pg_to_grad_store) != 1 or next(iter(optimizer.pg_to_grad_store.values())).world_size > 1:
+def exchange_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
+    """Spares large gradients the way through ZeRO's buckets, which copies each of them three times.
+
+    Each is reduced to the part that this rank updates, beside the backward pass, and the pass does not wait for that at
+    its end: `update` does. The others of a ZeRO-1 are not computed. Where one rank has all the data, nothing moves.
+    """
+    if not supports(optimizer):
         return
+    ((group, store),) = optimizer.pg_to_grad_store.items()
+    beside = optimizer.pg_to_bucket_store[group].comm_stream
+    add_to_bucket = optimizer._add_to_bucket
 
-    def keep(parameter: torch.nn.Parameter, group_id: int) -> None:
+    def exchange(parameter: torch.nn.Parameter, group_id: int) -> None:
+        alone = store.world_size == 1
+        if not alone and (parameter.numel() < SMALL or optimizer.get_param_padding_size(parameter)):
+            add_to_bucket(parameter, group_id)
+            return
         assert parameter.grad is not None
-        optimizer._add_grad(parameter.grad.view(-1), 1, group_id, id(parameter))
-        parameter.grad = None
+        part, parameter.grad = parameter.grad.flatten(), None
+        current = get_accelerator().current_stream()
+        stream = current if alone else beside
+        stream.wait_stream(current)
+        with get_accelerator().stream(stream):
+            if not alone:
+                part = _reduce_scatter(part, group, stream)
+            if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
+                kept[0].add_(part)
+                return
+        for _ in range(1 if optimizer._partition_grads else store.world_size):  # where ZeRO-1 has one for each rank
+            store.append_gradients_by_param_id(part, group_id, id(parameter))
 
-    optimizer._add_to_bucket = keep
+    optimizer._add_to_bucket = exchange
+    optimizer._overlap_communication = False  # from here on this has each backward pass wait for the device, no more
+    if optimizer.grad_handles:  # gradients come from hooks, and none is left to be exchanged but what is in the bucket
+        optimizer._reduce_grad = lambda partition_grad: optimizer._run_reduction()
+
+
+def _reduce_scatter(gradient: torch.Tensor, group: ProcessGroup, stream: torch.cuda.Stream) -> torch.Tensor:
+    """This rank's part of the mean over the group of flat gradients, which are used up."""
+    ranks = dist.get_world_size(group)
+    part = gradient.new_empty(gradient.numel() // ranks)
+    if gradient.is_cuda:
+        gradient.record_stream(stream)
+        dist.reduce_scatter_tensor(part, gradient, op=dist.ReduceOp.AVG, group=group)
+    else:  # Gloo takes no mean
+        dist.reduce_scatter_tensor(part, gradient.div_(ranks), group=group)
+    return part
 
 
 @torch.no_grad()
 def update(optimizer: OptimizerWrapper) -> None:
     """Does what `optimizer.step()` does."""
     zero = isinstance(optimizer, LowLevelZeroOptimizer)
+    if zero:
+        (bucket,) = optimizer.pg_to_bucket_store.values()
+        get_accelerator().current_stream().wait_stream(bucket.comm_stream)
     parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
     norm = _gradient_norm(optimizer, parts)
     optimizer._current_grad_norm = norm
@@ -197,16 +243,20 @@ def update(optimizer: OptimizerWrapper) -> None:
     for part in parts:
         _lend(part.master, part.gradient)
     on_device = [part for part in parts if part.master.device == part.working.device]
-    optimizer.optim.working = {part.master.data_ptr(): part.working for part in on_device}
-    optimizer.optim.step(div_scale=scale)
+    adam, gathering = optimizer.optim, _Gathering(optimizer)
+    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, gathering.start
+    adam.step(div_scale=scale)
+    adam.parts = {}  # or the gradients would live on
     for part in parts:
         part.master.grad = None
     if on_host:
-        torch.cuda.current_stream().wait_stream(optimizer.optim.transfers[on_host[0].master].stream)
-    if on_device and not optimizer.optim.fused:
+        torch.cuda.current_stream().wait_stream(adam.transfers[on_host[0].master].stream)
+    if on_device and not adam.fused:
         torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
-    if zero:
-        _gather(optimizer, parts)
+    if on_host or not adam.fused:
+        for part in parts:
+            gathering.start(part)
+    gathering.finish()
 
 
 def _zero_parts(optimizer: LowLevelZeroOptimizer) -> Iterator[_Part]:
@@ -239,8 +289,7 @@ def _gradient_norm(optimizer: OptimizerWrapper, parts: list[_Part]) -> float:
     total = squares.sum()
     data_groups: tuple = ()
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        (data_group,) = optimizer.pg_to_grad_store
-        data_groups = data_group if isinstance(data_group, tuple) else (data_group,)
+        data_groups = tuple(optimizer.pg_to_grad_store)
     for group in (*data_groups, tp_group, getattr(optimizer, "pp_pg", None)):
         if _size(group) > 1:
             dist.all_reduce(total, group=group)
@@ -268,17 +317,29 @@ def _lend(master: torch.Tensor, gradient: torch.Tensor) -> None:
     master.data = weight
 
 
-def _gather(optimizer: LowLevelZeroOptimizer, parts: list[_Part]) -> None:
-    """Completes the working weights with the other ranks' parts."""
-    (group,) = optimizer.pg_to_grad_store
-    if optimizer.pg_to_grad_store[group].world_size == 1:
-        return
-    small = TensorBucket(math.inf)
-    for part in parts:
+class _Gathering:
+    """Completes working weights with the other ranks' parts, of each as soon as this rank has updated its own."""
+
+    def __init__(self, optimizer: OptimizerWrapper):
+        self.group: ProcessGroup | None = None
+        if isinstance(optimizer, LowLevelZeroOptimizer):
+            (self.group,) = optimizer.pg_to_grad_store
+            self.whole = optimizer._working_param_to_padded_working_param
+        self.small = TensorBucket(math.inf)
+        self.started: list[dist.Work] = []
+
+    def start(self, part: _Part) -> None:
+        if _size(self.group) == 1:
+            return
         if part.parameter.numel() < SMALL:
-            small.add_to_bucket(part.working.clone(), write_back_tensor=part.parameter)
-        else:
-            whole = optimizer._working_param_to_padded_working_param[part.parameter]
-            all_gather_into_flat_tensor_nd(whole, part.working, group)
-    if not small.is_empty():
-        small.all_gather(group)
+            self.small.add_to_bucket(part.working.clone(), write_back_tensor=part.parameter)
+            return
+        whole = self.whole[part.parameter].view(-1)
+        self.started.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
+
+    def finish(self) -> None:
+        if not self.small.is_empty():
+            self.small.all_gather(self.group)
+        for work in self.started:
+            work.wait()
+        self.started.clear()

@@ -78,6 +78,34 @@ def test_whole_layers_drop_nothing_out_when_they_are_evaluated():
     assert len(evaluation) == 1
 
 
+def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
+    """Losses and norms of steps, with passes without gradients around them, and how many chunks were prefetched."""
+    gemini.prefetched_chunks = lambda *_: chunks
+    run = boosted(f"-p gemini -b 2 --lr 1e-2 {flags}")
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    fetched, add_work = [], run.model.gemini_manager.add_work
+    run.model.gemini_manager.add_work = lambda *work: (fetched.append(work), add_work(*work))
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    batch, losses = {"input_ids": ids, "labels": ids}, []
+    batches = [batch] * run.args.accumulation_steps
+    for _ in range(4):
+        losses.append(forward_loss(run.booster, run.model, batch).item())
+        losses.append(forward_backward(run.booster, run.model, run.optimizer, batches, 62 * len(batches) * 2).item())
+        losses.append(optimizer_step(run.model, run.optimizer)[0])
+    losses.append(forward_loss(run.booster, run.model, batch).item())
+    return losses, len(fetched)
+
+
+@pytest.mark.parametrize("flags", ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"])
+def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
+    plain = run_ranks(2, with_prefetching, flags, 0)
+    ahead = run_ranks(2, with_prefetching, flags, 3)
+    for (losses, fetched), (other_losses, none_fetched) in zip(ahead, plain, strict=True):
+        assert losses == other_losses
+        assert losses[-1] < losses[0]
+        assert none_fetched == 0 < fetched
+
+
 class TestNorm:
     @pytest.mark.parametrize("flags", FLAGS)
     def test_is_what_gemini_takes(self, flags):

@@ -1,0 +1,76 @@
+"""Runs benchmark.py on 1, 2, 4 ... GPUs of this machine at constant work a GPU, and prints a table.
+
+    python benchmarks/several_gpus.py --gpus 1 2 4 8
+    python benchmarks/several_gpus.py --gpus 2 "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8"
+
+Each layout is a plugin and flags of benchmark.py. `share` is tokens/s a GPU beside the same layout's on the fewest.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import console
+
+console.quiet_third_parties()
+
+from model_utils import load_config
+
+
+def measure(gpus: int, flags: list[str], folder: Path) -> dict | str:
+    """What benchmark.py writes to --json, or the last line of what it said instead."""
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    command = [*torchrun, str(ROOT / "benchmark.py"), *flags, "--json", str(result)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.is_file():
+        return json.loads(result.read_text())
+    said = [line for line in done.stdout.splitlines() if line.startswith("benchmark.py:")]
+    return said[-1] if said else done.stdout[-2000:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", nargs="*", default=["zero2", "gemini"], help="default: zero2 gemini")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("-c", "--config", default="7b")
+    parser.add_argument("--layers", type=int, default=8, help="fewer layers than the model has (default: 8)")
+    parser.add_argument("-b", "--batch_size", default="4")
+    parser.add_argument("-s", "--num_steps", default="12")
+    args = parser.parse_args()
+
+    print("| GPUs | layout | tokens/s | a GPU | share | MFU | median step, ms | peak GPU memory, GB |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    first: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(args.config)
+        config.num_hidden_layers = args.layers
+        config.save_pretrained(folder)
+        common = ["-c", folder, "-b", args.batch_size, "-s", args.num_steps, "-i", "3", "-a"]
+        for layout in args.layouts:
+            plugin, *flags = layout.split()
+            for gpus in args.gpus:
+                result = measure(gpus, [*common, "-p", plugin, *flags], Path(folder))
+                if isinstance(result, str):
+                    print(f"| {gpus} | {layout} | {result} | | | | | |", flush=True)
+                    continue
+                tokens = result["tokens_per_second"]
+                share = tokens / gpus / first.setdefault(layout, tokens / gpus)
+                mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+                step, peak = result["step_seconds_median"] * 1000, result["peak_device_memory_bytes"] / 1e9
+                print(
+                    f"| {gpus} | {layout} | {tokens:,.0f} | {tokens / gpus:,.0f} | {share:.1%} | {mfu} "
+                    f"| {step:.0f} | {peak:.1f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
