@@ -1,7 +1,7 @@
 """Runs benchmark.py on 1, 2, 4 ... GPUs of this machine at constant work a GPU, and prints a table.
 
     python benchmarks/several_gpus.py --gpus 1 2 4 8
-    python benchmarks/several_gpus.py --gpus 2 "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8"
+    python benchmarks/several_gpus.py "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8" --gpus 2
 
 Each layout is a plugin and flags of benchmark.py. `share` is tokens/s a GPU beside the same layout's on the fewest.
 """
