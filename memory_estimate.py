@@ -15,6 +15,7 @@ from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from transformers import LlamaConfig
 
 import gemini
+import weight_update
 from attn import EAGER
 from booster_utils import DTYPES, choose_fusion
 from console import say
@@ -185,7 +186,9 @@ def _zero_state(
             step=0 if mixed else 8 * largest,  # the norm of the largest in float64
             **common,
         )
-    exchange = 3 * width * min(parameters, ZERO_BUCKET_PARAMETERS) if shards > 1 else 0
+    # One large gradient by itself, or the small ones together in three copies.
+    together = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < weight_update.SMALL)
+    exchange = width * max(largest, 3 * min(together, ZERO_BUCKET_PARAMETERS)) if shards > 1 else 0
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,

@@ -135,6 +135,19 @@ MEASURED_COMPILED = [
 ]
 
 
+# Compiled, two H100 and NCCL, 8 layers.
+MEASURED_ON_TWO = {
+    "-p zero2 -b 4": 36.09,
+    "-p gemini -b 4": 36.3,
+    "-p fsdp -b 4": 34.87,
+    "-p 3d --zero 1 -b 4": 36.09,
+    "-p 3d --tp 2 -b 4": 32.13,
+    "-p 3d --sp 2 -b 4": 41.66,
+    "-p 3d --pp 2 -b 8": 20.07,
+    "-p 3d --pp 2 --pp_style interleaved -b 8": 21.40,
+}
+
+
 @pytest.mark.parametrize("plugin", MEASURED)
 def test_measured_on_a_gpu(plugin):
     config = load_config("7b")
@@ -149,6 +162,14 @@ def test_measured_compiled(layers, flags, measured, off):
     config.num_hidden_layers = layers
     predicted = estimate(f"-c 7b -a {flags}", config).peak.total / 1e9
     assert measured * 0.99 <= predicted <= measured * (1 + off)
+
+
+@pytest.mark.parametrize("flags", MEASURED_ON_TWO)
+def test_measured_on_two_gpus(flags):
+    config = load_config("7b")
+    config.num_hidden_layers = 8
+    predicted = estimate(f"-c 7b -a --compile {flags} --dry_run --gpus 2", config).peak.total / 1e9
+    assert predicted == pytest.approx(MEASURED_ON_TWO[flags], rel=0.03)
 
 
 def test_layouts_that_were_not_launched():
