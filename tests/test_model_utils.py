@@ -140,7 +140,7 @@ class TestLoadConfig:
             load_config("8b")
 
     def test_folder_without_a_config(self, tmp_path):
-        with pytest.raises(InputError, match="has no config.json; give a model's folder"):
+        with pytest.raises(InputError, match=r"has no config\.json; give a model's folder"):
             load_config(str(tmp_path))
 
     @pytest.mark.parametrize(
