@@ -50,6 +50,7 @@ def chunk_parameters(config: LlamaConfig, whole: bool) -> int:
 
 
 def layer_parameters(config: LlamaConfig) -> int:
+    """Number of parameters of one decoder layer."""
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
 
 

@@ -42,6 +42,7 @@ PROBE = (
 
 
 def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
+    """The flag of the tokenizer, where a model's own is not at hand."""
     parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
 
 

@@ -162,10 +162,9 @@ def supports(optimizer: OptimizerWrapper) -> bool:
     if not isinstance(getattr(optimizer, "optim", None), Adam) or getattr(optimizer, "shared_params", None):
         return False
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        one_group = len(optimizer.pg_to_grad_store) == 1 and isinstance(
-            next(iter(optimizer.pg_to_grad_store)), ProcessGroup
-        )
-        return optimizer._master_weights and one_group and not optimizer._overlap_allgather
+        group, *others = optimizer.pg_to_grad_store
+        one_group = isinstance(group, ProcessGroup) and not others
+        return one_group and optimizer._master_weights and not optimizer._overlap_allgather
     return isinstance(optimizer, MixedPrecisionOptimizer)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/several_gpus.py --gpus 1 2 4 8
     python benchmarks/several_gpus.py "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8" --gpus 2
 
-Each layout is a plugin and flags of benchmark.py. `share` is tokens/s a GPU beside the same layout's on the fewest.
+Each layout is a plugin and flags of benchmark.py; what follows `--` are flags of it for all of them. `share` is
+tokens/s a GPU beside the same layout's on the fewest.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from model_utils import load_config
 
 
 def measure(gpus: int, flags: list[str], folder: Path) -> dict | str:
-    """What benchmark.py writes to --json, or the last line of what it said instead."""
+    """What benchmark.py writes to --json, or the last line of what it said instead. One GPU takes no launcher."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    command = [*torchrun, str(ROOT / "benchmark.py"), *flags, "--json", str(result)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "benchmark.py"), *flags, "--json", str(result)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.is_file():
         return json.loads(result.read_text())
@@ -44,7 +45,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="fewer layers than the model has (default: 8)")
     parser.add_argument("-b", "--batch_size", default="4")
     parser.add_argument("-s", "--num_steps", default="12")
-    args = parser.parse_args()
+    own, further = sys.argv[1:], []
+    if "--" in own:
+        own, further = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_args(own)
 
     print("| GPUs | layout | tokens/s | a GPU | share | MFU | median step, ms | peak GPU memory, GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -53,10 +57,10 @@ def main() -> None:
         config = load_config(args.config)
         config.num_hidden_layers = args.layers
         config.save_pretrained(folder)
-        common = ["-c", folder, "-b", args.batch_size, "-s", args.num_steps, "-i", "3", "-a"]
+        common = ["-c", folder, "-b", args.batch_size, "-s", args.num_steps, "-i", "3", "-a", *further]
         for layout in args.layouts:
             plugin, *flags = layout.split()
-            for gpus in args.gpus:
+            for gpus in sorted(args.gpus):
                 result = measure(gpus, [*common, "-p", plugin, *flags], Path(folder))
                 if isinstance(result, str):
                     print(f"| {gpus} | {layout} | {result} | | | | | |", flush=True)

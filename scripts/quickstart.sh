@@ -24,8 +24,10 @@ export HF_HUB_OFFLINE=1 # everything is on this machine
 launch=("$python")
 if command -v nvidia-smi >/dev/null; then
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    ((gpus == 0)) || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, with four lines about it
+    if ((gpus > 0)); then
+        launch+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, with four lines about it
+    fi
 fi
 command=("${launch[@]}" pretrain.py
     -c tiny -p zero2 -d quickstart/data --tokenizer quickstart/tokenizer
