@@ -154,15 +154,14 @@ def build_plugin(
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
-        whole = gemini.keeps_whole(args, layout.dp)
-        chunk_parameters = gemini.chunk_parameters(config, whole)
+        chunk_parameters = gemini.chunk_parameters(args, config, layout)
         plugin = GeminiPlugin(
             placement_policy="auto" if automatic else "static",
             tp_size=layout.tp,
             extra_dp_size=layout.extra_dp,
             min_chunk_size_m=chunk_parameters / 2**20,
-            search_range_m=0 if whole else chunk_parameters // 2**20,
-            max_prefetch=gemini.prefetched_chunks(args, config, layout.dp),
+            search_range_m=0 if gemini.keeps_whole(args, layout.dp) else chunk_parameters // 8 / 2**20,
+            max_prefetch=gemini.prefetched_chunks(args, config, layout),
             hidden_dim=config.hidden_size,
             enable_gradient_accumulation=args.accumulation_steps > 1,
             pin_memory=not on_host,
@@ -257,6 +256,7 @@ def boost(
     model, optimizer, *_ = booster.boost(model, optimizer)
     if isinstance(optimizer, GeminiOptimizer):
         gemini.keep_norm_on_device()
+        gemini.keep_memory_apart(model)
         gemini.prefetch_in_training_alone(model)
         if plugin.tp_size > 1:
             gemini.count_norm_over_tensor_parallel(optimizer, plugin.tp_group)

@@ -73,6 +73,17 @@ def require() -> None:
         _refuse(*(f"{package.problem}; {_remedy(package.file)}" for package in unsuitable))
 
 
+def start_cuda() -> None:
+    """Has CUDA read its environment before ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1 there.
+
+    With one queue for all streams, no kernel starts before those that were submitted earlier to other streams have
+    started, so that next to nothing overlaps. CUDA reads the variable once, when the driver is initialised.
+    """
+    import torch
+
+    torch.cuda.is_available()
+
+
 def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """In the place of console.end_uncaught, for the imports: what fails later is console.run's."""
     if isinstance(error, ImportError) and not console.interrupted(error) and not _is_own(error):

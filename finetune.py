@@ -12,6 +12,7 @@ import dependencies
 
 console.quiet_third_parties()
 dependencies.require()
+dependencies.start_cuda()
 
 import argparse
 import tempfile

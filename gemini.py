@@ -4,8 +4,9 @@ Gemini keeps parameters in chunks, and gathers and releases them from hooks that
 """
 
 import argparse
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fused import plain
+from layout import Layout
 from model_utils import count_parameters, parameter_specs
 
-CHUNK_PARAMETERS = 32 * 2**20
+OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
 
 
 def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
@@ -32,21 +34,26 @@ def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
     Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
     times a step.
     """
-    return data_parallel == 1 and args.plugin == "gemini" and not _offloads(args)
+    return data_parallel == 1 and not _offloads(args)
 
 
 def _offloads(args: argparse.Namespace) -> bool:
-    return getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0) > 0
+    fractions = getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0)
+    return args.plugin == "gemini_auto" or fractions > 0
 
 
-def chunk_parameters(config: LlamaConfig, whole: bool) -> int:
-    """The least size of chunks, in parameters.
+def chunk_parameters(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> int:
+    """The least size of chunks, in parameters: as large as a decoder layer, whose parameters are gathered together.
 
-    Gemini replicates a model smaller than one chunk, and then counts accumulated gradients once a rank too often: a
-    small model gets small chunks, so that it is sharded as a large one is, unless a rank keeps it `whole`.
+    Where chunks move to host memory and back they are smaller. Gemini replicates a model smaller than one chunk, and
+    then counts accumulated gradients once a rank too often: a small model gets small chunks, so that it is sharded as a
+    large one is, unless a rank keeps it whole.
     """
     parameters = count_parameters(config)
-    return parameters + 1 if whole else min(CHUNK_PARAMETERS, parameters // 8)
+    if keeps_whole(args, layout.dp):
+        return parameters + 1
+    least = OFFLOADED_CHUNK_PARAMETERS if _offloads(args) else layer_parameters(config)
+    return min(least, parameters // 8) // layout.tp
 
 
 def layer_parameters(config: LlamaConfig) -> int:
@@ -54,14 +61,52 @@ def layer_parameters(config: LlamaConfig) -> int:
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
 
 
-def prefetched_chunks(args: argparse.Namespace, config: LlamaConfig, data_parallel: int) -> int:
+def prefetched_chunks(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> int:
     """How many chunks Gemini gathers ahead, while those before them compute: as many as a layer has.
 
     None where a rank has all of them, or where some are in host memory, of which the GPU may not hold more at once.
     """
-    if data_parallel == 1 or args.plugin != "gemini" or _offloads(args):
+    if layout.dp == 1 or _offloads(args):
         return 0
-    return math.ceil(layer_parameters(config) / chunk_parameters(config, whole=False))
+    return math.ceil(layer_parameters(config) / layout.tp / chunk_parameters(args, config, layout))
+
+
+def keep_memory_apart(model: ModelWrapper) -> None:
+    """Keeps memory that a collective operation reads from whatever else would be written there meanwhile.
+
+    torch gives memory that is let go at once to the stream that asked for it. Gemini lets go of a chunk when it has
+    begun to reduce the gradients in it, on a stream of its own, so what is computed next may get its place and
+    overwrite them; as ColossalAI has all streams share one queue, that seldom happens there (dependencies.start_cuda).
+    Here chunks are gathered into memory of one stream that, whenever it asks for more, waits for the others.
+    """
+    manager, accelerator = model.chunk_manager, get_accelerator()
+    gathering, reducing = manager._prefetch_stream or accelerator.Stream(), model.async_reduce_stream
+    access, begin_gradients = manager.access_chunk, manager.init_grad_chunk
+
+    @contextlib.contextmanager
+    def memory_for_chunks() -> Iterator[None]:
+        for stream in filter(None, (accelerator.current_stream(), reducing)):
+            gathering.wait_stream(stream)
+        with accelerator.stream(gathering):
+            yield
+
+    def access_chunk(chunk: Chunk, async_access: bool = False) -> dist.Work | None:
+        with memory_for_chunks():
+            work = access(chunk, async_access=True)
+        if async_access:
+            return work
+        if work is not None:
+            work.wait()
+        accelerator.current_stream().wait_stream(gathering)
+        return None
+
+    def init_grad_chunk(chunk: Chunk) -> Chunk:
+        with memory_for_chunks():
+            gradients = begin_gradients(chunk)
+        accelerator.current_stream().wait_stream(gathering)
+        return gradients
+
+    manager.access_chunk, manager.init_grad_chunk = access_chunk, init_grad_chunk
 
 
 def prefetch_in_training_alone(model: ModelWrapper) -> None:

@@ -29,7 +29,6 @@ FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
 USABLE_SHARE = 0.95  # of a GPU's memory; the rest is lost to fragments
 CONTEXT_BYTES = 1.5e9  # of CUDA and NCCL
-ZERO_BUCKET_PARAMETERS = 12 * 2**20  # LowLevelZeroPlugin's reduce_bucket_size_in_m
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class _State:
     optimizer: float
     gradients: float  # at the end of the backward pass
     buckets: float = 0  # for the exchange of gradients, kept for good
+    under_way: float = 0  # whole gradients that the exchange beside the backward pass reads
     exchange: float = 0  # copies of the gradients that are being exchanged
     gathered: float = 0  # weights of other shards that are at hand for the loss
     gathered_layers: float = 0  # and more in the backward pass
@@ -91,19 +91,25 @@ def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[Paramet
     return specs
 
 
-def _gemini_padding(sizes: list[int], config: LlamaConfig) -> tuple[int, int]:
-    """Parameters' worth of empty room in Gemini's chunks, and the size of a chunk, as ColossalAI searches them.
+def _gemini_chunks(sizes: list[int], least: int, config: LlamaConfig) -> list[int]:
+    """Sizes of Gemini's chunks for parameters of these sizes, in order, as ColossalAI searches and fills them.
 
-    Parameters above the mean by three standard deviations get chunks of their own (search_chunk_configuration).
+    It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
+    (search_chunk_configuration); one that is larger than a chunk has one by itself (ChunkManager.register_tensor).
     """
     mean = sum(sizes) / len(sizes)
     bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     packed = [size for size in sizes if size <= bound]
-    least = gemini.chunk_parameters(config, whole=False)
     start = math.ceil(max(least, *packed) / config.hidden_size) * config.hidden_size
-    candidates = range(start, start + least // 2**20 * 2**20 + 1, config.hidden_size)
-    chunk = min(candidates, key=lambda size: _get_unused_byte(packed, size))
-    return _get_unused_byte(packed, chunk), max(chunk, *sizes)
+    candidates = range(start, start + least // 8 + 1, config.hidden_size)
+    best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
+    chunks, left = [], 0
+    for size in sizes:
+        if size > left:
+            left = max(best, size)
+            chunks.append(left)
+        left -= size
+    return chunks
 
 
 def _state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs: list[ParameterSpec]) -> _State:
@@ -142,10 +148,12 @@ def _gemini_state(
     """Chunks of weights and master weights, not quite full, and moments; gathered two chunks, and a layer ahead."""
     sizes = [spec.shape.numel() for spec in specs]
     parameters = sum(sizes)
-    padding, chunk = (0, 0) if gemini.keeps_whole(args, layout.dp) else _gemini_padding(sizes, config)
-    room = parameters + padding
+    chunks = [parameters]
+    if not gemini.keeps_whole(args, layout.dp):
+        chunks = _gemini_chunks(sizes, gemini.chunk_parameters(args, config, layout), config)
+    room, chunk = sum(chunks), max(chunks)
     whole = 1 - getattr(args, "shard_param_frac", 1.0)
-    ahead = gemini.layer_parameters(config) // layout.tp if gemini.prefetched_chunks(args, config, layout.dp) else 0
+    ahead = gemini.prefetched_chunks(args, config, layout) * chunk
     return _State(
         weights=width * room * (whole + (1 - whole) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
@@ -186,13 +194,16 @@ def _zero_state(
             step=0 if mixed else 8 * largest,  # the norm of the largest in float64
             **common,
         )
-    # One large gradient by itself, or the small ones together in three copies.
+    # At the end of the pass the small ones together in three copies.
     together = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < weight_update.SMALL)
-    exchange = width * max(largest, 3 * min(together, ZERO_BUCKET_PARAMETERS)) if shards > 1 else 0
+    exchange = 3 * width * together if shards > 1 else 0
+    large = [spec.shape.numel() for spec in specs if spec.shape.numel() >= weight_update.SMALL]
+    under_way = width * sum(large[-1 - weight_update.UNDER_WAY : -1]) if shards > 1 else 0  # all but the head: a layer
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,
         gradients=gradients,
+        under_way=under_way,
         exchange=exchange,
         **common,
     )
@@ -278,14 +289,15 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
 
     weights = state.weights + state.gathered
     backward_weights = weights + state.gathered_layers
+    at_end = state.buckets + state.gradients + state.under_way
     optimizer = state.optimizer
     all_gradients = state.buckets + state.gradients
     earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
-    first = state.buckets + max(earlier, min(head_gradient, state.gradients))
+    first = state.buckets + max(earlier, min(head_gradient, state.gradients)) + min(head_gradient, state.under_way)
     moments = [
         Moment("the loss", weights, state.buckets + earlier, optimizer, activations + final_norm, logits),
         Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
-        Moment("the end of the backward pass", backward_weights, all_gradients, optimizer, kept + working),
+        Moment("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
     ]
     if state.exchange:
         moments.append(Moment("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))

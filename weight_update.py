@@ -7,12 +7,14 @@ the host are updated parameter by parameter while the next gradients and the las
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
@@ -21,11 +23,11 @@ from colossalai.nn.optimizer import HybridAdam
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.zero import LowLevelZeroOptimizer
 from colossalai.zero.gemini import gemini_optimizer
-from colossalai.zero.low_level.bookkeeping import TensorBucket
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 SMALL = 2**20  # elements below which parameters share a collective operation
+UNDER_WAY = 7  # gradients that are reduced at a time: as many as a decoder layer has large weights
 
 
 @torch.compile(dynamic=True)
@@ -169,61 +171,93 @@ def supports(optimizer: OptimizerWrapper) -> bool:
 
 
 def exchange_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
-    """Spares large gradients the way through ZeRO's buckets, which copies each of them three times.
-
-    Each is reduced to the part that this rank updates, beside the backward pass, and the pass does not wait for that at
-    its end: `update` does. The others of a ZeRO-1 are not computed. Where one rank has all the data, nothing moves.
-    """
+    """Puts `_Exchange` in the place of ZeRO's buckets, in which the host cuts each gradient into as many as ranks."""
     if not supports(optimizer):
         return
-    ((group, store),) = optimizer.pg_to_grad_store.items()
-    beside = optimizer.pg_to_bucket_store[group].comm_stream
-    add_to_bucket = optimizer._add_to_bucket
-
-    def exchange(parameter: torch.nn.Parameter, group_id: int) -> None:
-        alone = store.world_size == 1
-        if not alone and (parameter.numel() < SMALL or optimizer.get_param_padding_size(parameter)):
-            add_to_bucket(parameter, group_id)
-            return
-        assert parameter.grad is not None
-        part, parameter.grad = parameter.grad.flatten(), None
-        current = get_accelerator().current_stream()
-        stream = current if alone else beside
-        stream.wait_stream(current)
-        with get_accelerator().stream(stream):
-            if not alone:
-                part = _reduce_scatter(part, group, stream)
-            if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
-                kept[0].add_(part)
-                return
-        for _ in range(1 if optimizer._partition_grads else store.world_size):  # where ZeRO-1 has one for each rank
-            store.append_gradients_by_param_id(part, group_id, id(parameter))
-
-    optimizer._add_to_bucket = exchange
+    exchange = _Exchange(optimizer)
+    optimizer._add_to_bucket, optimizer._run_reduction = exchange.add, exchange.end_pass
     optimizer._overlap_communication = False  # from here on this has each backward pass wait for the device, no more
-    if optimizer.grad_handles:  # gradients come from hooks, and none is left to be exchanged but what is in the bucket
-        optimizer._reduce_grad = lambda partition_grad: optimizer._run_reduction()
+    if optimizer.grad_handles:  # gradients come from hooks, and none is left to be handed over at the end of the pass
+        optimizer._reduce_grad = lambda partition_grad: exchange.end_pass()
 
 
-def _reduce_scatter(gradient: torch.Tensor, group: ProcessGroup, stream: torch.cuda.Stream) -> torch.Tensor:
-    """This rank's part of the mean over the group of flat gradients, which are used up."""
-    ranks = dist.get_world_size(group)
-    part = gradient.new_empty(gradient.numel() // ranks)
-    if gradient.is_cuda:
-        gradient.record_stream(stream)
-        dist.reduce_scatter_tensor(part, gradient, op=dist.ReduceOp.AVG, group=group)
-    else:  # Gloo takes no mean
-        dist.reduce_scatter_tensor(part, gradient.div_(ranks), group=group)
-    return part
+class _Exchange:
+    """Reduces gradients to the parts that ranks update, the large ones beside the backward pass, the others at its end.
+
+    The large ones of one decoder layer lie in memory until those of the next come. What other ranks of a ZeRO-1 update
+    is not computed. Where one rank has all the data, nothing moves.
+    """
+
+    def __init__(self, optimizer: LowLevelZeroOptimizer):
+        self.optimizer = optimizer
+        ((self.group, self.store),) = optimizer.pg_to_grad_store.items()
+        self.beside = optimizer.pg_to_bucket_store[self.group].comm_stream
+        # Memory that is let go goes to the stream that asked for it, which may not write there until it has been read.
+        self.under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.small: list[tuple[torch.nn.Parameter, int]] = []
+
+    def add(self, parameter: torch.nn.Parameter, group_id: int) -> None:
+        """Takes the gradient of a parameter that the backward pass has no more to add to."""
+        if self.store.world_size == 1:
+            self._keep(self._padded(parameter), parameter, group_id)
+            return
+        if parameter.numel() < SMALL:
+            self.small.append((parameter, group_id))
+            return
+        gradient = self._padded(parameter)
+        accelerator = get_accelerator()
+        current = accelerator.current_stream()
+        self.beside.wait_stream(current)
+        with accelerator.stream(self.beside):
+            self._keep(self._reduce_scatter(gradient), parameter, group_id)
+            reduced = accelerator.Event()
+            reduced.record()
+        self.under_way.append((gradient, reduced))
+        if len(self.under_way) > UNDER_WAY:
+            current.wait_event(self.under_way.popleft()[1])
+
+    def end_pass(self) -> None:
+        if self.small:
+            gradients = [self._padded(parameter).view(self.store.world_size, -1) for parameter, _ in self.small]
+            reduced = self._reduce_scatter(torch.cat(gradients, dim=1).flatten())
+            parts = reduced.split([gradient.shape[1] for gradient in gradients])
+            for part, (parameter, group_id) in zip(parts, self.small, strict=True):
+                self._keep(part, parameter, group_id)
+            self.small.clear()
+        get_accelerator().current_stream().wait_stream(self.beside)
+        self.under_way.clear()
+
+    def _padded(self, parameter: torch.nn.Parameter) -> Tensor:
+        """The gradient taken from its parameter, flat and of a length that the ranks divide."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.flatten(), None
+        padding = self.optimizer.get_param_padding_size(parameter)
+        return F.pad(gradient, (0, padding)) if padding else gradient
+
+    def _reduce_scatter(self, gradient: Tensor) -> Tensor:
+        """This rank's part of the mean over the group of flat gradients, which are used up."""
+        ranks = self.store.world_size
+        part = gradient.new_empty(gradient.numel() // ranks)
+        if gradient.is_cuda:
+            dist.reduce_scatter_tensor(part, gradient, op=dist.ReduceOp.AVG, group=self.group)
+        else:  # Gloo takes no mean
+            dist.reduce_scatter_tensor(part, gradient.div_(ranks), group=self.group)
+        return part
+
+    def _keep(self, part: Tensor, parameter: torch.nn.Parameter, group_id: int) -> None:
+        store = self.store
+        if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
+            kept[0].add_(part)
+            return
+        places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has one for each rank
+        for _ in range(places):
+            store.append_gradients_by_param_id(part, group_id, id(parameter))
 
 
 @torch.no_grad()
 def update(optimizer: OptimizerWrapper) -> None:
     """Does what `optimizer.step()` does."""
     zero = isinstance(optimizer, LowLevelZeroOptimizer)
-    if zero:
-        (bucket,) = optimizer.pg_to_bucket_store.values()
-        get_accelerator().current_stream().wait_stream(bucket.comm_stream)
     parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
     norm = _gradient_norm(optimizer, parts)
     optimizer._current_grad_norm = norm
@@ -324,21 +358,27 @@ class _Gathering:
         if isinstance(optimizer, LowLevelZeroOptimizer):
             (self.group,) = optimizer.pg_to_grad_store
             self.whole = optimizer._working_param_to_padded_working_param
-        self.small = TensorBucket(math.inf)
+        self.small: list[_Part] = []
         self.started: list[dist.Work] = []
 
     def start(self, part: _Part) -> None:
         if _size(self.group) == 1:
             return
         if part.parameter.numel() < SMALL:
-            self.small.add_to_bucket(part.working.clone(), write_back_tensor=part.parameter)
+            self.small.append(part)
             return
         whole = self.whole[part.parameter].view(-1)
         self.started.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
 
     def finish(self) -> None:
-        if not self.small.is_empty():
-            self.small.all_gather(self.group)
+        if self.small:
+            own = torch.cat([part.working for part in self.small])
+            gathered = own.new_empty(_size(self.group), own.numel())
+            dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
+            columns = gathered.split([part.working.numel() for part in self.small], dim=1)
+            for part, parts in zip(self.small, columns, strict=True):
+                self.whole[part.parameter].view_as(parts).copy_(parts)
         for work in self.started:
             work.wait()
+        self.small.clear()
         self.started.clear()

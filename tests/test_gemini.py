@@ -11,7 +11,6 @@ from processes import boosted, run_ranks
 import gemini
 import sharded_state
 from booster_utils import build_plugin
-from gemini import CHUNK_PARAMETERS
 from layout import resolve_layout
 from model_utils import count_parameters, load_config
 from pretrain import parse_args
@@ -139,9 +138,11 @@ class TestChunks:
     def test_one_rank_keeps_the_model_whole(self):
         assert run_ranks(1, chunk_sizes) == [[(count_parameters(load_config("test")), True)]]
 
-    def test_size_for_a_large_model(self):
-        assert count_parameters(load_config("7b")) // 8 > CHUNK_PARAMETERS
-        assert run_ranks(2, chunk_options) == [(32, 32)] * 2
+    @pytest.mark.parametrize(
+        ("flags", "millions"), [("-p gemini", 202.38), ("-p gemini --tp 2", 101.19), ("-p gemini_auto", 33.55)]
+    )
+    def test_hold_a_layer_of_a_large_model_unless_they_move(self, flags, millions):
+        assert run_ranks(4, chunk_options, flags) == [(pytest.approx(millions, rel=1e-3), flags[-1] != "o")] * 4
 
     def test_what_is_offloaded_is_not_kept_whole(self):
         args = parse_args(["-p", "gemini"])
@@ -149,6 +150,7 @@ class TestChunks:
         assert not gemini.keeps_whole(args, data_parallel=2)
         args.offload_optim_frac = 0.5
         assert not gemini.keeps_whole(args, data_parallel=1)
+        assert not gemini.keeps_whole(parse_args(["-p", "gemini_auto"]), data_parallel=1)
 
 
 def chunk_sizes():
@@ -157,7 +159,8 @@ def chunk_sizes():
     return [(chunk.chunk_size, chunk.keep_gathered) for chunk in chunks]
 
 
-def chunk_options():
-    args, config = parse_args(["-p", "gemini"]), load_config("7b")
+def chunk_options(flags: str) -> tuple[float, int]:
+    """Parameters of a chunk of 7B, in millions, and how many chunks are gathered ahead."""
+    args, config = parse_args(flags.split()), load_config("7b")
     options = build_plugin(args, resolve_layout(args, config), config).gemini_config
-    return options["min_chunk_size_m"], options["search_range_m"]
+    return options["min_chunk_size_m"] * 2**20 / 1e6, options["max_prefetch"]

@@ -175,10 +175,10 @@ def test_measured_on_two_gpus(flags):
 
 
 def test_layouts_that_were_not_launched():
-    """70B on 512 GPUs: 14 bytes a parameter and a tenth for chunks not full; tp 4 x pp 2 with ZeRO over 64."""
+    """70B on 512 GPUs: 14 bytes a parameter, with next to no room left in chunks; tp 4 x pp 2 with ZeRO over 64."""
     flags = "-c 70b -b 8 -g -a --dry_run --gpus 512"
     step = estimate(f"{flags} -p gemini").moments[-1]
-    assert step.weights + step.optimizer == pytest.approx(1.1 * 14 * 68.98e9 / 512, rel=0.02)
+    assert step.weights + step.optimizer == pytest.approx(14 * 68.98e9 / 512, rel=0.02)
     step = estimate(f"{flags} -p 3d --tp 4 --pp 2 --zero 1").moments[-1]
     assert step.weights == pytest.approx(2 * 68.98e9 / 8, rel=0.01)
     assert step.optimizer == pytest.approx(12 * 68.98e9 / 8 / 64, rel=0.01)
