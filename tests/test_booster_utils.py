@@ -1,14 +1,42 @@
 """Launching, and the optimizer against plain PyTorch."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from colossalai.nn.optimizer import HybridAdam
+from launching import ROOT
 from processes import run_ranks
 
 import host_accelerator
 from booster_utils import ADAM_BETAS, build_optimizer, launch, launch_problems
+
+
+ONE_STREAM_BESIDE_ANOTHER = """
+import dependencies
+dependencies.start_cuda()
+import booster_utils
+import torch
+busy, waiting = torch.cuda.Stream(), torch.cuda.Stream()
+ones = torch.ones(1000, device="cuda") + 1
+torch.cuda.synchronize()
+with torch.cuda.stream(busy):
+    torch.cuda._sleep(2 * 10**9)
+    done = busy.record_event()
+with torch.cuda.stream(waiting):
+    waiting.wait_event(done)
+    ones + 1
+ones + 2
+torch.cuda.current_stream().synchronize()
+assert not done.query()
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_stream_does_not_wait_for_what_was_submitted_to_others():
+    subprocess.run([sys.executable, "-c", ONE_STREAM_BESIDE_ANOTHER], cwd=ROOT, check=True)
 
 
 class TestLaunch:

@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import stream_order
 import torch
 import torch.distributed as dist
 from colossalai.zero.gemini.chunk import Chunk
 from processes import boosted, run_ranks
 
+import booster_utils
 import gemini
 import sharded_state
 from booster_utils import build_plugin
@@ -103,6 +105,44 @@ def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
         assert losses == other_losses
         assert losses[-1] < losses[0]
         assert none_fetched == 0 < fetched
+
+
+def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
+    """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
+    memory = stream_order.watch()
+
+    class Plugin(booster_utils.GeminiPlugin):
+        def __init__(self, **options):
+            super().__init__(**options | {"enable_async_reduce": True})
+            self.gemini_config["pin_memory"] = False
+
+    booster_utils.GeminiPlugin = Plugin
+    if not prefetch:
+        gemini.prefetched_chunks = lambda *_: 0
+    if not apart:
+        gemini.keep_memory_apart = lambda model: None
+    run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
+    torch.compiler.set_stance("force_eager")
+    gemini.compile_layers(run.model)
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    micro_batches = run.args.accumulation_steps
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(3):
+        batches = [{"input_ids": ids, "labels": ids}] * micro_batches
+        forward_backward(run.booster, run.model, run.optimizer, batches, 62 * micro_batches * 2)
+        optimizer_step(run.model, run.optimizer)
+    return sorted(memory.hazards)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("prefetch", [True, False])
+    @pytest.mark.parametrize("flags", ["", "-g", "--accumulation_steps 3"])
+    def test_of_a_chunk_is_not_written_while_it_is_read(self, flags, prefetch):
+        assert run_ranks(2, memory_hazards, flags, prefetch, True) == [[], []]
+
+    def test_would_be_in_gemini_as_it_is(self):
+        found = run_ranks(2, memory_hazards, "--accumulation_steps 3", False, False)[0]
+        assert any("does not wait for reduce_scatter_tensor on NCCL" in hazard for hazard in found)
 
 
 class TestNorm:
