@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
@@ -73,9 +74,29 @@ def _mlp(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
     return self.down_proj(_silu_product(plain(self.gate_proj(hidden)), plain(self.up_proj(hidden))))
 
 
+class _RecomputedLayer(LlamaDecoderLayer):
+    """A decoder layer that is computed once more in the backward pass.
+
+    Compiled with both passes in sight torch leaves out of the second what no gradient needs: the layer's last product.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+def take_over_recomputation(layer: LlamaDecoderLayer) -> bool:
+    """Whether the model was to recompute this layer, which what is compiled in its place has to do from now on."""
+    recomputed = getattr(layer, "recomputed", False) and "forward" not in vars(layer)
+    if recomputed:
+        layer.recomputed = False
+    return recomputed
+
+
 def compile_each_layer(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
+            if take_over_recomputation(module):
+                module.__class__ = _RecomputedLayer
             module.compile()
 
 

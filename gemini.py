@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +20,11 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fused import plain
+from fused import plain, take_over_recomputation
 from layout import Layout
 from model_utils import count_parameters, parameter_specs
 
@@ -180,11 +183,13 @@ def compile_layers(model: ModelWrapper) -> None:
         empty = LlamaDecoderLayer(model.unwrap().config, layer_idx=0)
 
     @torch.compile
-    def compute(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict) -> tuple[torch.Tensor, ...]:
-        return functional_call(empty, parameters, args, kwargs)
+    def compute(recomputed: bool, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        if recomputed:
+            return checkpoint(functional_call, empty, *inputs, use_reentrant=False)
+        return functional_call(empty, *inputs)
 
     for layer in layers:
-        layer.forward = _hooked_once(layer, empty, compute)
+        layer.forward = _hooked_once(layer, empty, partial(compute, take_over_recomputation(layer)))
 
 
 class _Plain(torch.autograd.Function):

@@ -26,6 +26,8 @@ def recomputed_layers(config: LlamaConfig, share: float) -> set[int]:
 def recompute(model: LlamaForCausalLM, layers: set[int], reentrant: bool = False) -> None:
     """Makes these decoder layers keep their input alone, and the model compute the rest of them once more.
 
+    They are marked as `recomputed`; where layers are compiled, what is compiled takes that over (fused.py).
+
     Args:
         reentrant: for Gemini with tensor parallelism. Its weights are fetched when ColossalAI's linear layers multiply
             by them in the backward pass, which takes the parameters themselves; torch's other way of recomputing hands
@@ -37,11 +39,12 @@ def recompute(model: LlamaForCausalLM, layers: set[int], reentrant: bool = False
     if reentrant:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(plain, outputs)))
+    for index, layer in enumerate(model.model.layers):
+        layer.recomputed = index in layers
     checkpoint = model.model._gradient_checkpointing_func
 
     def checkpoint_some(call: Any, *inputs: Any) -> Any:
         bound: Any = call.func if isinstance(call, partial) else call
-        layer = bound.__self__
-        return checkpoint(call, *inputs) if layer.self_attn.layer_idx in layers else call(*inputs)
+        return checkpoint(call, *inputs) if bound.__self__.recomputed else call(*inputs)
 
     model.model._gradient_checkpointing_func = checkpoint_some

@@ -13,7 +13,6 @@ from processes import run_ranks
 import host_accelerator
 from booster_utils import ADAM_BETAS, build_optimizer, launch, launch_problems
 
-
 ONE_STREAM_BESIDE_ANOTHER = """
 import dependencies
 dependencies.start_cuda()

@@ -1,9 +1,13 @@
 """The compiled pieces of the model, against transformers' own, and on tensors of the class that Gemini passes on."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 import torch.nn.functional as F
 from colossalai.tensor.colo_tensor import ColoTensor
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -11,6 +15,7 @@ import fused
 from data_utils import IGNORE_INDEX
 from fused import Fusion, fuse, summed_cross_entropy
 from model_utils import build_model, load_config
+from recomputation import recompute
 
 
 @pytest.fixture(params=[Fusion.NONE, Fusion.PIECES], ids=["as written", "compiled"])
@@ -93,6 +98,42 @@ def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
     fuse(torch.nn.Module(), Fusion.NONE)
     assert 2 <= compiled[0] <= 4
     assert compiled[-1] <= 2 * compiled[0]
+
+
+def products(monkeypatch, compiled: bool) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+    """Matrix products of each graph that is compiled of four recomputed layers, forward and backward; gradients."""
+    found: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    def counted(of: str):
+        def compiler(module, inputs):
+            found[of].append(sum(node.target is torch.ops.aten.mm.default for node in module.graph.nodes))
+            return make_boxed_func(module.forward)
+
+        return compiler
+
+    torch.manual_seed(0)
+    model = build_model(load_config("test"), torch.device("cpu"), torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    recompute(model.train(), {0, 1, 2, 3})
+    backend = aot_autograd(
+        fw_compiler=counted("forward"),
+        bw_compiler=counted("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    if compiled:
+        torch.compiler.set_stance("default")
+        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+        fused.compile_each_layer(model)
+    model(torch.arange(64).view(2, 32)).logits.square().mean().backward()
+    return found, [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_recomputed_layer_leaves_out_its_last_product(monkeypatch):
+    found, gradients = products(monkeypatch, compiled=True)
+    assert found == {"forward": [7], "backward": [2 * 7 + 6]}
+    for ours, theirs in zip(gradients, products(monkeypatch, compiled=False)[1], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_layers_or_pieces():
