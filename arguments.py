@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from booster_utils import launch_problems
 from console import InputError
+from files import existing_part
 from layout import layout_problems
 from memory_estimate import card_problems
 from recomputation import AUTO
@@ -294,9 +295,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
 
 def _folder_problems(flag: str, folder: Path) -> list[str]:
     """What keeps `folder` from being made or written to, without making it."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_part(folder)
     if not existing.is_dir():
         return [f"{flag}: {existing} is a file; give a folder"]
     if not os.access(existing, os.W_OK | os.X_OK):

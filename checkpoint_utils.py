@@ -9,7 +9,6 @@
 One file holds one decoder layer. checkpoint_writer.py writes what this module names, finds, verifies and loads.
 """
 
-import contextlib
 import copy
 import json
 import re
@@ -30,7 +29,7 @@ from transformers import LlamaConfig
 
 from collectives import gather, on_rank_zero
 from console import InputError, rank, say, size_text, world_size
-from files import checksum, exclusive_lock, sync, write_json
+from files import checksum, claim_folder, existing_part, sync, write_json
 from model_utils import load_config, trained_specs
 from sharded_state import MASTER, MOMENTS, restore
 from training_step import loss_scaler
@@ -42,7 +41,6 @@ ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
 LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
 SHARED_SECONDS = 20  # for other machines to see a new file
-_CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 MODEL_KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -65,30 +63,12 @@ MODEL_KEYS = (
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def claim_folder(save_dir: Path, config: LlamaConfig) -> None:
-    """Takes a folder for this run's checkpoints, until the process ends. For rank 0 alone.
-
-    Raises:
-        InputError: another run has it, it cannot be written to, or it has no room for one checkpoint.
-    """
-    refusal = f"--save_dir: another run ({{holder}}) is writing to {save_dir}; end it or give another folder"
-    made = not save_dir.exists()
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        _CLAIMED.enter_context(exclusive_lock(save_dir / ".lock", refusal=refusal))
-    except OSError as error:
-        raise InputError(
-            f"--save_dir: {save_dir} cannot be written to ({error.strerror}); make room or give another folder"
-        ) from error
+def claim_save_dir(save_dir: Path) -> None:
+    """Takes a folder for this run's checkpoints, as `claim_folder`, and removes what a kill has left in it."""
+    claim_folder(save_dir, "--save_dir")
     for pattern in LEFTOVERS:
         for remains in save_dir.glob(pattern):
             shutil.rmtree(remains, ignore_errors=True)
-    try:
-        check_room(save_dir, config)
-    except InputError:
-        if made:
-            shutil.rmtree(save_dir, ignore_errors=True)
-        raise
 
 
 def check_shared(save_dir: Path) -> None:
@@ -114,8 +94,8 @@ def check_shared(save_dir: Path) -> None:
 
 
 def check_room(save_dir: Path, config: LlamaConfig) -> None:
-    """Raises InputError where the file system has no room for one checkpoint."""
-    needed, free = checkpoint_bytes(config), shutil.disk_usage(save_dir).free
+    """Raises InputError where the file system has no room for one checkpoint; the folder need not be there yet."""
+    needed, free = checkpoint_bytes(config), shutil.disk_usage(existing_part(save_dir)).free
     if free < needed:
         raise InputError(
             f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}; "

@@ -24,6 +24,8 @@ from console import InputError, local_rank, say, world_size
 CHECKSUM_CHUNK = 2**24  # bytes
 POLL_SECONDS = 0.2
 STALE_SECONDS = 24 * 3600
+LOCK = ".lock"  # in a folder that a run writes to
+_CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 
 
 def sync(path: Path) -> None:
@@ -92,6 +94,27 @@ def exclusive_lock(path: Path, waiting: str = "", refusal: str | None = None) ->
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         yield
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def claim_folder(folder: Path, flag: str) -> None:
+    """Makes a folder and takes it for this run, until the process ends.
+
+    Raises:
+        InputError: another run has it, or it cannot be written to; the line names `flag`.
+    """
+    refusal = f"{flag}: another run ({{holder}}) is writing to {folder}; end it or give another folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _CLAIMED.enter_context(exclusive_lock(folder / LOCK, refusal=refusal))
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {folder} cannot be written to ({error.strerror}); make room or give another folder"
+        ) from error
 
 
 def private_folder() -> Path:

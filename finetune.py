@@ -166,15 +166,16 @@ def main() -> int:
     documents = generation_config(folder, tokenizer, "--model_path")
     if args.lora_rank:
         args.base_weights = once_per_node(lambda: weights_fingerprint(weights))
-    dataset, held_out = open_data(args, tokenizer, layout)
-    state, checkpoint = run_plan.resume_state(args, dataset)
+    state, checkpoint = run_plan.resume_state(args)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
-    plan = run_plan.make_plan(args, layout, dataset, state)
     if args.lora_rank:
         config.lora = lora_config(args)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    run_plan.check_folders(args, config)
+    dataset, held_out = open_data(args, tokenizer, layout)
+    plan = run_plan.make_plan(args, layout, dataset, state)
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
     settle_recomputation(args, config, layout)
     run_plan.announce(args, config, dataset, plan, attention)
@@ -186,8 +187,7 @@ def main() -> int:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    if console.rank() == 0:
-        checkpoint_utils.claim_folder(args.save_dir, config)
+    run_plan.claim_folders(args)
     export = partial(export_final, args, config, weights, tokenizer, documents)
     launch(args.seed)
     run_plan.check_agreement(args, state, checkpoint)

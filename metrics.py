@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -18,8 +19,10 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from console import rank, say, world_size
+from files import write_json
 
 LOG_FILE = "metrics.jsonl"
+OWNER = "run.json"  # where the checkpoints of the run lie whose logs a folder holds, seen from there
 LONGEST_ROW = 4096  # bytes of it, with room to spare
 MEAN_STEPS = 20  # of the loss in the summary
 BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
@@ -29,9 +32,10 @@ _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
 class Metrics:
     """One row an optimizer step. A run that resumes continues the curves without a seam."""
 
-    def __init__(self, folder: Path, step: int, total_steps: int, interval: int):
+    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int):
         """
         Args:
+            save_dir: of the checkpoints, by which the run is told from others.
             step: the step that the run resumes after; what was logged of later ones is dropped.
             interval: steps between lines in the terminal, where it shows no progress bar.
         """
@@ -39,6 +43,7 @@ class Metrics:
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
+        self.run = {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}  # they may move together
         self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
@@ -64,17 +69,33 @@ class Metrics:
     def _open(self) -> FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
+            self._set_aside()
+            write_json(self.folder / OWNER, self.run)
             self.file = self._open_after(self.folder / LOG_FILE, self.step)
             self.last = self._last_row(self.folder / LOG_FILE)
             self.start -= 3600 * self.last.get("hours", 0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         return self.file
 
+    def _set_aside(self) -> None:
+        """Moves logs that this run does not go on from into a folder, which TensorBoard shows as a run of its own."""
+        owner = self.folder / OWNER
+        found = json.loads(owner.read_bytes()) if owner.exists() else None  # older versions left none
+        logs = [path for pattern in ("metrics*.jsonl", "events.out.tfevents.*") for path in self.folder.glob(pattern)]
+        if not logs or (self.step and found in (None, self.run)):
+            return
+        numbers = itertools.count(1)
+        aside = next(path for number in numbers if not (path := self.folder / f"earlier-{number}").exists())
+        aside.mkdir()
+        for log in logs:
+            log.rename(aside / log.name)
+        self.note([f"--tensorboard_dir: {self.folder} held the logs of another run, which are now in {aside}"])
+
     @staticmethod
     def _open_after(path: Path, step: int) -> FileIO:
         """Opens the file for appending, less the rows of later steps, which stay in a numbered file beside it.
 
-        They are those that a resumed run repeats, or another run's.
+        They are those that a resumed run repeats.
         """
         kept, later = [], []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():

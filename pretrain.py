@@ -129,13 +129,14 @@ def main() -> int:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
         initial_weights = check_pretrained(args.init_from, config)
-    dataset, held_out = open_data(args, tokenizer)
-    state, checkpoint = run_plan.resume_state(args, dataset)
+    state, checkpoint = run_plan.resume_state(args)
     if checkpoint:
         checkpoint_utils.check_model(checkpoint / "model", config, "--load")
-    plan = run_plan.make_plan(args, layout, dataset, state)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    run_plan.check_folders(args, config)
+    dataset, held_out = open_data(args, tokenizer)
+    plan = run_plan.make_plan(args, layout, dataset, state)
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
     settle_recomputation(args, config, layout)
     run_plan.announce(args, config, dataset, plan, attention)
@@ -145,8 +146,7 @@ def main() -> int:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    if console.rank() == 0:
-        checkpoint_utils.claim_folder(args.save_dir, config)
+    run_plan.claim_folders(args)
     export = partial(model_export.export, target=args.save_dir / "final", tokenizer=tokenizer)
     launch(args.seed)
     run_plan.check_agreement(args, state, checkpoint)

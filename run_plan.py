@@ -10,8 +10,9 @@ from transformers import LlamaConfig
 
 import checkpoint_utils
 from collectives import gather
-from console import InputError, say
+from console import InputError, rank, say
 from data_order import TrainingData
+from files import LOCK, claim_folder
 from layout import Layout, describe_layout
 from model_utils import count_parameters
 
@@ -65,7 +66,7 @@ class Plan:
         return self.trained_tokens + self.remaining_tokens
 
 
-def resume_state(args: argparse.Namespace, dataset: TrainingData) -> tuple[TrainState, Path | None]:
+def resume_state(args: argparse.Namespace) -> tuple[TrainState, Path | None]:
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Raises:
@@ -91,17 +92,44 @@ def resume_state(args: argparse.Namespace, dataset: TrainingData) -> tuple[Train
             f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
             f"{newest[1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
+    return state, folder
+
+
+def check_folders(args: argparse.Namespace, config: LlamaConfig) -> None:
+    """Refuses, before data are prepared for hours, what `claim_folders` would refuse after; makes no folder.
+
+    Raises:
+        InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
+    """
+    if rank() or args.dry_run:
+        return
+    if (args.save_dir / LOCK).exists():
+        checkpoint_utils.claim_save_dir(args.save_dir)
+    if (args.tensorboard_dir / LOCK).exists():
+        claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+    checkpoint_utils.check_room(args.save_dir, config)
+
+
+def claim_folders(args: argparse.Namespace) -> None:
+    """Takes the folders of checkpoints and logs for this run alone, until it ends; raises as `claim_folder` does."""
+    if rank() == 0:
+        checkpoint_utils.claim_save_dir(args.save_dir)
+        claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+
+
+def _settle_position(args: argparse.Namespace, dataset: TrainingData, state: TrainState) -> None:
+    """Reads data from their beginning where --allow_changes gives them another order than the checkpoint's."""
     order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
     order["slice_weights"] = getattr(args, "slice_weights", None)
     other = [name for name, value in order.items() if state.settings.get(name) != value]
-    if args.allow_changes and other:
-        stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
-        if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
-            say("--load: the stream has the same files with other content; it goes on at the row where it stopped")
-        else:
-            say("--load: the data are read from their beginning, since they have another order now")
-            state.sequences, state.stream = 0, None
-    return state, folder
+    if not (state.settings and args.allow_changes and other):
+        return
+    stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
+    if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
+        say("--load: the stream has the same files with other content; it goes on at the row where it stopped")
+    else:
+        say("--load: the data are read from their beginning, since they have another order now")
+        state.sequences, state.stream = 0, None
 
 
 def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, state: TrainState) -> Plan:
@@ -111,6 +139,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
         InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
             asked for, or settings that differ from the checkpoint's.
     """
+    _settle_position(args, dataset, state)
     global_batch = args.batch_size * args.accumulation_steps * layout.dp
     total_sequences = args.num_epochs * len(dataset)
     total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch

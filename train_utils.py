@@ -156,7 +156,7 @@ def train(
         config, round(plan.mean_length), dist.get_world_size(), accelerator.get_device_name()
     )
     done = state.step - bool(state.unevaluated)
-    metrics = Metrics(args.tensorboard_dir, done, plan.total_steps, args.log_interval)
+    metrics = Metrics(args.tensorboard_dir, args.save_dir, done, plan.total_steps, args.log_interval)
     metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
     stop = StopRequest()
     if checkpoint and state.unevaluated:

@@ -322,6 +322,22 @@ def test_hugging_face_folder_is_no_checkpoint(problems, checkpoint, finished_run
         assert "--init_from" in problem
 
 
+def test_checkpoints_are_looked_for_before_data_are_prepared(problems, objections, finished_run, tmp_path):
+    """`objections` sees that nothing is written, to the cache either."""
+    taken, cache = finished_run.save_dir, ["--cache_dir", tmp_path / "cache"]
+    cases = {
+        "--load: no/such/folder does not exist": ["-f", "no/such/folder"],
+        f"--save_dir: {taken} holds the checkpoints of a run": ["-o", taken],
+        f"--load: {taken / 'epoch0-step2'} is at step 2, and": ["-o", taken, "-f", taken / "epoch0-step2"],
+    }
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
+    tuning = ["--model_path", taken / "final", "-d", rows, "-p", "zero2", "-x", "bf16"]
+    for expected, flags in cases.items():
+        for found in (problems(*cache, *flags), objections(finetune, [*tuning, *cache, *flags])):
+            assert found[0].startswith(expected)
+
+
 @pytest.mark.parametrize("damage", ["manifest", "weights", "truncated"])
 def test_incomplete_checkpoint(problems, checkpoint, damage):
     folder, flags = checkpoint

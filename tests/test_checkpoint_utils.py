@@ -25,7 +25,7 @@ import checkpoint_writer
 import model_export
 import run_plan
 import sharded_state
-from checkpoint_utils import check_model, claim_folder, find_checkpoint, is_complete
+from checkpoint_utils import check_model, claim_save_dir, find_checkpoint, is_complete
 from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints
 from collectives import on_rank_zero
 from console import InputError, RunError
@@ -427,7 +427,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path):
     leftovers = (".epoch0-step2.incomplete", ".epoch0-step1.old", ".final.incomplete", ".final.old", ".merged-x1y2")
     for name in (*leftovers, "epoch0-step2", "final", ".config"):
         (tmp_path / name / "model").mkdir(parents=True)
-    claim_folder(tmp_path, bf16_config())
+    claim_save_dir(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".config", ".lock", "epoch0-step2", "final"]
 
 
@@ -504,11 +504,10 @@ def test_memory_that_a_control_group_limits(tmp_path, line, folder, files):
 
 def test_folder_of_a_run_that_goes_on(tmp_path):
     """The second run learns which process has it; the first one's end frees it."""
-    config = bf16_config()
     ours, theirs = multiprocessing.Pipe()
 
     def other_run():
-        claim_folder(tmp_path, config)
+        claim_save_dir(tmp_path)
         theirs.send("claimed")
         theirs.recv()
 
@@ -518,8 +517,8 @@ def test_folder_of_a_run_that_goes_on(tmp_path):
     owner = rf"another run \(process {process.pid} on {re.escape(socket.gethostname())}\)"
     for _ in range(2):
         with pytest.raises(InputError, match=owner):
-            claim_folder(tmp_path, config)
+            claim_save_dir(tmp_path)
     ours.send("end")
     process.join()
-    claim_folder(tmp_path, config)
+    claim_save_dir(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"

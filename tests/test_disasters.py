@@ -90,10 +90,13 @@ def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, 
 def test_disk_without_room_is_refused_before_training(pretrain, whole, tmp_path):
     one = size_of(whole.save_dir / "epoch0-step2")
     with file_system(tmp_path / "disk", one / 2) as disk:
-        refused = pretrain(*FLAGS, "-o", disk, folder=tmp_path / "run", check=False)
+        cache = ["--cache_dir", tmp_path / "cache"]
+        refused = pretrain(*FLAGS, *cache, "-o", disk / "run", folder=tmp_path / "run", check=False)
         assert refused.returncode == 2
         assert "--save_dir: a checkpoint takes" in refused.stderr
         assert not refused.metrics
+        assert not (tmp_path / "cache").exists()  # nor were data prepared
+        assert not (disk / "run").exists()
 
 
 def test_disk_without_room_for_a_byte_is_refused_before_training(pretrain, tmp_path):
@@ -101,10 +104,12 @@ def test_disk_without_room_for_a_byte_is_refused_before_training(pretrain, tmp_p
         with contextlib.suppress(OSError), open(disk / "another's", "wb", buffering=0) as file:
             while file.write(b"x" * 4096):
                 pass
-        refused = pretrain(*FLAGS, "-o", disk, folder=tmp_path / "run", check=False)
-        assert refused.returncode == 2
-        assert f"--save_dir: {disk} cannot be written to (No space left on device)" in refused.stderr
-        assert "Traceback" not in refused.stderr
+        reasons = {"save_dir": "a checkpoint takes", "tensorboard_dir": f"{disk} cannot be written to (No space left"}
+        for flag, reason in reasons.items():
+            refused = pretrain(*FLAGS, f"--{flag}", disk, folder=tmp_path / flag, check=False)
+            assert refused.returncode == 2
+            assert f"--{flag}: {reason}" in refused.stderr
+            assert "Traceback" not in refused.stderr
 
 
 def test_read_only_folder_is_refused_before_training(pretrain, tmp_path):
@@ -169,10 +174,15 @@ def test_half_deleted_checkpoints_are_passed_over(pretrain, whole, copy):
     assert checkpoints(run.save_dir) == ["epoch0-step2", "epoch0-step4", "epoch0-step6", "final"]
 
 
-def test_a_second_run_is_refused_while_the_first_goes_on(start, pretrain):
+def test_a_second_run_is_refused_while_the_first_goes_on(start, pretrain, tmp_path):
     with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000) as run:
         run.wait_until(lambda: len(run.metrics) >= 1, "the first step")
-        second = pretrain("-p", "zero2", "-x", "bf16", "-b", 1, "-o", run.save_dir, check=False)
-        assert second.returncode == 2
-        assert "--save_dir: another run" in second.stderr
+        for flag, folder in (("--save_dir", run.save_dir), ("--tensorboard_dir", run.folder / "tb_logs")):
+            flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--cache_dir", tmp_path / "cache", flag, folder]
+            second = pretrain(*flags, check=False)
+            assert second.returncode == 2
+            assert f"{flag}: another run (process" in second.stderr
+            assert not (tmp_path / "cache").exists()  # before data are prepared
+            assert {path.name for path in second.folder.iterdir()} == {"stdout", "stderr"}
         assert run.returncode is None
+        assert run.column("step") == list(range(1, len(run.metrics) + 1))

@@ -18,8 +18,8 @@ def line(step):
     return json.dumps({"step": step}) + "\n"
 
 
-def metrics_of(folder, step=0):
-    return Metrics(folder, step, total_steps=4, interval=2)
+def metrics_of(folder, step=0, run="run"):
+    return Metrics(folder, folder / run, step, total_steps=4, interval=2)
 
 
 def values_of(step, loss):
@@ -49,7 +49,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("step", [0, 2])
     def test_rows_of_later_steps_stay_in_numbered_files(self, tmp_path, step):
-        """Whether a resumed run is going to repeat them, or they are another's."""
+        """A resumed run is going to repeat them."""
         rows, path = [line(number) for number in range(1, 5)], tmp_path / "metrics.jsonl"
         for _ in range(2):
             path.write_text("".join(rows))
@@ -76,6 +76,41 @@ class TestMetrics:
         ]
         assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
         assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("run", "step"), [("run", 0), ("other", 0), ("other", 2)], ids=["begun anew", "new", "resumed"]
+    )
+    def test_logs_of_another_run_are_set_aside_whole(self, tmp_path, capsys, run, step):
+        def read(folder):
+            scalars = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+            rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+            return [(event.step, event.value) for event in scalars], [(row["step"], row["loss"]) for row in rows]
+
+        def log(metrics, steps, loss):
+            for number in steps:
+                metrics.log(values_of(number, loss=loss))
+            metrics.close()
+
+        log(metrics_of(tmp_path), (1, 2, 3), loss=7.0)
+        (tmp_path / "metrics.1.jsonl").write_text(line(3))
+        log(metrics_of(tmp_path, step, run), (step + 1,), loss=5.0)
+        assert read(tmp_path / "earlier-1") == 2 * ([(1, 7.0), (2, 7.0), (3, 7.0)],)
+        assert (tmp_path / "earlier-1" / "metrics.1.jsonl").exists()
+        assert read(tmp_path) == 2 * ([(step + 1, 5.0)],)
+        said = f"--tensorboard_dir: {tmp_path} held the logs of another run, which are now in {tmp_path / 'earlier-1'}"
+        assert capsys.readouterr().out.splitlines().count(said) == 1
+        log(metrics_of(tmp_path, step + 1, run), (step + 2,), loss=4.0)
+        assert read(tmp_path)[1] == [(step + 1, 5.0), (step + 2, 4.0)]
+        assert not (tmp_path / "earlier-2").exists()
+
+    def test_checkpoints_and_logs_that_are_moved_together_stay_one_run(self, tmp_path):
+        for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
+            metrics = Metrics(folder / "logs", folder / "checkpoint", step, total_steps=4, interval=2)
+            metrics.log(values_of(step + 1, loss=5))
+            metrics.close()
+            if step == 0:
+                folder.rename(tmp_path / "there")
+        assert len((tmp_path / "there" / "logs" / "metrics.jsonl").read_text().splitlines()) == 2
 
     def test_a_skipped_step_is_named(self, tmp_path, capsys):
         metrics = metrics_of(tmp_path)
@@ -187,7 +222,7 @@ class TestTime:
         """The loss of one step is noise; what GPUs cost has the hours of saves and evaluations in it."""
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
         monkeypatch.setenv("WORLD_SIZE", "8")
-        metrics = Metrics(tmp_path, 0, total_steps=21, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, interval=10)
         for step in range(1, 22):
             clock[0] += 90
             metrics.log({**values_of(step, loss=step), "mfu": 0.4})
@@ -200,7 +235,7 @@ class TestTime:
         metrics.close()
 
     def test_time_left_leaves_the_first_step_out(self, tmp_path, clock, capsys):
-        metrics = Metrics(tmp_path, 0, total_steps=100, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, interval=10)
         clock[0] += 500
         self.log(clock, metrics, range(1, 31), seconds=60)
         lines = capsys.readouterr().out.splitlines()

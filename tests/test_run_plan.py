@@ -133,7 +133,7 @@ class TestResumeState:
 
     def test_fresh(self):
         args = parse_args(list(self.FLAGS))
-        assert resume_state(args, PackedStub(43)) == (TrainState(), None)
+        assert resume_state(args) == (TrainState(), None)
         state = TrainState()
         make_plan(args, FOUR_RANKS, PackedStub(43), state)
         assert state.settings == self.SETTINGS
@@ -142,7 +142,7 @@ class TestResumeState:
         folder, state = checkpoint
         for load in ("latest", str(folder)):
             args = parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", load])
-            assert resume_state(args, PackedStub(43)) == (state, folder)
+            assert resume_state(args) == (state, folder)
         assert state.adam_steps == 7
         assert make_plan(args, FOUR_RANKS, PackedStub(43), state).total_steps == 16
 
@@ -151,16 +151,16 @@ class TestResumeState:
         path = folder / "running_states.json"
         path.write_bytes(path.read_bytes().replace(b"4608", b"4609"))
         with pytest.raises(InputError, match=r"running_states.json is damaged; choose another checkpoint"):
-            resume_state(parse_args([*self.FLAGS, "-f", str(folder)]), PackedStub(43))
+            resume_state(parse_args([*self.FLAGS, "-f", str(folder)]))
 
     def test_later_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
         folder, state = checkpoint
         later = folder.with_name("epoch1-step10")
         shutil.copytree(folder, later)
         with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later .* epoch1-step10"):
-            resume_state(parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", str(folder)]), PackedStub(43))
+            resume_state(parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", str(folder)]))
         elsewhere = parse_args([*self.FLAGS, "-o", str(tmp_path / "other"), "-f", str(folder)])
-        assert resume_state(elsewhere, PackedStub(43)) == (state, folder)
+        assert resume_state(elsewhere) == (state, folder)
 
     def test_another_runs_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
         """They would be later removed by --keep_checkpoints, or resumed instead of this run's."""
@@ -170,23 +170,23 @@ class TestResumeState:
         with pytest.raises(
             InputError, match=f"--save_dir: {there.parent} holds checkpoints of another run than --load"
         ):
-            resume_state(parse_args([*self.FLAGS, "-o", str(there.parent), "-f", str(folder)]), PackedStub(43))
+            resume_state(parse_args([*self.FLAGS, "-o", str(there.parent), "-f", str(folder)]))
 
     @pytest.mark.parametrize("flags", [(), ("-f", "latest")])
     def test_a_new_run_does_not_take_the_place_of_a_model(self, tmp_path, flags):
         (tmp_path / "final").mkdir()
         with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
-            resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]), PackedStub(43))
+            resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]))
 
     def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
         """As a job that was killed before its first, and is queued again."""
         (tmp_path / ".epoch0-step9.incomplete").mkdir()
         args = parse_args([*self.FLAGS, "-o", str(tmp_path), "-f", "latest"])
-        assert resume_state(args, PackedStub(43)) == (TrainState(), None)
+        assert resume_state(args) == (TrainState(), None)
         assert f"no checkpoint in --save_dir {tmp_path} yet; a new run begins" in capsys.readouterr().out
         (tmp_path / "epoch0-step9").mkdir()
         with pytest.raises(InputError, match=r"no complete checkpoint in .*; move the incomplete ones away"):
-            resume_state(args, PackedStub(43))
+            resume_state(args)
 
     def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
         args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
@@ -200,7 +200,7 @@ class TestResumeState:
         dataset.fingerprint = "other"
         flags = ["-l", "32", "-s", "0", "-b", "2", "-e", "3", "--seed", "1", "--lr", "1e-3", "-f", str(folder)]
         args = parse_args(flags)
-        state, _ = resume_state(args, dataset)
+        state, _ = resume_state(args)
         with pytest.raises(InputError) as caught:
             make_plan(args, FOUR_RANKS, dataset, state)
         lines = [
@@ -212,9 +212,9 @@ class TestResumeState:
         assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes all the same")
 
         args = parse_args([*flags, "--allow_changes"])
-        state, _ = resume_state(args, dataset)
-        assert state.sequences == 0  # other data are read from their beginning
+        state, _ = resume_state(args)
         plan = make_plan(args, FOUR_RANKS, dataset, state)
+        assert state.sequences == 0  # other data are read from their beginning
         assert plan.total_steps == 9 + 3 * 43 // 8
         first, *said = capsys.readouterr().out.splitlines()
         assert first == "--load: the data are read from their beginning, since they have another order now"
