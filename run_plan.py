@@ -52,6 +52,8 @@ class Plan:
     total_sequences: int  # in all epochs
     trained_steps: int = 0  # by the checkpoint that is resumed
     trained_tokens: int = 0
+    trained_sequences: int = 0
+    num_epochs: int = 1
 
     @property
     def tokens_per_step(self) -> int:
@@ -64,6 +66,15 @@ class Plan:
     @property
     def total_tokens(self) -> int:
         return self.trained_tokens + self.remaining_tokens
+
+    def sequences_at(self, step: int) -> int:
+        """Position in the data after a step."""
+        return self.trained_sequences + (step - self.trained_steps) * self.global_batch
+
+    def flags_for(self, steps: int) -> str:
+        """What makes the run so long."""
+        epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
+        return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
 
 
 def resume_state(args: argparse.Namespace) -> tuple[TrainState, Path | None]:
@@ -162,6 +173,17 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
         )
     if args.warmup_steps is None:
         args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
+    plan = Plan(
+        layout,
+        global_batch,
+        dataset.mean_length,
+        total_steps,
+        total_sequences,
+        state.step,
+        state.tokens,
+        state.sequences,
+        args.num_epochs,
+    )
     settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
@@ -172,8 +194,10 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(*sizes)
-    *others, last = changes.values() or [None]
-    if last and not args.allow_changes:
+    if changes and not args.allow_changes:
+        if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
+            changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
+        *others, last = changes.values()
         raise InputError(*others, f"{last}; --allow_changes resumes all the same")
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
@@ -184,7 +208,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
             "--batch_size and --accumulation_steps would keep it"
         )
     state.global_batch = global_batch
-    return Plan(layout, global_batch, dataset.mean_length, total_steps, total_sequences, state.step, state.tokens)
+    return plan
 
 
 def _setting(name: str) -> str:
@@ -227,3 +251,8 @@ def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingDat
     )
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
+    if args.max_steps and plan.total_steps < args.max_steps:
+        say(f"--max_steps: the data end before step {args.max_steps:,}; {plan.flags_for(args.max_steps)} reaches it")
+    left_out = plan.total_sequences - plan.sequences_at(plan.total_steps)
+    if 0 < left_out < plan.global_batch:
+        say(f"left out: the last {left_out:,} of {plan.total_sequences:,} sequences, too few for one more step")

@@ -52,7 +52,7 @@ class TestPlan:
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
         args = parse_args(["-c", "test", "-s", "0"])
         announce(args, load_config("test"), PackedStub(200), more, "attention: plain")
-        assert capsys.readouterr().out.splitlines()[-1] == (
+        assert capsys.readouterr().out.splitlines()[-2] == (
             "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are trained"
         )
         assert more.total_tokens == 5120 + 7 * 16 * 4096
@@ -87,7 +87,33 @@ class TestPlan:
             "plugin: hybrid_parallel, 4 data-parallel, tp 2 x pp 1 x sp 1, ZeRO 1",
             "global batch: 2 x 3 accumulated x 4 ranks = 24 sequences x 64 tokens = 1,536 tokens",
             "length: 4 optimizer steps, 6,144 tokens",
+            "left out: the last 4 of 100 sequences, too few for one more step",
         ]
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            ("--max_steps 25", []),  # 4 sequences a step
+            ("--max_steps 24", []),
+            (
+                "--max_steps 1000",
+                ["--max_steps: the data end before step 1,000; --num_epochs 40 --max_steps 1000 reaches it"],
+            ),
+            ("--accumulation_steps 15", ["left out: the last 40 of 100 sequences, too few for one more step"]),
+            ("--accumulation_steps 15 -e 2", ["left out: the last 20 of 200 sequences, too few for one more step"]),
+            ("--accumulation_steps 15 -e 3", []),
+        ],
+    )
+    @pytest.mark.parametrize("sequences", [0, 60])
+    def test_tells_what_the_data_do_not_reach_and_what_is_left_out(self, capsys, flags, said, sequences):
+        """From the start, or resumed after steps of four."""
+        args = parse_args(["-c", "test", "-s", "0", "-b", "1", *flags.split()])
+        state = TrainState(step=sequences // 4, sequences=sequences)
+        plan = make_plan(args, FOUR_RANKS, PackedStub(100), state)
+        capsys.readouterr()
+        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[next(place for place, line in enumerate(lines) if line.startswith("length: ")) + 1 :] == said
 
 
 class PackedStub:
@@ -187,6 +213,24 @@ class TestResumeState:
         (tmp_path / "epoch0-step9").mkdir()
         with pytest.raises(InputError, match=r"no complete checkpoint in .*; move the incomplete ones away"):
             resume_state(args)
+
+    @pytest.mark.parametrize(
+        ("flags", "remedy"),
+        [
+            (("-b", "1"), "is 23 now; --max_steps 16 keeps it"),
+            (("-b", "4"), "is 12 now; --num_epochs 5 --max_steps 16 keeps it"),
+        ],
+    )
+    def test_another_length_is_refused_with_what_keeps_it(self, checkpoint, flags, remedy):
+        args = parse_args([*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"])
+        with pytest.raises(InputError) as caught:
+            make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0])
+        (problem,) = caught.value.problems
+        assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes all the same")
+        args = parse_args(
+            [*self.FLAGS, *flags, *remedy.split("; ")[1].split()[:-2], "-o", str(args.save_dir), "-f", "latest"]
+        )
+        assert make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0]).total_steps == 16
 
     def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
         args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
