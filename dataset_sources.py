@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import dataset_hub
-from console import InputError
+from console import InputError, say
 from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows
 from dataset_hub import CONVERTED, RemoteFile, Repository
 
@@ -175,10 +175,16 @@ def resolve_source(
     if root.exists():
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
-        return _pick(_local_source(name, root, split, used), slices)
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        source = _local_source(name, root, split, used)
+    elif os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"--dataset: {name} is neither a file nor a folder here; check the path")
-    return _pick(_hub_source(name, revision, tuple(slices), configuration, split), slices)
+    else:
+        source = _hub_source(name, revision, tuple(slices), configuration, split)
+    source = _pick(source, slices)
+    found = {_split_of_path(file.path) or "train" for file in source.files}
+    if split == "train" and split not in found and not root.is_file():
+        say(f"--dataset: {name} has only files of split {', '.join(sorted(found))}; training on them")
+    return source
 
 
 def _pick(source: Source, slices: Sequence[str]) -> Source:

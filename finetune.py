@@ -99,14 +99,15 @@ def find_source(args: argparse.Namespace, split: str) -> Source:
     )
 
 
-def find_test_source(args: argparse.Namespace) -> Source | None:
-    """The files of the split `test`, where the data set has one."""
+def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
+    """The files of the split `test`, where the data set has one that is not trained on."""
     if Path(args.dataset).expanduser().is_file():
         return None
     try:
-        return replace(find_source(args, "test"), remark="")  # the other split has said what is left out
+        test = replace(find_source(args, "test"), remark="")  # the other split has said what is left out
     except InputError:  # the split `train` was found, so this one is not there
         return None
+    return None if set(test.files) & set(train.files) else test
 
 
 def open_data(
@@ -118,8 +119,8 @@ def open_data(
     """
 
     def prepare() -> list[str]:
-        folders = []
-        for source in filter(None, (find_source(args, "train"), find_test_source(args))):
+        folders, train = [], find_source(args, "train")
+        for source in filter(None, (train, find_test_source(args, train))):
             encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
             folders.append(str(prepare_examples(source, encoder, args.cache_dir)))
         return folders

@@ -267,6 +267,17 @@ class TestFolders:
         prepare_dataset(str(source), tokenizer, tmp_path / "cache")
         assert f"left out in {source}: 1 of other splits, 1 .csv, 1 .txt" in capsys.readouterr().out
 
+    def test_training_on_another_split_is_said(self, tmp_path, capsys):
+        for name in ("test.jsonl", "dev.jsonl"):
+            write_jsonl(tmp_path / name, [{"text": name}])
+        assert len(resolve_source(str(tmp_path)).files) == 2
+        said = f"--dataset: {tmp_path} has only files of split test, validation; training on them\n"
+        assert capsys.readouterr().out == said
+        write_jsonl(tmp_path / "more.jsonl", [{"text": "more"}])
+        assert [file.path for file in resolve_source(str(tmp_path)).files] == ["more.jsonl"]
+        assert resolve_source(str(tmp_path / "test.jsonl")).files  # the user's choice
+        assert capsys.readouterr().out == ""
+
     def test_folder_that_may_not_be_read(self, tokenizer, tmp_path, monkeypatch):
         (tmp_path / "closed").mkdir()
         scandir = os.scandir

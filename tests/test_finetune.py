@@ -408,6 +408,15 @@ class TestRefused:
             dataset=path
         )
 
+    def test_rows_that_are_trained_on_are_no_evaluation(self, tmp_path):
+        args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
+        for name, held_out in (("test.jsonl", False), ("valid.jsonl", False), ("train.jsonl", True)):
+            write(tmp_path / name, *rows())
+            train = program.find_source(args, "train")
+            test = program.find_test_source(args, train)
+            assert (test is not None) == held_out
+        assert [file.path for source in (train, test) for file in source.files] == ["train.jsonl", "test.jsonl"]
+
     def test_evaluation_split_without_a_usable_row(self, problem, tmp_path):
         write(tmp_path / "rows" / "train.jsonl", *rows())
         write(tmp_path / "rows" / "test.jsonl", {"instruction": "a", "output": ""})
