@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from booster_utils import launch_problems
 from console import InputError
+from data_utils import MANIFEST_NAME
 from files import existing_part
 from layout import layout_problems
 from memory_estimate import card_problems
@@ -287,10 +288,24 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
     for name in ("save_dir", "tensorboard_dir", "profile"):
         if getattr(args, name, None) is not None:
             problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
+    if hasattr(args, "dataset"):
+        problems.extend(_outputs_among_data(args))
     if not problems:
         problems = layout_problems(args, config)
     if problems:
         raise InputError(*problems)
+
+
+def _outputs_among_data(args: argparse.Namespace) -> list[str]:
+    """Folders of this run within its data, which a resume would read as more of them."""
+    data = Path(args.dataset, getattr(args, "task_name", None) or "").resolve()
+    if not data.is_dir() or (data / MANIFEST_NAME).exists():  # that of a prepared folder says what its data are
+        return []
+    return [
+        f"--{name}: {folder} lies in --dataset {data}, whose files are read as data; give a folder elsewhere"
+        for name, folder in (("save_dir", args.save_dir), ("tensorboard_dir", args.tensorboard_dir))
+        if folder.resolve().is_relative_to(data)
+    ]
 
 
 def _folder_problems(flag: str, folder: Path) -> list[str]:

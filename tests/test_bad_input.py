@@ -17,6 +17,7 @@ import benchmark
 import dependencies
 import finetune
 import pretrain as program
+from arguments import validate_args
 from console import KEYBOARD_INTERRUPT, USAGE_ERROR, InputError
 from model_utils import load_config
 
@@ -256,6 +257,24 @@ def test_folder_is_a_file(problems, tmp_path, flag):
         assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
 
 
+def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_path, monkeypatch):
+    """As where someone goes to the data and starts there."""
+    (tmp_path / "rows.jsonl").write_bytes(ROW)
+    (tmp_path / "task").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert objections(program, [*sample_flags, "-p", "zero2", "-d", "."]) == [
+        f"--{flag}: {folder} lies in --dataset {tmp_path}, whose files are read as data; give a folder elsewhere"
+        for flag, folder in (("save_dir", "checkpoint"), ("tensorboard_dir", "tb_logs"))
+    ]
+    (problem,) = objections(program, [*sample_flags, "-p", "zero2", "-d", tmp_path, "-o", "/elsewhere", "-t", "."])
+    assert problem.startswith("--tensorboard_dir: . lies in --dataset")
+
+    config, model = load_config("test"), ["--model_path", "model", "-l", "128", "-p", "zero2"]
+    validate_args(finetune.parse_args([*model, "-d", ".", "--task_name", "task"]), config)
+    (tmp_path / "manifest.json").touch()  # as in a prepared folder, of which nothing else is read
+    validate_args(program.parse_args(["-d", ".", "-l", "128", "-p", "zero2"]), config)
+
+
 def test_no_permission_to_write(problems, locked_folder):
     allowed = locked_folder.with_name("open")
     (problem,) = problems("--save_dir", locked_folder / "checkpoint", "--tensorboard_dir", allowed)
@@ -412,7 +431,7 @@ def assert_refused(run: Run, expected: str) -> None:
 
 def test_exit_status_and_output(tmp_path):
     """Without --tokenizer and offline: what someone meets who has not read the README."""
-    with start_pretrain("-d", tmp_path, folder=tmp_path / "run") as run:
+    with start_pretrain("-d", tmp_path / "data", folder=tmp_path / "run") as run:
         assert run.wait() == USAGE_ERROR
     assert_refused(run, "--tokenizer: hf-internal-testing/llama-tokenizer ")
     assert run.stderr.count("\n") == 1
