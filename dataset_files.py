@@ -133,9 +133,10 @@ class _Decompressed(io.RawIOBase):
 def _read_line(lines: BinaryIO, path: Path) -> bytes:
     line = lines.readline(MAX_LINE_BYTES)
     if len(line) == MAX_LINE_BYTES:
-        raise InputError(
-            f"--dataset: {path} has a line of more than {MAX_LINE_BYTES:,} bytes; write one JSON object a line"
-        )
+        kind, remedy = "line", "write one JSON object a line"
+        if line.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+            kind, remedy = "document", "split it"
+        raise InputError(f"--dataset: {path} has one {kind} of more than {MAX_LINE_BYTES:,} bytes; {remedy}")
     return line
 
 

@@ -29,7 +29,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-TEXT_TO_JSONL = "jq -Rsc '{text: .}' FILE > FILE.jsonl"
+TEXT_TO_JSONL = """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE > FILE.jsonl"""
 SHARD_NUMBER = re.compile(r"[-_.]?\d{4,}(-of-\d+)?$")
 COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 
@@ -241,7 +241,9 @@ def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -
     if root.is_file():
         if not root.name.lower().endswith(FILE_SUFFIXES):
             remedy = (
-                f"; write one JSON object a line: {TEXT_TO_JSONL}" if root.suffix.lower() in (".txt", ".md") else ""
+                f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
+                if root.suffix.lower() in (".txt", ".md")
+                else ""
             )
             raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
         return Source(name, [_local_file(root.parent, root.name)])

@@ -302,7 +302,7 @@ ROW = json.dumps(TEXT).encode() + b"\n"
         ("not.jsonl.gz", ROW, "cannot be read"),
         ("not.parquet", ROW, "cannot be read"),
         ("words.txt", b"Once upon a time\n", "known kind"),
-        ("notes.txt", b"Once upon a time\n", "jq -Rsc '{text: .}'"),
+        ("notes.txt", b"Once upon a time\n", """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE"""),
         ("indented.json", b'{\n "text": "words"\n}\n', "jq -c . FILE"),
         ("short.jsonl", b'{"text": "short"}\n', "lower --max_length or give more data"),
     ],

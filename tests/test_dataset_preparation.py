@@ -316,11 +316,17 @@ class TestHardInput:
         assert manifest["skipped"] == {"text empty": 1}
         assert int(kilobytes) < 2_000_000
 
-    def test_line_without_end(self, tokenizer, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [
+            ('{"text": "x', "has one document of more than 1,000 bytes; split it"),
+            ('["x', "has one line of more than 1,000 bytes; write one JSON object a line"),
+        ],
+    )
+    def test_line_without_end(self, tokenizer, tmp_path, monkeypatch, line, problem):
         monkeypatch.setattr(dataset_files, "MAX_LINE_BYTES", 1000)
-        write_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, {"text": "x" * 1000}])
-        message = error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
-        assert "has a line of more than 1,000 bytes" in message
+        (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "x" * 1000)
+        assert problem in error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
 
     def test_bad_line_in_a_later_part_is_named_by_its_number_in_the_file(self, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset_shards, "MIN_UNIT_BYTES", 100)

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from launching import ROOT, start_finetune
 from torch.distributed.run import parse_args as parse_torchrun
 
 import benchmark
+from dataset_sources import TEXT_TO_JSONL, SourceFile
 
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
@@ -52,6 +54,22 @@ def commands() -> list[tuple[str, str]]:
         for line in re.findall(r"`((?:python|bash|sbatch)\s[^`]+\.(?:py|sh|sbatch)\b[^`]*)`", prose):
             found.append((document, " ".join(line.split())))
     return [(document, line.strip()) for document, line in found if not line.strip().startswith("#")]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_plain_text_becomes_documents(tmp_path):
+    files = {"first.txt": "One,\ntwo.\n\nThree.\n", "second.txt": "Four.\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    each, split = re.findall(r"`([^`]*jq -Rsc[^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert split == TEXT_TO_JSONL  # which an error message has too
+    subprocess.run(["bash", "-c", each], cwd=tmp_path, check=True)
+    subprocess.run(["bash", "-c", split.replace("FILE", "first.txt")], cwd=tmp_path, check=True)
+    made = [SourceFile(name, "", 0, "", str(tmp_path)) for name in ("texts.jsonl", "first.txt.jsonl")]
+    assert [[document.text for document in file.documents()] for file in made] == [
+        list(files.values()),
+        ["One,\ntwo.", "Three.\n"],
+    ]
 
 
 @pytest.fixture
