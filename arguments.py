@@ -15,7 +15,7 @@ from console import InputError
 from data_utils import MANIFEST_NAME
 from files import existing_part
 from layout import layout_problems
-from memory_estimate import card_problems
+from performance_evaluator import card_problems
 from recomputation import AUTO
 
 CLOSE = 0.75  # of two spellings of a flag, as difflib has it

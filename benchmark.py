@@ -43,10 +43,11 @@ from attn import select_attention
 from booster_utils import boost, build_plugin, launch, shut_down
 from console import InputError, RunError, say
 from data_utils import RandomDataset
+from dry_run import memory_remedies, say_plan
 from files import write_json
 from fsdp_plugin import FSDPPlugin
 from layout import BENCHMARK_PLUGINS, Layout, add_plugin_args, describe_layout, resolve_layout
-from memory_estimate import memory_remedies, say_plan, settle_recomputation
+from memory_estimate import settle_recomputation
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from performance_evaluator import StepTimer, benchmark_figures
 from recomputation import recomputed_share
@@ -206,11 +207,11 @@ def peak_memory() -> dict[str, int]:
     return {"peak_device_memory_bytes": device, "peak_host_memory_bytes": host}
 
 
-def out_of_memory(args: argparse.Namespace) -> str:
-    """One line: what the GPU held, and which flags would take less that are not given yet."""
+def out_of_memory(args: argparse.Namespace, config: LlamaConfig) -> str:
+    """One line: what the GPU held, and what would take less by the estimate."""
     return (
         f"out of GPU memory after {get_accelerator().max_memory_allocated() / MB:.2f} MB at the peak; what helps: "
-        f"{memory_remedies(args)}; --dry_run shows what takes how much"
+        f"{memory_remedies(args, config)}; --dry_run shows what takes how much"
     )
 
 
@@ -260,7 +261,7 @@ def main() -> int:
     try:
         measure(args, config, layout)
     except torch.OutOfMemoryError as error:
-        raise RunError(out_of_memory(args)) from error
+        raise RunError(out_of_memory(args, config)) from error
     return 0
 
 

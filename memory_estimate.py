@@ -1,4 +1,4 @@
-"""What a run takes before it is started: memory of a GPU by component, and steps and days on a number of GPUs.
+"""Memory that a run takes of a GPU, by component, before it is started.
 
 It is arithmetic alone and needs neither the GPUs nor the ranks. T stands for the tokens that a GPU works on at once
 (B x S, microbatches in a pipeline, split by sequence parallelism), L for layers, h for the hidden size, f for the FFN
@@ -21,8 +21,8 @@ from booster_utils import DTYPES, choose_fusion
 from console import say
 from fused import Fusion
 from layout import HYBRID_PLUGINS, Layout
-from model_utils import ParameterSpec, model_flops_per_token, parameter_specs, trained_specs
-from performance_evaluator import CARDS, Card, find_card
+from model_utils import ParameterSpec, parameter_specs, trained_specs
+from performance_evaluator import planned_card
 from recomputation import AUTO, recomputed_layers, recomputed_share
 
 FP32 = 4  # bytes
@@ -326,75 +326,3 @@ def settle_recomputation(args: argparse.Namespace, config: LlamaConfig, layout: 
             break
     fits = "" if peak <= room else ", which will not be enough"
     say(f"recomputation: {count} of {layers} layers, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{fits}")
-
-
-# ------------------------------------------------------------------------------------------------------------ dry runs
-
-
-def planned_card(args: argparse.Namespace) -> Card:
-    """The GPU that `--gpu` names, or this machine's, or an H100; with `--gpu_memory`, up to `--memory_limit`."""
-    name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
-    card = find_card(name) or Card(name, math.nan, args.gpu_memory or math.nan)
-    memory = args.gpu_memory or card.memory_gb
-    if getattr(args, "memory_limit", None):
-        memory = min(args.memory_limit * 2**20 / 1e9, memory)
-    return replace(card, memory_gb=memory)
-
-
-def memory_remedies(args: argparse.Namespace) -> str:
-    """The flags that would take less GPU memory and are not given yet."""
-    remedies = {
-        "-g": not args.gradient_checkpoint,
-        "-a": not args.flash_attention,
-        f"-b below {args.batch_size}": args.batch_size > 1,
-        "-p gemini_auto": args.plugin != "gemini_auto" and not getattr(args, "lora_rank", None),
-        "a larger --memory_limit": getattr(args, "memory_limit", None),
-        "more GPUs": True,
-    }
-    return ", ".join(remedy for remedy, helps in remedies.items() if helps)
-
-
-def card_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags that describe the GPUs of a dry run."""
-    problems = []
-    if args.gpu and not find_card(args.gpu):
-        problems.append(f"--gpu: {args.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
-        problems.append(f"--gpu_memory: {args.gpu_memory} is not a positive number of GB")
-    if not 0 < args.mfu <= 1:
-        problems.append(f"--mfu: {args.mfu} is not above 0 and at most 1")
-    return problems
-
-
-def say_plan(
-    args: argparse.Namespace, config: LlamaConfig, layout: Layout, tokens_per_step: int, total_tokens: float
-) -> None:
-    """Prints what a dry run is for: memory of a GPU by component, whether it fits, and the time that training takes."""
-    estimate, card = estimate_memory(args, config, layout), planned_card(args)
-    unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
-    say(f"memory of a GPU in {unit}, of {layout.ranks} (estimate):")
-    components = ("weights", "gradients", "optimizer", "activations", "logits", "total")
-    say(f"  {'':30}" + "".join(f"{name:>12}" for name in components))
-    for moment in estimate.moments:
-        figures = "".join(f"{getattr(moment, name) / bytes_of_unit:12.2f}" for name in components)
-        say(f"  {moment.name:30}{figures}{'  <- peak' if moment is estimate.peak else ''}")
-    if estimate.host:
-        say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
-    peak, memory = estimate.peak.total / 1e9, card.memory_gb
-    if not math.isnan(memory):
-        verdict, remedy = ("fits", "") if peak <= memory else ("does NOT fit", f"; what helps: {memory_remedies(args)}")
-        say(f"{verdict}: {peak:.1f} GB at the peak, on {card.name} with {memory:g} GB{remedy}")
-
-    flops = model_flops_per_token(config, args.max_length)
-    if math.isnan(card.peak_tflops):
-        say(f"time: the peak of {card.name} is not known; name a kind with --gpu")
-        return
-    tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * args.mfu / flops
-    steps = math.ceil(total_tokens / tokens_per_step)
-    hours = total_tokens / tokens_per_second / 3600
-    duration = f"{hours / 24:,.1f} days" if hours > 24 else f"{hours:,.2f} hours"
-    say(
-        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} in all: "
-        f"{duration} on {layout.ranks} x {card.name} "
-        f"at {args.mfu:.0%} MFU, {tokens_per_second:,.0f} tokens/s"
-    )

@@ -1,12 +1,15 @@
 """Throughput of a run: tokens a second, TFLOPS a GPU, and MFU where the device's peak is known."""
 
+import argparse
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from colossalai.accelerator import get_accelerator
 from transformers import LlamaConfig
 
@@ -50,6 +53,28 @@ def peak_tflops(device_name: str) -> float | None:
     """Peak of one device in TFLOPS, or None for a device that is not in the table."""
     card = find_card(device_name)
     return card.peak_tflops if card else None
+
+
+def planned_card(args: argparse.Namespace) -> Card:
+    """The GPU that `--gpu` names, or this machine's, or an H100; with `--gpu_memory`, up to `--memory_limit`."""
+    name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
+    card = find_card(name) or Card(name, math.nan, args.gpu_memory or math.nan)
+    memory = args.gpu_memory or card.memory_gb
+    if getattr(args, "memory_limit", None):
+        memory = min(args.memory_limit * 2**20 / 1e9, memory)
+    return replace(card, memory_gb=memory)
+
+
+def card_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that describe the GPUs of a dry run."""
+    problems = []
+    if args.gpu and not find_card(args.gpu):
+        problems.append(f"--gpu: {args.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
+    if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
+        problems.append(f"--gpu_memory: {args.gpu_memory} is not a positive number of GB")
+    if not 0 < args.mfu <= 1:
+        problems.append(f"--mfu: {args.mfu} is not above 0 and at most 1")
+    return problems
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The memory that a dry run predicts, against what the tensors of real training steps take, and published facts."""
 
-import re
-
 import pytest
 import torch
 from peft import LoraConfig
@@ -15,7 +13,6 @@ import sharded_state
 from arguments import validate_args
 from attn import select_attention
 from booster_utils import boost, build_plugin
-from console import InputError
 from fsdp_plugin import FSDPPlugin
 from layout import resolve_layout
 from memory_estimate import MemoryEstimate, estimate_memory
@@ -197,49 +194,3 @@ def test_offloaded_state_is_counted_on_the_host():
     assert estimate(f"{flags} -p zero2").host == 0
     half = estimate(f"{flags} -p gemini --offload_optim_frac 0.5")
     assert half.host == pytest.approx(estimate(f"{flags} -p gemini").peak.optimizer / 2)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--gpus 0", "--gpus: 0 is below the least possible, 1"),
-        ("--gpu V100", "--gpu: 'V100' is none of B200"),
-        ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
-        ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
-    ],
-)
-def test_mistakes(flags, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        parsed(f"{SMALL} --dry_run {flags}")
-
-
-def test_gpus_that_a_run_does_not_have():
-    with pytest.raises(InputError, match="--gpus: goes with --dry_run alone"):
-        parsed(f"{SMALL} --gpus 8")
-
-
-def dry_run(monkeypatch, flags: str) -> None:
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *flags.split()])
-    assert benchmark.main() == 0
-
-
-def test_report(capsys, monkeypatch):
-    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100")
-    out = capsys.readouterr().out
-    assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
-    assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 bytes a parameter; 12 / 32
-    # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs a token
-    assert "2,288,819 steps of 524,288 tokens, 1,200,000,000,000 in all" in out
-    flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
-    days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
-    assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
-
-
-def test_memory_limit_counts(capsys, monkeypatch):
-    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 -m 20000")
-    assert "does NOT fit: " in capsys.readouterr().out
-
-
-def test_too_large(capsys, monkeypatch):
-    dry_run(monkeypatch, "-c 70b -p zero2 -g -a --dry_run --gpus 8")
-    assert "does NOT fit: " in capsys.readouterr().out
