@@ -15,7 +15,6 @@ dependencies.require()
 dependencies.start_cuda()
 
 import argparse
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from files import once_per_node
 from instruction_data import InstructionDataset, prepare_examples
 from instruction_rows import ExampleEncoder, find_shape
 from layout import Layout, add_plugin_args, resolve_layout
-from lora import add_lora_args, fill_lora_args, lora_config, lora_problems, merge
+from lora import add_lora_args, fill_lora_args, lora_config, lora_problems
 from memory_estimate import settle_recomputation
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
@@ -140,12 +139,10 @@ def export_final(
 ) -> None:
     """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
     target = args.save_dir / "final"
-    if not args.lora_rank:
+    if args.lora_rank:
+        model_export.export_merged(checkpoint, target, tokenizer, config, weights, documents)
+    else:
         model_export.export(checkpoint, target, tokenizer, documents=documents)
-        return
-    with tempfile.TemporaryDirectory(dir=args.save_dir, prefix=".merged-") as folder:
-        merge(checkpoint / "model", weights, config, Path(folder, "model"))
-        model_export.export(checkpoint, target, tokenizer, Path(folder, "model"), documents)
 
 
 def main() -> int:

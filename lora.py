@@ -63,10 +63,11 @@ def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
-    """peft's description of the adapters."""
+    """peft's description of the adapters, which names the model beside them for programs in any working directory."""
+    base = Path(args.model_path)
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(args.model_path),
+        base_model_name_or_path=str(base.absolute() if base.is_dir() else base),
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         target_modules=args.lora_modules.split(","),

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from checkpoint_utils import read_running_states
+from checkpoint_utils import LazyTensors, read_running_states
 from files import replace_folder, write_json
+from lora import merge
 from model_utils import count_parameters, load_config
 
 
@@ -43,6 +45,21 @@ def export(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def export_merged(
+    checkpoint: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LlamaConfig,
+    weights: LazyTensors,
+    documents: dict[str, dict],
+) -> None:
+    """The same of a checkpoint's adapters, which `config.lora` describes, merged into the `weights` beside them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
+        merge(checkpoint / "model", weights, config, Path(folder, "model"))
+        export(checkpoint, target, tokenizer, Path(folder, "model"), documents)
 
 
 def _link_weights(source: str, target: str) -> None:

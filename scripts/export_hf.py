@@ -2,7 +2,8 @@
 
     python scripts/export_hf.py --checkpoint checkpoint/epoch0-step1000 --tokenizer tokenizer/ --output my_model
 
-The checkpoint's files are verified first. It needs no GPU and no memory to speak of: weights are linked or copied.
+The checkpoint's files are verified first. It needs no GPU and no memory to speak of: weights are linked or copied,
+adapters merged layer by layer into the model that they were trained beside.
 """
 
 import sys
@@ -17,20 +18,46 @@ console.quiet_third_parties()
 dependencies.require()
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import LlamaConfig
 
 import checkpoint_utils
-from arguments import ArgumentParser, user_path
+from arguments import ArgumentParser, user_name, user_path
+from checkpoint_utils import ADAPTER_FILE, LazyTensors
 from console import InputError
-from model_export import export
-from tokenization import add_tokenizer_arg, load_tokenizer
+from model_export import export, export_merged
+from model_utils import load_config
+from pretrained import check_pretrained, find_model, generation_config, weights_fingerprint
+from tokenization import add_tokenizer_arg, check_vocabulary, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="export_hf.py", description=__doc__)
     parser.add_argument("--checkpoint", type=user_path, required=True, help="folder epochE-stepS")
     parser.add_argument("--output", type=user_path, required=True, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--base_model", type=user_name, help="model that adapters go with (default: the one they were trained beside)"
+    )
     add_tokenizer_arg(parser)
     return parser.parse_args()
+
+
+def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, LazyTensors]:
+    """The folder and the weights of the model that the checkpoint's adapters, `config.lora`, were trained beside.
+
+    Raises:
+        InputError: it is not there, or another one is.
+    """
+    base = find_model(args.base_model or config.lora.base_model_name_or_path, "--base_model")
+    weights = check_pretrained(base, config, "--base_model")
+    trained_beside = checkpoint_utils.read_running_states(args.checkpoint)["settings"]["base_weights"]
+    if weights_fingerprint(weights) != trained_beside:
+        raise InputError(f"--base_model: {base} is not the model that the adapters were trained beside; give that one")
+    return base, weights
 
 
 def main() -> int:
@@ -39,14 +66,24 @@ def main() -> int:
         raise InputError(f"--checkpoint: {args.checkpoint} is not a complete checkpoint; give a folder epochE-stepS")
     if args.output.exists():
         raise InputError(f"--output: {args.output} exists; give another folder")
+    config = load_config(str(args.checkpoint / "model"), "--checkpoint")
     tokenizer = load_tokenizer(args.tokenizer)
+    check_vocabulary(tokenizer, config)
     damaged = checkpoint_utils.damaged_files(args.checkpoint)
     if damaged:
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
+    make: Callable[..., None] = export
+    if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
+        config.lora = LoraConfig.from_pretrained(args.checkpoint / "model")
+        base, weights = find_base(args, config)
+        documents = generation_config(base, tokenizer, "--base_model")
+        make = partial(export_merged, config=config, weights=weights, documents=documents)
+    elif args.base_model:
+        raise InputError(f"--base_model: {args.checkpoint} holds no adapters that it would go with; leave the flag out")
     try:
-        export(args.checkpoint, args.output, tokenizer)
-    except OSError as error:
-        reason = error.strerror or "no room, or no permission"
+        make(args.checkpoint, args.output, tokenizer)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or "no room, or no permission"
         raise InputError(f"--output: {args.output} cannot be written ({reason}); give another folder") from error
     print(f"model: {args.output}")
     return 0

@@ -27,8 +27,9 @@ from console import USAGE_ERROR, InputError
 from dataset_sources import resolve_source
 from instruction_data import InstructionDataset, LengthGroupedOrder, prepare_examples
 from instruction_rows import ExampleEncoder
+from lora import lora_config
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
-from scripts import generate
+from scripts import export_hf, generate
 
 EXAMPLES = 24
 GLOBAL_BATCH = 8
@@ -301,6 +302,55 @@ def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(merged, after, rtol=1e-4, atol=1e-4)
     assert final.generation_config.eos_token_id == [2, 7]
+
+
+@pytest.fixture
+def export(monkeypatch, sample, tmp_path):
+    """Runs export_hf.py on a checkpoint, and returns the folder that it makes."""
+
+    def export(checkpoint: Path, *flags) -> Path:
+        command = [
+            "--checkpoint",
+            checkpoint,
+            "--tokenizer",
+            sample / "tokenizer",
+            "--output",
+            tmp_path / "out",
+            *flags,
+        ]
+        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, command)])
+        assert export_hf.main() == 0
+        return tmp_path / "out"
+
+    return export
+
+
+def test_an_exported_checkpoint_of_adapters_is_merged(adapted, export, model_folder):
+    folder = adapted("zero2").save_dir
+    exported, final = export(folder / f"epoch1-step{STEPS}"), folder / "final"
+    assert {path.name for path in exported.iterdir()} == {path.name for path in final.iterdir()}
+    for path in exported.glob("*.safetensors"):
+        tensors, expected = load_file(path), load_file(final / path.name)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    with pytest.raises(InputError, match=r"--base_model: .* is not the model that the adapters were trained beside"):
+        export(folder / f"epoch1-step{STEPS}", "--output", f"{exported}2", "--base_model", final)
+    assert not list(exported.parent.glob(".merged-*"))
+
+
+def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(adapted, export, sample, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+    tokenizer.add_tokens([f"extra{n}" for n in range(8)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    with pytest.raises(InputError, match="--tokenizer: its vocabulary of 1032 is larger than the model's of 1024"):
+        export(adapted("zero2").save_dir / "epoch0-step2", "--tokenizer", tmp_path / "larger")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_name_their_model_for_any_working_directory(model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder.parent)
+    for given, named in ((model_folder.name, str(model_folder)), ("meta-llama/some", "meta-llama/some")):
+        args = program.parse_args(["--model_path", given, "--lora_rank", "4"])
+        assert lora_config(args).base_model_name_or_path == named
 
 
 def test_adapters_resume(adapted, finetune):
