@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,24 @@ def _config(
 
 MODEL_CONFIGS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
 
+# What a config.json may say: whole numbers of at least 1, and other numbers from the first to the second.
+_COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "vocab_size",
+)
+_RANGES = {
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, math.inf),
+    "initializer_range": (0, math.inf),
+    "attention_dropout": (0, 1),
+}
+
 
 def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
     """The configuration that `flag` names: a built-in one, a config.json, or a folder that holds one.
@@ -75,18 +94,44 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
         if not isinstance(values, dict) or values.get("model_type") != "llama":
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
             raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains 'llama' alone")
-        config = LlamaConfig.from_dict(_as_transformers_4(values))
-        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        if hidden % heads or heads % kv_heads:
-            raise InputError(
-                f"{flag}: {path}: hidden size {hidden}, {heads} heads and {kv_heads} key-value heads "
-                "do not divide one another"
-            )
+        values = _as_transformers_4(values)
+        problems = _range_problems(values)
+        if not problems:
+            config = LlamaConfig.from_dict(values)
+            problems = _shape_problems(config)
+        if problems:
+            raise InputError(*(f"{flag}: {path}: {problem}" for problem in problems))
         parameter_specs(config)
     except (OSError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {error}") from error
     config.use_cache = False
     return config
+
+
+def _range_problems(values: dict) -> list[str]:
+    derived = {name for name in ("num_key_value_heads", "head_dim") if values.get(name) is None}
+    problems = []
+    for name in (name for name in (*_COUNTS, *_RANGES) if name in values and name not in derived):
+        value = values[name]
+        least, greatest = _RANGES.get(name, (1, math.inf))
+        if type(value) not in ((int,) if name in _COUNTS else (int, float)) or not least <= value <= greatest:
+            kind = "a whole number" if name in _COUNTS else "a number"
+            upwards = "upwards" if greatest == math.inf else f"to {greatest}"
+            problems.append(f"{name} is {json.dumps(value)}; it has to be {kind} from {least} {upwards}")
+    return problems
+
+
+def _shape_problems(config: LlamaConfig) -> list[str]:
+    problems = []
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if hidden % heads or heads % kv_heads:
+        problems.append(f"hidden size {hidden}, {heads} heads and {kv_heads} key-value heads do not divide one another")
+    elif config.head_dim % 2:
+        problems.append(f"heads of {config.head_dim} numbers each; rotary embeddings need an even number")
+    padding, vocabulary = config.pad_token_id, config.vocab_size
+    if padding is not None and not -vocabulary <= padding < vocabulary:  # from the end, as in LLaMA-1's first files
+        problems.append(f"pad_token_id {padding} is outside the vocabulary of {vocabulary}; give another, or null")
+    return problems
 
 
 def _as_transformers_4(values: dict) -> dict:

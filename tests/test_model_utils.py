@@ -1,5 +1,6 @@
 """The table of models, their arithmetic, and weights, against closed formulas and a real Hugging Face model."""
 
+import contextlib
 import json
 import math
 import resource
@@ -153,9 +154,6 @@ class TestLoadConfig:
             ("", "cannot be read as a LLaMA config.json"),
             (b"\xff\xfe\x00", "cannot be read as a LLaMA config.json"),
             ('{"model_type": "llama", "rope_scaling": {"rope_type": 7}}', "cannot be read as a LLaMA config.json"),
-            ('{"model_type": "llama", "hidden_size": "4096"}', "cannot be read as a LLaMA config.json"),
-            ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be read as a LLaMA config.json"),
-            ('{"model_type": "llama", "vocab_size": -1}', "cannot be read as a LLaMA config.json"),
             ('{"model_type": "llama", "hidden_act": "none"}', "cannot be read as a LLaMA config.json"),
             ('{"model_type": "llama", "hidden_size": 100}', "100, 32 heads and 32 key-value heads do not divide"),
             ('{"model_type": "llama", "num_key_value_heads": 5}', "32 heads and 5 key-value heads do not divide"),
@@ -168,6 +166,38 @@ class TestLoadConfig:
             load_config(str(path))
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("changes", "problems"),
+        [
+            ({"hidden_size": "4096"}, ['hidden_size is "4096"; it has to be a whole number from 1 upwards']),
+            ({"num_attention_heads": 0}, ["num_attention_heads is 0; "]),
+            ({"num_hidden_layers": 0}, ["num_hidden_layers is 0; "]),
+            ({"num_hidden_layers": True}, ["num_hidden_layers is true; "]),
+            ({"vocab_size": -1}, ["vocab_size is -1; "]),
+            ({"intermediate_size": 172.5}, ["intermediate_size is 172.5; "]),
+            ({"max_position_embeddings": None}, ["max_position_embeddings is null; "]),
+            ({"max_position_embeddings": "128"}, ['max_position_embeddings is "128"; ']),
+            ({"attention_dropout": 2.0}, ["attention_dropout is 2.0; it has to be a number from 0 to 1"]),
+            ({"rope_theta": math.nan}, ["rope_theta is NaN; "]),
+            ({"initializer_range": -1, "rms_norm_eps": None}, ["rms_norm_eps is null; ", "initializer_range is -1; "]),
+            ({"pad_token_id": 1024}, ["pad_token_id 1024 is outside the vocabulary of 1024; give another, or null"]),
+            (
+                {"hidden_size": 60, "num_attention_heads": 20, "head_dim": None},
+                ["heads of 3 numbers each; rotary embeddings need an even"],
+            ),
+            ({"pad_token_id": -1, "num_key_value_heads": None, "attention_dropout": 0, "rope_theta": 10000}, []),
+        ],
+    )
+    def test_numbers_that_no_model_can_have(self, saved, changes, problems):
+        file = saved / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        with contextlib.nullcontext() if not problems else pytest.raises(InputError) as caught:
+            load_config(str(file))
+        found = caught.value.problems if problems else []
+        assert len(found) == len(problems)
+        for line, problem in zip(found, problems, strict=True):
+            assert line.startswith(f"--config: {file}: {problem}")
 
 
 class TestInitialWeight:
