@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -68,8 +69,15 @@ def planned_card(args: argparse.Namespace) -> Card:
 def card_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags that describe the GPUs of a dry run."""
     problems = []
-    if args.gpu and not find_card(args.gpu):
+    card, size = find_card(args.gpu or ""), re.search(r"(\d+) ?GB", args.gpu or "", re.IGNORECASE)
+    if args.gpu and not card:
         problems.append(f"--gpu: {args.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
+    elif card and size and args.gpu_memory is None and abs(int(size[1]) - card.memory_gb) > 0.1 * card.memory_gb:
+        others = [other.name for other in CARDS if card.name in other.name and other.memory_gb == int(size[1])]
+        problems.append(
+            f"--gpu: {args.gpu!r} would be taken for {card.name} with {card.memory_gb:g} GB; give "
+            + " or ".join([*others, f"--gpu_memory {size[1]}"])
+        )
     if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
         problems.append(f"--gpu_memory: {args.gpu_memory} is not a positive number of GB")
     if not 0 < args.mfu <= 1:

@@ -19,6 +19,12 @@ def checked(flags: str) -> None:
     [
         ("--gpus 0", "--gpus: 0 is below the least possible, 1"),
         ("--gpu V100", "--gpu: 'V100' is none of B200"),
+        (
+            "--gpu A100-40GB",
+            "--gpu: 'A100-40GB' would be taken for A100 with 80 GB; give A100-SXM4-40GB or A100-PCIE-40GB or "
+            "--gpu_memory 40",
+        ),
+        ("--gpu H100-96GB", "--gpu: 'H100-96GB' would be taken for H100 with 80 GB; give --gpu_memory 96"),
         ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
         ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
     ],
@@ -26,6 +32,11 @@ def checked(flags: str) -> None:
 def test_mistakes(flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
         checked(f"--dry_run {flags}")
+
+
+@pytest.mark.parametrize("card", ["A100-SXM4-80GB", "L40S-48GB", "A100-PCIE-40GB", "A100-40GB --gpu_memory 40"])
+def test_sizes_that_cards_have(card):
+    checked(f"--dry_run --gpu {card}")
 
 
 def test_gpus_that_a_run_does_not_have():
