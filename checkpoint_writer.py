@@ -193,7 +193,7 @@ class CheckpointWriter:
             return True
         positions = {group: number for number, group in enumerate(self.model_files)}
         needed = sum(
-            shard.spec.shape.numel() * 12
+            staging_bytes(shard.spec.shape, shard.gathers_on_gpu)
             for shard in local_shards(plugin, model, optimizer)
             if shard.is_writer(positions[shard.spec.group])
         )
@@ -274,6 +274,15 @@ class CheckpointWriter:
             files.update(part["files"])
             path.unlink()
         return files
+
+
+def staging_bytes(shape: torch.Size, pinned: bool) -> int:
+    """Bytes of host memory that a parameter's master weight and moments are copied to, in float32.
+
+    Pinned, each takes a power of two (torch's CachingHostAllocator).
+    """
+    size = 4 * shape.numel()
+    return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
 
 
 def remove_old_checkpoints(save_dir: Path, keep: int | None, keep_every: int | None) -> None:

@@ -73,6 +73,11 @@ class LocalShard:
         """Whether this rank is 0 in tp_group and, modulo its size, `writer` in data_group."""
         return self.tp_rank == 0 and dist.get_rank(self.data_group) == writer % dist.get_world_size(self.data_group)
 
+    @property
+    def gathers_on_gpu(self) -> bool:
+        """Whether `gather` gives tensors of a GPU, be it that only there the ranks can exchange them."""
+        return self.storage.is_cuda or (torch.cuda.is_available() and dist.get_world_size(self.data_group) > 1)
+
     def tensor(self, key: str) -> torch.Tensor:
         """The master weight or a moment of this rank's range, flat; a view of the optimizer's storage."""
         whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))

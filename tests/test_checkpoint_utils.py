@@ -26,7 +26,7 @@ import model_export
 import run_plan
 import sharded_state
 from checkpoint_utils import check_model, claim_save_dir, find_checkpoint, is_complete
-from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints
+from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints, staging_bytes
 from collectives import on_rank_zero
 from console import InputError, RunError
 from files import checksum
@@ -522,3 +522,12 @@ def test_folder_of_a_run_that_goes_on(tmp_path):
     process.join()
     claim_save_dir(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_pinned_buffers_are_counted_as_torch_allocates_them():
+    """13B: 12 bytes a parameter; pinned, those of 5120 x 13824 x 4 bytes take 2**29, as CUDA's allocator has it."""
+    shapes = [spec.shape for spec in parameter_specs(load_config("13b"))]
+    assert sum(staging_bytes(shape, pinned=False) for shape in shapes) == 12 * 13_015_864_320
+    assert staging_bytes(torch.Size([5120, 13824]), pinned=True) == 3 * 2**29
+    assert staging_bytes(torch.Size([4096, 4096]), pinned=True) == 3 * 2**26
+    assert sum(staging_bytes(shape, pinned=True) for shape in shapes) / 1e9 == pytest.approx(264, rel=0.01)
