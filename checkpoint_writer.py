@@ -56,24 +56,27 @@ class CheckpointWriter:
         keep: int | None = None,
         keep_every: int | None = None,
         background: bool = True,
+        latest: Path | None = None,
     ):
         """
         Args:
             keep: newest checkpoints to keep; None keeps all.
             keep_every: checkpoints at multiples of this step are kept whatever their age.
             background: whether to copy the state to host memory and write it behind the training, where it fits.
+            latest: the checkpoint that the run resumes from.
         """
         self.save_dir, self.config = save_dir, config
         self.background = background
         self.keep, self.keep_every = keep, keep_every
         self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
-        self.latest: Path | None = None
+        self.latest = latest
         self._reports: list[str] = []
         self.error: str | None = None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._abandoned = False
-        self._temporary: Path  # folder of the checkpoint in flight
+        self._target: Path  # folder of the checkpoint in flight
+        self._temporary: Path  # where it is written
 
     def save(
         self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
@@ -91,8 +94,8 @@ class CheckpointWriter:
         states = documents[RUNNING_STATES]
         target = self.save_dir / CHECKPOINT.format(**states)
         temporary = target.with_name(f".{target.name}.incomplete")
-        self._temporary = temporary
-        on_rank_zero(lambda: self._begin(temporary), NOT_WRITTEN)
+        self._target, self._temporary = target, temporary
+        on_rank_zero(lambda: self._begin(temporary), self._failure)
         groups: Iterable = self._gathered(plugin, model, optimizer)
         behind = self.background and self._fits_in_memory(plugin, model, optimizer)
         files: dict[str, dict] = {}
@@ -133,7 +136,17 @@ class CheckpointWriter:
         self._thread = None
         if rank() == 0 and self._abandoned:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
-        raise_together(self.error, NOT_WRITTEN)
+        raise_together(self.error, self._failure)
+        self.latest = self._target
+
+    @property
+    def how_to_resume(self) -> str:
+        """For a message on why a run ends, where no checkpoint is in flight; the same on every rank."""
+        return f"resume with -f {self.latest}" if self.latest else "start again (no checkpoint was saved yet)"
+
+    @property
+    def _failure(self) -> str:
+        return f"{NOT_WRITTEN}; mend that (--keep_checkpoints takes less room) and {self.how_to_resume}"
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -232,7 +245,6 @@ class CheckpointWriter:
         part = {"error": self.error} if self.error else {"files": files}
         write_json(temporary / f"part-{rank():05d}.json", part)
         if rank() != 0:
-            self.latest = target
             return
         all_files = self._wait_for_parts(temporary)
         if all_files is None:
@@ -248,7 +260,6 @@ class CheckpointWriter:
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             sync(folder)
         replace_folder(temporary, target)
-        self.latest = target
         size, seconds = sum(file["bytes"] for file in all_files.values()), time.perf_counter() - started
         self._reports.append(
             f"checkpoint: {target}, {size_text(size)} in {seconds:.1f} s, {size_text(size / seconds)}/s; "

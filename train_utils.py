@@ -7,7 +7,9 @@ import json
 import math
 import re
 import shlex
+import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -104,11 +106,27 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict], str | None]:
-    """The micro-batches of a step, or none and the reason."""
+    """The micro-batches of a step, or none and the reason, whatever it is: the other ranks wait for this one."""
     try:
         return [next(batches) for _ in range(number)], None
-    except (InputError, RunError) as error:  # a loader process puts its traceback before it
-        return [], re.sub(r"^console\.\w+: ", "", str(error).strip().splitlines()[-1])
+    except Exception as error:
+        for process in getattr(batches, "_workers", ()):
+            if process.exitcode:
+                return [], f"a loader process, {process.pid}, {_end_of(process.exitcode)}"
+        if not isinstance(error, InputError | RunError | OSError):
+            traceback.print_exc()
+        # A loader process puts its traceback before it.
+        last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return [], re.sub(r"^console\.\w+: ", "", last_line)
+
+
+def _end_of(status: int) -> str:
+    """What became of a process of this exit status, as `multiprocessing` has it."""
+    if status > 0:
+        return f"ended with status {status}"
+    number = signal.Signals(-status)
+    causes = {signal.SIGKILL: "out of host memory?", signal.SIGBUS: "a file that cannot be read, or /dev/shm full?"}
+    return f"was killed by {number.name}; {causes.get(number, 'see its own message')}"
 
 
 def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -> tuple[int, int, int, int]:
@@ -167,13 +185,15 @@ def train(
         state.unevaluated = None
     skipped_in_a_row = 0
     batches = iter(loader)
+    # torch's handler would raise anywhere, inside a collective operation too; next_batches sees that a process is gone.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     first_step = state.step
     if first_step and config.attention_dropout:
         say("dropout: goes on as it would have if ranks and layout are the same; with others it draws other masks")
     if state.step < plan.total_steps:
         micro_batches, broken = next_batches(batches, args.accumulation_steps)
     evaluator.restart()
-    with CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every) as writer:
+    with CheckpointWriter(args.save_dir, config, args.keep_checkpoints, args.keep_every, latest=checkpoint) as writer:
         while state.step < plan.total_steps:
             label_tokens, tokens, positions, without_batch = count_tokens(micro_batches, plan.layout)
             if without_batch:
@@ -182,7 +202,7 @@ def train(
                 writer.wait()
                 metrics.note(writer.take_reports())
                 reason = next(text for text in gather(broken) if text)
-                raise RunError(f"{reason}; {_last_of(writer, checkpoint)}")
+                raise RunError(f"{reason}; {writer.how_to_resume}")
             if state.step == first_step:
                 check_same_batch(loader, micro_batches[0], plan.layout.dp)
 
@@ -206,13 +226,13 @@ def train(
                 writer.wait()
             lr = float(lr_scheduler.get_last_lr()[0])
             if not math.isfinite(loss):
-                raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer, checkpoint))
+                raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer))
             scaler = loss_scaler(optimizer)
             loss_scale = scaler.loss_scale if scaler else 1.0
             grad_norm, skipped = optimizer_step(model, optimizer)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
-                raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer, checkpoint))
+                raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer))
             lr_scheduler.step()
 
             state.step += 1
@@ -255,9 +275,8 @@ def train(
         writer.wait()
         metrics.note([*writer.take_reports(), *metrics.summary()])
     metrics.close()
-    newest = writer.latest or checkpoint
-    assert newest is not None  # the last step saves
-    return newest, state.step < plan.total_steps or state.unevaluated is not None
+    assert writer.latest is not None  # the last step saves
+    return writer.latest, state.step < plan.total_steps or state.unevaluated is not None
 
 
 def nothing_left(
@@ -318,12 +337,7 @@ def _documents(optimizer: OptimizerWrapper, lr_scheduler: LambdaLR, state: Train
     return {checkpoint_utils.RUNNING_STATES: running_states, checkpoint_utils.LR_SCHEDULER: schedule}
 
 
-def _last_of(writer: CheckpointWriter, checkpoint: Path | None) -> str:
-    last = writer.latest or checkpoint
-    return f"resume from {last}" if last else "no checkpoint was saved yet; start again"
-
-
-def _diverged(what: str, step: int, lr: float, writer: CheckpointWriter, checkpoint: Path | None) -> str:
+def _diverged(what: str, step: int, lr: float, writer: CheckpointWriter) -> str:
     writer.wait()
-    last = _last_of(writer, checkpoint)
-    return f"{what} at step {step}, learning rate {lr:.3e}: training stopped; {last}, with a lower --lr or other data"
+    where = f"{what} at step {step}, learning rate {lr:.3e}"
+    return f"{where}: training stopped; {writer.how_to_resume}, with a lower --lr or other data"

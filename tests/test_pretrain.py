@@ -258,10 +258,8 @@ def test_divergence_stops_the_run(pretrain):
     last = run.column("step")[-1]
     assert last < 9
     assert run.stderr.count("\n") == 1
-    assert re.match(
-        rf"pretrain.py: .* at step {last + 1}, learning rate .*: training stopped; resume from ", run.stderr
-    )
-    assert str(run.save_dir / f"epoch0-step{last}") in run.stderr
+    what = rf"pretrain.py: .* at step {last + 1}, learning rate .*: training stopped; resume with -f "
+    assert re.match(what + re.escape(str(run.save_dir / f"epoch0-step{last}")), run.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- quickstart

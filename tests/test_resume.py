@@ -171,7 +171,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     assert broken.column("loss") == whole.column("loss")[:step]
     saved = broken.save_dir / f"epoch0-step{step}"
     assert "rows.jsonl, line 13: not valid JSON" in broken.stderr
-    assert f"; resume from {saved}" in broken.stderr
+    assert f"; resume with -f {saved}" in broken.stderr
     assert broken.stderr.count("Traceback") == 1  # torchrun's
 
     data.write_text("\n".join(rows) + "\n")
@@ -180,6 +180,37 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     run = pretrain(*flags, "-f", "latest", "--allow_changes", folder=broken.folder, processes=2)
     assert "the same files with other content; it goes on at the row where it stopped" in run.stdout
     assert curve(run) == curve(whole)
+
+
+# Kills the loader processes of rank {rank} when step 2 has been logged, as the kernel does where memory runs out.
+LOADER_KILLED = """
+import multiprocessing
+log = metrics.Metrics.log
+def log_and_kill(self, values):
+    log(self, values)
+    if values["step"] == 2 and console.rank() == {rank}:
+        for process in multiprocessing.active_children():
+            process.kill()
+metrics.Metrics.log = log_and_kill
+"""
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
+def test_a_loader_process_that_is_killed_costs_no_step(pretrain, few_data, processes, rank):
+    """What it had read before is trained on and saved, by all ranks."""
+    flags = ["-d", few_data, "-p", "zero2", "-x", "fp32", "-b", 2 // processes, "--max_steps", 36, "-e", 3, "-i", 100]
+    flags += ["--num_workers", 1]
+    whole = pretrain(*flags, processes=processes)
+    killed = pretrain(*flags, processes=processes, change=LOADER_KILLED.format(rank=rank), check=False)
+    step = killed.column("step")[-1]
+    assert 2 <= step < 36
+    saved = killed.save_dir / f"epoch{(step - 1) // 12}-step{step}"
+    assert "was killed by SIGKILL; out of host memory?; resume with -f" in killed.stderr
+    assert f"resume with -f {saved}" in killed.stderr
+    assert killed.stderr.count("Traceback") == processes - 1  # torchrun's
+    run = pretrain(*flags, "-f", saved, folder=killed.folder, processes=processes)
+    assert curve(run) == curve(whole)
+    assert run.column("step") == list(range(1, 37))
 
 
 def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):

@@ -1,18 +1,29 @@
 """The learning-rate schedule, batches by rank, and their random numbers."""
 
+import errno
+import os
+import signal
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import boosted, run_ranks
+from torch.utils.data import DataLoader
 
 from data_order import GlobalOrder
 from data_utils import PackedDataset
 from layout import Layout, resolve_layout
 from pretrain import parse_args
 from run_plan import Plan, TrainState
-from train_utils import build_dataloader, build_scheduler, check_same_batch, cosine_with_warmup, step_seed
+from train_utils import (
+    build_dataloader,
+    build_scheduler,
+    check_same_batch,
+    cosine_with_warmup,
+    next_batches,
+    step_seed,
+)
 
 FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
 
@@ -75,6 +86,40 @@ class TestDataloader:
     def test_ranks_without_a_share_of_their_own_are_found_out(self):
         messages = run_ranks(2, count_shares, "-p hybrid_parallel --tp 2 --pp 1")
         assert messages == ["1 shares of the data are read by 2 data-parallel ranks"] * 2
+
+
+class Unreadable:
+    """Like a file on a network that has gone: the second item is not to be had."""
+
+    def __init__(self, bus_error=False):
+        self.bus_error = bus_error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1 and self.bus_error:
+            os.kill(os.getpid(), signal.SIGBUS)
+        if index == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "tokens.bin")
+        return index
+
+
+class TestUnreadableData:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_error_in_one_line(self, capfd, workers):
+        batches = iter(DataLoader(Unreadable(), num_workers=workers))
+        assert next_batches(batches, 1) == ([torch.tensor([0])], None)
+        none, reason = next_batches(batches, 2)
+        assert none == []
+        assert reason.removeprefix("OSError: ") == "[Errno 5] Input/output error: 'tokens.bin'"
+        assert capfd.readouterr().err == ""
+
+    def test_bus_error_of_a_loader_process(self):
+        batches = iter(DataLoader(Unreadable(bus_error=True), num_workers=1))
+        none, reason = next_batches(batches, 2)
+        assert none == []
+        assert reason.endswith(", was killed by SIGBUS; a file that cannot be read, or /dev/shm full?")
 
 
 def pairs(positions):
