@@ -38,6 +38,21 @@ def test_a_stream_does_not_wait_for_what_was_submitted_to_others():
     subprocess.run([sys.executable, "-c", ONE_STREAM_BESIDE_ANOTHER], cwd=ROOT, check=True)
 
 
+BEFORE_COLOSSALAI = """
+import sys
+import torch
+imported = []
+torch.cuda.is_available = lambda: imported.append("colossalai" in sys.modules)
+import {program}
+assert imported[0] is False
+"""
+
+
+@pytest.mark.parametrize("program", ["pretrain", "finetune", "benchmark"])
+def test_programs_start_cuda_before_colossalai_changes_its_environment(program):
+    subprocess.run([sys.executable, "-c", BEFORE_COLOSSALAI.format(program=program)], cwd=ROOT, check=True)
+
+
 class TestLaunch:
     def test_leaves_colossalai_as_it_is_where_there_is_a_gpu(self, monkeypatch):
         installed, launched = [], []
