@@ -21,6 +21,7 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.kernel.extensions.base_extension import _Extension
 from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.lazy import LazyInitContext
+from colossalai.logging import get_dist_logger
 from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
 from transformers import LlamaConfig
 
@@ -79,6 +80,7 @@ def launch(seed: int) -> None:
         torch.set_num_threads(threads)
     else:
         host_accelerator.install()
+    get_dist_logger().set_level("ERROR")  # what it warns of are our defaults
     launch_from_torch(seed=seed, verbose=False)
 
 

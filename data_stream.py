@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch.utils.data import Dataset, default_collate
 
-from console import InputError
+from console import InputError, size_text
 from data_order import Permutation, splitmix64
 from data_utils import mark_documents
 from dataset_sources import Document, Source, SourceFile, unusable
@@ -255,7 +255,7 @@ class StreamedDataset(Dataset):
     def description(self) -> str:
         files = self.source.files
         return (
-            f"a stream of {len(files):,} files, {self.source.size / 1e9:.2f} GB, in sequences of {self.max_length} "
+            f"a stream of {len(files):,} files, {size_text(self.source.size)}, in sequences of {self.max_length} "
             f"tokens, shuffled among {self.buffer:,}"
         )
 

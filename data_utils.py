@@ -32,7 +32,7 @@ def is_held_out(text: str, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path, flag: str = "--dataset") -> dict:
     """The manifest of a prepared folder. Raises InputError if it is missing, damaged or of another format version."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
@@ -45,11 +45,11 @@ def read_manifest(folder: Path) -> dict:
                 raise ValueError("counts that cannot be")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"--dataset: {folder / MANIFEST_NAME} cannot be read ({error!r}); delete the folder to prepare it anew"
+            f"{flag}: {folder / MANIFEST_NAME} cannot be read ({error!r}); delete the folder to prepare it anew"
         ) from error
     if version != FORMAT_VERSION:
         raise InputError(
-            f"--dataset: {folder} has format version {version}, this program reads {FORMAT_VERSION}; prepare it anew"
+            f"{flag}: {folder} has format version {version}, this program reads {FORMAT_VERSION}; prepare it anew"
         )
     return manifest
 

@@ -131,9 +131,11 @@ def _check(folder: Path, encoder: TextEncoder, eval_fraction: float | None) -> P
     return folder
 
 
-def verify(folder: Path, num_workers: int = 1) -> None:
-    """Raises InputError that names every shard whose content is not what the manifest says."""
-    shards = read_manifest(folder)["shards"]
+def verify(folder: Path, num_workers: int = 1, flag: str = "--dataset") -> None:
+    """Raises InputError that names `flag`, and every shard whose content is not what the manifest says."""
+    if not (folder / MANIFEST_NAME).exists():
+        raise InputError(f"{flag}: {folder} holds no finished data set, for it has no {MANIFEST_NAME}")
+    shards = read_manifest(folder, flag)["shards"]
     paths = [folder / shard["file"] for shard in shards]
     with (
         ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"))
@@ -146,7 +148,7 @@ def verify(folder: Path, num_workers: int = 1) -> None:
     if damaged:
         raise InputError(
             *(
-                f"--dataset: {path} is damaged or missing; delete it and prepare the data set again, which makes "
+                f"{flag}: {path} is damaged or missing; delete it and prepare the data set again, which makes "
                 "the missing shards anew"
                 for path in damaged
             )

@@ -228,8 +228,8 @@ def _readable(paths: list[str], split: str, used: Sequence[str] = ()) -> tuple[l
     if not chosen and split == "train":
         chosen = data
     others = Counter(PurePosixPath(path).suffix or PurePosixPath(path).name for path in set(paths) - set(data))
-    unused = [path for path in set(data) - set(chosen) if _split_of_path(path) not in used]
-    remarks = [f"{len(unused)} of other splits"] if unused else []
+    unused = sorted(path for path in set(data) - set(chosen) if _split_of_path(path) not in used)
+    remarks = [f"{len(unused)} of other splits ({unused[0]}{', ...' * (len(unused) > 1)})"] if unused else []
     remarks += [f"{count} {suffix}" for suffix, count in sorted(others.items())]
     return chosen, ", ".join(remarks)
 

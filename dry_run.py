@@ -69,12 +69,12 @@ def say_plan(
         say(f"  {moment.name:30}{figures}{'  <- peak' if moment is estimate.peak else ''}")
     if estimate.host:
         say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
-    peak, memory = estimate.peak.total / 1e9, card.memory_gb
+    peak, memory = estimate.peak.total, card.memory_gb
     if not math.isnan(memory):
         verdict, remedy = (
-            ("fits", "") if peak <= memory else ("does NOT fit", f"; what helps: {memory_remedies(args, config)}")
+            ("fits", "") if peak <= memory * 1e9 else ("does NOT fit", f"; what helps: {memory_remedies(args, config)}")
         )
-        say(f"{verdict}: {peak:.1f} GB at the peak, on {card.name} with {memory:g} GB{remedy}")
+        say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
     flops = model_flops_per_token(config, args.max_length)
     if math.isnan(card.peak_tflops):

@@ -17,6 +17,7 @@ dependencies.start_cuda()
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +42,7 @@ from console import InputError, say
 from data_order import parse_slice_weights
 from data_stream import StreamedDataset
 from data_utils import HELD_OUT, PackedDataset
-from dataset_preparation import prepare_dataset
+from dataset_preparation import is_prepared, prepare_dataset
 from dataset_sources import REDPAJAMA_SAMPLE, Source, add_source_args, resolve_source
 from dry_run import say_plan
 from evaluation import evaluation_loader
@@ -107,6 +108,8 @@ def open_data(
     order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
     choice = {"revision": args.dataset_revision, "slices": args.dataset_slices}
     if args.streaming:
+        if is_prepared(Path(args.dataset)):
+            raise InputError(f"--streaming: {args.dataset} is prepared, and is read without it; leave the flag out")
         source = Source.from_json(once_per_node(lambda: resolve_source(args.dataset, **choice).to_json()))
         encoder = TextEncoder(tokenizer)
         return StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order), None

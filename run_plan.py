@@ -193,7 +193,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
         if state.settings and state.settings.get(name) != value
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
-        raise InputError(*sizes)
+        raise InputError(sizes[0])  # without a rank, or with another, the modules are not what was meant
     if changes and not args.allow_changes:
         if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
             changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
@@ -246,7 +246,7 @@ def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingDat
     say(f"data: {dataset.description}")
     say(describe_layout(args.plugin, plan.layout))
     say(
-        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} ranks = "
+        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} data-parallel = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""

@@ -20,6 +20,7 @@ dependencies.require()
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 
 import matplotlib
@@ -235,6 +236,8 @@ def main() -> int:
         problems.append(f"--output: {args.output} does not end in .png; give a name that does")
     if not args.output.absolute().parent.is_dir():
         problems.append(f"--output: there is no folder {args.output.absolute().parent}; make it first")
+    elif not os.access(args.output.absolute().parent, os.W_OK | os.X_OK):
+        problems.append(f"--output: no permission to write in {args.output.absolute().parent}; give another folder")
     if args.smooth < 1:
         problems.append(f"--smooth: {args.smooth} is below the least possible, 1")
     if problems:

@@ -23,6 +23,7 @@ dependencies.require()
 import argparse
 import os
 import re
+import shlex
 
 from arguments import ArgumentParser, user_name, user_path
 from console import InputError, say
@@ -72,7 +73,7 @@ def _part(text: str) -> Part:
 def main() -> int:
     args = parse_args()
     if args.verify:
-        verify(args.output, args.num_workers or len(os.sched_getaffinity(0)))
+        verify(args.output, args.num_workers or len(os.sched_getaffinity(0)), "--output")
         say(f"{args.output}: every shard is as the manifest says")
     else:
         encoder = TextEncoder(load_tokenizer(args.tokenizer))
@@ -81,7 +82,7 @@ def main() -> int:
         options = {"part": args.part, "eval_fraction": args.eval_fraction, "request": request}
         if not prepare_folder(source, encoder, args.output, args.num_workers, **options):
             return 0
-        say(f"train on it: pretrain.py -d {args.output} --tokenizer {args.tokenizer}")
+        say(f"train on it: pretrain.py -d {shlex.quote(str(args.output))} --tokenizer {shlex.quote(args.tokenizer)}")
     for name, counts in read_manifest(args.output)["slices"].items():
         say(f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     return 0

@@ -227,6 +227,11 @@ def test_default_warmup_longer_than_the_run(problems, sample, cache_dir, sample_
     assert program.main() == 0
 
 
+def test_a_prepared_data_set_is_no_stream(problems, sample_dataset):
+    (problem,) = problems("-d", sample_dataset.folder, "--streaming", "--max_steps", 1)
+    assert problem == f"--streaming: {sample_dataset.folder} is prepared, and is read without it; leave the flag out"
+
+
 def test_vocabulary_larger_than_the_models(problems, tmp_path):
     (problem,) = problems("-c", config_file(tmp_path, vocab_size=1000))
     assert all(part in problem for part in ("--tokenizer", "1024", "1000"))
@@ -550,6 +555,7 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
     [
         ("export_hf.py", "--checkpoint {run}/epoch0-step2 --tokenizer {run}/final --output {locked}/model"),
         ("prepare_dataset.py", "-d {few} --tokenizer {run}/final --output {locked}/prepared"),
+        ("prepare_dataset.py", "--verify --output {locked}/prepared"),
         ("plot_run.py", "{run}/../tb_logs --output {locked}/run.png"),
         ("make_sample_data.py", "--output_dir {locked}/sample --megabytes 0.1"),
         ("make_sample_instructions.py", "--output_dir {locked}/sample --examples 10"),

@@ -245,6 +245,15 @@ def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_p
     assert re.fullmatch(pattern, line)
 
 
+@pytest.mark.parametrize("plugin", ["3d_cpu", "3d --zero 1"])
+def test_nothing_is_said_of_what_was_asked_for(plugin, tmp_path):
+    """ColossalAI warns of ZeRO on one rank."""
+    small = f"-c test -l 64 -s 2 -i 1 -p {plugin}"
+    with Run([sys.executable, ROOT / "benchmark.py", *small.split()], tmp_path) as run:
+        assert run.wait() == 0
+    assert "WARNING" not in run.output()
+
+
 @pytest.mark.parametrize(
     ("plugin", "flags"),
     [

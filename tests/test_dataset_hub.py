@@ -153,7 +153,7 @@ class TestNames:
         )
         source = resolve_source("some/one")
         assert texts_of(source) == [("data", "train")]
-        assert "1 of other splits, 1 .png" in source.remark
+        assert "1 of other splits (data/test-00000-of-00001.parquet), 1 .png" in source.remark
         assert texts_of(resolve_source("some/one", revision="v1")) == [("more", "older")]
 
     def test_names_that_cannot_be_read(self, hub):

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pydoc
+import shlex
 import signal
 import subprocess
 import sys
@@ -265,7 +266,8 @@ class TestFolders:
         for name in ("c4-train.00000-of-00002.jsonl", "c4-validation.00000-of-00001.jsonl", "notes.txt", "more.csv"):
             write_jsonl(source / name, [{"text": name}])
         prepare_dataset(str(source), tokenizer, tmp_path / "cache")
-        assert f"left out in {source}: 1 of other splits, 1 .csv, 1 .txt" in capsys.readouterr().out
+        left_out = "1 of other splits (c4-validation.00000-of-00001.jsonl), 1 .csv, 1 .txt"
+        assert f"left out in {source}: {left_out}" in capsys.readouterr().out
 
     def test_training_on_another_split_is_said(self, tmp_path, capsys):
         for name in ("test.jsonl", "dev.jsonl"):
@@ -615,3 +617,11 @@ class TestCache:
         output, errors = launcher.communicate(timeout=60)
         wait_until(lambda: not is_running(output.strip()))
         assert "the launcher is gone" in errors
+
+
+def test_the_command_that_follows_can_be_pasted(words, tokenizer_folder, tmp_path):
+    program, output = ROOT / "scripts" / "prepare_dataset.py", tmp_path / "prep 1"
+    command = [sys.executable, program, "-d", words[0], "--tokenizer", tokenizer_folder, "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("train on it: "))
+    assert shlex.split(line)[3:] == ["pretrain.py", "-d", str(output), "--tokenizer", str(tokenizer_folder)]

@@ -61,6 +61,13 @@ def test_report(capsys, monkeypatch):
     assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
 
 
+def test_a_small_model_is_told_in_one_unit(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c test -l 64 -p zero2 --dry_run")
+    out = capsys.readouterr().out
+    assert "memory of a GPU in MB, of 1 (estimate):" in out
+    assert re.search(r"\nfits: [1-9]\d*\.\d MB at the peak, on H100 with 80 GB\n", out)
+
+
 def test_memory_limit_counts(capsys, monkeypatch):
     dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 -m 20000")
     assert "does NOT fit: " in capsys.readouterr().out

@@ -121,6 +121,11 @@ def test_mistakes(monkeypatch, tmp_path, make, arguments, expected):
     assert not list(tmp_path.glob("**/*.png"))
 
 
+def test_a_folder_that_may_not_be_written_to(monkeypatch, logs, locked_folder):
+    with pytest.raises(InputError, match=f"^--output: no permission to write in {locked_folder}; give another folder$"):
+        plot(monkeypatch, logs, "--output", locked_folder / "run.png")
+
+
 def test_exit_status(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "plot_run.py", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -101,7 +101,7 @@ def test_help_lists_the_flags_but_not_the_older_spellings(capsys):
 def test_what_is_printed(finished_run):
     for line in (
         f"data: {EPOCH} sequences of {SEQUENCE_LENGTH} tokens",
-        "global batch: 8 x 1 accumulated x 1 ranks = 8 sequences x 64 tokens = 512 tokens",
+        "global batch: 8 x 1 accumulated x 1 data-parallel = 8 sequences x 64 tokens = 512 tokens",
         "length: 3 optimizer steps, 1,536 tokens",
         f"checkpoint: {finished_run.save_dir / 'epoch0-step2'}",
         "trained: 3 steps, 1,536 tokens, 0.0",
@@ -201,7 +201,7 @@ def test_dry_run_only_prints(monkeypatch, capsys, tmp_path, sample_flags, sample
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(program, "launch", None)
     assert program.main() == 0
-    assert "3 x 2 accumulated x 8 ranks = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out
+    assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert not torch.distributed.is_initialized()
 

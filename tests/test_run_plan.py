@@ -85,7 +85,7 @@ class TestPlan:
             "model: test, 315,968 parameters, bf16; attention: plain",
             "data: 100 sequences of 64 tokens; 5 tokens left over",
             "plugin: hybrid_parallel, 4 data-parallel, tp 2 x pp 1 x sp 1, ZeRO 1",
-            "global batch: 2 x 3 accumulated x 4 ranks = 24 sequences x 64 tokens = 1,536 tokens",
+            "global batch: 2 x 3 accumulated x 4 data-parallel = 24 sequences x 64 tokens = 1,536 tokens",
             "length: 4 optimizer steps, 6,144 tokens",
             "left out: the last 4 of 100 sequences, too few for one more step",
         ]
@@ -234,9 +234,11 @@ class TestResumeState:
 
     def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
         args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
-        args.lora_rank = 8
-        with pytest.raises(InputError, match=r"^--load: --lora_rank was 4 in the checkpoint and is 8 now$"):
-            make_plan(args, FOUR_RANKS, PackedStub(43), TrainState(settings={**self.SETTINGS, "lora_rank": 4}))
+        saved = TrainState(settings={**self.SETTINGS, "lora_rank": 4, "lora_modules": "q_proj"})
+        for args.lora_rank, args.lora_modules in ((8, "q_proj"), (None, "q_proj,k_proj")):
+            line = f"^--load: --lora_rank was 4 in the checkpoint and is {args.lora_rank} now$"
+            with pytest.raises(InputError, match=line):
+                make_plan(args, FOUR_RANKS, PackedStub(43), saved)
 
     def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
         folder, _ = checkpoint
