@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, makes a small sample corpus, and pretrains a small LLaMA on it: a first look in a few minutes, on every GPU
-# of this machine, or on its CPU. All of it goes to quickstart/ in the repository.
+# of this machine, or on its CPU. All of it goes to quickstart/ in the repository, but for the corpus as tokens, which
+# pretrain.py keeps in ~/.cache/llama-training.
 #
 #   bash scripts/quickstart.sh
 #
