@@ -260,6 +260,7 @@ def boost(
         gemini.keep_norm_on_device()
         gemini.keep_memory_apart(model)
         gemini.prefetch_in_training_alone(model)
+        gemini.plan_each_pass_from_its_start(model)
         if plugin.tp_size > 1:
             gemini.count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
     if isinstance(optimizer, LowLevelZeroOptimizer):

@@ -133,6 +133,28 @@ def prefetch_in_training_alone(model: ModelWrapper) -> None:
     manager.pre_iter, manager.placement_policy.get_prefetch_chunks = begin_training_pass, chunks_to_prefetch
 
 
+def may_evaluate(model: ModelWrapper) -> bool:
+    """Whether a pass without gradients may come now: where chunks move, Gemini plans by a training pass before it."""
+    manager = getattr(model, "gemini_manager", None)
+    return manager is None or not (manager.need_warmup and manager.is_warmup())
+
+
+def plan_each_pass_from_its_start(model: ModelWrapper) -> None:
+    """Has Gemini, where chunks move, plan each operation by the memory that the same one took in the first pass.
+
+    It counts the operations from one pass on to the next, which after a pass without gradients are others.
+    """
+    manager = model.gemini_manager
+    end_pass, figures = manager.reset_attributes, manager._mem_stats_collector
+
+    def end_pass_and_count() -> None:
+        end_pass()
+        if figures is not None:
+            figures._step_idx = 0
+
+    manager.reset_attributes = end_pass_and_count
+
+
 def keep_norm_on_device() -> None:
     """Makes chunks of gradients look for overflow and take their norm in one pass, and without waiting for the GPU.
 

@@ -32,6 +32,7 @@ from console import InputError, RunError, rank, say
 from data_order import ShardedSampler, TrainingData, splitmix64
 from data_utils import IGNORE_INDEX
 from evaluation import evaluate
+from gemini import may_evaluate
 from layout import Layout, describe_layout
 from metrics import Metrics
 from performance_evaluator import PerformanceEvaluator
@@ -178,7 +179,13 @@ def train(
     metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
     stop = StopRequest()
     if checkpoint and state.unevaluated:
-        evaluation = evaluate(booster, model, held_out, plan.layout, stop) if held_out else {}
+        evaluation: dict[str, float] | None = {}
+        if held_out and may_evaluate(model):
+            evaluation = evaluate(booster, model, held_out, plan.layout, stop)
+        elif held_out:
+            metrics.note(
+                [f"evaluation: that of step {state.step} is left out: {args.plugin} has to train a step first"]
+            )
         metrics.log(state.unevaluated | (evaluation or {}))
         if evaluation is None:
             return checkpoint, True

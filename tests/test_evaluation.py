@@ -181,3 +181,24 @@ def test_an_evaluation_that_a_signal_ended_is_made_up(pretrain, tmp_path):
     for key in ("step", "loss"):
         assert end.column(key) == whole.column(key)
     assert [row.get("eval_loss") for row in end.metrics] == [row.get("eval_loss") for row in whole.metrics]
+
+
+# What gemini_auto is on a GPU: chunks move, by a plan made in the first training pass.
+AUTO = """
+boost = pretrain.boost
+def boost_with_moving_chunks(*args):
+    boosted = boost(*args)
+    boosted[1].gemini_manager.policy_name = "auto"
+    return boosted
+pretrain.boost = boost_with_moving_chunks
+"""
+
+
+def test_an_evaluation_is_left_out_where_the_plugin_has_to_train_first(pretrain):
+    flags = ["-p", "gemini", "-x", "bf16", "-b", 1, "--eval_fraction", 0.2, "--eval_interval", 2, "--max_steps", 4]
+    run = pretrain(*flags, check=False, change=AUTO + SIGNAL_IN_EVALUATION.format(step=1))
+    assert run.returncode == INTERRUPTED
+    end = pretrain(*flags, "-f", "latest", folder=run.folder, change=AUTO)
+    assert "evaluation: that of step 2 is left out: gemini has to train a step first" in end.stdout
+    assert end.column("step") == [1, 2, 3, 4]
+    assert ["eval_loss" in row for row in end.metrics] == [False, False, False, True]

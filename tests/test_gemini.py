@@ -7,6 +7,8 @@ import stream_order
 import torch
 import torch.distributed as dist
 from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.memory_tracer import ChunkMemStatsCollector
+from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 from processes import boosted, run_ranks
 
 import booster_utils
@@ -143,6 +145,45 @@ class TestMemory:
     def test_would_be_in_gemini_as_it_is(self):
         found = run_ranks(2, memory_hazards, "--accumulation_steps 3", False, False)[0]
         assert any("does not wait for reduce_scatter_tensor on NCCL" in hazard for hazard in found)
+
+
+def figures_of_operations():
+    """Which operation's memory each one is planned by: in training passes and in passes without gradients between them.
+
+    Without a GPU there is nothing to measure; the operations' numbers stand for what the first pass would have found,
+    less so much that no chunk has to move.
+    """
+    run = boosted("-p gemini -b 2")
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    manager, chunks = run.model.gemini_manager, run.model.chunk_manager
+    collector, planned = ChunkMemStatsCollector(chunks), []
+    manager._mem_stats_collector = collector
+    manager._placement_policy = AutoPlacementPolicy(chunks, collector)
+    manager._warmup, manager.pre_iter = False, lambda *_: None
+    collector._step_total, less = 1000, 2**50
+    collector._memstats._non_model_data_cuda_list = [number - less for number in range(1000)]
+    figure = collector.next_period_non_model_data_usage
+    collector.next_period_non_model_data_usage = lambda kind: planned[-1].append(figure(kind) + less) or -less
+    gemini.plan_each_pass_from_its_start(run.model)
+    ids = torch.randint(run.config.vocab_size, (2, 32))
+    batch = {"input_ids": ids, "labels": ids}
+    for training in (True, False, False, True):
+        planned.append([])
+        if training:
+            forward_backward(run.booster, run.model, run.optimizer, [batch], 62)
+            optimizer_step(run.model, run.optimizer)
+            collector._step_total = len(planned[0])
+        else:
+            forward_loss(run.booster, run.model, batch)
+    return planned
+
+
+def test_operations_after_an_evaluation_are_planned_by_their_own_figures():
+    first, *evaluations, later = run_ranks(1, figures_of_operations)[0]
+    assert first == later == list(range(len(first)))
+    for evaluation in evaluations:
+        assert evaluation == first[: len(evaluation)]
+        assert 0 < len(evaluation) < len(first)
 
 
 class TestNorm:
