@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -33,17 +33,16 @@ from checkpoint_utils import (
     write_adapter,
     write_model_index,
 )
-from collectives import gather, on_rank_zero, raise_together
+from collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
 from console import rank, say, size_text, world_size
 from files import checksum, replace_folder, sync, write_json
-from sharded_state import MASTER, MOMENTS, local_shards
+from sharded_state import MASTER, MOMENTS, LocalShard, local_shards
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
-POLL_SECONDS = 0.05
 STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
 SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
 
-Group = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
+File = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
 
 
 class CheckpointWriter:
@@ -69,6 +68,7 @@ class CheckpointWriter:
         self.background = background
         self.keep, self.keep_every = keep, keep_every
         self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
+        self._positions = {group: number for number, group in enumerate(self.model_files)}
         self.latest = latest
         self._reports: list[str] = []
         self.error: str | None = None
@@ -96,26 +96,18 @@ class CheckpointWriter:
         temporary = target.with_name(f".{target.name}.incomplete")
         self._target, self._temporary = target, temporary
         on_rank_zero(lambda: self._begin(temporary), self._failure)
-        groups: Iterable = self._gathered(plugin, model, optimizer)
-        behind = self.background and self._fits_in_memory(plugin, model, optimizer)
+        shards_by_file = self._by_file(plugin, model, optimizer)
         files: dict[str, dict] = {}
-        if behind:
-            groups = [self._staged(group, tensors) for group, tensors in groups]
+        staged: list[File] = []
+        if self.background and self._fits_in_memory(shards_by_file):
+            staged = [self._gathered(shards, self._staged) for shards in shards_by_file]
             get_accelerator().synchronize()
         else:
-            self._write(groups, temporary, files)
+            for shards in shards_by_file:  # begun before, the exchange for the next would wait as long as the disk
+                self._start(self._write, *self._gathered(shards, lambda _, tensor: tensor.cpu()), files)
+                self._join()
         stall = time.perf_counter() - started
-
-        def work() -> None:
-            if behind:
-                self._write(groups, temporary, files)
-            try:
-                self._conclude(temporary, target, documents, files, started, stall)
-            except Exception as error:
-                self.error = self.error or f"{type(error).__name__}: {error}"
-
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._start(self._finish, staged, documents, files, started, stall)
 
     def wait(self) -> None:
         """Returns when the checkpoint in flight is in its place, on every rank.
@@ -123,21 +115,24 @@ class CheckpointWriter:
         Raises:
             RunError: on every rank, when it failed on any.
         """
-        if self._thread is None:
-            return
-        # Many short exchanges, since one that waits for the slowest disk would outlast the process group's patience.
-        # And a rank that could not even write its part file would leave rank 0's thread waiting for it.
-        writing = True
-        while writing:
-            ranks = gather((self._thread.is_alive(), self.error))
-            writing = any(alive for alive, _ in ranks)
-            self._abandoned = any(error for _, error in ranks)
-            time.sleep(POLL_SECONDS if writing else 0)
+        if self._thread is not None:
+            self._join()
+            self.latest = self._target
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        self._thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        """Returns when every rank's thread has ended. Collective. Raises RunError, on every rank, when one failed."""
+        assert self._thread is not None
+        while any_alive(self._thread):
+            # A rank that could not even write its part file would leave rank 0's thread waiting for it.
+            self._abandoned = any(gather(self.error))
         self._thread = None
-        if rank() == 0 and self._abandoned:
+        if any(gather(self.error)) and rank() == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error, self._failure)
-        self.latest = self._target
 
     @property
     def how_to_resume(self) -> str:
@@ -179,65 +174,78 @@ class CheckpointWriter:
         (temporary / "model").mkdir(parents=True)
         (temporary / "optimizer").mkdir()
 
-    def _gathered(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> Iterator[Group]:
-        """Full tensors of this rank's files, which are dealt out over the data-parallel ranks. Collective."""
-        positions = {group: number for number, group in enumerate(self.model_files)}
-        for group, members in groupby(local_shards(plugin, model, optimizer), key=lambda shard: shard.spec.group):
-            tensors = {}
-            for shard in members:
-                for key in (MASTER, *MOMENTS):
-                    full = shard.gather(key, positions[group])
-                    if full is not None:
-                        tensors[f"{shard.spec.name}.{key}"] = full.detach()
-            if tensors:
-                yield group, tensors
+    def _by_file(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[list[LocalShard]]:
+        """The shards of each file of this stage, then empty lists up to the number of another stage's. Collective."""
+        files = [
+            list(members)
+            for _, members in groupby(local_shards(plugin, model, optimizer), key=lambda shard: shard.spec.group)
+        ]
+        return files + [[]] * (max(gather(len(files))) - len(files))
 
-    def _staged(self, group: str, tensors: dict[str, torch.Tensor]) -> Group:
-        """Copies to host buffers that are kept for the next time: pinned beside a GPU, faulted in everywhere."""
-        staged = {}
-        for name, tensor in tensors.items():
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            staged[name] = self._buffers[name].copy_(tensor, non_blocking=True)
-        return group, staged
+    def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
+        """Copies of a file's full tensors on the rank that it is dealt to, none on the others. Collective."""
+        tensors = {}
+        for shard in shards:
+            for key in (MASTER, *MOMENTS):
+                full = shard.gather(key, self._positions[shard.spec.group])
+                if full is not None:
+                    name = f"{shard.spec.name}.{key}"
+                    tensors[name] = copied(name, full.detach())
+        return (shards[0].spec.group if shards else ""), tensors
 
-    def _fits_in_memory(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> bool:
-        if self._buffers:
-            return True
-        positions = {group: number for number, group in enumerate(self.model_files)}
+    def _staged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies to a host buffer that is kept for the next time: pinned beside a GPU, faulted in everywhere."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[name].copy_(tensor, non_blocking=True)
+
+    def _fits_in_memory(self, shards_by_file: list[list[LocalShard]]) -> bool:
+        """Whether every rank's files fit into its host's memory. Collective."""
         needed = sum(
             staging_bytes(shard.spec.shape, shard.gathers_on_gpu)
-            for shard in local_shards(plugin, model, optimizer)
-            if shard.is_writer(positions[shard.spec.group])
+            for shards in shards_by_file
+            for shard in shards
+            if shard.is_writer(self._positions[shard.spec.group])
         )
         total, available = host_memory()
-        fits = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
+        enough = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
+        fits = all(gather(enough or not needed or bool(self._buffers)))
         if not fits:
             say("checkpoints: too little host memory to write them behind the training; training waits for each")
         return fits
 
-    def _write(self, groups: Iterable[Group], temporary: Path, files: dict[str, dict]) -> None:
-        """Writes and checks this rank's files. After an error it goes on through `groups`, which may be collective."""
-        for group, tensors in groups:
-            if self.error:
-                continue
-            try:
-                suffix = f".{MASTER}"
-                weights = {
-                    name.removesuffix(suffix): tensor.to("cpu", self.config.torch_dtype).contiguous()
-                    for name, tensor in tensors.items()
-                    if name.endswith(suffix)
-                }
-                states = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                for name, content in (
-                    (f"model/{self.model_files[group]}", weights),
-                    (f"optimizer/{self.optimizer_files[group]}", states),
-                ):
-                    save_file(content, temporary / name, metadata={"format": "pt"})
-                    sync(temporary / name)
-                    files[name] = checksum(temporary / name)
-            except Exception as error:  # safetensors raises its own, for a full disk too
-                self.error = f"{type(error).__name__}: {error}"
+    def _write(self, group: str, tensors: dict[str, torch.Tensor], files: dict[str, dict]) -> None:
+        """Writes and checks a file of this rank's, unless one before has failed."""
+        if not tensors or self.error:
+            return
+        try:
+            suffix = f".{MASTER}"
+            weights = {
+                name.removesuffix(suffix): tensor.to(self.config.torch_dtype).contiguous()
+                for name, tensor in tensors.items()
+                if name.endswith(suffix)
+            }
+            states = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            for name, content in (
+                (f"model/{self.model_files[group]}", weights),
+                (f"optimizer/{self.optimizer_files[group]}", states),
+            ):
+                path = self._temporary / name
+                save_file(content, path, metadata={"format": "pt"})
+                sync(path)
+                files[name] = checksum(path)
+        except Exception as error:  # safetensors raises its own, for a full disk too
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _finish(
+        self, staged: list[File], documents: dict, files: dict[str, dict], started: float, stall: float
+    ) -> None:
+        for group, tensors in staged:
+            self._write(group, tensors, files)
+        try:
+            self._conclude(self._temporary, self._target, documents, files, started, stall)
+        except Exception as error:
+            self.error = self.error or f"{type(error).__name__}: {error}"
 
     def _conclude(
         self, temporary: Path, target: Path, documents: dict, files: dict[str, dict], started: float, stall: float

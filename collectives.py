@@ -1,10 +1,14 @@
 """What all ranks do together beside exchanging tensors: share values, and fail as one."""
 
+import threading
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
 
 from console import InputError, RunError, rank
+
+POLL_SECONDS = 0.05
 
 
 def gather(value: object) -> list:
@@ -23,14 +27,31 @@ def raise_together(error: str | None, failure: str) -> None:
         raise RunError(f"{failure}: {first}")
 
 
+def any_alive(thread: threading.Thread) -> bool:
+    """Whether any rank's thread still works; returns at once if none does, else in a moment. Collective.
+
+    To be asked again and again, since one exchange that waits for the slowest disk would outlast the process group's
+    patience.
+    """
+    alive = any(gather(thread.is_alive()))
+    time.sleep(POLL_SECONDS if alive else 0)
+    return alive
+
+
 def on_rank_zero(action: Callable[[], None], failure: str) -> None:
-    """Runs `action` on rank 0, with all ranks waiting for it and sharing its failure. Collective."""
-    error = None
-    if rank() == 0:
+    """Runs `action` in a thread of rank 0, with all ranks waiting for it and sharing its failure. Collective."""
+    errors: list[str] = []
+
+    def act() -> None:
         try:
             action()
         except (InputError, RunError) as caught:
-            error = str(caught)
+            errors.append(str(caught))
         except Exception as caught:
-            error = f"{type(caught).__name__}: {caught}"
-    raise_together(error, failure)
+            errors.append(f"{type(caught).__name__}: {caught}")
+
+    thread = threading.Thread(target=act if rank() == 0 else None, daemon=True)
+    thread.start()
+    while any_alive(thread):
+        pass
+    raise_together(next(iter(errors), None), failure)

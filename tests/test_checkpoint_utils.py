@@ -7,7 +7,9 @@ import re
 import resource
 import socket
 import tempfile
+import time
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from processes import boosted, random_states, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import checkpoint_utils
@@ -66,6 +69,33 @@ def save_random(folder, flags, states=STATES):
     return save(run, folder, states)
 
 
+def save_short_of_memory(folder, flags):
+    """As save_random, rank 0 short of host memory; the folder, and how many copies this rank has kept."""
+    kept = []
+    if dist.get_rank() == 0:
+        checkpoint_writer.host_memory = lambda: (2**40, 0)
+    own = CheckpointWriter._staged
+    CheckpointWriter._staged = lambda *arguments: kept.append(arguments) or own(*arguments)
+    return save_random(folder, flags), len(kept)
+
+
+def outlast_the_process_group(folder, wait):
+    """Saves in the foreground, then does something on rank 0; one of both takes longer than the ranks wait."""
+    _set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
+    checkpoint_writer.host_memory = lambda: (2**40, 0)
+    own = checkpoint_writer.save_file
+
+    def save_slowly(content, path, **options):
+        if wait == "file" and path.name.startswith("model-00001"):
+            time.sleep(9)
+        own(content, path, **options)
+
+    checkpoint_writer.save_file = save_slowly
+    checkpoint = save_random(folder, "-p zero2")
+    on_rank_zero(lambda: time.sleep(9 if wait == "export" else 0), "not exported")
+    return checkpoint
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A checkpoint of two ranks under zero2. Not to be changed."""
@@ -95,6 +125,18 @@ class TestSave:
         folders = run_ranks(ranks, save_random, tmp_path, flags)
         assert folders == [tmp_path / "epoch0-step6"] * ranks
         assert content_of(folders[0]) == content_of(saved)
+
+    @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
+    def test_all_ranks_wait_for_each_file_where_one_is_short_of_memory(self, saved, tmp_path, ranks, flags):
+        """Pipeline stages with other numbers of files too."""
+        folders, staged = zip(*run_ranks(ranks, save_short_of_memory, tmp_path, flags), strict=True)
+        assert content_of(folders[0]) == content_of(saved)
+        assert staged == (0,) * ranks
+
+    @pytest.mark.parametrize("wait", ["file", "export"])
+    def test_a_disk_may_take_longer_than_an_exchange(self, tmp_path, wait):
+        assert run_ranks(2, outlast_the_process_group, tmp_path, wait) == [tmp_path / "epoch0-step6"] * 2
+        assert is_complete(tmp_path / "epoch0-step6")
 
     def test_tensors_are_full_and_exact(self, saved):
         config = load_config("test")
