@@ -7,6 +7,7 @@ over which ZeRO shards. The formulas count what torch keeps in the code that run
 """
 
 import argparse
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,8 @@ def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[Paramet
     return specs
 
 
-def _gemini_chunks(sizes: list[int], least: int, config: LlamaConfig) -> list[int]:
+@functools.cache
+def _gemini_chunks(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
     """Sizes of Gemini's chunks for parameters of these sizes, in order, as ColossalAI searches and fills them.
 
     It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
@@ -100,8 +102,8 @@ def _gemini_chunks(sizes: list[int], least: int, config: LlamaConfig) -> list[in
     mean = sum(sizes) / len(sizes)
     bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     packed = [size for size in sizes if size <= bound]
-    start = math.ceil(max(least, *packed) / config.hidden_size) * config.hidden_size
-    candidates = range(start, start + least // 8 + 1, config.hidden_size)
+    start = math.ceil(max(least, *packed) / hidden) * hidden
+    candidates = range(start, start + least // 8 + 1, hidden)
     best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
     chunks, left = [], 0
     for size in sizes:
@@ -150,7 +152,7 @@ def _gemini_state(
     parameters = sum(sizes)
     chunks = [parameters]
     if not gemini.keeps_whole(args, layout.dp):
-        chunks = _gemini_chunks(sizes, gemini.chunk_parameters(args, config, layout), config)
+        chunks = _gemini_chunks(tuple(sizes), gemini.chunk_parameters(args, config, layout), config.hidden_size)
     room, chunk = sum(chunks), max(chunks)
     whole = 1 - getattr(args, "shard_param_frac", 1.0)
     ahead = gemini.prefetched_chunks(args, config, layout) * chunk
