@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing.connection
 import re
 import shlex
 import signal
@@ -43,6 +44,7 @@ from training_step import forward_backward, loss_scaler, optimizer_step
 MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 MAX_SKIPPED_IN_A_ROW = 50
 PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
+ENDING_SECONDS = 2  # for a loader process
 GENERATE = Path("scripts", "generate.py")
 
 
@@ -111,7 +113,13 @@ def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict], str 
     try:
         return [next(batches) for _ in range(number)], None
     except Exception as error:
-        for process in getattr(batches, "_workers", ()):
+        processes = getattr(batches, "_workers", ())
+        # One that is killed loses its connections, which may be what is reported, a moment before it has ended.
+        sentinels = [process.sentinel for process in processes]
+        ending = multiprocessing.connection.wait(sentinels, timeout=ENDING_SECONDS)
+        for process in processes:
+            if process.sentinel in ending:
+                process.join()
             if process.exitcode:
                 return [], f"a loader process, {process.pid}, {_end_of(process.exitcode)}"
         if not isinstance(error, InputError | RunError | OSError):
