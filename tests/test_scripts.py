@@ -96,7 +96,7 @@ def test_fine_tuning(run_script, finished_run, cache_dir, tmp_path):
     model = ["--model_path", finished_run.save_dir / "final", "--max_steps", 2, "-o", "tuned", "-t", "logs"]
     run = run_script("finetune_7B.sh", *data, *model, NPROC_PER_NODE="2", BATCH_TOKENS="512")
     assert run.returncode == 0, run.output()
-    assert "2 x 2 accumulated x 2 ranks" in run.stdout
+    assert "2 x 2 accumulated x 2 data-parallel" in run.stdout
     assert (run.folder / "tuned" / "final").is_dir()
 
 
