@@ -17,7 +17,6 @@ dependencies.start_cuda()
 
 import argparse
 import contextlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -219,13 +218,12 @@ def environment() -> dict[str, Any]:
     """Device, versions and commit of what was measured, so that a figure can be repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     return {
         "device": get_accelerator().get_device_name(),
         "commit": commit or None,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        **{name: versions.get(name) for name in ("torch", "colossalai", "transformers", "flash_attn")},
+        **{name: dependencies.installed(name) for name in ("torch", "colossalai", "transformers", "flash_attn")},
     }
 
 

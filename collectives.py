@@ -1,7 +1,6 @@
 """What all ranks do together beside exchanging tensors: share values, and fail as one."""
 
 import threading
-import time
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -28,14 +27,13 @@ def raise_together(error: str | None, failure: str) -> None:
 
 
 def any_alive(thread: threading.Thread) -> bool:
-    """Whether any rank's thread still works; returns at once if none does, else in a moment. Collective.
+    """Whether any rank's thread still works; after a moment in which it may end. Collective.
 
     To be asked again and again, since one exchange that waits for the slowest disk would outlast the process group's
     patience.
     """
-    alive = any(gather(thread.is_alive()))
-    time.sleep(POLL_SECONDS if alive else 0)
-    return alive
+    thread.join(POLL_SECONDS)
+    return any(gather(thread.is_alive()))
 
 
 def on_rank_zero(action: Callable[[], None], failure: str) -> None:

@@ -46,11 +46,12 @@ def packages() -> list[Package]:
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
             if text := line.partition("#")[0].strip():
                 requirement = Requirement(text)
-                found.append(Package(requirement, file, _installed(requirement.name)))
+                found.append(Package(requirement, file, installed(requirement.name)))
     return found
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version that an import takes, the first on the path."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

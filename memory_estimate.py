@@ -199,8 +199,9 @@ def _zero_state(
     # At the end of the pass the small ones together in three copies.
     together = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < weight_update.SMALL)
     exchange = 3 * width * together if shards > 1 else 0
-    large = [spec.shape.numel() for spec in specs if spec.shape.numel() >= weight_update.SMALL]
-    under_way = width * sum(large[-1 - weight_update.UNDER_WAY : -1]) if shards > 1 else 0  # all but the head: a layer
+    in_layers = [spec.shape.numel() for spec in specs if ".layers." in spec.name]
+    large = [size for size in in_layers if size >= weight_update.SMALL]
+    under_way = width * sum(large[-weight_update.UNDER_WAY :]) if shards > 1 else 0
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,
@@ -291,9 +292,9 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
 
     weights = state.weights + state.gathered
     backward_weights = weights + state.gathered_layers
-    at_end = state.buckets + state.gradients + state.under_way
     optimizer = state.optimizer
     all_gradients = state.buckets + state.gradients
+    at_end = all_gradients + state.under_way
     earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
     first = state.buckets + max(earlier, min(head_gradient, state.gradients)) + min(head_gradient, state.under_way)
     moments = [

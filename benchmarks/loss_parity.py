@@ -9,7 +9,6 @@ sequences in every layout. Differences are relative.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,8 +21,9 @@ import console
 console.quiet_third_parties()
 
 import numpy as np
+from several_gpus import launched
 
-from console import InputError
+from console import InputError, RunError
 from layout import resolve_layout
 from model_utils import load_config
 from pretrain import parse_args
@@ -33,22 +33,19 @@ def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.n
     """Loss of each step of a run.
 
     Raises:
-        InputError: the step's sequences are not a multiple of the data-parallel ranks, or the run failed.
+        InputError: the step's sequences do not go into its micro-batches.
+        RunError: the run failed.
     """
     gpus, plugin, *flags = layout.split()
     flags = [*common, "-p", plugin, *flags]
     args = parse_args([*flags, "--dry_run", "--gpus", gpus])
-    ranks = resolve_layout(args, load_config(args.config)).dp
-    if sequences % ranks:
-        raise InputError(
-            f"--sequences: {sequences} are not a multiple of the {ranks} data-parallel ranks of '{layout}'"
-        )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", gpus] if gpus != "1" else []
-    command = [sys.executable, *launcher, str(ROOT / "pretrain.py"), *flags, "-b", str(sequences // ranks)]
-    command += ["-o", str(folder / "checkpoint"), "-t", str(folder / "logs")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    parts = resolve_layout(args, load_config(args.config)).dp * args.accumulation_steps
+    if sequences % parts:
+        raise InputError(f"--sequences: {sequences} do not go into {parts} micro-batches of a step of '{layout}'")
+    flags += ["-b", str(sequences // parts), "-o", str(folder / "checkpoint"), "-t", str(folder / "logs")]
+    done = launched("pretrain.py", int(gpus), flags)
     if done.returncode:
-        raise InputError(f"'{layout}' failed:", *done.stdout.splitlines()[-20:])
+        raise RunError("\n".join([f"'{layout}' failed:", *done.stdout.splitlines()[-20:]]))
     rows = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([json.loads(row)["loss"] for row in rows])
 

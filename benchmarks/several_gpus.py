@@ -24,13 +24,18 @@ console.quiet_third_parties()
 from model_utils import load_config
 
 
+def launched(program: str, gpus: int, flags: list[str]) -> subprocess.CompletedProcess:
+    """A run of one of the programs on that many GPUs, ended; its output and errors are in `stdout`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / program), *flags]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
 def measure(gpus: int, flags: list[str], folder: Path) -> dict | str:
-    """What benchmark.py writes to --json, or the last line of what it said instead. One GPU takes no launcher."""
+    """What benchmark.py writes to --json, or the last line of what it said instead."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "benchmark.py"), *flags, "--json", str(result)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = launched("benchmark.py", gpus, [*flags, "--json", str(result)])
     if result.is_file():
         return json.loads(result.read_text())
     said = [line for line in done.stdout.splitlines() if line.startswith("benchmark.py:")]

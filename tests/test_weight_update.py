@@ -44,6 +44,7 @@ def stepped(flags: str, ours: bool, small: int = weight_update.SMALL):
         (2, "-p zero2"),
         (1, "-p zero2 -x fp16"),
         (2, "-p zero2 -x fp32"),
+        (3, "-p zero2 -x fp32"),  # ranks that divide none of its sizes
         (1, f"{HYBRID} --zero 0"),
         (2, f"{HYBRID} --tp 1 --zero 1"),
         (2, f"{HYBRID} --tp 2 --zero 0 -x fp16"),
