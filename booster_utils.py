@@ -34,9 +34,9 @@ from console import InputError, local_rank, rank, say, world_size
 from files import exclusive_lock
 from fsdp_plugin import FSDPPlugin
 from fused import Fusion
-from layout import Layout, resolve_layout
+from layout import GEMINI_PLUGINS, Layout, resolve_layout
 from model_utils import build_model, restore_rotary_precision
-from recomputation import recompute, recomputed_layers, recomputed_share
+from recomputation import recompute, recomputed_by, recomputed_layers, recomputed_share
 from weight_update import Adam
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -152,7 +152,7 @@ def build_plugin(
     if args.plugin in ("zero2", "zero2_cpu"):
         offload = args.plugin == "zero2_cpu"
         return LowLevelZeroPlugin(stage=2, cpu_offload=offload, overlap_communication=overlap, **common)
-    if args.plugin in ("gemini", "gemini_auto"):
+    if args.plugin in GEMINI_PLUGINS:
         automatic = args.plugin == "gemini_auto" and not on_host
         if args.plugin == "gemini_auto" and on_host:
             say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
@@ -183,6 +183,7 @@ def build_plugin(
             initial_scale=INITIAL_LOSS_SCALE,
             seed=args.seed,
             recomputed=recomputed_layers(config, recomputed_share(args)),
+            recomputed_by=recomputed_by(args),
         )
     sequence_parallel = layout.sp > 1
     return HybridParallelPlugin(
@@ -244,8 +245,7 @@ def boost(
     else:
         model = build_model(config, LazyInitContext(default_device=device))
     if not isinstance(plugin, FSDPPlugin):  # which sees to it inside its sharded layers
-        reentrant = isinstance(plugin, GeminiPlugin) and plugin.tp_size > 1
-        recompute(model, recomputed_layers(config, recomputed_share(args)), reentrant)
+        recompute(model, recomputed_layers(config, recomputed_share(args)), recomputed_by(args))
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters

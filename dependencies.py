@@ -75,11 +75,16 @@ def require() -> None:
 
 
 def start_cuda() -> None:
-    """Has CUDA read its environment before ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1 there.
+    """Settles what CUDA and torch's allocator read from the environment once, before ColossalAI is imported.
 
-    With one queue for all streams, no kernel starts before those that were submitted earlier to other streams have
-    started, so that next to nothing overlaps. CUDA reads the variable once, when the driver is initialised.
+    The allocator's segments grow, unless the user has settled it: blocks of another size then seldom leave memory that
+    nothing else fits into (torch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+
+    ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1. With one queue for all streams, no kernel starts before
+    those that were submitted earlier to other streams have started, so that next to nothing overlaps.
     """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     torch.cuda.is_available()

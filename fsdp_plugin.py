@@ -3,6 +3,7 @@
 ColossalAI's own plugin for it neither clips gradients, nor scales an fp16 loss, nor runs without a GPU.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,10 @@ from colossalai.booster.plugin import TorchFSDPPlugin
 from colossalai.booster.plugin.torch_fsdp_plugin import FSDPOptimizerWrapper
 from colossalai.interface import ModelWrapper
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -57,10 +61,18 @@ class FSDPPlugin(TorchFSDPPlugin):
         initial_scale: of the loss, in fp16.
         seed: of the weights.
         recomputed: layers whose activations are recomputed.
+        recomputed_by: how they are (recomputation.py).
     """
 
     def __init__(
-        self, dtype: torch.dtype, max_norm: float, offload: bool, initial_scale: float, seed: int, recomputed: set[int]
+        self,
+        dtype: torch.dtype,
+        max_norm: float,
+        offload: bool,
+        initial_scale: float,
+        seed: int,
+        recomputed: set[int],
+        recomputed_by: Callable,
     ):
         super().__init__(
             cpu_offload=CPUOffload(offload_params=offload),
@@ -68,6 +80,7 @@ class FSDPPlugin(TorchFSDPPlugin):
             mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
         )
         self.max_norm, self.seed, self.recomputed = max_norm, seed, recomputed
+        self.recomputed_by = recomputed_by
         self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
 
     def supported_devices(self) -> list[str]:
@@ -96,7 +109,8 @@ class FSDPPlugin(TorchFSDPPlugin):
         # Inside the sharded layers, so that recomputing does not gather a layer's weights a third time.
         layers = [module for module in wrapper.modules() if isinstance(module, LlamaDecoderLayer)]
         chosen = [layer for layer in layers if layer.self_attn.layer_idx in self.recomputed]
-        apply_activation_checkpointing(wrapper.module, check_fn=lambda module: module in chosen)
+        twice = partial(checkpoint_wrapper, checkpoint_fn=self.recomputed_by)
+        apply_activation_checkpointing(wrapper.module, twice, check_fn=lambda module: module in chosen)
         optimizer.param_groups.clear()  # of parameters that the shards have replaced
         optimizer.add_param_group({"params": list(wrapper.parameters())})
         scaler = ShardedGradScaler(device.type, **self.scaling)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
@@ -80,23 +79,25 @@ class _RecomputedLayer(LlamaDecoderLayer):
     Compiled with both passes in sight torch leaves out of the second what no gradient needs: the layer's last product.
     """
 
+    twice: Callable  # calls what is to be recomputed (recomputation.py)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        return self.twice(super().forward, *args, **kwargs)
 
 
-def take_over_recomputation(layer: LlamaDecoderLayer) -> bool:
-    """Whether the model was to recompute this layer, which what is compiled in its place has to do from now on."""
-    recomputed = getattr(layer, "recomputed", False) and "forward" not in vars(layer)
-    if recomputed:
-        layer.recomputed = False
-    return recomputed
+def take_over_recomputation(layer: LlamaDecoderLayer) -> Callable | None:
+    """How the model was to recompute this layer, which what is compiled in its place has to do from now on."""
+    if "forward" in vars(layer):
+        return None
+    how, layer.recomputed_by = getattr(layer, "recomputed_by", None), None
+    return how
 
 
 def compile_each_layer(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
-            if take_over_recomputation(module):
-                module.__class__ = _RecomputedLayer
+            if how := take_over_recomputation(module):
+                module.__class__, module.twice = _RecomputedLayer, how
             module.compile()
 
 

@@ -20,7 +20,6 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -142,17 +141,24 @@ def may_evaluate(model: ModelWrapper) -> bool:
 def plan_each_pass_from_its_start(model: ModelWrapper) -> None:
     """Has Gemini, where chunks move, plan each operation by the memory that the same one took in the first pass.
 
-    It counts the operations from one pass on to the next, which after a pass without gradients are others.
+    It counts the operations from one pass on to the next, which after a pass without gradients are others. Every rank
+    prints their number after the first.
     """
     manager = model.gemini_manager
     end_pass, figures = manager.reset_attributes, manager._mem_stats_collector
+    if figures is None:
+        return
+    finish = figures.finish_collection
 
     def end_pass_and_count() -> None:
         end_pass()
-        if figures is not None:
-            figures._step_idx = 0
+        figures._step_idx = 0
 
-    manager.reset_attributes = end_pass_and_count
+    def finish_silently() -> None:
+        with contextlib.redirect_stdout(None):
+            finish()
+
+    manager.reset_attributes, figures.finish_collection = end_pass_and_count, finish_silently
 
 
 def keep_norm_on_device() -> None:
@@ -205,10 +211,8 @@ def compile_layers(model: ModelWrapper) -> None:
         empty = LlamaDecoderLayer(model.unwrap().config, layer_idx=0)
 
     @torch.compile
-    def compute(recomputed: bool, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        if recomputed:
-            return checkpoint(functional_call, empty, *inputs, use_reentrant=False)
-        return functional_call(empty, *inputs)
+    def compute(twice: Callable | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return twice(functional_call, empty, *inputs) if twice else functional_call(empty, *inputs)
 
     for layer in layers:
         layer.forward = _hooked_once(layer, empty, partial(compute, take_over_recomputation(layer)))

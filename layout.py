@@ -10,6 +10,7 @@ from console import world_size
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
+GEMINI_PLUGINS = ("gemini", "gemini_auto")
 HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
 PIPELINE_STYLES = ("1f1b", "interleaved", "zbv")
 

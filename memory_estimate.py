@@ -24,7 +24,7 @@ from fused import Fusion
 from layout import HYBRID_PLUGINS, Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from performance_evaluator import planned_card
-from recomputation import AUTO, recomputed_layers, recomputed_share
+from recomputation import AUTO, recomputed_layers, recomputed_share, reenters
 
 FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
@@ -277,11 +277,17 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     share = recomputed_share(args)
     recomputed = len(recomputed_layers(config, share)) // layout.pp
     kept = tokens * width * hidden if share else layer
+    if args.keep_attention:  # and the logarithms of its sums
+        kept += tokens * (width * hidden + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
     # In the backward pass of the last layer: what it recomputes, gradients of its output and of the FFN's inner values.
     working = (layer if share else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
+    if (
+        share and fused is Fusion.LAYERS
+    ):  # measured; spared attention, it makes query, key and value after the FFN's part
+        working += (-3 if args.keep_attention else 2) * tokens * width * hidden
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length
     # Log-probabilities, their gradient and that of the logits, all in float32; the logits themselves are gone by then.
@@ -309,7 +315,11 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
 
 
 def settle_recomputation(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> None:
-    """Puts in the place of `--recompute auto` the least share with which the estimate fits, and says which."""
+    """Puts in the place of `--recompute auto` the least recomputation with which the estimate fits, and says which.
+
+    As long as there is room for what attention puts out it is kept: another layer that is computed once takes more
+    memory for the time that it saves.
+    """
     if args.recompute != AUTO:
         return
     if torch.cuda.is_available() and not args.dry_run:
@@ -322,10 +332,15 @@ def settle_recomputation(args: argparse.Namespace, config: LlamaConfig, layout: 
         return
     room = memory * USABLE_SHARE - CONTEXT_BYTES
     layers = config.num_hidden_layers
-    for count in range(layers + 1):
+    keeps = config._attn_implementation != EAGER and not reenters(args)
+    choices = [(count, keeps and count > 0) for count in range(layers + 1)]
+    if keeps and not args.keep_attention:
+        choices.append((layers, False))
+    for count, args.keep_attention in choices:
         args.recompute = count / layers
         peak = estimate_memory(args, config, layout).peak.total
         if peak <= room:
             break
     fits = "" if peak <= room else ", which will not be enough"
-    say(f"recomputation: {count} of {layers} layers, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{fits}")
+    which = f"{count} of {layers} layers{' but for attention' if args.keep_attention else ''}"
+    say(f"recomputation: {which}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{fits}")

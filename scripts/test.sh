@@ -27,4 +27,7 @@ if (($# == 0)); then
         shellcheck --external-sources .ci/run benchmarks/*.sh scripts/*.sh scripts/*/*.sh scripts/*/*.sbatch
     fi
 fi
-exec "$python" -m pytest -q --timeout 900 "$@"
+"$python" -m pytest -q --timeout 900 "$@"
+if (($# == 0)) && "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    "$python" -m pytest -q --timeout 900 -m gpu
+fi

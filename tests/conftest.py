@@ -38,6 +38,11 @@ SECRET = "hf_never_to_be_written"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that are started would ignore it too
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks of a test share the CPU, also where there is a GPU
+
+
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
     """What a run reads between two positions in the order of its data, [stop - start, SEQUENCE_LENGTH]."""
     order = GlobalOrder(len(dataset), SEED)

@@ -178,7 +178,7 @@ class TestDocuments:
         assert errors.pop("logits") < 2e-6
         assert max(errors.values()) < 2e-5, errors
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.gpu
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_variable_length_kernel_equals_them_too(self, kv_heads, dtype):

@@ -1,5 +1,6 @@
 """Launching, and the optimizer against plain PyTorch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from colossalai.nn.optimizer import HybridAdam
 from launching import ROOT
 from processes import run_ranks
 
+import dependencies
 import host_accelerator
 from booster_utils import ADAM_BETAS, build_optimizer, launch, launch_problems
 
@@ -33,7 +35,7 @@ assert not done.query()
 """
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_stream_does_not_wait_for_what_was_submitted_to_others():
     subprocess.run([sys.executable, "-c", ONE_STREAM_BESIDE_ANOTHER], cwd=ROOT, check=True)
 
@@ -51,6 +53,24 @@ assert imported[0] is False
 @pytest.mark.parametrize("program", ["pretrain", "finetune", "benchmark"])
 def test_programs_start_cuda_before_colossalai_changes_its_environment(program):
     subprocess.run([sys.executable, "-c", BEFORE_COLOSSALAI.format(program=program)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_allocators_segments_grow_unless_the_user_has_settled_it(monkeypatch, given, found):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    dependencies.start_cuda()
+    assert {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")} == found
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # which it may have set
 
 
 class TestLaunch:

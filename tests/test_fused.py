@@ -12,10 +12,11 @@ from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 import fused
+from attn import TORCH_FUSED
 from data_utils import IGNORE_INDEX
 from fused import Fusion, fuse, summed_cross_entropy
 from model_utils import build_model, load_config
-from recomputation import recompute
+from recomputation import recompute, recomputed, recomputed_but_attention
 
 
 @pytest.fixture(params=[Fusion.NONE, Fusion.PIECES], ids=["as written", "compiled"])
@@ -100,22 +101,29 @@ def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
     assert compiled[-1] <= 2 * compiled[0]
 
 
-def products(monkeypatch, compiled: bool) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
-    """Matrix products of each graph that is compiled of four recomputed layers, forward and backward; gradients."""
-    found: dict[str, list[int]] = {"forward": [], "backward": []}
+PRODUCT = torch.ops.aten.mm.default
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def operations(monkeypatch, how, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
+    """Matrix products and attentions of each graph that is compiled of four recomputed layers; gradients."""
+    found: dict[str, list[tuple[int, int]]] = {"forward": [], "backward": []}
 
     def counted(of: str):
         def compiler(module, inputs):
-            found[of].append(sum(node.target is torch.ops.aten.mm.default for node in module.graph.nodes))
+            nodes = [(node.target, *node.args) for node in module.graph.nodes]  # some operators call one with a seed
+            found[of].append(tuple(sum(operator in node for node in nodes) for operator in (PRODUCT, ATTENTION)))
             return make_boxed_func(module.forward)
 
         return compiler
 
     torch.manual_seed(0)
-    model = build_model(load_config("test"), torch.device("cpu"), torch.float32)
+    config = load_config("test")
+    config._attn_implementation = TORCH_FUSED
+    model = build_model(config, torch.device("cpu"), torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    recompute(model.train(), {0, 1, 2, 3})
+    recompute(model.train(), {0, 1, 2, 3}, how)
     backend = aot_autograd(
         fw_compiler=counted("forward"),
         bw_compiler=counted("backward"),
@@ -129,10 +137,11 @@ def products(monkeypatch, compiled: bool) -> tuple[dict[str, list[int]], list[to
     return found, [parameter.grad for parameter in model.parameters()]
 
 
-def test_a_recomputed_layer_leaves_out_its_last_product(monkeypatch):
-    found, gradients = products(monkeypatch, compiled=True)
-    assert found == {"forward": [7], "backward": [2 * 7 + 6]}
-    for ours, theirs in zip(gradients, products(monkeypatch, compiled=False)[1], strict=True):
+@pytest.mark.parametrize(("how", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
+def test_a_recomputed_layer_leaves_out_its_last_product_and_what_is_kept(monkeypatch, how, attentions):
+    found, gradients = operations(monkeypatch, how, compiled=True)
+    assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
+    for ours, theirs in zip(gradients, operations(monkeypatch, recomputed, compiled=False)[1], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """Gemini with its chunks, its norm and its layers as they are helped, beside Gemini as it is."""
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -184,6 +186,22 @@ def test_operations_after_an_evaluation_are_planned_by_their_own_figures():
     for evaluation in evaluations:
         assert evaluation == first[: len(evaluation)]
         assert 0 < len(evaluation) < len(first)
+
+
+def reported_collection() -> str:
+    """What is printed at the end of the first pass where Gemini takes down the memory of its operations."""
+    run = boosted("-p gemini -b 2")
+    collector = run.model.gemini_manager._mem_stats_collector = ChunkMemStatsCollector(run.model.chunk_manager)
+    gemini.plan_each_pass_from_its_start(run.model)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        collector.finish_collection()
+    assert not collector._start_flag
+    return printed.getvalue()
+
+
+def test_the_number_of_operations_is_not_printed():
+    assert run_ranks(1, reported_collection) == [""]
 
 
 class TestNorm:

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import boosted, run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sharded_state
 from arguments import validate_args
+from attn import TORCH_FUSED
 from console import InputError
 from layout import resolve_layout
 from memory_estimate import CONTEXT_BYTES, USABLE_SHARE, estimate_memory, settle_recomputation
@@ -25,9 +27,9 @@ def test_layers_are_spread_evenly(share, expected):
     assert recomputed_layers(load_config("test"), share) == set(expected)
 
 
-def passes(flags: str) -> tuple[float, float, int]:
+def passes(flags: str, **changes) -> tuple[float, float, int]:
     """Loss, norm, and how often decoder layers were entered in one step."""
-    run = boosted(f"{flags} -b 2")
+    run = boosted(f"{flags} -b 2", **changes)
     sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
     entered = []
     for layer in run.model.modules():
@@ -47,6 +49,41 @@ def test_changes_the_work_and_not_the_result(ranks, flags):
     whole = run_ranks(ranks, passes, flags)[0]
     for share in (0.5, 1):
         assert run_ranks(ranks, passes, f"{flags} --recompute {share}")[0] == (*whole[:2], (1 + share) * whole[2])
+
+
+class Attentions(TorchDispatchMode):
+    """Counts how often the kernel of attention runs forward."""
+
+    runs = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.runs += operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return operator(*args, **kwargs or {})
+
+
+def attentions(flags: str) -> tuple[float, float, int]:
+    """Loss, norm, and the kernel's runs in one step, over all ranks."""
+    with Attentions() as counted:
+        loss, norm, _ = passes(flags, _attn_implementation=TORCH_FUSED)
+    runs = torch.tensor(counted.runs)
+    dist.all_reduce(runs)
+    return loss, norm, runs.item()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "-p zero2"),
+        (1, "-p gemini"),
+        (2, "-p hybrid_parallel --tp 1 --pp 2"),
+        (2, "-p hybrid_parallel --tp 2 --pp 1"),
+        (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2"),
+    ],
+)
+def test_attention_that_is_kept_runs_once(ranks, flags):
+    whole = run_ranks(ranks, attentions, flags)[0]
+    assert run_ranks(ranks, attentions, f"{flags} -g")[0] == (*whole[:2], 2 * whole[2])
+    assert run_ranks(ranks, attentions, f"{flags} -g --keep_attention")[0] == whole
 
 
 def settled(batch_size: int) -> tuple[float, float, float]:
