@@ -90,7 +90,8 @@ def quiet_third_parties() -> None:
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "galore_torch", "peft", "datasets"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # ColossalAI's strings, on Python 3.12
-    for name in ("colossalai", "bitsandbytes", "datasets"):
+    # The last asks for care with what --keep_attention is told to keep.
+    for name in ("colossalai", "bitsandbytes", "datasets", "torch._higher_order_ops.wrap"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -80,9 +80,12 @@ def start_cuda() -> None:
     The allocator's segments grow, unless the user has settled it: blocks of another size then seldom leave memory that
     nothing else fits into (torch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
 
-    ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1. With one queue for all streams, no kernel starts before
-    those that were submitted earlier to other streams have started, so that next to nothing overlaps.
+    ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1, also in `colossalai run`, which hands it to its ranks. With
+    one queue for all streams, no kernel starts before those that were submitted earlier to other streams have started,
+    so that next to nothing overlaps.
     """
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch

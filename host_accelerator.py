@@ -1,9 +1,10 @@
 """Lets ColossalAI train on a machine without a GPU: its plugins, unchanged, on host memory over Gloo.
 
 It goes through ColossalAI's own extension points (`set_accelerator`, `KernelLoader.register_extension`) where it can.
-Three things have none: Gemini's memory monitor, which calls torch.cuda directly; Gemini's chunks, which take "cpu" for
-the place that they offload to; and `torch.distributed.is_hccl_available`, which the pipeline module asks for and
-current torch no longer has. With a GPU present nothing here is installed.
+Four things have none: Gemini's memory monitor, which calls torch.cuda directly; Gemini's chunks, which take "cpu" for
+the place that they offload to; the names of HCCL, which the pipeline module asks torch for, where torch is built for
+CUDA too, and which it no longer has; and `torch.distributed.all_to_all`, which Gloo does not do in torch 2.11. With a
+GPU present nothing here is installed.
 """
 
 import contextlib
@@ -157,11 +158,22 @@ def _keep_chunks_in_place() -> None:
     Chunk.close_chunk, Chunk.shard_move = close_in_place, stay
 
 
+def _all_to_all(
+    outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """torch.distributed.all_to_all of tensors of one shape, as one exchange that Gloo does in every version."""
+    received = torch.empty_like(together := torch.stack(inputs))
+    dist.all_to_all_single(received, together, group=group)
+    for output, part in zip(outputs, received, strict=True):
+        output.copy_(part)
+
+
 def install() -> None:
     """Makes host memory ColossalAI's accelerator in this process. Call once, before any plugin is built."""
     set_accelerator(HostAccelerator())
     CPUAdamLoader.register_extension(_TorchAdamExtension)
     _keep_chunks_in_place()
     memory_monitor.SyncCudaMemoryMonitor = memstats_collector.SyncCudaMemoryMonitor = _HostMemoryMonitor
+    dist.all_to_all = _all_to_all  # type: ignore[assignment]
     if not hasattr(dist, "is_hccl_available"):
-        dist.is_hccl_available = lambda: False  # type: ignore[attr-defined]
+        dist.is_hccl_available, dist.Backend.HCCL = lambda: False, "hccl"  # type: ignore[attr-defined]

@@ -36,23 +36,39 @@ assert not done.query()
 
 
 @pytest.mark.gpu
-def test_a_stream_does_not_wait_for_what_was_submitted_to_others():
+@pytest.mark.parametrize("left_by_colossalai", [None, "1"])
+def test_a_stream_does_not_wait_for_what_was_submitted_to_others(monkeypatch, left_by_colossalai):
+    set_queues(monkeypatch, left_by_colossalai)
     subprocess.run([sys.executable, "-c", ONE_STREAM_BESIDE_ANOTHER], cwd=ROOT, check=True)
 
 
+def set_queues(monkeypatch, number: str | None) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if number:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", number)
+
+
 BEFORE_COLOSSALAI = """
+import os
 import sys
 import torch
-imported = []
-torch.cuda.is_available = lambda: imported.append("colossalai" in sys.modules)
+found = []
+torch.cuda.is_available = lambda: found.append(
+    ("colossalai" in sys.modules, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+)
 import {program}
-assert imported[0] is False
+assert found[0] == (False, {queues!r}), found
 """
 
 
-@pytest.mark.parametrize("program", ["pretrain", "finetune", "benchmark"])
-def test_programs_start_cuda_before_colossalai_changes_its_environment(program):
-    subprocess.run([sys.executable, "-c", BEFORE_COLOSSALAI.format(program=program)], cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    ("program", "given", "queues"),
+    [("pretrain", None, None), ("pretrain", "16", "16"), ("finetune", "1", None), ("benchmark", "1", None)],
+)
+def test_programs_start_cuda_before_colossalai_changes_its_environment(monkeypatch, program, given, queues):
+    set_queues(monkeypatch, given)
+    code = BEFORE_COLOSSALAI.format(program=program, queues=queues)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

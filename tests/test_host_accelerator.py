@@ -26,8 +26,14 @@ class TestAccelerator:
     def test_is_the_host(self):
         run_ranks(1, check_accelerator)
 
-    def test_pipeline_finds_what_torch_no_longer_has(self):
-        assert run_ranks(2, pipeline_device) == [(torch.device("cpu"), False)] * 2
+    @pytest.mark.parametrize("built_for_cuda", [False, True])
+    def test_pipeline_finds_what_torch_no_longer_has(self, built_for_cuda):
+        assert run_ranks(2, pipeline_device, built_for_cuda) == [(torch.device("cpu"), False)] * 2
+
+    def test_exchange_where_gloo_has_none_for_lists(self):
+        first, second = run_ranks(2, exchanged)
+        assert first == [[[0.0, 1.0]], [[4.0, 5.0]]]
+        assert second == [[[2.0, 3.0]], [[6.0, 7.0]]]
 
 
 def check_accelerator():
@@ -59,10 +65,20 @@ def check_accelerator():
         accelerator.synchronize()
 
 
-def pipeline_device():
+def pipeline_device(built_for_cuda):
     from colossalai.pipeline.p2p import _check_device
 
+    dist.distributed_c10d.is_nccl_available = lambda: built_for_cuda
     return _check_device(dist.group.WORLD)
+
+
+def exchanged():
+    """What this rank gets of 4 + 4 numbers, of which each rank holds 4 and gives the other a half."""
+    mine = list((4 * dist.get_rank() + torch.arange(4.0)).view(2, 1, 2))
+    received = [torch.empty(1, 2) for _ in mine]
+    dist.ProcessGroup.alltoall = None  # as in torch 2.11 with Gloo
+    dist.all_to_all(received, mine)
+    return [part.tolist() for part in received]
 
 
 class TestAdam:
