@@ -23,10 +23,10 @@ console.quiet_third_parties()
 import numpy as np
 from several_gpus import launched
 
+import pretrain
 from console import InputError, RunError
 from layout import resolve_layout
 from model_utils import load_config
-from pretrain import parse_args
 
 
 def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.ndarray:
@@ -38,7 +38,7 @@ def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.n
     """
     gpus, plugin, *flags = layout.split()
     flags = [*common, "-p", plugin, *flags]
-    args = parse_args([*flags, "--dry_run", "--gpus", gpus])
+    args = pretrain.parse_args([*flags, "--dry_run", "--gpus", gpus])
     parts = resolve_layout(args, load_config(args.config)).dp * args.accumulation_steps
     if sequences % parts:
         raise InputError(f"--sequences: {sequences} do not go into {parts} micro-batches of a step of '{layout}'")

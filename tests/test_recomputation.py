@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sharded_state
 from arguments import validate_args
-from attn import TORCH_FUSED
+from attn import TORCH_FUSED, select_attention
 from console import InputError
 from layout import resolve_layout
 from memory_estimate import CONTEXT_BYTES, USABLE_SHARE, estimate_memory, settle_recomputation
@@ -86,26 +86,38 @@ def test_attention_that_is_kept_runs_once(ranks, flags):
     assert run_ranks(ranks, attentions, f"{flags} -g --keep_attention")[0] == whole
 
 
-def settled(batch_size: int) -> tuple[float, float, float]:
-    """The share that `auto` takes on one H200; memory that it and that one layer less need, over the room there is."""
+def settled(batch_size: int) -> tuple[float, bool, float, float]:
+    """What `auto` takes on one H200, the share and whether attention is kept; memory that it and the next better need.
+
+    Memory is over the room there is; better is one layer less, or where attention is not kept to keep it.
+    """
     flags = f"-p zero2 -b {batch_size} -a --dry_run --gpus 1 --gpu H200 --recompute auto"
     args, config = parse_args(flags.split()), load_config("7b")
     validate_args(args, config)
+    select_attention(config, args.flash_attention)
     layout = resolve_layout(args, config)
     settle_recomputation(args, config, layout)
     room = 141e9 * USABLE_SHARE - CONTEXT_BYTES
     needed = estimate_memory(args, config, layout).peak.total / room
-    share = args.recompute
-    args.recompute -= 1 / config.num_hidden_layers
-    return share, needed, estimate_memory(args, config, layout).peak.total / room
+    share, kept = args.recompute, args.keep_attention
+    if kept:
+        args.recompute -= 1 / config.num_hidden_layers
+    args.keep_attention = True
+    return share, kept, needed, estimate_memory(args, config, layout).peak.total / room
 
 
 class TestAuto:
     def test_recomputes_no_more_than_it_must(self):
         for batch_size in (3, 4, 8):
-            share, needed, with_less = settled(batch_size)
+            share, kept, needed, with_less = settled(batch_size)
             assert 0 < share < 1
+            assert kept
             assert needed <= 1 < with_less
+
+    def test_attention_too_where_it_must(self):
+        share, kept, needed, with_less = settled(16)
+        assert (share, kept) == (1, False)
+        assert needed <= 1 < with_less
 
     def test_nothing_where_all_fits(self):
         assert settled(1)[0] == 0
