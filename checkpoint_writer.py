@@ -34,7 +34,7 @@ from checkpoint_utils import (
     write_model_index,
 )
 from collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
-from console import RunError, rank, say, size_text, world_size
+from console import rank, say, size_text, world_size
 from files import checksum, replace_folder, sync, write_json
 from sharded_state import MASTER, MOMENTS, LocalShard, local_shards
 
@@ -130,12 +130,10 @@ class CheckpointWriter:
             # A rank that could not even write its part file would leave rank 0's thread waiting for it.
             self._abandoned = any(gather(self.error))
         self._thread = None
-        try:
-            raise_together(self.error, self._failure)
-        except RunError:
-            if rank() == 0:
-                shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
-            raise
+        # The others wait for it: with the first rank that ends, the launcher ends them all.
+        if any(gather(self.error)) and rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
+        raise_together(self.error, self._failure)
 
     @property
     def how_to_resume(self) -> str:

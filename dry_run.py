@@ -13,7 +13,7 @@ from layout import Layout, layout_problems, planned_ranks, resolve_layout
 from memory_estimate import estimate_memory
 from model_utils import model_flops_per_token
 from performance_evaluator import planned_card
-from recomputation import recomputed_share
+from recomputation import recomputed_share, reenters
 
 
 def memory_remedies(args: argparse.Namespace, config: LlamaConfig) -> str:
@@ -25,7 +25,7 @@ def memory_remedies(args: argparse.Namespace, config: LlamaConfig) -> str:
 
     def fits(changes: dict) -> bool:
         changed, tried = argparse.Namespace(**vars(args) | changes), copy.deepcopy(config)
-        if layout_problems(changed, tried):
+        if layout_problems(changed, tried) or (changed.keep_attention and reenters(changed)):
             return False
         layout = resolve_layout(changed, tried)
         select_attention(tried, changed.flash_attention, layout.sp > 1)
@@ -38,7 +38,8 @@ def memory_remedies(args: argparse.Namespace, config: LlamaConfig) -> str:
     sizes = [args.batch_size >> halvings for halvings in range(1, args.batch_size.bit_length())]
     batches = [{f"-b {size}": {"batch_size": size}} for size in sizes]
     plugins = ("zero2_cpu",) if getattr(args, "lora_rank", None) else ("gemini", "zero2_cpu", "gemini_auto")
-    others: dict[str, dict] = {f"-p {plugin}": {"plugin": plugin} for plugin in plugins}
+    others: dict[str, dict] = {"no --keep_attention": {"keep_attention": False}} if args.keep_attention else {}
+    others |= {f"-p {plugin}": {"plugin": plugin} for plugin in plugins}
     if getattr(args, "memory_limit", None):
         others["a larger --memory_limit"] = {"memory_limit": None}
     others[f"{gpus} GPUs"] = {"gpus": gpus}

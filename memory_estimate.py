@@ -274,19 +274,17 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(args, layout, on_gpu=True)
     layer = tokens * layer_activations(config, layout.tp, width, args.max_length, fused)
-    share = recomputed_share(args)
-    recomputed = len(recomputed_layers(config, share)) // layout.pp
-    kept = tokens * width * hidden if share else layer
+    twice = recomputed_layers(config, recomputed_share(args))
+    recomputed = len(twice) // layout.pp
+    kept = tokens * width * hidden if twice else layer
     if args.keep_attention:  # and the logarithms of its sums
         kept += tokens * (width * hidden + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
     # In the backward pass of the last layer: what it recomputes, gradients of its output and of the FFN's inner values.
-    working = (layer if share else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
-    if (
-        share and fused is Fusion.LAYERS
-    ):  # measured; spared attention, it makes query, key and value after the FFN's part
+    working = (layer if twice else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
+    if twice and fused is Fusion.LAYERS:  # measured; where attention is kept, its inputs come after the FFN's gradients
         working += (-3 if args.keep_attention else 2) * tokens * width * hidden
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length

@@ -12,8 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import console
+import dependencies
 
 console.quiet_third_parties()
+dependencies.start_cuda()
 
 import shutil
 import statistics

@@ -83,7 +83,7 @@ HYBRID = "-p hybrid_parallel"
         ("--cache_dir=", 1, ["--cache_dir", "empty"]),
         ("--load=", 1, ["--load", "empty"]),
         ("--keep_attention -a", 1, ["--keep_attention", "nothing is recomputed", "-g"]),
-        ("--keep_attention -a --recompute 0", 1, ["--keep_attention", "nothing is recomputed"]),
+        ("--keep_attention -a --recompute 0.1", 1, ["--keep_attention", "nothing is recomputed"]),  # of 4 layers
         ("--keep_attention -g", 1, ["--keep_attention", "give -a"]),
         ("--eval_fraction 0.9999", 1, ["--max_length", "--eval_fraction"]),
         ("-d no/such/folder", 1, ["--dataset", "no/such/folder"]),

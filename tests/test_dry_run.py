@@ -84,6 +84,10 @@ def test_memory_limit_counts(capsys, monkeypatch):
             "-c 7b -p zero2 -b 8 -a --recompute 0.5 --gpus 1",
             "--recompute 1 with -p zero2_cpu or -p gemini_auto or 2 GPUs",
         ),
+        (
+            "-c 7b -p zero2 -b 16 -g -a --keep_attention --gpus 1 --gpu H200 --gpu_memory 138",
+            "-b 8, no --keep_attention, -p zero2_cpu, -p gemini_auto, 2 GPUs",
+        ),
         ("-c 7b -p zero2 -b 4 -g -a --gpus 32 -m 20000", "-b 2, -p gemini, -p gemini_auto, a larger --memory_limit"),
         ("-c 70b -p zero2 -g -a --gpus 1", "more GPUs, or larger ones"),
     ],
