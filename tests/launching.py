@@ -99,9 +99,9 @@ class Run:
             assert time.monotonic() < deadline, f"not within {timeout} s: {what}\n{self.output()}"
             time.sleep(POLL_SECONDS)
 
-    def wait(self) -> int:
+    def wait(self, timeout: float = TIMEOUT_SECONDS) -> int:
         """The exit status, once the command and every process that it started have ended."""
-        self.wait_until(lambda: self.returncode is not None, "the command's end")
+        self.wait_until(lambda: self.returncode is not None, "the command's end", timeout)
         self.wait_until(lambda: not self.processes(), "the end of all its processes", timeout=20)
         return self.returncode
 
