@@ -16,7 +16,7 @@ from data_utils import MANIFEST_NAME
 from files import existing_part
 from layout import layout_problems
 from performance_evaluator import card_problems
-from recomputation import AUTO, recomputed_share, reenters
+from recomputation import AUTO, recomputed_layers, recomputed_share, reenters
 
 CLOSE = 0.75  # of two spellings of a flag, as difflib has it
 
@@ -280,7 +280,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         args.gradient_checkpoint = args.recompute != 0
     if args.keep_attention:
         share = 1 if args.recompute == AUTO else recomputed_share(args)
-        if not share * config.num_hidden_layers > 0.5:  # which rounds to no layer
+        if 0 <= share <= 1 and not recomputed_layers(config, share):
             problems.append("--keep_attention: nothing is recomputed; give -g or a larger --recompute, or leave it out")
         if not args.flash_attention and args.sp == 1:
             problems.append("--keep_attention: it keeps what a fused kernel puts out; give -a too")

@@ -48,6 +48,7 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 
 
 def recomputed_in_another_pass(function: Callable, *args: Any) -> Any:
+    """As `recomputed`, where the plugin needs a backward pass inside the backward pass; see `reenters`."""
     return checkpoint(function, *args, use_reentrant=True)
 
 

@@ -80,7 +80,7 @@ def test_programs_start_cuda_before_colossalai_changes_its_environment(monkeypat
     ],
 )
 def test_the_allocators_segments_grow_unless_the_user_has_settled_it(monkeypatch, given, found):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)

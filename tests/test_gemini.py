@@ -140,7 +140,7 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
 
 class TestMemory:
     @pytest.mark.parametrize("prefetch", [True, False])
-    @pytest.mark.parametrize("flags", ["", "-g", "--accumulation_steps 3"])
+    @pytest.mark.parametrize("flags", ["", "-g", "-g --keep_attention", "--accumulation_steps 3"])
     def test_of_a_chunk_is_not_written_while_it_is_read(self, flags, prefetch):
         assert run_ranks(2, memory_hazards, flags, prefetch, True) == [[], []]
 
