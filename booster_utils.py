@@ -257,7 +257,7 @@ def boost(
     optimizer = build_optimizer(model, args.lr, args.weight_decay, fusion)
     model, optimizer, *_ = booster.boost(model, optimizer)
     if isinstance(optimizer, GeminiOptimizer):
-        gemini.keep_norm_on_device()
+        gemini.keep_norm_on_device(plugin.tp_size)
         gemini.keep_memory_apart(model)
         gemini.prefetch_in_training_alone(model)
         gemini.plan_each_pass_from_its_start(model)

@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from training_step import loss_scaler
 CHECKPOINT = "epoch{epoch}-step{step}"
 MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
-ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+CONFIG, MODEL_INDEX = "config.json", "model.safetensors.index.json"
+ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
 LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
 SHARED_SECONDS = 20  # for other machines to see a new file
@@ -107,11 +108,25 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
 
 
 def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
-    """File name of each part of the model (see ParameterSpec.group), the same under every layout."""
-    groups = list(dict.fromkeys(spec.group for spec in trained_specs(config)))
+    """File name of each trained part of the model (see ParameterSpec.group), the same under every layout."""
+    groups = [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
+    if getattr(config, "lora", None) is None:  # adapters are in layers alone
+        head = [] if config.tie_word_embeddings else ["lm_head"]
+        groups = ["model.embed_tokens", *groups, "model.norm", *head]
     return {
         group: f"{kind}-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, start=1)
     }
+
+
+def required_files(config: LlamaConfig) -> set[str]:
+    """All files of a checkpoint beside its manifest, by their paths in it."""
+    if getattr(config, "lora", None):
+        model = {CONFIG, ADAPTER_FILE, ADAPTER_CONFIG}
+    else:
+        model = {CONFIG, MODEL_INDEX, *file_names(config, "model").values()}
+    optimizer = file_names(config, "optimizer").values()
+    folders = {f"model/{name}" for name in model} | {f"optimizer/{name}" for name in optimizer}
+    return {RUNNING_STATES, LR_SCHEDULER} | folders
 
 
 def checkpoint_bytes(config: LlamaConfig) -> int:
@@ -120,24 +135,33 @@ def checkpoint_bytes(config: LlamaConfig) -> int:
     return trained * (config.torch_dtype.itemsize + 12)
 
 
-def write_model_index(folder: Path, config: LlamaConfig) -> list[str]:
-    """Writes config.json and the index of the safetensors; returns their names."""
-    index, config_file = "model.safetensors.index.json", "config.json"
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file to disk, readable by those whom the umask lets read it.
+
+    safetensors writes through a temporary file that its owner alone can read.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+    sync(path)
+
+
+def write_model_index(folder: Path, config: LlamaConfig) -> None:
+    """Writes config.json and the index of the safetensors."""
     files, specs = file_names(config, "model"), trained_specs(config)
     size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
     weight_map = {spec.name: files[spec.group] for spec in specs}
-    write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / MODEL_INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     saved = copy.deepcopy(config)
     saved.use_cache = True
     vars(saved).pop("lora", None)
     saved.architectures = ["LlamaForCausalLM"]
-    saved.to_json_file(folder / config_file)
-    sync(folder / config_file)
-    return [index, config_file]
+    saved.to_json_file(folder / CONFIG)
 
 
-def write_adapter(folder: Path, config: LlamaConfig) -> list[str]:
-    """Joins the files of the adapters' parts into the one that peft loads, with its configuration; returns the names.
+def write_adapter(folder: Path, config: LlamaConfig) -> None:
+    """Joins the files of the adapters' parts into the one that peft loads, with its configuration.
 
     config.json stays beside it, for a resume to check that it trains the same model.
     """
@@ -145,14 +169,11 @@ def write_adapter(folder: Path, config: LlamaConfig) -> list[str]:
     adapters = {}
     for file in files.values():
         adapters |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in load_file(folder / file).items()}
-    save_file(adapters, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    write_tensors(folder / ADAPTER_FILE, adapters)
     config.lora.save_pretrained(folder)
-    for name in (ADAPTER_FILE, "adapter_config.json"):
-        sync(folder / name)
-    index, config_file = write_model_index(folder, config)
-    for name in (index, *files.values()):
+    write_model_index(folder, config)
+    for name in (MODEL_INDEX, *files.values()):
         (folder / name).unlink()
-    return [ADAPTER_FILE, "adapter_config.json", config_file]
 
 
 def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
@@ -172,23 +193,38 @@ def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
 
 
 def _manifest(folder: Path) -> dict[str, dict] | None:
-    """The manifest's files, or None where there is no readable one."""
+    """The manifest's files; None where it cannot be read or does not list exactly the files of a checkpoint."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: {"bytes": int(file["bytes"]), "xxh3_64": str(file["xxh3_64"])} for name, file in files.items()}
+        files = {name: {"bytes": int(file["bytes"]), "xxh3_64": str(file["xxh3_64"])} for name, file in files.items()}
+        config = LlamaConfig.from_dict(json.loads((folder / "model" / CONFIG).read_text(encoding="utf-8")))
+        if config.num_hidden_layers > len(files):  # before as many names are made of a damaged number
+            return None
+        config.lora = f"model/{ADAPTER_FILE}" in files or None
+        return files if files.keys() == required_files(config) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder has a manifest and every file of it in its size."""
+def incomplete_files(folder: Path) -> list[str]:
+    """Files of a checkpoint that are missing or not as long as its manifest says, or else the manifest itself."""
     files = _manifest(folder)
-    try:
-        return files is not None and all(
-            (folder / name).stat().st_size == file["bytes"] for name, file in files.items()
-        )
-    except OSError:
-        return False
+    if files is None:
+        return [MANIFEST]
+    incomplete = []
+    for name, file in files.items():
+        try:
+            whole = (folder / name).stat().st_size == file["bytes"]
+        except OSError:
+            whole = False
+        if not whole:
+            incomplete.append(name)
+    return incomplete
+
+
+def is_complete(folder: Path) -> bool:
+    """Return True for a checkpoint with a manifest of all its files and each of them in its size."""
+    return not incomplete_files(folder)
 
 
 def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
@@ -208,7 +244,7 @@ def complete_checkpoints(save_dir: Path) -> Iterator[tuple[int, Path]]:
             yield step, folder
 
 
-def find_checkpoint(load: str, save_dir: Path) -> Path | None:
+def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say) -> Path | None:
     """The folder that `--load` names; `latest` is the newest complete one in `save_dir`, and says what it passed over.
 
     Returns:
@@ -222,14 +258,14 @@ def find_checkpoint(load: str, save_dir: Path) -> Path | None:
         incomplete = [folder for _, folder in _checkpoints(save_dir)]
         incomplete = incomplete[: incomplete.index(newest)] if newest else incomplete
         for folder in incomplete:
-            say(f"--load latest: passing over {folder}, which is incomplete")
+            tell(f"--load latest: passing over {folder}, which is incomplete")
         if newest is None and any(folder.name[0] != "." for folder in incomplete):
             raise InputError(
                 f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "
                 "begin anew"
             )
         if newest is None:
-            say(f"--load latest: no checkpoint in --save_dir {save_dir} yet; a new run begins")
+            tell(f"--load latest: no checkpoint in --save_dir {save_dir} yet; a new run begins")
         return newest
     folder = Path(load)
     if not folder.exists():

@@ -20,7 +20,6 @@ import torch
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from checkpoint_utils import (
@@ -30,12 +29,15 @@ from checkpoint_utils import (
     check_room,
     complete_checkpoints,
     file_names,
+    incomplete_files,
+    required_files,
     write_adapter,
     write_model_index,
+    write_tensors,
 )
 from collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
-from console import rank, say, size_text, world_size
-from files import checksum, replace_folder, sync, write_json
+from console import RunError, rank, say, size_text, world_size
+from files import checksum, replace_folder, write_json
 from sharded_state import MASTER, MOMENTS, LocalShard, local_shards
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
@@ -232,8 +234,7 @@ class CheckpointWriter:
                 (f"optimizer/{self.optimizer_files[group]}", states),
             ):
                 path = self._temporary / name
-                save_file(content, path, metadata={"format": "pt"})
-                sync(path)
+                write_tensors(path, content)
                 files[name] = checksum(path)
         except Exception as error:  # safetensors raises its own, for a full disk too
             self.error = f"{type(error).__name__}: {error}"
@@ -260,14 +261,13 @@ class CheckpointWriter:
             return
         for name, content in documents.items():
             write_json(temporary / name, content)
-            all_files[name] = checksum(temporary / name)
         write_rest = write_adapter if getattr(self.config, "lora", None) else write_model_index
-        for name in write_rest(temporary / "model", self.config):
-            all_files[f"model/{name}"] = checksum(temporary / "model" / name)
-        all_files = {name: file for name, file in all_files.items() if (temporary / name).exists()}
-        write_json(temporary / MANIFEST, {"format": 1, "files": dict(sorted(all_files.items()))})
-        for folder in (temporary / "model", temporary / "optimizer", temporary):
-            sync(folder)
+        write_rest(temporary / "model", self.config)
+        required = sorted(required_files(self.config))
+        all_files = {name: all_files.get(name) or checksum(temporary / name) for name in required}
+        write_json(temporary / MANIFEST, {"format": 1, "files": all_files})
+        if incomplete := incomplete_files(temporary):
+            raise RunError(f"{target}/{incomplete[0]} is gone or cut short although it was written")
         replace_folder(temporary, target)
         size, seconds = sum(file["bytes"] for file in all_files.values()), time.perf_counter() - started
         self._reports.append(

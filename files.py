@@ -60,7 +60,9 @@ def checksum(path: Path) -> dict:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Puts a finished folder in its place, that of an older one of the same name too."""
+    """Forces a finished folder to disk and puts it in its place, that of an older one of the same name too."""
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -186,7 +186,7 @@ def main() -> int:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    run_plan.claim_folders(args)
+    run_plan.claim_folders(args, state, checkpoint)
     export = partial(export_final, args, config, weights, tokenizer, documents)
     launch(args.seed)
     run_plan.check_agreement(args, state, checkpoint)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.interface import ModelWrapper
+from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk
@@ -161,11 +162,15 @@ def plan_each_pass_from_its_start(model: ModelWrapper) -> None:
     manager.reset_attributes, figures.finish_collection = end_pass_and_count, finish_silently
 
 
-def keep_norm_on_device() -> None:
+def keep_norm_on_device(tensor_parallel: int) -> None:
     """Makes chunks of gradients look for overflow and take their norm in one pass, and without waiting for the GPU.
 
     On its own each widens all of a chunk to take the norm, waits for the number before it goes on with the backward
     pass, and reads the chunk several times more to find out whether it is finite, which the norm tells.
+
+    Args:
+        tensor_parallel: number of ranks of which each holds a whole gradient of the RMSNorm weights, and so adds this
+            fraction of their squares to the sum over all.
     """
 
     def squared_norm(chunk: Chunk) -> torch.Tensor:
@@ -173,7 +178,19 @@ def keep_norm_on_device() -> None:
             chunk.cuda_global_chunk[: chunk.utilized_size] if chunk.is_gathered else chunk.cuda_shard[: chunk.valid_end]
         )
         # Gemini adds the chunks' squares in the order of a set, which no two runs share: in float64 that does not show.
-        return torch.linalg.vector_norm(valid, dtype=torch.float32).double().square()
+        if tensor_parallel == 1:
+            return torch.linalg.vector_norm(valid, dtype=torch.float32).double().square()
+        first = 0 if chunk.is_gathered else chunk.shard_begin
+        parts, shares = [], []
+        for parameter, place in chunk.tensors_info.items():
+            part = valid[max(0, place.offset - first) : max(0, place.end - first)]
+            if part.numel():
+                parts.append(part)
+                shares.append(1.0 if is_distributed_tensor(parameter) else 1 / tensor_parallel)
+        if not parts:
+            return valid.new_zeros((), dtype=torch.float64)
+        squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).double().square()
+        return squares @ torch.tensor(shares, dtype=torch.float64).to(squares.device, non_blocking=True)
 
     def has_inf_or_nan(chunk: Chunk) -> torch.Tensor:
         chunk.l2_norm = squared_norm(chunk)
@@ -186,10 +203,7 @@ def keep_norm_on_device() -> None:
 
 
 def count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
-    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part.
-
-    The RMSNorm weights, which every rank holds in full, are counted once a rank.
-    """
+    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part."""
     own_norm = optimizer._calc_global_norm
 
     def global_norm() -> float:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from checkpoint_utils import ADAPTER_FILE, PEFT_PREFIX, LazyTensors, file_names, write_model_index
-from files import sync
+from checkpoint_utils import ADAPTER_FILE, PEFT_PREFIX, LazyTensors, file_names, write_model_index, write_tensors
 from layout import Layout
 from model_utils import parameter_specs
 
@@ -98,6 +96,5 @@ def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path
                     down, up = (file.get_tensor(key.format(letter)).float() for letter in "AB")
                     weight += lora.lora_alpha / lora.r * (up @ down)
                 merged[spec.name] = weight.to(config.torch_dtype)
-            save_file(merged, folder / name, metadata={"format": "pt"})
-            sync(folder / name)
+            write_tensors(folder / name, merged)
     write_model_index(folder, plain)

@@ -36,7 +36,7 @@ def export(
             shutil.copytree(model, temporary, copy_function=_link_weights)
         except (OSError, shutil.Error):
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(model, temporary)
+            shutil.copytree(model, temporary, copy_function=shutil.copyfile)
         tokenizer.save_pretrained(temporary)
         for name, content in (documents or {}).items():
             write_json(temporary / name, content)
@@ -63,7 +63,7 @@ def export_merged(
 
 
 def _link_weights(source: str, target: str) -> None:
-    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+    (os.link if source.endswith(".safetensors") else shutil.copyfile)(source, target)
 
 
 def _model_card(checkpoint: Path) -> str:

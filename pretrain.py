@@ -150,7 +150,7 @@ def main() -> int:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    run_plan.claim_folders(args)
+    run_plan.claim_folders(args, state, checkpoint)
     export = partial(model_export.export, target=args.save_dir / "final", tokenizer=tokenizer)
     launch(args.seed)
     run_plan.check_agreement(args, state, checkpoint)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -77,13 +78,16 @@ class Plan:
         return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
 
 
-def resume_state(args: argparse.Namespace) -> tuple[TrainState, Path | None]:
+def resume_state(args: argparse.Namespace, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
+
+    Args:
+        tell: is called with each line on checkpoints that are passed over.
 
     Raises:
         InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
     """
-    folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir) if args.load else None
+    folder = checkpoint_utils.find_checkpoint(args.load, args.save_dir, tell) if args.load else None
     newest = next(checkpoint_utils.complete_checkpoints(args.save_dir), None)
     if folder is None:
         if newest or (args.save_dir / "final").exists():
@@ -121,11 +125,25 @@ def check_folders(args: argparse.Namespace, config: LlamaConfig) -> None:
     checkpoint_utils.check_room(args.save_dir, config)
 
 
-def claim_folders(args: argparse.Namespace) -> None:
-    """Takes the folders of checkpoints and logs for this run alone, until it ends; raises as `claim_folder` does."""
-    if rank() == 0:
-        checkpoint_utils.claim_save_dir(args.save_dir)
-        claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+def claim_folders(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> None:
+    """Takes the folders of checkpoints and logs for this run alone, until it ends.
+
+    Args:
+        state, checkpoint: those of `resume_state`, by which the run was planned.
+
+    Raises:
+        InputError: as `claim_folder` does, or another run has added or removed checkpoints since.
+    """
+    if rank() != 0:
+        return
+    checkpoint_utils.claim_save_dir(args.save_dir)
+    claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+    now, there = resume_state(args, tell=lambda _: None)
+    if (there, now.step, now.tokens) != (checkpoint, state.step, state.tokens):
+        raise InputError(
+            f"--load: another run has written to --save_dir {args.save_dir} since this one started: the checkpoint to "
+            f"resume was {checkpoint or 'none'} and is {there or 'none'} now; start again"
+        )
 
 
 def _settle_position(args: argparse.Namespace, dataset: TrainingData, state: TrainState) -> None:

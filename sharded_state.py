@@ -228,13 +228,14 @@ def restore(
         adam_steps: number of updates that the moments have seen, for Adam's bias correction; none are read if it is 0.
     """
     for shard in local_shards(plugin, model, optimizer):
-        if shard.start >= shard.stop:
-            continue
-        shard.tensor(MASTER).copy_(shard.read(read(shard.spec.name, MASTER)))
+        empty = shard.start >= shard.stop  # the optimizer may still update its padding, and count the steps by it
+        if not empty:
+            shard.tensor(MASTER).copy_(shard.read(read(shard.spec.name, MASTER)))
         if adam_steps == 0:
             continue
         shard.adam_state["step"] = adam_steps
         for key in MOMENTS:
             shard.adam_state[key] = torch.zeros_like(shard.storage)
-            shard.tensor(key).copy_(shard.read(read(shard.spec.name, key)))
+            if not empty:
+                shard.tensor(key).copy_(shard.read(read(shard.spec.name, key)))
     update_working_weights(optimizer)

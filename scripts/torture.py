@@ -29,7 +29,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS, SAVE_INTERVAL = 6, 2
-FILE_OPERATIONS = ("sync", "write_json", "checksum", "replace_folder")
+FILE_OPERATIONS = ("sync", "write_json", "write_tensors", "checksum", "replace_folder")
 
 
 def parse_args() -> argparse.Namespace:

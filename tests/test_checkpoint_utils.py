@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import make_checkpoint, write_manifest
 from corpora import error_of
+from peft import LoraConfig
 from processes import boosted, random_states, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,12 +30,19 @@ import checkpoint_writer
 import model_export
 import run_plan
 import sharded_state
-from checkpoint_utils import check_model, claim_save_dir, find_checkpoint, is_complete
+from checkpoint_utils import (
+    check_model,
+    claim_save_dir,
+    damaged_files,
+    file_names,
+    find_checkpoint,
+    is_complete,
+    required_files,
+)
 from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints, staging_bytes
 from collectives import on_rank_zero
 from console import InputError, RunError
-from files import checksum
-from model_utils import load_config, parameter_specs
+from model_utils import load_config, parameter_specs, trained_specs
 from pretrained import check_pretrained, load_pretrained
 from sharded_state import MASTER, MOMENTS
 from training_step import loss_scaler
@@ -83,14 +92,14 @@ def outlast_the_process_group(folder, wait):
     """Saves in the foreground, then does something on rank 0; one of both takes longer than the ranks wait."""
     _set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
     checkpoint_writer.host_memory = lambda: (2**40, 0)
-    own = checkpoint_writer.save_file
+    own = checkpoint_writer.write_tensors
 
-    def save_slowly(content, path, **options):
+    def write_slowly(path, content):
         if wait == "file" and path.name.startswith("model-00001"):
             time.sleep(9)
-        own(content, path, **options)
+        own(path, content)
 
-    checkpoint_writer.save_file = save_slowly
+    checkpoint_writer.write_tensors = write_slowly
     checkpoint = save_random(folder, "-p zero2")
     on_rank_zero(lambda: time.sleep(9 if wait == "export" else 0), "not exported")
     return checkpoint
@@ -205,6 +214,22 @@ class TestFailedSave:
             assert message.startswith(NOT_WRITTEN)
             assert "start again (no checkpoint was saved yet): rank 0: FileExistsError: " in message
 
+    @pytest.mark.parametrize(
+        ("file", "change"),
+        [
+            ("model/model-00002-of-00007.safetensors", "remove"),
+            ("optimizer/optimizer-00003-of-00007.safetensors", "truncate"),
+        ],
+    )
+    def test_a_file_that_changes_after_it_was_written_costs_no_earlier_checkpoint(self, tmp_path, file, change):
+        """All ranks raise; with --keep_checkpoints 1, one that lacks a file would have replaced the good one."""
+        for message in run_ranks(2, save_and_lose, tmp_path, file, change):
+            assert message.startswith(NOT_WRITTEN)
+            assert f"resume with -f {tmp_path / 'epoch0-step6'}: rank 0: " in message
+            assert message.endswith(f"{tmp_path / 'epoch0-step7' / file} is gone or cut short although it was written")
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch0-step6"]
+        assert is_complete(tmp_path / "epoch0-step6")
+
     def test_a_rank_that_dies_leaves_the_earlier_checkpoint(self, tmp_path):
         with pytest.raises(torch.multiprocessing.ProcessExitedException):
             run_ranks(1, save_twice_and_die, tmp_path)
@@ -227,6 +252,26 @@ def save_twice_and_fail(folder, flags, failing, size):
     message = message_of(folder, flags, {**STATES, "step": 7})
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return message
+
+
+def save_and_lose(folder, file, change):
+    """Keeps one checkpoint, and changes a file of the second when all ranks have written theirs."""
+    run, earlier = boosted("-p zero2 -b 2"), save_random(folder, "-p zero2")
+    write_model_index = checkpoint_writer.write_model_index
+
+    def lose_and_write(model, config):
+        path = model.parent / file
+        path.unlink() if change == "remove" else os.truncate(path, 100)
+        write_model_index(model, config)
+
+    checkpoint_writer.write_model_index = lose_and_write
+    writer = CheckpointWriter(folder, run.config, keep=1, latest=earlier)
+    states = {**STATES, "step": 7, "loss_scaler": None}
+    sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    writer.save(run.plugin, run.model, run.optimizer, {"running_states.json": states, "lr_scheduler": {}})
+    with pytest.raises(RunError) as caught:
+        writer.wait()
+    return str(caught.value)
 
 
 def save_twice_and_die(folder):
@@ -316,34 +361,73 @@ def load_in_fp16(folder):
     return loss_scaler(run.optimizer).loss_scale
 
 
-def make_checkpoint(folder, names=("model/config.json", "optimizer/x", "lr_scheduler", "running_states.json")):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("content")
-    manifest = {"format": 1, "files": {name: checksum(folder / name) for name in names}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
 class TestIsComplete:
+    """One question for `latest`, `-f`, retention, generate.py and export_hf.py."""
+
     def test_complete(self, tmp_path):
         assert is_complete(make_checkpoint(tmp_path))
 
-    @pytest.mark.parametrize("name", ["model/config.json", "optimizer/x", "running_states.json", "manifest.json"])
-    def test_missing_and_truncated_files(self, tmp_path, name):
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model/config.json",
+            "model/model.safetensors.index.json",
+            "model/model-00003-of-00007.safetensors",
+            "optimizer/optimizer-00007-of-00007.safetensors",
+            "lr_scheduler",
+            "running_states.json",
+            "manifest.json",
+        ],
+    )
+    def test_missing_unlisted_and_truncated_files(self, tmp_path, name):
         path = make_checkpoint(tmp_path) / name
         path.write_text(path.read_text()[:-1])
         assert not is_complete(tmp_path)
         path.unlink()
         assert not is_complete(tmp_path)
+        if name != "manifest.json":
+            (make_checkpoint(tmp_path) / name).unlink()
+            write_manifest(tmp_path, required_files(load_config("test")) - {name})
+            assert not is_complete(tmp_path)
+            assert damaged_files(tmp_path) == ["manifest.json"]
 
-    @pytest.mark.parametrize("manifest", ["", "[]", "{}", "null", '{"files": [1]}', '{"files": {"lr_scheduler": "7"}}'])
+    @pytest.mark.parametrize(
+        "manifest",
+        ["", "[]", "{}", "null", '{"files": {}}', '{"files": [1]}', '{"files": {"lr_scheduler": "7"}}', '{"format": 1'],
+    )
     def test_manifest_of_something_else(self, tmp_path, manifest):
         (make_checkpoint(tmp_path) / "manifest.json").write_text(manifest)
+        assert not is_complete(tmp_path)
+        assert damaged_files(tmp_path) == ["manifest.json"]
+
+    @pytest.mark.parametrize("name", ["optimizer/optimizer-00008-of-00007", "../notes", "model/../../notes"])
+    def test_manifest_with_a_file_that_no_checkpoint_has(self, tmp_path, name):
+        folder = make_checkpoint(tmp_path / "epoch0-step1")
+        (folder / name).write_text("there")
+        write_manifest(folder, {*required_files(load_config("test")), name})
+        assert not is_complete(folder)
+
+    @pytest.mark.parametrize("layers", [3, 5, 10**15, "4", None])
+    def test_config_of_another_number_of_layers(self, tmp_path, layers):
+        """With the manifest of 4 layers, which lists the file as it is."""
+        path = make_checkpoint(tmp_path) / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
+        write_manifest(tmp_path, required_files(load_config("test")))
         assert not is_complete(tmp_path)
 
     def test_no_folder(self, tmp_path):
         assert not is_complete(tmp_path / "none")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])])
+def test_files_are_those_of_all_trained_parameters(tied, lora):
+    config = load_config("test")
+    config.tie_word_embeddings, config.lora = tied, lora
+    groups = list(dict.fromkeys(spec.group for spec in trained_specs(config)))
+    files = file_names(config, "optimizer")
+    assert list(files) == groups
+    assert files[groups[-1]] == f"optimizer-{len(groups):05d}-of-{len(groups):05d}.safetensors"
 
 
 class TestFindCheckpoint:
@@ -354,7 +438,7 @@ class TestFindCheckpoint:
 
     def test_latest_is_complete_and_visible(self, tmp_path):
         make_checkpoint(tmp_path / "epoch0-step5")
-        (make_checkpoint(tmp_path / "epoch0-step6") / "optimizer" / "x").unlink()
+        (make_checkpoint(tmp_path / "epoch0-step6") / "lr_scheduler").unlink()
         for name in (".epoch0-step7.incomplete", "epoch0-step8-copy", "final"):
             make_checkpoint(tmp_path / name)
         assert find_checkpoint("latest", tmp_path).name == "epoch0-step5"

@@ -129,11 +129,11 @@ def test_resume_with_dropout_is_exact(pretrain, few_data, tmp_path, processes, f
 # Every file of a checkpoint takes a while, and training fails meanwhile.
 ERROR_WHILE_SAVING = """
 import time
-save_file = checkpoint_writer.save_file
-def save_slowly(*args, **kwargs):
+write_tensors = checkpoint_writer.write_tensors
+def write_slowly(*args):
     time.sleep(0.1)
-    save_file(*args, **kwargs)
-checkpoint_writer.save_file = save_slowly
+    write_tensors(*args)
+checkpoint_writer.write_tensors = write_slowly
 forward_backward, steps = train_utils.forward_backward, []
 def fail_in_the_third_step(*args):
     steps.append(None)

@@ -1,14 +1,13 @@
 """The plan of a run, and what a resumed one takes over."""
 
-import json
 import shutil
 from dataclasses import asdict
 
 import pytest
+from checkpoints import make_checkpoint
 
 from console import InputError
 from data_utils import PackedDataset
-from files import checksum
 from layout import Layout
 from model_utils import load_config
 from pretrain import parse_args
@@ -148,14 +147,9 @@ class TestResumeState:
 
     @pytest.fixture
     def checkpoint(self, tmp_path):
-        folder = tmp_path / "epoch1-step9"
-        folder.mkdir()
         state = TrainState(1, 9, 72, 4608, 2, self.SETTINGS)
-        text = json.dumps({**asdict(state), "adam_steps": 7, "loss_scaler": None})
-        (folder / "running_states.json").write_text(text)
-        files = {"running_states.json": checksum(folder / "running_states.json")}
-        (folder / "manifest.json").write_text(json.dumps({"files": files}))
-        return folder, state
+        states = {**asdict(state), "adam_steps": 7, "loss_scaler": None}
+        return make_checkpoint(tmp_path / "epoch1-step9", states), state
 
     def test_fresh(self):
         args = parse_args(list(self.FLAGS))
