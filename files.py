@@ -37,6 +37,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_plain_name(name: str) -> bool:
+    """Return True for the name of a file in a folder itself: no path, absolute or relative, and no '..'."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def write_json(path: Path, content: dict) -> None:
     """Writes a file that is whole whenever it is there."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
