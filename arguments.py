@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from performance_evaluator import card_problems
 from recomputation import AUTO, recomputed_layers, recomputed_share, reenters
 
 CLOSE = 0.75  # of two spellings of a flag, as difflib has it
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,6 +29,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Also takes a number such as -1e-3 or -inf for the value of the flag before it, as argparse does -1."""
+        joined: list[str] = []
+        for text in sys.argv[1:] if args is None else args:
+            flag = joined[-1] if joined else ""
+            if flag.startswith("-") and "=" not in flag and NEGATIVE_NUMBER.fullmatch(text):
+                joined[-1] += f"={text}" if flag.startswith("--") else text
+            else:
+                joined.append(text)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: -"):
@@ -44,11 +58,19 @@ def user_name(text: str) -> str:
     """
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a path, or leave the flag out")
-    return os.path.expanduser(text)
+    path = os.path.expanduser(text)
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise argparse.ArgumentTypeError(f"{text[:60]}...: {error.strerror}; give another path") from error
+    return path
 
 
 def user_path(text: str) -> Path:
     """A path on the command line, as `user_name` takes it."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this machine")
     return Path(user_name(text))
 
 
@@ -323,7 +345,10 @@ def _outputs_among_data(args: argparse.Namespace) -> list[str]:
 
 
 def _folder_problems(flag: str, folder: Path) -> list[str]:
-    """What keeps `folder` from being made or written to, without making it."""
+    """One line for what keeps `folder` from being made or written to, without making it."""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            return [f"{flag}: {path} is a link to {os.readlink(path)}, which is not there; make that, or give a folder"]
     existing = existing_part(folder)
     if not existing.is_dir():
         return [f"{flag}: {existing} is a file; give a folder"]

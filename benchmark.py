@@ -37,7 +37,7 @@ from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 from transformers import LlamaConfig
 
 import sharded_state
-from arguments import ArgumentParser, add_compute_args, add_dry_run_args, user_path, validate_args
+from arguments import ArgumentParser, add_compute_args, add_dry_run_args, user_name, user_path, validate_args
 from attn import select_attention
 from booster_utils import boost, build_plugin, launch, shut_down
 from console import InputError, RunError, say
@@ -61,7 +61,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(lr=3e-4, weight_decay=0.1, seed=42, accumulation_steps=1)  # the recipe's; they cost nothing
     work = parser.add_argument_group("model and batch")
     known = ", ".join(MODEL_CONFIGS)
-    work.add_argument("-c", "--config", default="7b", help=f"{known}, or a config.json or its folder (default: 7b)")
+    work.add_argument(
+        "-c",
+        "--config",
+        type=user_name,
+        default="7b",
+        help=f"{known}, or a config.json or its folder (default: 7b)",
+    )
     work.add_argument("-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank (default: 2)")
     work.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
     work.add_argument("-s", "--num_steps", type=int, default=5, help="optimizer steps to run (default: 5)")

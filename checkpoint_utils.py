@@ -31,7 +31,7 @@ from collectives import gather, on_rank_zero
 from console import InputError, rank, say, size_text, world_size
 from files import checksum, claim_folder, existing_part, sync, write_json
 from model_utils import load_config, trained_specs
-from sharded_state import MASTER, MOMENTS, restore
+from sharded_state import MASTER, MOMENTS, first_not_finite, restore
 from training_step import loss_scaler
 
 CHECKPOINT = "epoch{epoch}-step{step}"
@@ -323,23 +323,35 @@ class LazyTensors:
     One file is open at a time, and only the slices asked for are read.
     """
 
-    def __init__(self, files: dict[str, Path]):
+    def __init__(self, files: dict[str, Path], prefix: str = ""):
+        """
+        Args:
+            files: the file of each tensor.
+            prefix: of the tensors' names here, which their names in the files lack.
+        """
         self.files = files
+        self.prefix = prefix
         self.path: Path | None = None
-        self.file: Any = None  # tensors by name, or safe_open's handle
+        self.tensors: Any = None  # by name, or safe_open's handle
 
     def __getitem__(self, name: str) -> Any:
         """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""
         if self.files[name] != self.path:
             self.path = self.files[name]
-            self.file = (
-                mapped_tensors(self.path) if self.path.suffix == ".bin" else safe_open(self.path, framework="pt")
+            self.tensors = (
+                safe_open(self.path, framework="pt") if is_safetensors(self.path) else mapped_tensors(self.path)
             )
-        return self.file[name] if self.path.suffix == ".bin" else self.file.get_slice(name)
+        name = name.removeprefix(self.prefix)
+        return self.tensors.get_slice(name) if is_safetensors(self.path) else self.tensors[name]
 
     def shape(self, name: str) -> torch.Size:
         tensor = self[name]
         return tensor.shape if isinstance(tensor, torch.Tensor) else torch.Size(tensor.get_shape())
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return True where transformers takes a file for safetensors, and not for what torch.save writes."""
+    return path.suffix == ".safetensors"
 
 
 def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -368,7 +380,7 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     """Restores weights, Adam moments and loss scale. Collective.
 
     Raises:
-        InputError: on every rank, when a file is damaged.
+        InputError: on every rank, when a file is damaged, or a weight is no number.
     """
     refuse_damaged(folder)
     files = file_names(config, "optimizer")
@@ -381,6 +393,8 @@ def load(folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: Optimizer
     )
     states = read_running_states(folder)
     restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
+    if name := first_not_finite(plugin, model, optimizer):
+        raise InputError(f"--load: {name} in {folder} has a NaN or an infinity; choose an earlier checkpoint")
     scaler, saved = loss_scaler(optimizer), states["loss_scaler"]
     if scaler is not None and saved is not None:
         grad_scaler = scaler.grad_scaler

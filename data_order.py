@@ -134,15 +134,20 @@ def parse_slice_weights(text: str) -> dict[str, float]:
     """`llama`, or `NAME=WEIGHT,...`, as weights by slice. Raises ArgumentTypeError."""
     if text == "llama":
         return LLAMA_WEIGHTS
-    weights = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.rpartition("=")
+        name = name.strip()
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"{name} has two weights; give one")
         try:
             weights[name] = float(weight)
         except ValueError:
             weights[name] = math.nan
         if not name or not 0 < weights[name] < math.inf:
             raise argparse.ArgumentTypeError(f"{part!r} is neither 'llama' nor NAME=WEIGHT with a weight above 0")
+    if sum(weights.values()) == math.inf:
+        raise argparse.ArgumentTypeError(f"the sum of the weights in {text!r} is above the greatest number; lower them")
     return weights
 
 

@@ -48,7 +48,14 @@ from layout import Layout, add_plugin_args, resolve_layout
 from lora import add_lora_args, fill_lora_args, lora_config, lora_problems
 from memory_estimate import settle_recomputation
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
+from pretrained import (
+    check_pretrained,
+    find_model,
+    generation_config,
+    load_pretrained,
+    refuse_other_formats,
+    weights_fingerprint,
+)
 from tokenization import check_vocabulary, load_tokenizer
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
@@ -150,6 +157,7 @@ def main() -> int:
 
     # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
     folder = find_model(args.model_path, "--model_path")
+    refuse_other_formats(folder, "--model_path")
     config = load_config(str(folder), "--model_path")
     if args.max_length is None:
         args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
@@ -196,7 +204,7 @@ def main() -> int:
     booster, model, optimizer = boost(args, config, plugin)
     lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
     if args.lora_rank or not checkpoint:
-        load_pretrained(weights, plugin, model, optimizer)
+        load_pretrained(weights, plugin, model, optimizer, "--model_path")
         say(f"initial weights: {folder}")
     if checkpoint:
         checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)

@@ -58,7 +58,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="pretrain.py", description=__doc__)
     model = parser.add_argument_group("model and data")
     known = ", ".join(MODEL_CONFIGS)
-    model.add_argument("-c", "--config", default="7b", help=f"{known}, or a config.json or its folder (default: 7b)")
+    model.add_argument(
+        "-c",
+        "--config",
+        type=user_name,
+        default="7b",
+        help=f"{known}, or a config.json or its folder (default: 7b)",
+    )
     model.add_argument(
         "-d",
         "--dataset",

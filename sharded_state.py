@@ -22,6 +22,7 @@ from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
 
+from collectives import gather
 from model_utils import ParameterSpec, initial_weight, plain_name
 
 MASTER = "master"
@@ -239,3 +240,15 @@ def restore(
             if not empty:
                 shard.tensor(key).copy_(shard.read(read(shard.spec.name, key)))
     update_working_weights(optimizer)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor without NaN and infinity, at no cost of memory."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def first_not_finite(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> str | None:
+    """The first parameter that has a NaN or an infinity in its master weights, on any rank. Collective."""
+    shards = local_shards(plugin, model, optimizer)
+    own = next((shard.spec.name for shard in shards if not is_finite(shard.tensor(MASTER))), None)
+    return next(filter(None, gather(own)), None)

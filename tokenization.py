@@ -58,6 +58,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")
     if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~"))):
         raise InputError(f"--tokenizer: {name_or_path} does not exist; give a folder with a tokenizer or a hub name")
+    if path.is_dir():
+        hub.refuse_pointers(sorted(path.glob("tokenizer*")), "--tokenizer")
+    else:
+        hub.check_name(name_or_path, "--tokenizer", "a folder with a tokenizer")
     try:
         tokenizer = _from_folder(path) if path.is_dir() else _from_hub(name_or_path)
         if not tokenizer:  # what transformers returns for a damaged tokenizer.model
@@ -106,6 +110,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
     except (OSError, ValueError):
         _check_hub_has(name, revision)
+        hub.check_cache(name, "--tokenizer")
         return AutoTokenizer.from_pretrained(name, **choice)
 
 

@@ -32,6 +32,7 @@ from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
 from console import InputError, first_line
 from model_utils import load_config
 from pretrained import check_pretrained, find_model
+from sharded_state import is_finite
 from tokenization import check_vocabulary, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -139,6 +140,8 @@ def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
             raise InputError(
                 f"--base_model: the adapters in {adapter} do not fit {folder}: {first_line(error)}"
             ) from error
+    if broken := next((name for name, weight in model.named_parameters() if not is_finite(weight.detach())), None):
+        raise InputError(f"--model: {broken} in {adapter or folder} has a NaN or an infinity; give weights without")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -82,6 +82,19 @@ HYBRID = "-p hybrid_parallel"
         ("--tensorboard_dir=", 1, ["--tensorboard_dir", "empty"]),
         ("--cache_dir=", 1, ["--cache_dir", "empty"]),
         ("--load=", 1, ["--load", "empty"]),
+        ("--config=", 1, ["--config", "empty"]),
+        (f"-o {'x' * 300}", 1, ["--save_dir", "xxx", "File name too long"]),
+        ("-o s3://bucket/run", 1, ["--save_dir", "is a URL", "path on this machine"]),
+        ("--init_from https://huggingface.co/a/b", 1, ["--init_from", "is a URL"]),
+        ("--init_from ./none", 1, ["--init_from", "no folder on this machine"]),
+        ("--tokenizer https://huggingface.co/a/b", 1, ["--tokenizer", "is a URL; give the hub name a/b"]),
+        ("--tokenizer a/b/", 1, ["--tokenizer", "give a/b without a slash"]),
+        ("--slice_weights c4=1,c4=2", 1, ["--slice_weights", "c4 has two weights"]),
+        ("--slice_weights c4=0", 1, ["--slice_weights", "above 0"]),
+        ("--slice_weights c4=1,github=-1e-3", 1, ["--slice_weights", "github=-1e-3"]),
+        ("--slice_weights c4=nan", 1, ["--slice_weights", "c4=nan"]),
+        ("--slice_weights c4=1e400", 1, ["--slice_weights", "c4=1e400"]),
+        ("--slice_weights c4=1e308,github=1e308", 1, ["--slice_weights", "lower them"]),
         ("--keep_attention -a", 1, ["--keep_attention", "nothing is recomputed", "-g"]),
         ("--keep_attention -a --recompute 0.1", 1, ["--keep_attention", "nothing is recomputed"]),  # of 4 layers
         ("--keep_attention -g", 1, ["--keep_attention", "give -a"]),
@@ -103,6 +116,13 @@ HYBRID = "-p hybrid_parallel"
         ("--lr 0", 1, ["--lr", "0"]),
         ("--lr nan", 1, ["--lr", "nan"]),
         ("--lr -0.1", 1, ["--lr", "-0.1"]),
+        ("--lr -1e-3", 1, ["--lr", "-0.001 is not a positive number"]),
+        ("--lr -inf", 1, ["--lr", "-inf is not a positive number"]),
+        ("--lr -.5E2", 1, ["--lr", "-50.0"]),
+        ("--lr 1e400", 1, ["--lr", "inf"]),
+        ("--max_steps -1e3", 1, ["--max_steps", "-1e3"]),
+        ("-w -1e-3", 1, ["--weight_decay", "-0.001"]),
+        ("-s -5.", 1, ["--warmup_steps", "-5."]),
         ("-w -0.1", 1, ["--weight_decay", "-0.1"]),
         ("--gradient_clipping -1", 1, ["--gradient_clipping", "-1"]),
         ("-p gemini -x fp32", 1, ["--mixed_precision", "gemini", "zero2"]),
@@ -142,6 +162,13 @@ def test_flags(problems, flags, ranks, expected):
         ("--model_path ./none", ["--model_path", "./none", "give a model folder or a hub name"]),
         ("--model_path {rows}", ["--model_path", "is a file; give the folder"]),
         ("--model_path {data}", ["--model_path", "config.json"]),
+        ("--model_path {adapter}", ["--model_path", "an adapter for OWNER/BASE; merge them", "OWNER/BASE"]),
+        ("--model_path {pointer}", ["--model_path", "config.json is a Git LFS pointer", "git lfs pull"]),
+        ("--model_path {model} --tokenizer {pointer}", ["--tokenizer", "tokenizer.model is a Git LFS pointer"]),
+        ("--model_path https://huggingface.co/a/b", ["--model_path", "is a URL; give the hub name a/b"]),
+        ("--model_path a/b/", ["--model_path", "give a/b without a slash"]),
+        ("--model_path {model} --lr -1e-3", ["--lr", "-0.001"]),
+        ("--model_path {model} --lora_rank 4 --lora_alpha -1e-3", ["--lora_alpha", "-0.001"]),
         ("--model_path {model} -p 3d", ["--plugin", "3d", "hybrid_parallel"]),
         ("--model_path {model} -l 129", ["--max_length", "129", "128"]),
         ("--model_path {model} -e 0", ["--num_epochs", "0"]),
@@ -163,7 +190,14 @@ def test_flags(problems, flags, ranks, expected):
 def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path, flags, expected):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
+    for name in ("adapter", "pointer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "OWNER/BASE"}')
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / "pointer" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     places = {
+        "adapter": tmp_path / "adapter",
+        "pointer": tmp_path / "pointer",
         "run": finished_run.save_dir,
         "model": finished_run.save_dir / "final",
         "data": sample / "data",
@@ -264,6 +298,40 @@ def test_folder_is_a_file(problems, tmp_path, flag):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         (problem,) = problems(f"--{flag}", folder)
         assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir"])
+def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
+    (tmp_path / "link").symlink_to("gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        (problem,) = problems(f"--{flag}", folder)
+        assert problem == (
+            f"--{flag}: {tmp_path / 'link'} is a link to gone, which is not there; make that, or give a folder"
+        )
+
+
+def test_number_flags_take_no_nonsense(monkeypatch, capsys, sample_flags, tmp_path):
+    """Every flag with a number: a value is used, or refused by a line that names the flag."""
+    given = [
+        *map(str, sample_flags),
+        "-p",
+        "zero2",
+        "--dry_run",
+        "-o",
+        str(tmp_path / "run"),
+        "-t",
+        str(tmp_path / "tb"),
+    ]
+    names = [name for name, value in vars(program.parse_args(given)).items() if type(value) in (int, float)]
+    assert {"lr", "batch_size", "mfu", "shuffle_buffer"} <= set(names)
+    names += ["max_steps", "recompute", "keep_checkpoints", "keep_every", "gpus", "gpu_memory", "eval_fraction", "tp"]
+    for name in names:
+        for value in ("-1", "-1e-3", "nan", "-nan", "inf", "-inf", "1e400", "-1e400"):
+            monkeypatch.setattr(sys, "argv", ["pretrain.py", *given, f"--{name}", value])
+            with pytest.raises(InputError, match=f"--{name}") as raised:
+                program.main()
+            assert "\n" not in str(raised.value)
+            assert "expected one argument" not in str(raised.value)
 
 
 def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_path, monkeypatch):

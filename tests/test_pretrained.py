@@ -2,22 +2,36 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from corpora import error_of
+from corpora import error_of, run_python
 from hub_server import Branches, HubServer
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from launching import ROOT
+from peft import LoraConfig, get_peft_model
 from processes import boosted, run_ranks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from console import InputError
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, generation_config, load_pretrained, pretrained_weights
+from pretrained import (
+    check_pretrained,
+    find_model,
+    generation_config,
+    load_pretrained,
+    pretrained_weights,
+    refuse_other_formats,
+)
 from sharded_state import MASTER, local_shards
+from tokenization import load_tokenizer
 
 
 def check(folder, config=None):
@@ -119,6 +133,39 @@ class TestLoading:
                 seen.add(name)
         assert seen == expected.keys()
 
+    @pytest.mark.parametrize("how", [FORMATS["several .safetensors"], FORMATS["several .bin"]], ids=["safe", "bin"])
+    def test_single_file_beside_the_index_of_an_older_model(self, tmp_path, how):
+        """As where a model of several files is loaded, changed, and saved over itself."""
+        save_model(tmp_path, **how)
+        expected = save_model(tmp_path / "new")
+        (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+        weights, theirs = check(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+        for name, value in theirs.named_parameters():
+            assert torch.equal(value, expected[name])
+            assert torch.equal(weights[name][:], value)
+
+    def test_model_without_its_head(self, tmp_path):
+        """LlamaModel saves names without `model.`, from which transformers makes a whole model if its weights are tied."""
+        changes = load_config("test").to_dict()
+        expected = LlamaModel(LlamaConfig(**{**changes, "tie_word_embeddings": True}))
+        expected.save_pretrained(tmp_path)
+        weights = check(tmp_path)
+        assert all(torch.equal(weights[f"model.{name}"][:], value) for name, value in expected.named_parameters())
+        (tmp_path / "config.json").write_text(json.dumps(changes))
+        assert "lack lm_head.weight (1 missing); set tie_word_embeddings" in error_of(check, tmp_path)
+
+    @pytest.mark.parametrize("flags", ["-p zero2", "-p gemini"])
+    def test_no_number_on_one_rank_ends_all(self, tmp_path, flags):
+        """In the last row, which the first rank does not read."""
+        save_model(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["model.layers.2.mlp.up_proj.weight"][-1, -1] = float("inf")
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        first, second = run_ranks(2, error_of, loaded, tmp_path, flags)
+        assert first == second
+        assert "--init_from: model.layers.2.mlp.up_proj.weight in " in first
+        assert "has a NaN or an infinity" in first
+
     def test_old_rotary_buffers_are_passed_over(self, tmp_path):
         save_model(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
@@ -186,6 +233,130 @@ class TestRefused:
         assert "lm_head.weight" in refused(longer)
         assert "shape [1032, 64], and its config.json makes it [1024, 64]" in refused(longer)
 
+    def test_names_that_leave_the_folder(self, tmp_path):
+        save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for name in ("../1.safetensors", str(tmp_path / "1.safetensors"), "..", ""):
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+            assert f"names {name!r}, which is no file beside it" in error_of(weights_of, folder)
+
+    def test_index_of_other_files(self, tmp_path):
+        index = tmp_path / "model.safetensors.index.json"
+        save_model(tmp_path, max_shard_size="300KB")
+        content = json.loads(index.read_text())
+        first = min(content["weight_map"].values())
+        for weight_map, expected in (
+            ({**content["weight_map"], "lm_head.bias": first}, "lm_head.bias is not where it says (1 such)"),
+            (dict(list(content["weight_map"].items())[1:]), "is not where it says (1 such)"),
+            ({}, "names no weights"),
+        ):
+            index.write_text(json.dumps({**content, "weight_map": weight_map}))
+            assert expected in error_of(weights_of, tmp_path)
+        index.write_text(json.dumps(content))
+        weights = load_file(tmp_path / first)
+        other = next(file for file in content["weight_map"].values() if file != first)
+        name = min(weights)
+        save_file({**load_file(tmp_path / other), name: weights[name]}, tmp_path / other)
+        assert f"both hold {name}; save the model anew" in error_of(weights_of, tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+    def test_quantised_weights(self, single, dtype, file):
+        name = "model.layers.1.mlp.up_proj.weight"
+        weights = load_file(single / "model.safetensors")
+        weights[name] = weights[name].to(dtype)
+        (single / "model.safetensors").unlink()
+        (torch.save if file.endswith(".bin") else save_file)(weights, single / file)
+        message = error_of(check, single)
+        assert message.startswith(f"--model_path: {name} in {single / file} is stored as ")
+        assert "quantised" in message
+        assert "dequantize it with transformers" in message
+
+    @pytest.mark.parametrize(
+        ("files", "expected"),
+        [
+            ("adapter_config.json", "holds an adapter for the model that it was trained beside; merge them"),
+            ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, weights in the format GGUF; load it with transformers, "),
+            (
+                "consolidated.00.pth consolidated.01.pth params.json",
+                "consolidated.00.pth, Meta's own format; convert it",
+            ),
+            (
+                "consolidated.safetensors params.json",
+                "Meta's own format; convert it with `python -m transformers.models",
+            ),
+            (
+                "tf_model.h5",
+                "weights of TensorFlow; load it with transformers, AutoModelForCausalLM.from_pretrained(FOLD",
+            ),
+            ("flax_model.msgpack", "from_flax=True"),
+            ("model.onnx", "a graph for inference"),
+            ("model.fp16.safetensors", "a variant of the weights; load it with transformers, "),
+            ("model-00001-of-00002.safetensors", "weights without their index, model.safetensors.index.json; download"),
+            ("pytorch_model-00002-of-00002.bin", "weights without their index, pytorch_model.bin.index.json"),
+            ("zero_to_fp32.py latest", "a checkpoint of DeepSpeed; run that file"),
+        ],
+    )
+    def test_other_formats(self, single, files, expected):
+        (single / "model.safetensors").unlink()
+        for name in files.split():
+            (single / name).touch()
+        message = error_of(check, single)
+        assert message.startswith(f"--model_path: {single} holds ")
+        assert expected in message
+        (single / "config.json").unlink()
+        assert expected in error_of(refuse_other_formats, single, "--model_path")
+
+    def test_adapter_beside_weights_names_a_command_that_merges_it(self, single):
+        """transformers takes the model that such a folder names, not the weights in it."""
+        base = single / "base"
+        save_model(base)
+        get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(single)
+        message = error_of(check, single)
+        assert f"{single} holds an adapter for {base}; merge them and give the folder MERGED" in message
+        merge = message.partition(' python -c "')[2].removesuffix('"')
+        exec(merge.replace("'MERGED'", repr(str(single / "merged"))), {})
+        check(single / "merged")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+    def test_pointers_of_git_lfs(self, single, name):
+        config = load_config(str(single))
+        (single / "model.safetensors").unlink()
+        (single / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        message = error_of(check, single, config)
+        assert message == (
+            f"--model_path: {single / name} is a Git LFS pointer, not the file itself; run `git lfs pull` in {single}"
+        )
+
+    @pytest.mark.parametrize(
+        ("metadata", "expected"), [({"format": "flax"}, "the format 'flax', not 'pt'"), ({"by": "me"}, "format None")]
+    )
+    def test_safetensors_of_another_framework(self, single, metadata, expected):
+        save_file(load_file(single / "model.safetensors"), single / "model.safetensors", metadata=metadata)
+        assert expected in error_of(check, single)
+
+    @pytest.mark.parametrize("content", [[1], {"model": {}}, {"a": torch.ones(2).to_sparse()}, {"a": 1}])
+    def test_bin_file_of_something_else(self, single, content):
+        (single / "model.safetensors").unlink()
+        torch.save(content, single / "pytorch_model.bin")
+        assert f"--model_path: the weights in {single} cannot be read: " in error_of(check, single)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("https://huggingface.co/a/b", "is a URL; give the hub name a/b"),
+            ("https://huggingface.co/a/b/tree/v1", "is a URL; give the hub name a/b@v1"),
+            ("huggingface.co/a/b/", "is a URL; give the hub name a/b"),
+            ("s3://a/b", "is a URL; give a model folder, or a hub name OWNER/NAME"),
+            ("a/b/", "is no folder; for the hub's, give a/b without a slash at its end"),
+            ("a/b@", "names no revision behind @"),
+        ],
+    )
+    def test_almost_a_hub_name(self, name, expected):
+        assert error_of(find_model, name, "--model_path").startswith(f"--model_path: {name} {expected}")
+        assert error_of(load_tokenizer, name).startswith(f"--tokenizer: {name} is ".removesuffix("is "))
+
     @pytest.mark.parametrize("name", ["/none/model", "./none", "~/none", "a/b/c", "no model"])
     def test_what_can_be_no_hub_name(self, name):
         message = error_of(find_model, name, "--model_path")
@@ -193,6 +364,124 @@ class TestRefused:
 
     def test_a_file(self, single):
         assert "is a file; give the folder" in error_of(find_model, str(single / "config.json"), "--model_path")
+
+
+# ------------------------------------------------------------------------- any folder, as transformers would read it
+
+SMALL = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HARMLESS = ("none", "none", "buffers", "base")  # what leaves the model that it is, where its embeddings are tied
+DAMAGES = ("missing", "renamed", "unknown", "unindexed", "other file", "twice", "int8", "float8", "shape", "no shard")
+DAMAGES += ("other format", "tensorflow", "no metadata", "not plain", "no weights")
+
+
+def write_weights(folder: Path, tensors: dict, how: str, variant: str, damage: str, draw: random.Random) -> None:
+    """Writes tensors in one of FORMATS, by hand, with something wrong in the files or the index."""
+    safe, several = how.endswith(".safetensors"), how.startswith("several")
+    stem, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
+    metadata = {"other format": {"made": "elsewhere"}, "tensorflow": {"format": "tf"}, "no metadata": None}
+    names = [name for name in tensors if draw.random() < 0.5] if several else []
+    parts = [names, [name for name in tensors if name not in names]] if several else [list(tensors)]
+    files = [f"{stem}{variant}-{n:05d}-of-00002.{ending}" for n in (1, 2)] if several else [f"{stem}{variant}.{ending}"]
+    if damage == "twice":
+        parts[0] = [*parts[0], *parts[-1][:1]] if several else parts[0]
+    for file, part in zip(files, parts, strict=True):
+        content = {name: tensors[name].clone() for name in part}
+        if damage == "twice" and file == files[0] and several:
+            content = {name: tensor + (name == parts[-1][0]) for name, tensor in content.items()}
+        if safe:
+            save_file(content, folder / file, metadata=metadata.get(damage, {"format": "pt"}))
+        else:
+            torch.save(content, folder / file)
+    if several:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        name = draw.choice(list(weight_map))
+        if damage == "unindexed":
+            del weight_map[name]
+        elif damage == "other file":
+            weight_map[name] = files[weight_map[name] == files[0]]
+        elif damage == "not plain":
+            weight_map[name] = f"../{folder.name}/{weight_map[name]}"
+        elif damage == "no weights":
+            weight_map = {}
+        elif damage == "no shard":
+            (folder / files[0]).unlink()
+        index = f"{stem}.safetensors.index{variant}.json" if safe else f"{stem}.bin.index{variant}.json"
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def changed(tensors: dict, damage: str, draw: random.Random) -> dict:
+    """The tensors with something wrong among them."""
+    tensors, name = dict(tensors), draw.choice(list(tensors))
+    if damage == "buffers":
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    elif damage == "base":
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    elif damage in ("missing", "renamed"):
+        moved = tensors.pop(name)
+        tensors |= {f"{name}_other": moved} if damage == "renamed" else {}
+    elif damage == "unknown":
+        tensors["model.layers.0.self_attn.q_proj.weight_scale"] = torch.ones(1)
+    elif damage in ("int8", "float8"):
+        tensors[name] = (tensors[name] * 9).to(torch.int8 if damage == "int8" else torch.float8_e4m3fn)
+    elif damage == "shape":
+        tensors[name] = torch.cat([tensors[name], tensors[name]])
+    return tensors
+
+
+def read_by_transformers(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The weights that transformers takes, or None where it refuses, or would not take all of them or make some up."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError):
+        return None
+    state = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    return None if any(report.values()) or any(tensor.is_meta for tensor in state.values()) else state
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    tied=st.booleans(),
+    writes=st.lists(
+        st.tuples(st.sampled_from(list(FORMATS)), st.sampled_from(["", "", "", ".fp16"])), min_size=1, max_size=3
+    ),
+    damage=st.one_of(st.sampled_from(HARMLESS), st.sampled_from(DAMAGES)),
+)
+def test_any_folder_gives_the_tensors_of_transformers_or_a_refusal(seed, tied, writes, damage):
+    """Folders into which one model after another was saved; one is damaged, perhaps the one that is read."""
+    draw = random.Random(seed)
+    config = LlamaConfig(**SMALL, tie_word_embeddings=tied)
+    shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    damaged = draw.randrange(len(writes))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config.save_pretrained(folder)
+        for number, (how, variant) in enumerate(writes):
+            kind = torch.Generator().manual_seed(seed + number)
+            tensors = {
+                name: torch.randn(shape, generator=kind).to(draw.choice(FLOATS))
+                for name, shape in shapes.items()
+                if not (tied and name == "lm_head.weight" and draw.random() < 0.7)
+            }
+            fault = damage if number == damaged else "none"
+            write_weights(folder, changed(tensors, fault, draw), how, variant, fault, draw)
+        expected = read_by_transformers(folder)
+        refusal = None
+        try:
+            weights = check(folder)
+        except InputError as error:
+            refusal = str(error)
+        if refusal:
+            event("refused")
+            assert "\n" not in refusal
+            assert expected is None or damage not in HARMLESS, refusal
+            return
+        event("read")
+        assert expected is not None
+        assert set(weights.files) == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(weights[name][:].float(), tensor), name
 
 
 FIND = """
@@ -239,3 +528,43 @@ def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
         assert find_in_processes(1, name, environment) == there[:1]  # with no hub to be reached
     (line,) = find_in_processes(1, "someone/other", environment)
     assert "someone/other is no folder, and it cannot be downloaded" in line
+
+
+class TestHub:
+    @pytest.fixture
+    def environment(self, tmp_path):
+        return {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+
+    @pytest.mark.parametrize(
+        ("there", "fetched"),
+        [
+            (["one .safetensors", "several .safetensors", "one .bin"], ["model.safetensors"]),
+            (["one .bin", "several .bin"], ["pytorch_model.bin"]),
+        ],
+        ids=["safetensors", "bin"],
+    )
+    def test_nothing_is_fetched_that_transformers_would_not_read(self, tmp_path, environment, there, fetched):
+        for number, how in enumerate(there):
+            save_model(tmp_path / str(number), **FORMATS[how])
+        files = {path.name: path.read_bytes() for path in sorted(tmp_path.rglob("*.*"), reverse=True) if path.is_file()}
+        files |= {"model-consolidated.safetensors": b"", "consolidated.00.pth": b"", "pytorch_model.bin.old": b""}
+        with HubServer({"someone/llama": Branches({"main": files})}) as hub:
+            (folder,) = find_in_processes(1, "someone/llama", {**environment, "HF_ENDPOINT": hub.url})
+            weights = [name for name in files if ".json" not in name and hub.downloads(f"/{name}")]
+        assert weights == fetched
+        check(Path(folder))
+
+    def test_cache_that_cannot_be_written_to(self, tmp_path, environment):
+        (tmp_path / "file").touch()
+        environment["HF_HOME"] = str(tmp_path / "file" / "below")
+        save_model(tmp_path / "model")
+        files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+        with HubServer({"someone/llama": Branches({"main": files})}) as hub:
+            environment["HF_ENDPOINT"] = hub.url
+            (line,) = find_in_processes(1, "someone/llama", environment)
+            assert line.startswith("--model_path: someone/llama cannot be downloaded to the hub's cache ")
+            assert "set HF_HOME to a folder" in line
+            code = "import tokenization\ntry: tokenization.load_tokenizer('someone/llama')\n"
+            done = run_python(code + "except tokenization.InputError as error: print(error)", **environment)
+            line = done.communicate(timeout=240)[0].splitlines()[-1]
+            assert line.startswith("--tokenizer: someone/llama cannot be downloaded to the hub's cache ")
