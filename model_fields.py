@@ -27,6 +27,7 @@ COUNTS = (  # whole numbers of at least 1
     "original_max_position_embeddings",
     "vocab_size",
 )
+DERIVED = ("num_key_value_heads", "head_dim", "original_max_position_embeddings")  # from others, where null
 RANGES = {  # numbers from the first to the second
     "rms_norm_eps": (0, 1),
     "rope_theta": (1, math.inf),
@@ -100,7 +101,7 @@ def used_fields(values: dict, file: object) -> dict:
     known = {*LlamaConfig().to_dict(), *_KEPT}
     if unknown := sorted(name for name in values if name not in known and not name.startswith("_")):
         _say_once(f"{file}: not used and not saved, as LLaMA has no such fields: {', '.join(unknown)}")
-    return {name: value for name, value in values.items() if name in known}
+    return {name: value for name, value in values.items() if name in known and (value is not None or name not in _KEPT)}
 
 
 def field_problems(values: dict) -> list[str]:
@@ -127,7 +128,7 @@ def field_problems(values: dict) -> list[str]:
 
 
 def _range_problems(values: dict) -> list[str]:
-    derived = {name for name in ("num_key_value_heads", "head_dim") if values.get(name) is None}
+    derived = {name for name in DERIVED if values.get(name) is None}
     problems = []
     for name in (name for name in (*COUNTS, *RANGES) if name in values and name not in derived):
         value = values[name]

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +98,9 @@ def _as_transformers_4(values: dict) -> dict:
     """
     values = dict(values)
     if rope := values.pop("rope_parameters", None):
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
         values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-        outside = ["rope_theta"]
+        outside = ["rope_theta", "partial_rotary_factor"]
         if scaling.get("rope_type") == "longrope":  # there it divides short from long, and stood beside the scaling
             outside.append("original_max_position_embeddings")
         values |= {name: rope[name] for name in outside if name in rope}
