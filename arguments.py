@@ -17,6 +17,7 @@ from console import InputError
 from data_utils import MANIFEST_NAME
 from files import existing_part
 from layout import layout_problems
+from model_fields import mixed_length_problem
 from performance_evaluator import card_problems
 from recomputation import AUTO, recomputed_layers, recomputed_share, reenters
 
@@ -314,6 +315,8 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         problems.append(
             f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
         )
+    if getattr(args, "document_mask", True):  # fine-tuning has no such flag: its examples always differ in length
+        problems.extend(filter(None, [mixed_length_problem(config, args.max_length)]))
     if args.dry_run:
         problems.extend(card_problems(args))
     else:

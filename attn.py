@@ -148,7 +148,10 @@ def _ulysses_forward(group: ProcessGroup) -> Callable:
         query, key, value = exchanged(self.q_proj), exchanged(self.k_proj), exchanged(self.v_proj)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)  # [B, S, H/P, D]
+        dropout = self.attention_dropout if self.training else 0.0
+        output, _ = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling
+        )  # [B, S, H/P, D]
         output = all_to_all_comm(output.flatten(2).contiguous(), group, scatter_dim=1, gather_dim=2)
         return self.o_proj(output), None
 

@@ -15,7 +15,7 @@ from colossalai.interface import ModelWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from console import rank
+from console import rank, say
 from data_order import ShardedSampler
 from data_utils import IGNORE_INDEX
 from layout import Layout
@@ -68,9 +68,10 @@ def evaluate(
     layout: Layout,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """`eval_loss`, the mean cross-entropy over the labels that count in nats, and `eval_perplexity`, its exponential.
+    """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
-    Collective. None where `stop` has become true on any rank, which is looked at before every batch.
+    Collective. Empty where no label counts; None where `stop` has become true on any rank, which is looked at before
+    every batch.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=get_accelerator().get_current_device())
     model.eval()
@@ -85,5 +86,8 @@ def evaluate(
     if stopping:
         return None
     dist.all_reduce(totals)
-    loss = (totals[0] / totals[1].clamp(min=1)).item()
+    if not totals[1]:
+        say("evaluation: no label counts in the held-out data, so there is no loss")
+        return {}
+    loss = (totals[0] / totals[1]).item()
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}

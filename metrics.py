@@ -147,7 +147,8 @@ class Metrics:
             return
         step, now = values["step"], time.monotonic()
         self.last = values = {**values, "hours": (now - self.start) / 3600}
-        self.losses.append(values["loss"])
+        if values["loss"] is not None:
+            self.losses.append(values["loss"])
         if self.first is None:
             self.first, self.trained_before = (step, now), values["tokens"]
         first = self.first
@@ -159,7 +160,11 @@ class Metrics:
             self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
         norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
-        loss, lr = f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"
+        loss, lr = "loss unknown", f"lr {values['lr']:.2e}"
+        if values["loss"] is None:
+            norm = "no label counts, step skipped"
+        else:
+            loss = f"loss {values['loss']:.4f}"
         speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
         line = f"{loss}, {lr}, {norm}, {speed}"
         self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)  # a narrow terminal cuts the end
@@ -181,7 +186,7 @@ class Metrics:
         """What the run has come to, and how fast this part of it was, all saves and evaluations counted, on rank 0."""
         if not self.main:
             return []
-        loss = f"loss {self.last['loss']:.4f}"
+        loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no label has counted, so nothing was learnt"
         if len(self.losses) == MEAN_STEPS:
             loss += f" ({sum(self.losses) / MEAN_STEPS:.4f} on average of {MEAN_STEPS} steps)"
         if "eval_loss" in self.last:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import no_init_weights
 
 from console import InputError
+from model_fields import field_problems, shape_problems, used_fields
 
 # One line a model: layers, hidden size, FFN size, heads, KV heads, context, vocabulary, RMSNorm epsilon.
 # Sizes: Touvron et al. 2023, "LLaMA" (arXiv:2302.13971) table 2 and "Llama 2" (arXiv:2307.09288) table 1;
@@ -52,30 +52,12 @@ def _config(
 
 MODEL_CONFIGS = {name: _config(*sizes) for name, sizes in _SIZES.items()}
 
-# What a config.json may say: whole numbers of at least 1, and other numbers from the first to the second.
-_COUNTS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "vocab_size",
-)
-_RANGES = {
-    "rms_norm_eps": (0, 1),
-    "rope_theta": (1, math.inf),
-    "initializer_range": (0, math.inf),
-    "attention_dropout": (0, 1),
-}
-
 
 def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
-    """The configuration that `flag` names: a built-in one, a config.json, or a folder that holds one.
+    """Read the configuration that `flag` names: a built-in one, a config.json, or a folder that holds one.
 
     Raises:
-        InputError: unknown name, unreadable file, or a model that is not LLaMA.
+        InputError: unknown name, unreadable file, a model that is not LLaMA, or a field that is not trained.
     """
     if name_or_path in MODEL_CONFIGS:
         return LlamaConfig.from_dict(MODEL_CONFIGS[name_or_path].to_dict())
@@ -95,57 +77,37 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
             raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains 'llama' alone")
         values = _as_transformers_4(values)
-        problems = _range_problems(values)
+        problems = field_problems(values)
         if not problems:
-            config = LlamaConfig.from_dict(values)
-            problems = _shape_problems(config)
+            config = LlamaConfig.from_dict(used_fields(values, path))
+            problems = shape_problems(config)
         if problems:
             raise InputError(*(f"{flag}: {path}: {problem}" for problem in problems))
         parameter_specs(config)
-    except (OSError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {error}") from error
     config.use_cache = False
     return config
 
 
-def _range_problems(values: dict) -> list[str]:
-    derived = {name for name in ("num_key_value_heads", "head_dim") if values.get(name) is None}
-    problems = []
-    for name in (name for name in (*_COUNTS, *_RANGES) if name in values and name not in derived):
-        value = values[name]
-        least, greatest = _RANGES.get(name, (1, math.inf))
-        if type(value) not in ((int,) if name in _COUNTS else (int, float)) or not least <= value <= greatest:
-            kind = "a whole number" if name in _COUNTS else "a number"
-            upwards = "upwards" if greatest == math.inf else f"to {greatest}"
-            problems.append(f"{name} is {json.dumps(value)}; it has to be {kind} from {least} {upwards}")
-    return problems
-
-
-def _shape_problems(config: LlamaConfig) -> list[str]:
-    problems = []
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if hidden % heads or heads % kv_heads:
-        problems.append(f"hidden size {hidden}, {heads} heads and {kv_heads} key-value heads do not divide one another")
-    elif config.head_dim % 2:
-        problems.append(f"heads of {config.head_dim} numbers each; rotary embeddings need an even number")
-    padding, vocabulary = config.pad_token_id, config.vocab_size
-    if padding is not None and not -vocabulary <= padding < vocabulary:  # from the end, as in LLaMA-1's first files
-        problems.append(f"pad_token_id {padding} is outside the vocabulary of {vocabulary}; give another, or null")
-    return problems
-
-
 def _as_transformers_4(values: dict) -> dict:
-    """A config.json with what transformers 5 names otherwise, which this version would pass over, under its old names.
+    """Rename the fields that transformers 5 names otherwise, which this version would pass over.
 
-    `rope_parameters` holds the base and, but for the type `default`, the scaling; `dtype` was `torch_dtype`.
+    `rope_parameters` holds the base and, but for the type `default`, the scaling; `dtype` was `torch_dtype`. A dtype
+    that is none of torch's, such as `auto`, is dropped: --mixed_precision decides.
     """
     values = dict(values)
     if rope := values.pop("rope_parameters", None):
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
         values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-        values |= {name: rope[name] for name in ("rope_theta",) if name in rope}
-    if dtype := values.pop("dtype", None):
-        values.setdefault("torch_dtype", dtype)
+        outside = ["rope_theta", "partial_rotary_factor"]
+        if scaling.get("rope_type") == "longrope":  # there it divides short from long, and stood beside the scaling
+            outside.append("original_max_position_embeddings")
+        values |= {name: rope[name] for name in outside if name in rope}
+    dtype = values.pop("dtype", None)
+    name = str(values.pop("torch_dtype", None) or dtype).removeprefix("torch.")
+    if isinstance(getattr(torch, name, None), torch.dtype):
+        values["torch_dtype"] = name
     return values
 
 
@@ -222,6 +184,8 @@ def build_model(
     """
     with no_init_weights(), _default_dtype(dtype), context:
         model = LlamaForCausalLM(config)
+        # torch gives the row of padding no gradient, which is often EOS's; no label here counts after padding.
+        model.model.embed_tokens.padding_idx = None
         model.tie_weights()  # which no_init_weights leaves out; it does so only where the configuration ties them
     return model
 

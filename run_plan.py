@@ -31,7 +31,7 @@ class TrainState:
     step: int = 0  # optimizer steps since the start of training
     sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
     tokens: int = 0
-    skipped_steps: int = 0  # of `step`, those whose fp16 gradients overflowed
+    skipped_steps: int = 0  # of `step`, those that updated nothing: fp16 gradients overflowed, or no label counted
     settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
     stream: dict | None = None  # where a data set that is read as a stream goes on
     unevaluated: dict | None = None  # the last step's metrics, if a signal came before its evaluation ended

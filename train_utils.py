@@ -225,7 +225,9 @@ def train(
                 if "stream" in batch:
                     state.stream = json.loads(batch.pop("stream"))
             torch.manual_seed(step_seed(args.seed, state.step))
-            loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
+            loss_sum = torch.zeros(())
+            if label_tokens:
+                loss_sum = forward_backward(booster, model, optimizer, micro_batches, label_tokens)
             launched = accelerator.Event()
             launched.record()
             waited = time.perf_counter()
@@ -236,16 +238,18 @@ def train(
             totals[0] = loss_sum / plan.layout.tp
             dist.all_reduce(totals)
             total_loss, stopping, save_failed = totals.tolist()
-            loss = total_loss / label_tokens
+            loss = total_loss / label_tokens if label_tokens else None
             if save_failed:
                 writer.wait()
             lr = float(lr_scheduler.get_last_lr()[0])
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 raise RunError(_diverged(f"loss {loss}", state.step + 1, lr, writer))
             scaler = loss_scaler(optimizer)
             loss_scale = scaler.loss_scale if scaler else 1.0
-            grad_norm, skipped = optimizer_step(model, optimizer)
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            grad_norm, skipped = math.inf, True  # nothing is learnt where no label counts
+            if label_tokens:
+                grad_norm, skipped = optimizer_step(model, optimizer)
+                skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or not (skipped or math.isfinite(grad_norm)):
                 raise RunError(_diverged(f"gradient norm {grad_norm}", state.step + 1, lr, writer))
             lr_scheduler.step()
@@ -274,7 +278,7 @@ def train(
                 "skipped_steps": state.skipped_steps,
             }
             last = state.step == plan.total_steps
-            if held_out is not None and (last or state.step % args.eval_interval == 0):
+            if held_out is not None and may_evaluate(model) and (last or state.step % args.eval_interval == 0):
                 evaluation = None if stopping else evaluate(booster, model, held_out, plan.layout, stop)
                 state.unevaluated = row if evaluation is None else None
                 stopping = evaluation is None

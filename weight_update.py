@@ -122,6 +122,31 @@ class Adam(HybridAdam):
 gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)  # Gemini takes the classes of this set, not their subclasses
 
 
+def divide_by_the_scale_of_the_gradients() -> None:
+    """Patches ColossalAI's fp16: gradients are divided by the loss scale that they were multiplied by.
+
+    Symptom: every 1000th step without an overflow moves the moments, and clips, as if gradients were half as large.
+    Cause: `should_skip_step` lets the scale grow before `get_grad_div_scale` reads it.
+    Fix: `should_skip_step` notes the scale first, and `get_grad_div_scale` returns that, under every plugin.
+    Remove when: ColossalAI updates its scale after the step, as torch.amp.GradScaler does.
+    """
+    decide, divisor = FP16MixedPrecisionMixin.should_skip_step, FP16MixedPrecisionMixin.get_grad_div_scale
+
+    def should_skip_step(self: FP16MixedPrecisionMixin) -> bool:
+        self.scale_of_gradients = self.loss_scale
+        return decide(self)
+
+    def get_grad_div_scale(self: FP16MixedPrecisionMixin) -> float:
+        divisor(self)  # it changes the state
+        return self.scale_of_gradients
+
+    FP16MixedPrecisionMixin.should_skip_step = should_skip_step
+    FP16MixedPrecisionMixin.get_grad_div_scale = get_grad_div_scale
+
+
+divide_by_the_scale_of_the_gradients()
+
+
 class _Transfer:
     """The way of one gradient from the GPU to the host, and of the updated weight back through the same buffer."""
 
