@@ -107,7 +107,7 @@ class TokenStream:
             if not weights or file.slice in weights:
                 by_slice.setdefault(file.slice, []).append(file)
         state = state or {"slices": {}, "offset": 0}
-        self._readers = {
+        self.readers = {
             name: SliceReader(
                 by_slice[name],
                 weights[name] if weights else None,
@@ -124,7 +124,7 @@ class TokenStream:
             self._rest = self._rest[state["offset"] :]
 
     def _positions(self) -> dict[str, dict]:
-        return {name: asdict(reader.position) for name, reader in self._readers.items()}
+        return {name: asdict(reader.position) for name, reader in self.readers.items()}
 
     @property
     def state(self) -> dict:
@@ -135,7 +135,7 @@ class TokenStream:
 
     def _read_document(self) -> None:
         self._before = self._positions()
-        reader = min(self._readers.values(), key=lambda reader: reader.progress)
+        reader = min(self.readers.values(), key=lambda reader: reader.progress)
         (self._rest,) = self.encoder.encode([reader.next_text()])
         self._length = len(self._rest)
         reader.position.tokens += self._length
@@ -190,6 +190,12 @@ class StreamedDataset(Dataset):
             raise InputError(f"--streaming: the size of {unknown[0]} is not known; prepare the data set instead")
         self.start: dict | None = None
         self._stream: TokenStream | None = None
+
+    def check(self) -> None:
+        """Reads a document of every slice. Raises InputError if there is none, or the file is damaged."""
+        stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights)
+        for reader in stream.readers.values():
+            reader.next_text()
 
     def resume(self, stream: dict | None) -> None:
         """Goes on from what an item of an earlier run had as `stream`."""

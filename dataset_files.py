@@ -31,7 +31,10 @@ WHOLE = Span()
 
 
 class Row(NamedTuple):
-    """A row by column, and how many bytes of the (compressed) file, up to its row or its batch of rows, are read."""
+    """A row by column, and how many bytes of the (compressed) file, up to its row or its batch of rows, are read.
+
+    The bytes of a row are the same wherever reading starts, since a stream mixes its slices by them.
+    """
 
     columns: dict
     position: int
@@ -52,7 +55,7 @@ def read_rows(
         only: columns to read where the others can be left unread, which is in columnar files.
 
     Raises:
-        InputError: the file is damaged, a line of it is no JSON object, or a required column is missing.
+        InputError: the file is damaged or has no row, a line of it is no JSON object, or a required column is missing.
     """
     suffix = path.suffix.lower()
     number = start_row
@@ -66,6 +69,8 @@ def read_rows(
         for row in rows:
             yield row
             number += 1
+        if number == 0 and span == WHOLE:
+            raise InputError(f"--dataset: {path} is empty: it has no row; copy it again or remove it")
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--dataset: {path} cannot be read beyond row {number} ({reason}); copy it again") from error
@@ -93,8 +98,6 @@ def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) 
             if skipped == 1 and not span.start:
                 _require(columns, required, path)
             yield Row(columns, position)
-        if number == 0 and span == WHOLE:
-            raise InputError(f"--dataset: {path} is empty; copy it again or remove it")
 
 
 class _Decompressed(io.RawIOBase):
@@ -180,14 +183,18 @@ def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | Non
         _require(names, required, path)
         columns = [name for name in names if only is None or name in only]
         size, total = path.stat().st_size, parquet.metadata.num_rows
-        group, first = 0, 0  # row groups that lie wholly before the start are not read
-        while group < parquet.num_row_groups and first + parquet.metadata.row_group(group).num_rows <= start_row:
-            first += parquet.metadata.row_group(group).num_rows
+        group, row = 0, 0  # row groups that lie wholly before the start are not read
+        while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= start_row:
+            row += parquet.metadata.row_group(group).num_rows
             group += 1
         groups = range(group, parquet.num_row_groups)
         for table in parquet.iter_batches(COLUMNAR_ROWS, row_groups=groups, columns=columns):
-            yield from _table_rows(table, start_row - first, size * (first + table.num_rows) // total)
-            first += table.num_rows
+            skip = max(0, start_row - row)
+            row += min(skip, table.num_rows)
+            for values in table.slice(skip).to_pylist():
+                batch_end = (row // COLUMNAR_ROWS + 1) * COLUMNAR_ROWS  # of the file, wherever the start has cut it
+                yield Row(values, size * min(batch_end, total) // total)
+                row += 1
 
 
 def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
@@ -197,13 +204,9 @@ def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None,
         first = 0
         for batch in stream:
             for start in range(max(0, start_row - first), batch.num_rows, COLUMNAR_ROWS):
-                yield from _table_rows(batch.slice(start, COLUMNAR_ROWS).select(columns), 0, raw.tell())
+                for values in batch.slice(start, COLUMNAR_ROWS).select(columns).to_pylist():
+                    yield Row(values, raw.tell())
             first += batch.num_rows
-
-
-def _table_rows(table: pa.RecordBatch, skip: int, position: int) -> Iterator[Row]:
-    for columns in table.slice(max(0, skip)).to_pylist():
-        yield Row(columns, position)
 
 
 def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> None:

@@ -30,7 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import http_backoff, logging
 
 import hub
-from console import InputError
+from console import InputError, say
 from files import exclusive_lock
 
 CONVERTED = "refs/convert/parquet"  # the branch to which the hub's own converter writes every data set it can read
@@ -197,12 +197,18 @@ def read_url_lists(repository: Repository, paths: Sequence[str]) -> dict[str, li
 
 
 def remote_files(urls: Sequence[str]) -> list[RemoteFile]:
-    """Asks for the size of every file. Raises InputError that names the first one that cannot be had."""
+    """Asks for size and version of every file. Raises InputError that names the first one that cannot be had."""
     with ThreadPoolExecutor(HEAD_REQUESTS) as pool:
         try:
-            return list(pool.map(_head, urls))
+            files = list(pool.map(_head, urls))
         finally:
             pool.shutdown(cancel_futures=True)
+    if unversioned := [file.url for file in files if not file.version]:
+        say(
+            f"--dataset: the server tells neither ETag nor date of {len(unversioned)} files ({unversioned[0]}, ...): "
+            f"new content of the same size is not seen; delete what changed in {downloads_folder()}"
+        )
+    return files
 
 
 def _head(url: str) -> RemoteFile:
@@ -225,14 +231,20 @@ def _head(url: str) -> RemoteFile:
 
 
 def download(file: RemoteFile) -> Path:
-    """Where the file lies on this machine, downloaded first, or resumed, if it is not whole here."""
+    """Where this version of the file lies on this machine, downloaded first, or resumed, if it is not whole here.
+
+    Versions lie beside each other, so that a run goes on with the one it began with. Raises InputError if the server
+    has another by now.
+    """
     place = urlparse(file.url)
     parts = [part for part in unquote(place.path).split("/") if part not in ("", ".", "..")]
-    target = downloads_folder().joinpath(place.netloc.replace(":", "_"), *parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(file.version.encode()).hexdigest()[:12]
-    partial = target.with_name(f"{target.name}.{key}.part")  # never continued with bytes of another version
-    with exclusive_lock(target.with_name(f"{target.name}.lock")):
+    *folders, name = parts or ["file"]
+    folder = downloads_folder().joinpath(place.netloc.replace(":", "_"), *folders)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256((file.version + place.query).encode()).hexdigest()[:12]
+    target = folder / f"{key}.{name}"
+    partial = folder / f"{name}.{key}.part"
+    with exclusive_lock(folder / f"{name}.lock"):
         if target.is_file() and file.size in (0, target.stat().st_size):
             return target
         try:
@@ -246,7 +258,14 @@ def download(file: RemoteFile) -> Path:
         if file.size and found != file.size:
             partial.unlink()
             raise InputError(f"--dataset: {file.url} has {found} bytes instead of {file.size}; start again")
+        if _head(file.url).version != file.version:
+            partial.unlink()
+            raise InputError(
+                f"--dataset: {file.url} has changed since it was listed; delete {_listings_folder()} and start again"
+            )
         partial.replace(target)
+        if (folder / name).is_file():
+            (folder / name).unlink()  # earlier versions of this program kept one, of whichever content
     return target
 
 
@@ -279,5 +298,9 @@ def remember(key: str, listing: dict) -> None:
         return  # a cache that cannot be written serves those who have a network
 
 
+def _listings_folder() -> Path:
+    return downloads_folder() / "listings"
+
+
 def _record(key: str) -> Path:
-    return downloads_folder() / "listings" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    return _listings_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import console
 from console import InputError
 from data_utils import FORMAT_VERSION, MANIFEST_NAME, read_manifest
-from dataset_shards import PREPARATION, Preparation, make_units, tokenize_units
+from dataset_shards import PREPARATION, Preparation, Unit, make_units, read_units, tokenize_units
 from dataset_sources import Source, resolve_source
 from files import exclusive_lock, once_per_node, sync, write_json
 from tokenization import TextEncoder
@@ -92,6 +92,8 @@ def _prepare_in_cache(
         return _check(Path(dataset), encoder, eval_fraction)
     eval_fraction = eval_fraction or 0.0
     source = resolve_source(dataset, revision=revision, slices=slices)
+    if source.remark:
+        console.say(source.remark)
     key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint, eval_fraction])
     folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()
     if not is_prepared(folder):
@@ -201,15 +203,12 @@ def prepare_folder(
             if finished
             else exclusive_lock(lock, waiting, None if wait_for_others else refusal)
         ):
-            source = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
-            units = make_units(source)
+            source, units = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
             preparation = Preparation(folder, source, units, encoder, eval_fraction)
             mine = range(part.number - 1, len(units), part.of)
             _remove_temporary(preparation, mine)
             missing = [number for number in mine if not preparation.record(number)]
             if missing:
-                if source.remark:
-                    console.say(source.remark)
                 if len(missing) < len(mine):
                     console.say(f"going on: {len(mine) - len(missing):,} of {len(mine):,} pieces are finished")
                 workers = num_workers or len(os.sched_getaffinity(0))
@@ -234,14 +233,17 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(path.name[0] != "." and path.name != "lost+found" for path in folder.iterdir())
 
 
-def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: Sequence, flag: str) -> Source:
-    """The source as the first process on this folder found it, which every later one continues with."""
+def _agree_on_plan(
+    folder: Path, source: Source, encoder: TextEncoder, request: Sequence, flag: str
+) -> tuple[Source, list[Unit]]:
+    """The source as the first process on this folder found it, and its units, which every later one continues with."""
     path = folder / PREPARATION / "plan.json"
     plan = {
         "format_version": FORMAT_VERSION,
         "tokenizer_fingerprint": encoder.fingerprint,
         "request": list(request),
         "source": source.to_json(),
+        "units": make_units(source),
     }
     if not path.is_file():
         own = path.with_name(f"plan.{socket.gethostname()}.{os.getpid()}.json")
@@ -252,7 +254,8 @@ def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: 
     try:
         agreed = json.loads(path.read_bytes())
         first = Source.from_json(agreed["source"])
-        _ = [agreed[key] for key in plan]
+        units = read_units(agreed.get("units"), first)
+        _ = [agreed[key] for key in plan if key != "units"]  # which plans of earlier versions lack
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{flag}: {path} is damaged; delete {folder} and start again") from error
     for name, key in (
@@ -268,7 +271,7 @@ def _agree_on_plan(folder: Path, source: Source, encoder: TextEncoder, request: 
                 f"{flag}: the files of {source.name} have changed since {folder} was begun; give another folder"
             )
         console.say(f"going on with {first.name}@{first.commit}, with which {folder} was begun")
-    return first
+    return first, units
 
 
 def _remove_temporary(preparation: Preparation, numbers: range) -> None:

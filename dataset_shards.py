@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import operator
 import os
 import signal
 import socket
@@ -96,6 +97,20 @@ def make_units(source: Source) -> list[Unit]:
         else:
             units[-1].append(Piece(index, Span()))
             room -= weight
+    return units
+
+
+def read_units(saved: list | None, source: Source) -> list[Unit]:
+    """The units of a plan; of one that has none, those that `make_units` has always made of its source.
+
+    Raises ValueError or TypeError if a list does not describe units of that source.
+    """
+    if saved is None:
+        return make_units(source)
+    units = [[Piece(operator.index(file), Span(*span)) for file, span in unit] for unit in saved]
+    files = [piece.file for unit in units for piece in unit]
+    if not all(units) or sorted(set(files)) != list(range(len(source.files))):
+        raise ValueError("units of other files")
     return units
 
 

@@ -64,9 +64,19 @@ class SourceFile(NamedTuple):
         if self.origin.startswith(("http://", "https://")):
             return dataset_hub.download(RemoteFile(self.origin, self.size, self.version))
         if os.path.isabs(self.origin):
-            return Path(self.origin, self.path)
+            return self._unchanged(Path(self.origin, self.path))
         name, _, commit = self.origin.rpartition("@")
         return dataset_hub.fetch(name, commit, self.path)
+
+    def _unchanged(self, path: Path) -> Path:
+        """The path of a file on this machine, if it is the one that was found: what is read must be of one version."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"--dataset: {path} cannot be read ({error.strerror}); restore or remove it") from error
+        if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version):
+            raise InputError(f"--dataset: {path} has changed since it was found; start again")
+        return path
 
     def rows(self, columns: Sequence[str] = (), start_row: int = 0) -> Iterator[dict]:
         """Its rows with all their columns, from the row of index `start_row` on.

@@ -61,6 +61,8 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
     Raises:
         InputError: no row can be used, or `cache_dir` cannot be written to.
     """
+    if source.remark:
+        say(source.remark)
     key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint])
     folder = Path(cache_dir) / f"examples-{hashlib.sha256(key.encode()).hexdigest()}"
     try:
@@ -81,8 +83,6 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
     # Where the file system has no locks, other nodes build the same at the same time.
     partial = folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir()
-    if source.remark:
-        say(source.remark)
     try:
         lengths, skipped, cut = _write_examples(partial, source, encoder)
         if not lengths:

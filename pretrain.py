@@ -117,8 +117,12 @@ def open_data(
         if is_prepared(Path(args.dataset)):
             raise InputError(f"--streaming: {args.dataset} is prepared, and is read without it; leave the flag out")
         source = Source.from_json(once_per_node(lambda: resolve_source(args.dataset, **choice).to_json()))
+        if source.remark:
+            say(source.remark)
         encoder = TextEncoder(tokenizer)
-        return StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order), None
+        stream = StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order)
+        once_per_node(stream.check)
+        return stream, None
     folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir, eval_fraction=args.eval_fraction, **choice)
     dataset = PackedDataset(folder, args.max_length, **order)
     if not dataset.manifest.get("eval_fraction"):

@@ -212,6 +212,9 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # without a rank, or with another, the modules are not what was meant
+    if state.stream and "shuffle_buffer" in changes:
+        buffer = state.settings["shuffle_buffer"]
+        raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, with which alone the stream goes on exactly")
     if changes and not args.allow_changes:
         if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
             changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"

@@ -78,6 +78,8 @@ def main() -> int:
     else:
         encoder = TextEncoder(load_tokenizer(args.tokenizer))
         source = resolve_source(args.dataset, revision=args.dataset_revision, slices=args.dataset_slices)
+        if source.remark:
+            say(source.remark)
         request = [args.dataset, args.dataset_revision, *args.dataset_slices]
         options = {"part": args.part, "eval_fraction": args.eval_fraction, "request": request}
         if not prepare_folder(source, encoder, args.output, args.num_workers, **options):
