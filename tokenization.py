@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
-    LlamaTokenizer,
+    LlamaTokenizerFast,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 import hub
 from console import InputError, first_line
+from tokenizer_tables import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec
 
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
@@ -32,8 +32,6 @@ FEW_CHARACTERS = 2**11
 BLOCK_BYTES = 2**22  # in which equal parts are encoded once
 PARTS_AT_ONCE = 64  # the longer a text is, the slower is SentencePiece
 OPEN, CLOSE, LINE_END = SIGNS = b"\xfe\xff\n"  # the first two are in no UTF-8 text
-Piece = ModelProto.SentencePiece
-FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
 PROBE = (
     "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
     "  two spaces first",
@@ -47,9 +45,10 @@ def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder (`tokenizer.model` alone is enough) or from the Hugging Face hub.
+    """Loads a tokenizer from a folder or from the Hugging Face hub, as AutoTokenizer does.
 
-    Raises InputError if there is none, or if it lacks a BOS or EOS token.
+    `tokenizer.model` alone is enough: it is read as AutoTokenizer reads it beside the config.json of a LLaMA model.
+    Raises InputError if there is none, if it lacks a BOS or EOS token of its own, or if its ids are random.
     """
     if not name_or_path.strip():
         raise InputError("--tokenizer: it is empty; give a folder or a hub name, or leave the flag out")
@@ -74,33 +73,61 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"--tokenizer: cannot load {name_or_path} ({first_line(error)}); "
             "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
         ) from error
-    missing = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, f"{name}_id") is None]
-    if missing:
-        raise InputError(f"--tokenizer: {name_or_path} has no {' and no '.join(missing)}; set it in its configuration")
+    _check(tokenizer, name_or_path)
     return tokenizer
 
 
+def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    missing = [kind for kind in ("bos_token", "eos_token") if not getattr(tokenizer, kind)]
+    if missing:
+        raise InputError(f"--tokenizer: {name} has no {' and no '.join(missing)}; set it in its tokenizer_config.json")
+    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    ids = tokenizer.get_vocab()
+    for kind in ("bos_token", "eos_token"):
+        token = getattr(tokenizer, kind)
+        # A model without an unknown token, as GPT-2's, makes none of any text, whatever token the tokenizer names.
+        made_of_text = (
+            model is None or (getattr(model, "unk_token", None) or getattr(model, "unk_id", None)) is not None
+        )
+        if token not in ids or (made_of_text and ids[token] == tokenizer.unk_token_id):
+            problem = "is the unknown token" if token in ids else "is not in its vocabulary"
+            raise InputError(
+                f"--tokenizer: {name} has '{token}' as its {kind}, which {problem}; correct its tokenizer_config.json"
+            )
+    if dropout := getattr(model, "dropout", None):
+        raise InputError(f"--tokenizer: {name} has a dropout of {dropout}, so its ids are random; set it to null")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1, which is more than the number of tokens where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
-    """Refuses a tokenizer that has tokens the model does not know."""
-    if len(tokenizer) > config.vocab_size:
+    """Refuses a tokenizer that has ids beyond the model's."""
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
+        holes = "" if size == len(tokenizer) else f" (its {len(tokenizer)} tokens have ids up to {size - 1})"
         raise InputError(
-            f"--tokenizer: its vocabulary of {len(tokenizer)} is larger than the model's of {config.vocab_size}"
+            f"--tokenizer: its vocabulary of {size}{holes} is larger than the model's of {config.vocab_size}; give the "
+            "model's own tokenizer, or a model with as many embeddings"
         )
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
-    fast, settings = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
-    if fast or settings.is_file():
-        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
-        loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
-        options: dict[str, Any] = {"use_fast": fast, "trust_remote_code": False}
-        if isinstance(extra := content.get("extra_special_tokens"), list):
-            options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
-        return loader.from_pretrained(folder, **options)
-    if (folder / "tokenizer.model").is_file():
-        return LlamaTokenizer.from_pretrained(folder, legacy=False)
-    raise InputError(f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one")
+    settings, has_model = folder / "tokenizer_config.json", (folder / "tokenizer.model").is_file()
+    if not (settings.is_file() or (folder / "tokenizer.json").is_file() or has_model):
+        raise InputError(
+            f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one"
+        )
+    if has_model and not settings.is_file() and not (folder / "config.json").is_file():
+        return LlamaTokenizerFast.from_pretrained(folder, legacy=True)
+    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
+    loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if isinstance(extra := content.get("extra_special_tokens"), list):
+        options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+    return loader.from_pretrained(folder, **options)
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
@@ -132,8 +159,9 @@ def _check_hub_has(name: str, revision: str | None) -> None:
 class TextEncoder:
     """Turns documents into BOS + ids + EOS.
 
-    Uses SentencePiece itself, which is faster, where the tokenizer is based on a model that gives the same ids.
-    A special token spelled out in a document, such as `</s>`, stays text.
+    The ids are the tokenizer's. A special token spelled out in a document, such as `</s>`, stays text; a token that was
+    added and is not special is used. SentencePiece itself, which is faster, does it where `tokenizer_tables` proves
+    that it gives the same ids.
 
     Byte-pair encoding joins no two bytes that no token of the vocabulary has side by side. So the documents are cut
     between all such bytes, and of the parts, which are words or less, those that are equal are encoded once; the ids
@@ -147,14 +175,13 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self.sentencepiece = self._load_sentencepiece()
-        self.bare_leading_space = False  # SentencePiece puts a space before every text, some tokenizers not before one
-        if self.sentencepiece and self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
-            self.bare_leading_space = self._is_plain
-            if self._encode(PROBE) != self._encode_with_tokenizer(PROBE):
-                self.sentencepiece, self.bare_leading_space = None, False
+        self._plain_text = PlainText(tokenizer)
+        # SentencePiece puts a space before every text, some tokenizers not before one that begins with a space.
+        self.sentencepiece, self.bare_leading_space = equal_sentencepiece(tokenizer, self._plain_text)
+        if self.sentencepiece and self._encode(PROBE) != self._plain_text.encode(PROBE):
+            self.sentencepiece, self.bare_leading_space = None, False
 
     def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """One array of `dtype` per document, [number of tokens]."""
@@ -175,7 +202,7 @@ class TextEncoder:
 
     def _encode(self, documents: Sequence[str], threads: int = 1) -> list[list[int]]:
         if not self.sentencepiece:
-            return self._encode_with_tokenizer(documents) if documents else []
+            return self._plain_text.encode(documents)
         if not self.bare_leading_space:
             return self.sentencepiece.encode(list(documents), num_threads=threads)
         bare = [document.startswith((" ", "▁")) for document in documents]
@@ -256,8 +283,7 @@ class TextEncoder:
     @cached_property
     def _neighbours(self) -> set[str]:
         """Every pair of characters that stand side by side in some token."""
-        pieces = map(self.sentencepiece.id_to_piece, range(len(self.sentencepiece)))
-        return {pair for piece in pieces for pair in map("".join, itertools.pairwise(piece))}
+        return neighbours(self._rules)
 
     @cached_property
     def _cuts(self) -> np.ndarray:
@@ -267,7 +293,7 @@ class TextEncoder:
         cuts = np.ones((256, 256), bool)
         cuts[joined[:-1], joined[1:]] = False
         cuts[:, 0x80:0xC0] = False
-        cuts[LINE_END, :] = cuts[:, LINE_END] = True  # see `_is_plain`
+        cuts[LINE_END, :] = cuts[:, LINE_END] = True  # see `can_cut`
         return cuts.reshape(-1)
 
     @cached_property
@@ -275,49 +301,28 @@ class TextEncoder:
         return ModelProto.FromString(self.sentencepiece.serialized_model_proto())
 
     @cached_property
-    def _is_plain(self) -> bool:
-        """Whether the text is encoded as it stands, but for a space that is put before it, and a line end by itself."""
-        if not self.sentencepiece:
-            return False
-        rules = self._rules.normalizer_spec
-        plain = not rules.precompiled_charsmap and not rules.remove_extra_whitespaces and rules.escape_whitespaces
-        return plain and not any("\n" in pair for pair in self._neighbours)
-
-    @cached_property
     def can_cut(self) -> bool:
-        """Whether the parts of a text can be encoded by themselves."""
-        if not self._is_plain:
+        """Parts of a text can be encoded by themselves: it is encoded as it stands, and a line end by itself."""
+        if not self.sentencepiece or not plain_spec(self._rules) or any("\n" in pair for pair in self._neighbours):
             return False
         rules = self._rules.trainer_spec
         return rules.model_type == TrainerSpec.BPE and rules.byte_fallback and not rules.treat_whitespace_as_suffix
 
-    def _encode_with_tokenizer(self, documents: Sequence[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return self.tokenizer(list(documents), **options)["input_ids"]
-
-    def _load_sentencepiece(self) -> SentencePieceProcessor | None:
-        vocab_file = getattr(self.tokenizer, "vocab_file", None)
-        if not vocab_file:
-            return None
-        try:
-            return SentencePieceProcessor(model_file=vocab_file)
-        except (OSError, RuntimeError):
-            return None
-
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that the ids depend on."""
-        if self.sentencepiece:
-            rules = self.sentencepiece.serialized_model_proto()
-        elif self.tokenizer.is_fast:
-            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            rules = json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True).encode()
-        else:
-            rules = json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab()], sort_keys=True).encode()
+        """SHA-256 over all that the ids depend on, those of special tokens too."""
         frame = [
             self.tokenizer.bos_token_id,
             self.tokenizer.eos_token_id,
             bool(self.sentencepiece),
             self.bare_leading_space,
         ]
+        if self._plain_text.hidden and not self.sentencepiece:
+            frame.append("special tokens are not made of text")
+        if self.vocab_size > 2**16 >= len(self.tokenizer):
+            frame.append(self.vocab_size)
+        if self.sentencepiece and not self._plain_text.has_additions(self._rules):
+            rules = self.sentencepiece.serialized_model_proto()
+        else:
+            rules = self._plain_text.state
         return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
