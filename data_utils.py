@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from console import InputError, RunError
 from data_order import GlobalOrder, MixedOrder, Order, splitmix64
+from files import is_plain_name
 
 IGNORE_INDEX = -100
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a prepared folder
@@ -39,6 +40,8 @@ def read_manifest(folder: Path, flag: str = "--dataset") -> dict:
         version = manifest["format_version"]
         if version == FORMAT_VERSION:
             _ = [Path(shard["file"]) / shard["sha256"] / shard["slice"] for shard in manifest["shards"]]
+            if not all(is_plain_name(shard["file"]) for shard in manifest["shards"]):
+                raise ValueError("a shard outside the folder")
             _ = np.dtype(manifest["dtype"]), manifest["tokenizer_fingerprint"], float(manifest["eval_fraction"])
             tokens = [operator.index(shard["tokens"]) for shard in manifest["shards"]]
             if min(*tokens, operator.index(manifest["vocab_size"])) <= 0 or sum(tokens) != manifest["total_tokens"]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from checkpoint_utils import LazyTensors, read_running_states
+from checkpoint_utils import LazyTensors, incomplete_files, read_running_states
+from console import RunError
 from files import replace_folder, write_json
 from lora import merge
 from model_utils import count_parameters, load_config
@@ -27,7 +28,12 @@ def export(
     Args:
         model: the model's folder, where it is not the checkpoint's own.
         documents: further JSON files, by name.
+
+    Raises:
+        RunError: the checkpoint lacks a file.
     """
+    if incomplete := incomplete_files(checkpoint):
+        raise RunError(f"{checkpoint / incomplete[0]} is missing or cut short")
     model = model or checkpoint / "model"
     temporary = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -316,9 +316,7 @@ def nothing_left(
 def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path], None], interrupted: bool) -> int:
     """Leaves the folder `final`, made by `export` on rank 0; returns the exit status of the run. Collective."""
     final = args.save_dir / "final"
-    on_rank_zero(
-        lambda: export(checkpoint), f"{final} could not be made of {checkpoint}, which is whole; make room and resume"
-    )
+    on_rank_zero(lambda: export(checkpoint), f"{final} could not be made of {checkpoint}; make room and resume")
     say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
     if interrupted:
         say(f"interrupted: the same command with -f latest goes on from {checkpoint}")

@@ -527,6 +527,25 @@ class TestExport:
         for path in (saved / "model").glob("*.safetensors"):
             assert path.samefile(tmp_path / "final" / path.name)
 
+    def test_is_on_disk_before_it_is_in_its_place(self, saved, tmp_path, monkeypatch):
+        """Every file and folder, those that are links too."""
+        synced, unsynced = set(), []
+        fsync, rename = os.fsync, Path.rename
+
+        def noted_fsync(descriptor):
+            fsync(descriptor)
+            synced.add(os.fstat(descriptor).st_ino)
+
+        def checked_rename(path, target):
+            unsynced.extend(part for part in (path, *path.rglob("*")) if part.stat().st_ino not in synced)
+            return rename(path, target)
+
+        monkeypatch.setattr(os, "fsync", noted_fsync)
+        monkeypatch.setattr(Path, "rename", checked_rename)
+        export(saved, tmp_path / "final")
+        assert len(synced) > len(list((saved / "model").iterdir()))
+        assert unsynced == []
+
     def test_copies_to_another_disk(self, saved):
         memory = Path("/dev/shm")
         if not memory.is_dir() or memory.stat().st_dev == saved.stat().st_dev:
@@ -540,7 +559,7 @@ class TestExport:
     def test_failure_reaches_every_rank_and_leaves_the_earlier_one(self, saved, tmp_path):
         (tmp_path / "final").mkdir()
         for message in run_ranks(2, export_error, saved.parent / "none", tmp_path / "final"):
-            assert message.startswith("no model: rank 0: FileNotFoundError")
+            assert message == f"no model: rank 0: {saved.parent / 'none' / 'manifest.json'} is missing or cut short"
         assert (tmp_path / "final").is_dir()
 
 
@@ -548,6 +567,30 @@ def export_error(checkpoint, target):
     with pytest.raises(RunError) as caught:
         on_rank_zero(lambda: export(checkpoint, target), "no model")
     return str(caught.value)
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+def test_files_and_folders_follow_the_umask(tmp_path, umask, file, folder):
+    (checkpoint,) = run_ranks(1, save_and_export_under, umask, tmp_path)
+    for path in (checkpoint, *checkpoint.rglob("*"), tmp_path / "final", *(tmp_path / "final").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (folder if path.is_dir() else file), path
+
+
+def save_and_export_under(umask, folder):
+    os.umask(umask)
+    checkpoint = save_random(folder, "-p zero2")
+    export(checkpoint, folder / "final")
+    return checkpoint
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda manifest: manifest.write_text('{"format": 1, "files": {}}')])
+def test_removal_leaves_the_last_checkpoint_that_is_whole(tmp_path, damage):
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path / f"epoch0-step{step}")
+    damage(tmp_path / "epoch0-step3" / "manifest.json")
+    remove_old_checkpoints(tmp_path, keep=1, keep_every=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0-step2", "epoch0-step3"]
+    assert is_complete(tmp_path / "epoch0-step2")
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):

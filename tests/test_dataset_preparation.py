@@ -377,6 +377,7 @@ class TestDamage:
             {"eval_fraction": []},
             {"shards": []},
             {"shards": [{"file": 1, "tokens": 9, "sha256": "", "slice": "x"}]},
+            {"shards": [{"file": "../x.bin", "tokens": 9, "sha256": "", "slice": "x"}], "total_tokens": 9},
         ],
     )
     def test_manifest_with_a_wrong_value_is_named(self, prepared, change):

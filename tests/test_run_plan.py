@@ -11,7 +11,7 @@ from data_utils import PackedDataset
 from layout import Layout
 from model_utils import load_config
 from pretrain import parse_args
-from run_plan import TrainState, announce, make_plan, resume_state
+from run_plan import TrainState, announce, check_folders, claim_folders, make_plan, resume_state
 
 FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
 
@@ -197,6 +197,32 @@ class TestResumeState:
         (tmp_path / "final").mkdir()
         with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
             resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]))
+
+    def test_checkpoints_that_another_run_adds_or_removes_before_the_folder_is_claimed(self, checkpoint, tmp_path):
+        folder, _ = checkpoint
+        flags = [*self.FLAGS, "-o", str(tmp_path), "-t", str(tmp_path / "logs")]
+        latest = parse_args([*flags, "-f", "latest"])
+        state, found = resume_state(latest)
+        later = make_checkpoint(tmp_path / "epoch1-step10", asdict(TrainState(1, 10, 80, 5120, 2, self.SETTINGS)))
+        with pytest.raises(InputError, match=f"resume was {folder} and is {later} now; start again"):
+            claim_folders(latest, state, found)
+        with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later checkpoints"):
+            claim_folders(parse_args([*flags, "-f", str(folder)]), state, found)
+        shutil.rmtree(later)
+        make_plan(latest, FOUR_RANKS, PackedStub(43), state)
+        claim_folders(latest, state, found)
+        shutil.rmtree(folder)
+        with pytest.raises(InputError, match=f"resume was {folder} and is none now; start again"):
+            claim_folders(latest, state, found)
+        claim_folders(parse_args(flags), TrainState(), None)
+        make_checkpoint(folder)
+        with pytest.raises(InputError, match="holds the checkpoints of a run"):
+            claim_folders(parse_args(flags), TrainState(), None)
+
+    def test_a_dry_run_claims_nothing(self, tmp_path):
+        args = parse_args([*self.FLAGS, "-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs"), "--dry_run"])
+        check_folders(args, load_config("test"))
+        assert list(tmp_path.iterdir()) == []
 
     def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
         """As a job that was killed before its first, and is queued again."""
