@@ -136,8 +136,8 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
     except (OSError, ValueError):
-        _check_hub_has(name, revision)
         hub.check_cache(name, "--tokenizer")
+        _check_hub_has(name, revision)
         return AutoTokenizer.from_pretrained(name, **choice)
 
 

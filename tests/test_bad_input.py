@@ -310,7 +310,7 @@ def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
         )
 
 
-def test_number_flags_take_no_nonsense(monkeypatch, capsys, sample_flags, tmp_path):
+def test_number_flags_take_no_nonsense(monkeypatch, sample_flags, tmp_path):
     """Every flag with a number: a value is used, or refused by a line that names the flag."""
     given = [
         *map(str, sample_flags),

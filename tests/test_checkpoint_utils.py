@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import socket
 import tempfile
 import time
@@ -20,7 +21,7 @@ from corpora import error_of
 from peft import LoraConfig
 from processes import boosted, random_states, run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -289,6 +290,22 @@ class TestLoad:
             found.update(part)
         assert found.keys() == values.keys()
         assert all(torch.equal(found[key], values[key]) for key in values)
+
+    def test_weights_that_are_no_numbers(self, saved, tmp_path):
+        """In the last element, which the first rank does not read."""
+        folder = Path(shutil.copytree(saved, tmp_path / saved.name))
+        path = min((folder / "optimizer").glob("*.safetensors"))
+        content = load_file(path)
+        name = max(key for key in content if key.endswith(MASTER))
+        content[name].view(-1)[-1] = float("nan")
+        save_file(content, path, metadata={"format": "pt"})
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][f"optimizer/{path.name}"] = checksum(path)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert set(run_ranks(2, error_of, load_and_gather, folder, "-p zero2")) == {
+            f"--load: {name.removesuffix(f'.{MASTER}')} in {folder} has a NaN or an infinity; "
+            "choose an earlier checkpoint"
+        }
 
     def test_weights_of_a_model_folder(self, saved):
         values = random_states(load_config("test"))

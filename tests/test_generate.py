@@ -139,6 +139,14 @@ def test_folders_without_a_model(problem, finished_run, tmp_path):
     assert f"--model: {bare} lacks model-00001-of-" in problem(model=bare)
 
 
+def test_weights_that_are_no_numbers(problem, final, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(shutil.copytree(final, tmp_path / "final"))
+    model.lm_head.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "final")
+    line = f"--model: lm_head.weight in {tmp_path}/final has a NaN or an infinity; give weights without"
+    assert problem(model=tmp_path / "final") == line
+
+
 def test_exit_status(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "generate.py", "--model", tmp_path, "--prompt", "A"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
