@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import no_init_weights
 
-from console import InputError
+from console import InputError, first_line
 from model_fields import field_problems, shape_problems, used_fields
 
 # One line a model: layers, hidden size, FFN size, heads, KV heads, context, vocabulary, RMSNorm epsilon.
@@ -85,7 +85,7 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
             raise InputError(*(f"{flag}: {path}: {problem}" for problem in problems))
         parameter_specs(config)
     except (OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {error}") from error
+        raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {first_line(error)}") from error
     config.use_cache = False
     return config
 

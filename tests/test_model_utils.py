@@ -153,7 +153,10 @@ class TestLoadConfig:
             ('{"model_type": "llama", "hidd', "cannot be read as a LLaMA config.json"),
             ("", "cannot be read as a LLaMA config.json"),
             (b"\xff\xfe\x00", "cannot be read as a LLaMA config.json"),
-            ('{"model_type": "llama", "rope_scaling": {"rope_type": 7}}', "rope_scaling has the rope_type 7; choose of"),
+            (
+                '{"model_type": "llama", "rope_scaling": {"rope_type": 7}}',
+                "rope_scaling has the rope_type 7; choose of",
+            ),
             ('{"model_type": "llama", "hidden_act": "none"}', 'hidden_act is "none"; choose of'),
             ('{"model_type": "llama", "hidden_size": 100}', "100, 32 heads and 32 key-value heads do not divide"),
             ('{"model_type": "llama", "num_key_value_heads": 5}', "32 heads and 5 key-value heads do not divide"),
