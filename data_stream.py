@@ -8,7 +8,7 @@ data-parallel rank reads and tokenizes the whole stream, of which it keeps its s
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -124,7 +124,7 @@ class TokenStream:
             self._rest = self._rest[state["offset"] :]
 
     def _positions(self) -> dict[str, dict]:
-        return {name: asdict(reader.position) for name, reader in self.readers.items()}
+        return {name: dict(vars(reader.position)) for name, reader in self.readers.items()}
 
     @property
     def state(self) -> dict:
