@@ -28,6 +28,7 @@ class Span(NamedTuple):
 
 
 WHOLE = Span()
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Row(NamedTuple):
@@ -40,6 +41,15 @@ class Row(NamedTuple):
 def can_be_split(path: str | Path) -> bool:
     """Whether a part of the file can be read without what precedes it."""
     return str(path).lower().endswith((".jsonl", ".json"))
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError for a file that Git LFS left in place of the data; OSError if it cannot be opened."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(
+                f"--dataset: {path} is a pointer of Git LFS, not the data; run `git lfs pull` in its repository"
+            )
 
 
 def read_rows(
@@ -57,6 +67,7 @@ def read_rows(
     suffix = path.suffix.lower()
     number = start_row
     try:
+        refuse_pointer(path)
         if suffix == ".parquet":
             rows = _parquet_rows(path, required, only, start_row)
         elif suffix == ".arrow":
