@@ -205,9 +205,12 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_hub: bool, req
                 there = f"only {', '.join(splits)}" if splits else "and no data"
                 if any(split.startswith("partial-") for split in splits):
                     there += " (partial: the hub converts no more of it)"
+                remedy = "give its files as a folder"
+                if others := [other for other in card.configurations if other != configuration]:
+                    remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
                 raise InputError(
                     f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; "
-                    f"choose of {', '.join(card.configurations)} by {request.flag}, or give files as a folder"
+                    f"{remedy}"
                 )
         else:
             candidates = [path for path in paths if PurePosixPath(path).name not in DESCRIPTIONS]
