@@ -230,9 +230,12 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_hub: bool, req
         files = {path: configuration if by_name else slice_of_path(path) for path in readable} | files
         other_kinds.update(found)
         for split, of_split in splits.items():
-            (used if split in request.used else other_splits).update(of_split)
+            if split in request.used:
+                used.update(of_split)
+            elif split != request.split:
+                other_splits.update(of_split)
     groups = {
-        "of other splits": other_splits - used,
+        "of other splits": other_splits,
         "hidden": set(filter(_is_hidden, paths)),
         "of another kind than most": other_kinds,
         "of other configurations" if card else "of no split": set(paths),

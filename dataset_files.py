@@ -167,8 +167,8 @@ def _open_compressed(raw: BinaryIO, suffix: str) -> Any:
     raw.seek(0)
     kind = next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
     if kind != suffix and (kind or start.lstrip()[:1] == b"{"):
-        remedy = f"it is a {kind} file; end its name so" if kind else f"it is not compressed; take {suffix} off its name"
-        raise _Undecodable(remedy)
+        found = f"it is a {kind} file; end its name so" if kind else f"it is not compressed; take {suffix} off its name"
+        raise _Undecodable(found)
     return _Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd")
 
 
@@ -233,8 +233,8 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
         remedy = "correct or remove it" if line.endswith(b"\n") else "the file seems cut off: copy it again"
         if number == 1 and line.strip() == b"{":
             remedy = (
-                "data have one JSON object a line: jq -c . FILE makes one of an object over several lines; or, if it is "
-                "no data, leave the file out"
+                "data have one JSON object a line: jq -c . FILE makes one of an object over several lines; "
+                "if it is no data, leave the file out"
             )
         raise InputError(
             f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
@@ -294,6 +294,6 @@ def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> Non
         if name not in columns:
             raise InputError(
                 f"--dataset: {path} has no column '{name}', only: {', '.join(columns)}; "
-                f"rename the column that holds the {MEANINGS.get(name, 'values')} to '{name}', or, if it is no data, leave "
-                "the file out"
+                f"rename the column that holds the {MEANINGS.get(name, 'values')} to '{name}', "
+                "or leave the file out if it is no data"
             )

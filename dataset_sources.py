@@ -381,7 +381,8 @@ def _list_hub_source(repository: Repository, revision: str | None, request: Requ
     raise InputError(
         f"--dataset: {name} has no {', '.join(FILE_SUFFIXES)} of split '{request.split}' and no branch {CONVERTED}, "
         f"only {', '.join(paths[:8]) or 'nothing'}{', ...' if len(paths) > 8 else ''}"
-        f"{' (its loading script is not run)' if script else ''}; convert it to JSONL and give that folder"
+        f"{' (its loading script is not run)' if script else ''}{unpacking(paths) or '; convert it to JSONL'} and give "
+        "that folder"
     )
 
 
