@@ -336,7 +336,7 @@ def unpacking(paths: Sequence[str]) -> str:
     """The remedy for archives and files of unknown compression; empty if there are none."""
     for path in paths:
         if command := UNPACK.get(PurePosixPath(path).suffix.lower()):
-            return f"; unpack {path} first: {command}"
+            return f"; unpack {path} first ({command})"
     return ""
 
 

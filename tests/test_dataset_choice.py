@@ -259,7 +259,7 @@ class TestLeftOut:
         local, name = both(hub, tmp_path, files)
         for place in (local, f"{local}/train.{suffix}", name):
             message = error_of(resolve_source, place)
-            assert f"train.{suffix} first: {remedy}" in message
+            assert f"train.{suffix} first ({remedy}" in message
 
     def test_one_of_several_files_is_packed(self, hub, tmp_path):
         for name in both(hub, tmp_path, {"a.jsonl": content("a.jsonl"), "b.jsonl.xz": b"?"}):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from corpora import error_of, reference_stream, stream_of
-from hub_server import Branches, HubServer
+from hub_server import Branches, HubServer, connect
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 from launching import ROOT, Run
@@ -157,7 +157,7 @@ class TestNames:
         cases = {
             "no/where": "the hub has no such data set that you may read; check the name, or set HF_TOKEN",
             "gated/one": "is gated; accept its terms on its page of the hub, then log in with `hf auth login`",
-            "script/one": "only images.tar, one.py (its loading script is not run); convert it to JSONL",
+            "script/one": "only images.tar, one.py (its loading script is not run); unpack images.tar first (tar -xf",
             "a/b/c": "is neither a file nor a folder here",
             "./here": "is neither a file nor a folder here",
         }
