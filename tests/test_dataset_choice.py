@@ -22,6 +22,7 @@ import finetune
 from console import InputError
 from dataset_choice import NAMES_A_SPLIT
 from dataset_files import FILE_SUFFIXES
+from dataset_preparation import prepare_dataset
 from dataset_sources import resolve_source
 
 NUMBERS = itertools.count()
@@ -264,3 +265,51 @@ class TestLeftOut:
     def test_one_of_several_files_is_packed(self, hub, tmp_path):
         for name in both(hub, tmp_path, {"a.jsonl": content("a.jsonl"), "b.jsonl.xz": b"?"}):
             assert "of a kind that is not read (b.jsonl.xz)" in error_of(resolve_source, name)
+
+    def test_pointers_of_git_lfs(self, hub, tmp_path):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        local, name = both(hub, tmp_path, {"a.parquet": pointer})
+        message = error_of(resolve_source, local)
+        assert message == (
+            f"--dataset: {local}/a.parquet is a pointer of Git LFS, not the data; run `git lfs pull` in its repository"
+        )
+        assert "is a pointer of Git LFS" in error_of(texts_of, name)
+
+
+class TestNames:
+    def test_revision_in_the_name(self, hub):
+        hub.repositories["some/one"] = Branches(
+            {"main": {"a.jsonl": content("a.jsonl")}, "v1": {"b.jsonl": content("b.jsonl")}}
+        )
+        assert files_of("some/one/") == ["a.jsonl"]
+        assert resolve_source("some/one@v1") == resolve_source("some/one", revision="v1")
+        assert error_of(resolve_source, "some/one@v1", revision="main") == (
+            "--dataset_revision: main is not the revision in --dataset some/one@v1; give one of them"
+        )
+
+    @pytest.mark.parametrize(
+        ("url", "remedy"),
+        [
+            ("https://huggingface.co/datasets/some/one", "give its name: -d some/one"),
+            ("https://hf.co/datasets/some/one/tree/v1", "give its name: -d some/one --dataset_revision v1"),
+            ("http://example.com/a.jsonl", "download it, and give the file"),
+        ],
+    )
+    def test_urls(self, url, remedy):
+        assert error_of(resolve_source, url) == f"--dataset: {url} is a URL; {remedy}"
+
+    @pytest.mark.parametrize("home", ["/proc/hf", "/dev/null"])
+    def test_home_that_cannot_be_written(self, hub, monkeypatch, tokenizer, tmp_path, home):
+        """It is named, not the folder that the output goes to."""
+        hub.repositories["some/one"] = Branches({"main": {"a.jsonl": content("a.jsonl")}})
+        connect(monkeypatch, hub, Path(home))
+        message = error_of(prepare_dataset, "some/one", tokenizer, tmp_path)
+        assert message.startswith(f"HF_HOME: cannot write downloads to {home}")
+        assert message.endswith("; set HF_HOME to a folder that can be written to, with enough room")
+
+    def test_listing_of_the_last_time(self, hub, capsys):
+        hub.repositories["some/one"] = Branches({"main": {"a.jsonl": content("a.jsonl")}})
+        source = resolve_source("some/one")
+        hub.hangs_up = True
+        assert resolve_source("some/one") == source
+        assert capsys.readouterr().out.startswith("the hub cannot be reached (ConnectionError); some/one is read as it")
