@@ -190,9 +190,9 @@ class _Decompressed(io.RawIOBase):
         except OSError as error:
             if isinstance(error, _Undecodable):
                 raise
-            if "too much memory" in str(error):
+            if second and "too much memory" in str(error):
                 raise _Undecodable("its window is above 128 MB; unpack it: zstd -d --rm --long=31 FILE") from error
-            if "Unknown frame" in str(error) and self.count:
+            if second and "Unknown frame" in str(error) and self.count:
                 raise _Undecodable(f"{BYTES_AFTER}: zstd -dc FILE | zstd > NEW") from error
             if second:
                 size = os.fstat(self.raw.fileno()).st_size
