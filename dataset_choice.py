@@ -263,7 +263,7 @@ def _left_out(paths: Sequence[str], read: set[str], groups: dict[str, set[str]])
         if left_out := sorted(rest & group):
             remarks.append(f"{len(left_out)} {title} ({left_out[0]}{', ...' * (len(left_out) > 1)})")
         rest -= group
-    others = [PurePosixPath(path) for path in set(paths) - data]
+    others = [PurePosixPath(path) for path in set(paths) - data if not _is_hidden(path)]
     kinds = Counter(path.name if path.name in DESCRIPTIONS else path.suffix or path.name for path in others)
     return ", ".join([*remarks, *(f"{count} {kind}" for kind, count in sorted(kinds.items()))])
 

@@ -252,7 +252,7 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
     if arrow_files:
         paths = [f"{root.name}/{arrow_file['filename']}" for arrow_file in arrow_files]
         return Source(name, [_local_file(root.parent, path) for path in paths])
-    return _listed_source(name, root, _walk(root), card, request, has_card(texts))
+    return _listed_source(name, root, _walk(root, hidden=card is not None), card, request, has_card(texts))
 
 
 def _listed_source(
@@ -286,8 +286,11 @@ def _saved(path: Path, key: str) -> list | None:
     return found if isinstance(found, list) else None
 
 
-def _walk(root: Path) -> list[str]:
-    """Every file below `root` but hidden ones. What links lead to twice, or in a circle, counts once."""
+def _walk(root: Path, hidden: bool = False) -> list[str]:
+    """List every file below `root`; hidden ones only for a card, which may name them.
+
+    What links lead to twice, or in a circle, counts once.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"--dataset: {error.filename} cannot be read ({error.strerror}); permit it or move it away")
@@ -298,8 +301,8 @@ def _walk(root: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+        subfolders[:] = sorted(name for name in subfolders if hidden or not name.startswith("."))
+        for path in (os.path.join(folder, name) for name in names if hidden or not name.startswith(".")):
             (links if os.path.islink(path) else paths).append(path)
     seen = set(map(os.path.realpath, paths))
     for path in sorted(links):
