@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +17,9 @@ from console import InputError
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
 READ_BYTES = 2**20
+GZIP_BYTES = 2**16  # compressed; the rest of them is copied as a member ends, of which there may be many
+BYTES_AFTER = "other bytes follow its end; keep what is before them"
+MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # a .zst file may also begin with a skippable frame
 COLUMNAR_ROWS = 64
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
@@ -28,6 +32,7 @@ class Span(NamedTuple):
 
 
 WHOLE = Span()
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Row(NamedTuple):
@@ -45,6 +50,15 @@ def can_be_split(path: str | Path) -> bool:
     return str(path).lower().endswith((".jsonl", ".json"))
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError for a file that Git LFS left in place of the data; OSError if it cannot be opened."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(
+                f"--dataset: {path} is a pointer of Git LFS, not the data; run `git lfs pull` in its repository"
+            )
+
+
 def read_rows(
     path: Path, required: Sequence[str], *, only: Sequence[str] | None = None, span: Span = WHOLE, start_row: int = 0
 ) -> Iterator[Row]:
@@ -60,6 +74,7 @@ def read_rows(
     suffix = path.suffix.lower()
     number = start_row
     try:
+        refuse_pointer(path)
         if suffix == ".parquet":
             rows = _parquet_rows(path, required, only, start_row)
         elif suffix == ".arrow":
@@ -73,15 +88,17 @@ def read_rows(
             raise InputError(f"--dataset: {path} is empty: it has no row; copy it again or remove it")
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, _Undecodable):
+            raise InputError(f"--dataset: {path} cannot be read beyond row {number}: {reason}") from error
         raise InputError(f"--dataset: {path} cannot be read beyond row {number} ({reason}); copy it again") from error
 
 
 def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) -> Iterator[Row]:
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    suffix = path.suffix.lower()
     with open(path, "rb") as raw:
         lines: BinaryIO = raw
-        if compression:
-            lines = io.BufferedReader(_Decompressed(raw, compression), READ_BYTES)
+        if suffix in MAGIC:
+            lines = io.BufferedReader(_Decompressed(raw, suffix), READ_BYTES)
         if span.start:  # a line that begins before the span belongs to the span before
             raw.seek(span.start - 1)
             _read_line(lines, path)
@@ -100,12 +117,70 @@ def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) 
             yield Row(columns, position)
 
 
+class _Undecodable(OSError):
+    """A compressed file that another copy of it would not mend; the message holds the remedy."""
+
+
+class _Gzip(io.RawIOBase):
+    """The members of a .gz file, zeros after them left out, as gzip reads them. Raises OSError as pyarrow's do."""
+
+    def __init__(self, raw: BinaryIO):
+        self.raw, self.compressed, self.members = raw, b"", 0
+        self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self.begun = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            self.compressed = self.compressed or self.raw.read(GZIP_BYTES)
+            if not self.compressed:
+                if self.begun:
+                    raise OSError("Truncated compressed stream")
+                return 0
+            if self.members and not self.begun:
+                self.compressed = self.compressed.lstrip(b"\0")
+                if not self.compressed:
+                    continue
+            text = self._decompress(len(buffer))
+            buffer[: len(text)] = text
+            if text:
+                return len(text)
+
+    def _decompress(self, size: int) -> bytes:
+        try:
+            text = self.member.decompress(self.compressed, size)
+        except zlib.error as error:
+            if self.members and not self.begun:
+                raise _Undecodable(f"{BYTES_AFTER}: gzip -dc FILE | gzip > NEW") from error
+            raise OSError(str(error)) from error
+        self.begun, self.compressed = True, self.member.unconsumed_tail
+        if self.member.eof:
+            self.compressed, self.begun = self.member.unused_data, False
+            self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            self.members += 1
+        return text
+
+
+def _open_compressed(raw: BinaryIO, suffix: str) -> Any:
+    """Open a compressed file from its start. Raises OSError where it is of another kind than its name says."""
+    raw.seek(0)
+    start = raw.read(4)
+    raw.seek(0)
+    kind = next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
+    if kind != suffix and (kind or start.lstrip()[:1] == b"{"):
+        found = f"it is a {kind} file; end its name so" if kind else f"it is not compressed; take {suffix} off its name"
+        raise _Undecodable(found)
+    return _Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd")
+
+
 class _Decompressed(io.RawIOBase):
     """What a compressed file holds; of one that is cut off or damaged, everything before that place."""
 
-    def __init__(self, raw: BinaryIO, compression: str):
-        self.raw, self.compression = raw, compression
-        self.streams = [pa.CompressedInputStream(raw, compression)]
+    def __init__(self, raw: BinaryIO, suffix: str):
+        self.raw, self.suffix = raw, suffix
+        self.streams = [_open_compressed(raw, suffix)]
         self.count = 0  # bytes handed out
 
     def readable(self) -> bool:
@@ -116,6 +191,12 @@ class _Decompressed(io.RawIOBase):
         try:
             count = self.streams[-1].readinto(memoryview(buffer)[:1] if second else buffer)
         except OSError as error:
+            if isinstance(error, _Undecodable):
+                raise
+            if second and "too much memory" in str(error):
+                raise _Undecodable("its window is above 128 MB; unpack it: zstd -d --rm --long=31 FILE") from error
+            if second and "Unknown frame" in str(error) and self.count:
+                raise _Undecodable(f"{BYTES_AFTER}: zstd -dc FILE | zstd > NEW") from error
             if second:
                 size = os.fstat(self.raw.fileno()).st_size
                 raise OSError(f"{error}, at byte {self.raw.tell():,} of {size:,}") from error
@@ -126,8 +207,7 @@ class _Decompressed(io.RawIOBase):
 
     def _read_again(self) -> None:
         """Up to where a read failed, which loses what it had got; from there on byte by byte."""
-        self.raw.seek(0)
-        self.streams.append(pa.CompressedInputStream(self.raw, self.compression))  # the first would close the file
+        self.streams.append(_open_compressed(self.raw, self.suffix))  # the first would close the file
         remaining = self.count
         while remaining:
             remaining -= len(self.streams[-1].read(min(remaining, READ_BYTES)))
@@ -155,7 +235,10 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
     except (ValueError, RecursionError) as error:
         remedy = "correct or remove it" if line.endswith(b"\n") else "the file seems cut off: copy it again"
         if number == 1 and line.strip() == b"{":
-            remedy = "data have one JSON object a line: jq -c . FILE makes one of an object over several lines"
+            remedy = (
+                "data have one JSON object a line: jq -c . FILE makes one of an object over several lines; "
+                "if it is no data, leave the file out"
+            )
         raise InputError(
             f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
         ) from error
@@ -214,5 +297,6 @@ def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> Non
         if name not in columns:
             raise InputError(
                 f"--dataset: {path} has no column '{name}', only: {', '.join(columns)}; "
-                f"rename the column that holds the {MEANINGS.get(name, 'values')} to '{name}'"
+                f"rename the column that holds the {MEANINGS.get(name, 'values')} to '{name}', "
+                "or leave the file out if it is no data"
             )

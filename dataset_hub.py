@@ -84,12 +84,19 @@ def list_repository(name: str, revision: str | None) -> Repository:
     except (HfHubHTTPError, HFValidationError) as error:
         raise _refusal(name, revision, error) from error
     except OSError as error:
+        if _of_disk(error):  # as HF_HOME's token is read
+            raise
         raise Unreachable(_reason(error)) from error
     files = {
         sibling.rfilename: (sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or "")
         for sibling in info.siblings or []
     }
     return Repository(name, str(info.sha), files)
+
+
+def is_offline() -> bool:
+    """Tell if the user has chosen to do without the hub."""
+    return constants.HF_HUB_OFFLINE
 
 
 def has_converted_branch(name: str) -> bool:
@@ -99,6 +106,8 @@ def has_converted_branch(name: str) -> bool:
     except HfHubHTTPError:
         return False
     except OSError as error:
+        if _of_disk(error):
+            raise
         raise Unreachable(_reason(error)) from error
     return any(branch.ref == CONVERTED for branch in branches)
 
@@ -135,6 +144,20 @@ def fetch(repository: str, commit: str, path: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(repository, commit, error) from error
+
+
+@contextlib.contextmanager
+def writing_home() -> Iterator[None]:
+    """Turns a failure to write what is downloaded into an InputError that names HF_HOME, not an output folder."""
+    try:
+        yield
+    except OSError as error:
+        if not _of_disk(error):
+            raise
+        raise InputError(
+            f"HF_HOME: cannot write downloads to {error.filename or constants.HF_HOME} ({error.strerror}); set HF_HOME "
+            "to a folder that can be written to, with enough room"
+        ) from error
 
 
 def _persistently(request: Callable[[], T]) -> T:

@@ -5,33 +5,42 @@ first where it is not on this machine.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import dataset_hub
+import hub
 from console import InputError, say
-from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows
+from dataset_choice import (
+    CARD_FILES,
+    Card,
+    Choice,
+    Request,
+    choose,
+    first_name,
+    has_card,
+    is_data,
+    named,
+    read_card,
+    refuse_unreadable,
+    slice_of_path,
+    unpacking,
+)
+from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows, refuse_pointer
 from dataset_hub import CONVERTED, RemoteFile, Repository
 
 REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
 SLICE_COLUMN = "red_pajama_subset"
-DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 TEXT_TO_JSONL = """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE > FILE.jsonl"""
-SHARD_NUMBER = re.compile(r"[-_.]?\d{4,}(-of-\d+)?$")
-COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
+HUB_PAGE = re.compile(r"https?://[^/]+/datasets/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve|raw)/([^/?#]+))?")
 
 
 class Document(NamedTuple):
@@ -61,12 +70,13 @@ class SourceFile(NamedTuple):
 
     def fetch(self) -> Path:
         """Where the file lies on this machine. Downloads it if need be; whoever else needs it then waits."""
-        if self.origin.startswith(("http://", "https://")):
-            return dataset_hub.download(RemoteFile(self.origin, self.size, self.version))
         if os.path.isabs(self.origin):
             return self._unchanged(Path(self.origin, self.path))
-        name, _, commit = self.origin.rpartition("@")
-        return dataset_hub.fetch(name, commit, self.path)
+        with dataset_hub.writing_home():
+            if self.origin.startswith(("http://", "https://")):
+                return dataset_hub.download(RemoteFile(self.origin, self.size, self.version))
+            name, _, commit = self.origin.rpartition("@")
+            return dataset_hub.fetch(name, commit, self.path)
 
     def _unchanged(self, path: Path) -> Path:
         """The path of a file on this machine, if it is the one that was found: what is read must be of one version."""
@@ -167,42 +177,47 @@ def resolve_source(
     configuration: str | None = None,
     split: str = "train",
     used: Sequence[str] = (),
+    flag: str = "--dataset_slices",
 ) -> Source:
-    """The files behind `--dataset`.
+    """Find the files behind `--dataset`, as `datasets` would read them: by the data set's card, else by their names.
 
     Args:
-        name: a local file or folder, else a name on the hub.
+        name: a local file or folder, else a name on the hub, perhaps as NAME@REVISION.
         revision: branch, tag or commit on the hub.
-        slices: leave out all others.
-        configuration: the part of a data set on the hub to take where it has several.
+        slices: leave out all others; configurations where the card lists several.
+        configuration: the part of a data set to take: of its card, of its converted branch, else a folder or file.
         split: files that are marked as of another split are left out.
         used: other splits, whose files are not among those that the remark counts as left out.
+        flag: the one by which the user chooses a configuration.
 
     Raises:
         InputError: there is nothing to read; the line says what was found and what to do.
     """
+    request = Request(tuple(slices), configuration, split, tuple(used), flag)
     root = Path(os.path.abspath(name))
     if root.exists():
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
-        source = _local_source(name, root, split, used)
-    elif os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        return _pick(_local_source(name, root, request), slices)
+    hub_name, pinned = hub.split_revision(name.rstrip("/"))
+    if name.startswith(("http://", "https://")):
+        page = HUB_PAGE.match(name)
+        remedy = f"give its name: -d {page[1]}" if page else "download it, and give the file"
+        remedy += f" --dataset_revision {page[2]}" if page and page[2] else ""
+        raise InputError(f"--dataset: {name} is a URL; {remedy}")
+    if os.path.isabs(name) or name.startswith((".", "~")) or hub_name.count("/") > 1:
         raise InputError(f"--dataset: {name} is neither a file nor a folder here; check the path")
-    else:
-        source = _hub_source(name, revision, tuple(slices), configuration, split)
-    source = _pick(source, slices)
-    found = {_split_of_path(file.path) or "train" for file in source.files}
-    if split == "train" and split not in found and not root.is_file():
-        say(f"--dataset: {name} has only files of split {', '.join(sorted(found))}; training on them")
-    return source
+    if pinned and revision and pinned != revision:
+        raise InputError(f"--dataset_revision: {revision} is not the revision in --dataset {name}; give one of them")
+    return _pick(_hub_source(hub_name, revision or pinned, request), slices)
 
 
 def _pick(source: Source, slices: Sequence[str]) -> Source:
     """The files of these slices; a slice also goes by the name of its file or folder."""
     if not slices:
         return source
-    files = [file for file in source.files if {file.slice, _first_name(file.path)} & set(slices)]
-    found = {name for file in files for name in (file.slice, _first_name(file.path))}
+    files = [file for file in source.files if {file.slice, first_name(file.path)} & set(slices)]
+    found = {name for file in files for name in (file.slice, first_name(file.path))}
     missing = [name for name in slices if name not in found]
     if missing:
         there = sorted({file.slice for file in source.files})
@@ -212,51 +227,30 @@ def _pick(source: Source, slices: Sequence[str]) -> Source:
     return Source(source.name, files, source.commit, source.remark)
 
 
-def _first_name(path: str) -> str:
-    return PurePosixPath(path).parts[0].partition(".")[0].removesuffix("_sample")
-
-
-def _slice_of_path(path: str) -> str:
-    """The slice that a file's name or top folder names: `arxiv_sample.jsonl` and `arxiv/0.jsonl` are of `arxiv`."""
-    name = SHARD_NUMBER.sub("", _first_name(path))
-    return "common_crawl" if COMMON_CRAWL_DUMP.match(name) else name or "data"
-
-
-def _split_of_path(path: str) -> str | None:
-    for part in reversed(PurePosixPath(path).parts):
-        words = re.split(r"[\W_]+", part.lower())
-        for split, names in SPLITS.items():
-            if set(names) & set(words):
-                return split
-
-
-def _readable(paths: list[str], split: str, used: Sequence[str] = ()) -> tuple[list[str], str]:
-    """The data files of a split among all files of a data set, and a remark on those left out."""
-    paths = [path for path in paths if PurePosixPath(path).name not in DESCRIPTIONS]
-    data = [path for path in paths if path.lower().endswith(FILE_SUFFIXES)]
-    chosen = [path for path in data if _split_of_path(path) in (split, None if split == "train" else split)]
-    if not chosen and split == "train":
-        chosen = data
-    others = Counter(PurePosixPath(path).suffix or PurePosixPath(path).name for path in set(paths) - set(data))
-    unused = sorted(path for path in set(data) - set(chosen) if _split_of_path(path) not in used)
-    remarks = [f"{len(unused)} of other splits ({unused[0]}{', ...' * (len(unused) > 1)})"] if unused else []
-    remarks += [f"{count} {suffix}" for suffix, count in sorted(others.items())]
-    return chosen, ", ".join(remarks)
-
-
 # On this machine
 
 
-def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -> Source:
+def _local_source(name: str, root: Path, request: Request) -> Source:
+    split = request.split
     if root.is_file():
+        if request.configuration:
+            raise InputError(f"{request.flag}: {name} is one file and has no configurations; leave the flag out")
         if not root.name.lower().endswith(FILE_SUFFIXES):
             remedy = (
                 f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
                 if root.suffix.lower() in (".txt", ".md")
-                else ""
+                else unpacking([root.name])
             )
             raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
         return Source(name, [_local_file(root.parent, root.name)])
+    texts = {path: _text(root / path) for path in CARD_FILES if (root / path).is_file()}
+    card = read_card(name, texts)
+    if request.configuration and not card:
+        if (root / request.configuration).is_dir():
+            request, name = request._replace(configuration=None), str(Path(name, request.configuration))
+            return _local_source(name, Path(os.path.abspath(name)), request)
+        paths = named(name, _walk(root), request)
+        return _listed_source(name, root, paths, None, request, has_card(texts))
     splits = _saved(root / "dataset_dict.json", "splits")
     if splits:
         if split not in splits and (len(splits) > 1 or split != "train"):
@@ -268,11 +262,29 @@ def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -
     if arrow_files:
         paths = [f"{root.name}/{arrow_file['filename']}" for arrow_file in arrow_files]
         return Source(name, [_local_file(root.parent, path) for path in paths])
-    paths, remark = _readable(_walk(root), split, used)
-    if not paths:
-        found = f", only {remark}" if remark else ""
-        raise InputError(f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}")
-    return Source(name, [_local_file(root, path) for path in paths], remark=remark and f"left out in {name}: {remark}")
+    return _listed_source(name, root, _walk(root, hidden=card is not None), card, request, has_card(texts))
+
+
+def _listed_source(
+    name: str, root: Path, paths: Sequence[str], card: Card | None, request: Request, as_hub: bool
+) -> Source:
+    choice = choose(name, paths, card, as_hub, request)
+    if choice.unreadable:
+        raise refuse_unreadable(name, choice.unreadable)
+    if not choice.files:
+        found = f", only {choice.remark}" if choice.remark else ""
+        raise InputError(
+            f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}{unpacking(paths)}"
+        )
+    files = [_local_file(root, path)._replace(slice=slice) for path, slice in choice.files.items()]
+    return Source(name, files, remark=choice.remark and f"left out in {name}: {choice.remark}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"--dataset: {path} cannot be read ({error.strerror}); permit it or move it away") from error
 
 
 def _saved(path: Path, key: str) -> list | None:
@@ -284,8 +296,11 @@ def _saved(path: Path, key: str) -> list | None:
     return found if isinstance(found, list) else None
 
 
-def _walk(root: Path) -> list[str]:
-    """Every file below `root` but hidden ones. What links lead to twice, or in a circle, counts once."""
+def _walk(root: Path, hidden: bool = False) -> list[str]:
+    """List every file below `root`; hidden ones only for a card, which may name them.
+
+    What links lead to twice, or in a circle, counts once.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"--dataset: {error.filename} cannot be read ({error.strerror}); permit it or move it away")
@@ -296,8 +311,8 @@ def _walk(root: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+        subfolders[:] = sorted(name for name in subfolders if hidden or not name.startswith("."))
+        for path in (os.path.join(folder, name) for name in names if hidden or not name.startswith(".")):
             (links if os.path.islink(path) else paths).append(path)
     seen = set(map(os.path.realpath, paths))
     for path in sorted(links):
@@ -312,31 +327,31 @@ def _local_file(root: Path, path: str) -> SourceFile:
         status = (root / path).stat()
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"--dataset: {root / path} is no regular file; remove it")
-        with open(root / path, "rb"):
-            pass
+        refuse_pointer(root / path)
     except OSError as error:
         raise InputError(f"--dataset: {root / path} cannot be read ({error.strerror}); restore or remove it") from error
     if status.st_size == 0:
         raise InputError(f"--dataset: {root / path} is empty; copy it again or remove it")
-    return SourceFile(path, _slice_of_path(path), status.st_size, str(status.st_mtime_ns), str(root))
+    return SourceFile(path, slice_of_path(path), status.st_size, str(status.st_mtime_ns), str(root))
 
 
 # On the hub
 
 
-def _hub_source(
-    name: str, revision: str | None, slices: tuple[str, ...], configuration: str | None, split: str
-) -> Source:
+def _hub_source(name: str, revision: str | None, request: Request) -> Source:
     """Lists the data set; takes the last listing if the hub is out of reach, or if the same lists of URLs are there."""
-    key = json.dumps([name, revision, slices, configuration, split])
+    key = json.dumps([name, revision, request.slices, request.configuration, request.split])
     known = dataset_hub.recall(key)
     try:
-        repository = dataset_hub.list_repository(name, revision)
-        if known and known["head"] == repository.commit and known["source"]["files"][0][-1].startswith("http"):
-            return Source.from_json(known["source"])
-        source = _list_hub_source(repository, revision, slices, configuration, split)
+        with dataset_hub.writing_home():
+            repository = dataset_hub.list_repository(name, revision)
+            if known and known["head"] == repository.commit and known["source"]["files"][0][-1].startswith("http"):
+                return Source.from_json(known["source"])
+            source = _list_hub_source(repository, revision, request)
     except dataset_hub.Unreachable as error:
         if known:
+            if not dataset_hub.is_offline():
+                say(f"the hub cannot be reached ({error}); {name} is read as it was listed the last time")
             return Source.from_json(known["source"])
         raise InputError(
             f"--dataset: {name} is no file or folder here, and the hub cannot be reached ({error}); "
@@ -346,59 +361,77 @@ def _hub_source(
     return source
 
 
-def _list_hub_source(
-    repository: Repository, revision: str | None, slices: tuple[str, ...], configuration: str | None, split: str
-) -> Source:
-    """The converted branch for a named configuration; else the files themselves, or those they list, or that branch."""
+def _list_hub_source(repository: Repository, revision: str | None, request: Request) -> Source:
+    """The files of the card's configuration, or all; else those in lists of URLs, or on the converted branch."""
     name, paths = repository.name, sorted(repository.files)
-    if configuration and not revision and dataset_hub.has_converted_branch(name):
-        return _converted_source(dataset_hub.list_repository(name, CONVERTED), configuration, split)
     if revision == CONVERTED:
-        return _converted_source(repository, configuration or "".join(slices[:1]) or None, split)
-    data, remark = _readable(paths, split)
+        return _converted_source(repository, request)
+    texts = {path: _text(dataset_hub.fetch(name, repository.commit, path)) for path in CARD_FILES if path in paths}
+    card = read_card(name, texts)
+
+    @functools.cache
+    def converted() -> Repository | None:
+        there = not revision and dataset_hub.has_converted_branch(name)
+        return dataset_hub.list_repository(name, CONVERTED) if there else None
+
+    if request.configuration and not card:
+        branch = converted()
+        elsewhere = _converted_card(branch).configurations if branch else {}
+        if branch and (request.configuration in elsewhere or not any(map(is_data, paths))):
+            return _converted_source(branch, request)
+        paths = named(name, paths, request, list(elsewhere))
     url_lists = [path for path in paths if re.fullmatch(r"urls/[^/]+\.txt", path)]
-    if configuration:
-        data = [path for path in data if configuration in PurePosixPath(path).parts[:-1]] or data
-    if data:
-        return _repository_source(repository, data, remark)
-    if url_lists:
-        return _url_source(repository, url_lists, slices)
-    if not revision and dataset_hub.has_converted_branch(name):
-        return _converted_source(dataset_hub.list_repository(name, CONVERTED), "".join(slices[:1]) or None, split)
+    if url_lists and not card and not any(map(is_data, paths)):
+        return _url_source(repository, url_lists, request.slices)
+    choice = choose(name, paths, card, True, request)
+    if choice.files and not choice.unreadable:
+        return _repository_source(repository, choice)
+    if branch := converted():
+        return _converted_source(branch, request, card.default if card else None)
+    if choice.unreadable:
+        raise refuse_unreadable(name, choice.unreadable)
     script = f"{name.rpartition('/')[2]}.py" in repository.files
     raise InputError(
-        f"--dataset: {name} has no {', '.join(FILE_SUFFIXES)} of split '{split}' and no branch {CONVERTED}, only "
-        f"{', '.join(paths[:8]) or 'nothing'}{', ...' if len(paths) > 8 else ''}"
-        f"{' (its loading script is not run)' if script else ''}; convert it to JSONL and give that folder"
+        f"--dataset: {name} has no {', '.join(FILE_SUFFIXES)} of split '{request.split}' and no branch {CONVERTED}, "
+        f"only {', '.join(paths[:8]) or 'nothing'}{', ...' if len(paths) > 8 else ''}"
+        f"{' (its loading script is not run)' if script else ''}{unpacking(paths) or '; convert it to JSONL'} and give "
+        "that folder"
     )
 
 
-def _repository_source(repository: Repository, paths: list[str], remark: str) -> Source:
+def _repository_source(repository: Repository, choice: Choice) -> Source:
     origin = f"{repository.name}@{repository.commit}"
-    files = [SourceFile(path, _slice_of_path(path), *repository.files[path], origin) for path in paths]
+    files = [SourceFile(path, slice, *repository.files[path], origin) for path, slice in choice.files.items()]
     size = sum(file.size for file in files)
     found = f"{origin}: {len(files)} files, {size / 1e9:.2f} GB"
-    return Source(repository.name, files, repository.commit, found + (f"; left out: {remark}" if remark else ""))
+    left_out = f"; left out: {choice.remark}" if choice.remark else ""
+    return Source(repository.name, files, repository.commit, found + left_out)
 
 
-def _converted_source(repository: Repository, configuration: str | None, split: str) -> Source:
-    """Files `CONFIGURATION/SPLIT/0000.parquet`, as the hub's converter names them."""
-    folders = {tuple(PurePosixPath(path).parts[:2]) for path in repository.files if path.endswith(".parquet")}
-    configurations = sorted({folder[0] for folder in folders})
-    chosen = configuration or (configurations[0] if len(configurations) == 1 else "default")
-    if chosen not in configurations:
-        flag = "--task_name" if configuration else "--dataset_slices"
-        raise InputError(
-            f"{flag}: {repository.name} has no '{chosen}' on the hub; choose of {', '.join(configurations)}"
-        )
-    if (chosen, split) not in folders:
-        splits = sorted(folder[1] for folder in folders if folder[0] == chosen)
-        raise InputError(
-            f"--dataset: {repository.name} has no whole split '{split}' of {chosen} in {CONVERTED}, only "
-            f"{', '.join(splits)} (partial: the hub converts no more of it); give its original files as a folder"
-        )
-    paths = sorted(path for path in repository.files if path.startswith(f"{chosen}/{split}/"))
-    return _repository_source(repository, paths, "")
+def _converted_card(repository: Repository) -> Card:
+    """The configurations and splits of a converted branch, by its files `CONFIGURATION/SPLIT/0000.parquet`."""
+    from datasets.utils.metadata import MetadataConfigs
+
+    splits: dict[str, set[str]] = {}
+    for path in repository.files:
+        folders = PurePosixPath(path).parts[:-1]
+        if path.endswith(".parquet") and len(folders) == 2:
+            splits.setdefault(folders[0], set()).add(folders[1])
+    configurations = MetadataConfigs(
+        {
+            name: {"data_files": [{"split": split, "path": f"{name}/{split}/*.parquet"} for split in sorted(of_name)]}
+            for name, of_name in sorted(splits.items())
+        }
+    )
+    return Card(configurations, configurations.get_default_config_name())
+
+
+def _converted_source(repository: Repository, request: Request, default: str | None = None) -> Source:
+    """The files of a configuration on the converted branch; of `default`, the card's, where none is chosen."""
+    card = _converted_card(repository)
+    if default in card.configurations:
+        card = card._replace(default=default)
+    return _repository_source(repository, choose(repository.name, sorted(repository.files), card, True, request))
 
 
 def _url_source(repository: Repository, url_lists: list[str], slices: tuple[str, ...]) -> Source:

@@ -92,17 +92,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_source(args: argparse.Namespace, split: str) -> Source:
-    """The files of a split of --dataset and --task_name, which names a folder where the data set is a local one."""
-    local = Path(args.dataset)
-    if not local.exists():
-        task = args.task_name or (TASK if args.dataset == DATASET else None)
-        return resolve_source(args.dataset, configuration=task, split=split)
-    if args.task_name is None or (local / args.task_name).is_dir():
-        return resolve_source(str(local / (args.task_name or "")), split=split, used=("train", "test"))
-    tasks = sorted(path.name for path in local.iterdir() if path.is_dir()) if local.is_dir() else []
-    raise InputError(
-        f"--task_name: {local} has no folder {args.task_name}; "
-        + (f"choose of {', '.join(tasks)}" if tasks else "leave the flag out")
+    """Find the files of a split of --dataset, of its configuration --task_name."""
+    default = TASK if args.dataset == DATASET and not Path(args.dataset).exists() else None
+    return resolve_source(
+        args.dataset,
+        configuration=args.task_name or default,
+        split=split,
+        used=("train", "test"),
+        flag="--task_name",
     )
 
 

@@ -9,7 +9,11 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+import pytest
+from huggingface_hub import constants, file_download
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -63,6 +67,16 @@ class HubServer:
     def downloads(self, name: str) -> list[str | None]:
         """The Range of each download of a file so far."""
         return [range_ for method, path, range_ in self.requests if method == "GET" and path.endswith(name)]
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:
+    """Has huggingface_hub ask `server`, and keep what it downloads in `home`."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class _Handler(BaseHTTPRequestHandler):

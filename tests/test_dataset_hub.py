@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from corpora import error_of, reference_stream, stream_of
-from hub_server import Branches, HubServer
-from huggingface_hub import constants, file_download
+from hub_server import Branches, HubServer, connect
+from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 from launching import ROOT, Run
 
@@ -78,12 +78,7 @@ def hub(monkeypatch, tmp_path):
         server.repositories[INSTRUCTIONS] = Branches(
             {"main": {**description, "self_instruct.py": SCRIPT}, "refs/convert/parquet": converted}
         )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        connect(monkeypatch, server, tmp_path / "hf")
         yield server
 
 
@@ -162,7 +157,7 @@ class TestNames:
         cases = {
             "no/where": "the hub has no such data set that you may read; check the name, or set HF_TOKEN",
             "gated/one": "is gated; accept its terms on its page of the hub, then log in with `hf auth login`",
-            "script/one": "only images.tar, one.py (its loading script is not run); convert it to JSONL",
+            "script/one": "only images.tar, one.py (its loading script is not run); unpack images.tar first (tar -xf",
             "a/b/c": "is neither a file nor a folder here",
             "./here": "is neither a file nor a folder here",
         }

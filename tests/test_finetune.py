@@ -478,7 +478,7 @@ class TestRefused:
             (tmp_path / "tasks" / task).mkdir(parents=True)
             write(tmp_path / "tasks" / task / "rows.jsonl", *rows())
         line = problem("--task_name", "third", dataset=tmp_path / "tasks")
-        assert line == f"--task_name: {tmp_path / 'tasks'} has no folder third; choose of first, second"
+        assert line == f"--task_name: {tmp_path / 'tasks'} has no 'third'; choose of first, second"
 
     def test_adapters(self, problem):
         for flags, words in (
