@@ -16,12 +16,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+from typing import NoReturn, TextIO
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
@@ -31,8 +27,9 @@ TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends a
 _PARENT = os.getppid()  # as this process begins
 # Gloo's messages, whatever the collective operation (gloo/transport/tcp/pair.cc)
 _LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
-_NO_STORE = (OSError, RuntimeError, ValueError, KeyError, ImportError)  # nobody answers, or torch is what is missing
+_HEARD = "console/heard"  # by so many ranks has been seen what rank 0 says
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")  # of a launcher
 
 
 class InputError(Exception):
@@ -41,6 +38,10 @@ class InputError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+# Nobody answers, or torch is what is missing
+_NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)
 
 
 class RunError(Exception):
@@ -104,7 +105,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
     torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in _NUMBERS:
         if not os.environ.get(name, "0").isdecimal():
             print(f"{program}: error: {name}: '{os.environ[name]}' is not a number; unset it", file=sys.stderr)
             sys.exit(USAGE_ERROR)
@@ -172,30 +173,42 @@ def end_with_parent() -> None:
 
 
 def _report(prefix: str, problems: Sequence[str]) -> None:
-    """Prints problems on rank 0, and on one rank of each node what rank 0 does not say as well.
+    """Print problems on rank 0, and on one rank of each node if rank 0 does not say the same.
 
-    The store of torchrun tells which those are. Without one, as under srun, the first rank of every node prints.
+    The ranks ask in the store that they share. Where they cannot meet there, the first rank of every node prints.
     """
+    import ranks
+
     several = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if rank() == 0:
-        for problem in problems:
-            print(prefix + problem, file=sys.stderr, flush=True)
+    if ranks.launch_problems():  # the ranks cannot meet, and this may be no rank at all
+        _print_problems(prefix, problems)
+    elif rank() == 0:
+        _print_problems(prefix, problems)
         if world_size() > 1:
             with contextlib.suppress(*_NO_STORE):
-                _store().set(_key(problems), "said")
-        if several:
-            time.sleep(TELL_SECONDS)
-    elif not _said_by_another(problems, alone=local_rank() > 0 or not several):
-        for problem in problems:
-            print(f"{prefix}on {socket.gethostname()}: {problem}", file=sys.stderr, flush=True)
+                store = ranks.store(TELL_SECONDS)
+                store.set(_key(problems), "said")
+                deadline = time.monotonic() + TELL_SECONDS
+                while time.monotonic() < deadline and store.add(_HEARD, 0) < world_size() - 1:
+                    time.sleep(0.1)
+    elif not _said_by_another(problems, alone=local_rank() > 0 and several):
+        _print_problems(f"{prefix}on {socket.gethostname()}: ", problems)
+
+
+def _print_problems(prefix: str, problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(prefix + problem, file=sys.stderr, flush=True)
 
 
 def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
-    """Whether rank 0 says the same, or else another rank of this node; `alone` where there is nobody to ask."""
+    """Return True if rank 0 says the same, or another rank of this node; `alone` where there is nobody to ask."""
+    import ranks
+
     try:
-        store, deadline = _store(), time.monotonic() + TELL_SECONDS
+        store, deadline = ranks.store(TELL_SECONDS), time.monotonic() + TELL_SECONDS
         while time.monotonic() < deadline:
             if store.check([_key(problems)]):
+                store.add(_HEARD, 1)
                 return True
             time.sleep(0.1)
         return store.add(f"{_key(problems)}/{socket.gethostname()}", 1) > 1
@@ -205,15 +218,6 @@ def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
 
 def _key(problems: Sequence[str]) -> str:
     return f"console/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
-
-
-def _store() -> "TCPStore":
-    """A client of the store that torchrun keeps for its ranks; OSError where there is none."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    socket.create_connection((address, port), TELL_SECONDS).close()  # TCPStore would complain at length
-    from torch.distributed import TCPStore
-
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=TELL_SECONDS))
 
 
 def _name(address: str) -> str:

@@ -41,7 +41,6 @@ from console import InputError, say
 from dataset_sources import Source, resolve_source
 from dry_run import say_plan
 from evaluation import evaluation_loader
-from files import once_per_node
 from instruction_data import InstructionDataset, prepare_examples
 from instruction_rows import ExampleEncoder, find_shape
 from layout import Layout, add_plugin_args, resolve_layout
@@ -49,6 +48,7 @@ from lora import add_lora_args, fill_lora_args, lora_config, lora_problems
 from memory_estimate import settle_recomputation
 from model_utils import load_config
 from pretrained import check_pretrained, find_model, generation_config, load_pretrained, weights_fingerprint
+from ranks import once_per_node
 from tokenization import check_vocabulary, load_tokenizer
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
