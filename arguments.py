@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import LlamaConfig
 
+import ranks
 from booster_utils import launch_problems
 from console import InputError
 from data_utils import MANIFEST_NAME
@@ -293,7 +294,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
             f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
         )
     if args.dry_run:
-        problems.extend(card_problems(args))
+        problems.extend(card_problems(args) + ranks.launch_problems())
     else:
         problems.extend(launch_problems())
         for name in ("gpus", "gpu", "gpu_memory"):

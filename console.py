@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import io
 import logging
 import multiprocessing
 import os
@@ -17,7 +18,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
@@ -77,11 +81,63 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
+class _Output(io.FileIO):
+    """Standard output or error; a full disk does not end a run, but one line says so, and the run fails at its end."""
+
+    failed = False
+
+    def write(self, data: "ReadableBuffer") -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.failed and self.fileno() == 1:
+                print(f"standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+            self.failed = True
+            return memoryview(data).nbytes
+
+
+def open_standard_streams() -> None:
+    """Have standard output and error take any text, whatever their encoding, and whether they are full or closed.
+
+    Streams that the caller has put in their place, as a test does, stay.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file to be opened, a shard for example, would become standard output
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, f"__{name}__")
+        if getattr(sys, name) is not old or isinstance(_raw(old), _Output):
+            continue
+        raw = _Output(number, "w", closefd=False)
+        unbuffered = isinstance(getattr(old, "buffer", None), io.FileIO)  # python -u
+        stream = io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+            encoding=getattr(old, "encoding", "utf-8"),
+            errors="backslashreplace",
+            line_buffering=getattr(old, "line_buffering", True),
+            write_through=unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _raw(stream: TextIO | None) -> object:
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
 def quiet_third_parties() -> None:
-    """Silences messages of libraries that the user of these programs cannot act on. Call before importing them.
+    """Silence messages of libraries that the user of these programs cannot act on. Call before importing them.
+
+    Every program calls this first, so that its streams are made safe here too.
 
     A Ctrl-C during those imports, which take seconds, then ends the program without a traceback too.
     """
+    open_standard_streams()
     sys.excepthook = end_uncaught
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -97,7 +153,7 @@ def quiet_third_parties() -> None:
 
 
 def run(main: Callable[[], int], program: str) -> NoReturn:
-    """Runs a program's main() and ends the process with its status.
+    """Run a program's main() and end the process with its status.
 
     An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A rank whose
     problem is not rank 0's says so itself, once a node. Where the reader of the output is gone, the end is silent.
@@ -105,6 +161,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
     torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
     """
+    open_standard_streams()
     for name in _NUMBERS:
         if not os.environ.get(name, "0").isdecimal():
             print(f"{program}: error: {name}: '{os.environ[name]}' is not a number; unset it", file=sys.stderr)
@@ -134,6 +191,8 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
+    if getattr(_raw(sys.stdout), "failed", False):
+        status = status or RUN_FAILED
     os._exit(status)
 
 

@@ -214,8 +214,8 @@ class Meeting:
                     )
                 if beat and now - beaten > GONE_SECONDS:
                     raise RunError(
-                        f"rank {number} on {self._host(number)} has shown no sign of life for {GONE_SECONDS} s, with other "
-                        "ranks waiting; it has ended or is stopped: see its own message"
+                        f"rank {number} on {self._host(number)} has shown no sign of life for {GONE_SECONDS} s, with "
+                        "other ranks waiting; it has ended or is stopped: see its own message"
                     )
                 if not told and self.store.add(f"told/{_node()}/{key}", 1) == 1:  # one of a node is enough
                     whom = f"rank {number} on {self._host(number)}" if beat else f"{missing}, which is not there yet"
