@@ -121,9 +121,8 @@ def read_text(prompt: str) -> str:
             return sys.stdin.buffer.read().decode(encoding).removesuffix("\n")
         return os.fsencode(prompt).decode(encoding)
     except UnicodeError as error:
-        raise InputError(
-            f"--prompt: {place} is not {encoding} text; convert it, or set the locale to its encoding"
-        ) from error
+        text = "standard input" if standard_input else "text"
+        raise InputError(f"--prompt: {text} is not {encoding}; convert it, or set the locale to match") from error
 
 
 def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
