@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from transformers import LlamaConfig
 
+import ranks
 from booster_utils import launch_problems
 from console import InputError
 from data_utils import MANIFEST_NAME
@@ -318,7 +319,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
     if getattr(args, "document_mask", True):  # fine-tuning has no such flag: its examples always differ in length
         problems.extend(filter(None, [mixed_length_problem(config, args.max_length)]))
     if args.dry_run:
-        problems.extend(card_problems(args))
+        problems.extend(card_problems(args) + ranks.launch_problems())
     else:
         problems.extend(launch_problems())
         for name in ("gpus", "gpu", "gpu_memory"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from colossalai import launch_from_torch
+from colossalai import launch as colossalai_launch
 from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
@@ -28,6 +28,7 @@ from transformers import LlamaConfig
 import fused
 import gemini
 import host_accelerator
+import ranks
 import weight_update
 from attn import SequenceParallelPolicy, attend_inside_documents
 from console import InputError, local_rank, rank, say, world_size
@@ -46,25 +47,24 @@ UNPADDED_VOCABULARY = 1  # padded columns would count in the vocabulary-parallel
 
 
 def launch_problems() -> list[str]:
-    """One line where the environment does not describe a launched rank as torchrun does, though RANK is set."""
-    if "RANK" not in os.environ:
-        return []
-    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        return [f"RANK is set, but not {', '.join(missing)}; start with torchrun or colossalai run, or unset RANK"]
-    if rank() >= world_size():
-        return [f"RANK {rank()} is not below WORLD_SIZE {world_size()}; start with torchrun or colossalai run"]
+    """Return one line where the environment does not describe a rank, or a GPU for it; see ranks.launch_problems."""
     gpus = torch.cuda.device_count()
-    if gpus and local_rank() >= gpus:
-        return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
-    return []
+    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or gpu() < max(gpus, 1):
+        return problems
+    return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
+
+
+def gpu() -> int:
+    """Return the index of this rank's GPU among those that it sees, be it that each rank was given one."""
+    return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1 else local_rank()
 
 
 def launch(seed: int) -> None:
-    """Joins the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank.
+    """Join the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank.
 
     Raises:
-        InputError: see launch_problems.
+        InputError: see launch_problems and ranks.assemble.
+        RunError: a rank is gone.
     """
     if problems := launch_problems():
         raise InputError(*problems)
@@ -81,7 +81,10 @@ def launch(seed: int) -> None:
     else:
         host_accelerator.install()
     get_dist_logger().set_level("ERROR")  # what it warns of are our defaults
-    launch_from_torch(seed=seed, verbose=False)
+    own = str(torch.cuda.get_device_properties(gpu()).uuid) if torch.cuda.is_available() else ""
+    ranks.assemble(own)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    colossalai_launch(rank(), world_size(), address, port, local_rank=gpu(), seed=seed, verbose=False)
 
 
 KERNELS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}

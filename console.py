@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import io
 import logging
 import multiprocessing
 import os
@@ -16,12 +17,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from _typeshed import ReadableBuffer
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
@@ -31,8 +31,9 @@ TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends a
 _PARENT = os.getppid()  # as this process begins
 # Gloo's messages, whatever the collective operation (gloo/transport/tcp/pair.cc)
 _LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
-_NO_STORE = (OSError, RuntimeError, ValueError, KeyError, ImportError)  # nobody answers, or torch is what is missing
+_HEARD = "console/heard"  # by so many ranks has been seen what rank 0 says
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")  # of a launcher
 
 
 class InputError(Exception):
@@ -41,6 +42,10 @@ class InputError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+# Nobody answers, or torch is what is missing
+_NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)
 
 
 class RunError(Exception):
@@ -76,11 +81,63 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
+class _Output(io.FileIO):
+    """Standard output or error; a full disk does not end a run, but one line says so, and the run fails at its end."""
+
+    failed = False
+
+    def write(self, data: "ReadableBuffer") -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.failed and self.fileno() == 1:
+                print(f"standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+            self.failed = True
+            return memoryview(data).nbytes
+
+
+def open_standard_streams() -> None:
+    """Have standard output and error take any text, whatever their encoding, and whether they are full or closed.
+
+    Streams that the caller has put in their place, as a test does, stay.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file to be opened, a shard for example, would become standard output
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, f"__{name}__")
+        if getattr(sys, name) is not old or isinstance(_raw(old), _Output):
+            continue
+        raw = _Output(number, "w", closefd=False)
+        unbuffered = isinstance(getattr(old, "buffer", None), io.FileIO)  # python -u
+        stream = io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+            encoding=getattr(old, "encoding", "utf-8"),
+            errors="backslashreplace",
+            line_buffering=getattr(old, "line_buffering", True),
+            write_through=unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _raw(stream: TextIO | None) -> object:
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
 def quiet_third_parties() -> None:
-    """Silences messages of libraries that the user of these programs cannot act on. Call before importing them.
+    """Silence messages of libraries that the user of these programs cannot act on. Call before importing them.
+
+    Every program calls this first, so that its streams are made safe here too.
 
     A Ctrl-C during those imports, which take seconds, then ends the program without a traceback too.
     """
+    open_standard_streams()
     sys.excepthook = end_uncaught
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -96,7 +153,7 @@ def quiet_third_parties() -> None:
 
 
 def run(main: Callable[[], int], program: str) -> NoReturn:
-    """Runs a program's main() and ends the process with its status.
+    """Run a program's main() and end the process with its status.
 
     An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A rank whose
     problem is not rank 0's says so itself, once a node. Where the reader of the output is gone, the end is silent.
@@ -104,7 +161,8 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
     torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    open_standard_streams()
+    for name in _NUMBERS:
         if not os.environ.get(name, "0").isdecimal():
             print(f"{program}: error: {name}: '{os.environ[name]}' is not a number; unset it", file=sys.stderr)
             sys.exit(USAGE_ERROR)
@@ -133,6 +191,8 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
+    if getattr(_raw(sys.stdout), "failed", False):
+        status = status or RUN_FAILED
     os._exit(status)
 
 
@@ -172,30 +232,42 @@ def end_with_parent() -> None:
 
 
 def _report(prefix: str, problems: Sequence[str]) -> None:
-    """Prints problems on rank 0, and on one rank of each node what rank 0 does not say as well.
+    """Print problems on rank 0, and on one rank of each node if rank 0 does not say the same.
 
-    The store of torchrun tells which those are. Without one, as under srun, the first rank of every node prints.
+    The ranks ask in the store that they share. Where they cannot meet there, the first rank of every node prints.
     """
+    import ranks
+
     several = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if rank() == 0:
-        for problem in problems:
-            print(prefix + problem, file=sys.stderr, flush=True)
+    if ranks.launch_problems():  # the ranks cannot meet, and this may be no rank at all
+        _print_problems(prefix, problems)
+    elif rank() == 0:
+        _print_problems(prefix, problems)
         if world_size() > 1:
             with contextlib.suppress(*_NO_STORE):
-                _store().set(_key(problems), "said")
-        if several:
-            time.sleep(TELL_SECONDS)
-    elif not _said_by_another(problems, alone=local_rank() > 0 or not several):
-        for problem in problems:
-            print(f"{prefix}on {socket.gethostname()}: {problem}", file=sys.stderr, flush=True)
+                store = ranks.store(TELL_SECONDS)
+                store.set(_key(problems), "said")
+                deadline = time.monotonic() + TELL_SECONDS
+                while time.monotonic() < deadline and store.add(_HEARD, 0) < world_size() - 1:
+                    time.sleep(0.1)
+    elif not _said_by_another(problems, alone=local_rank() > 0 and several):
+        _print_problems(f"{prefix}on {socket.gethostname()}: ", problems)
+
+
+def _print_problems(prefix: str, problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(prefix + problem, file=sys.stderr, flush=True)
 
 
 def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
-    """Whether rank 0 says the same, or else another rank of this node; `alone` where there is nobody to ask."""
+    """Return True if rank 0 says the same, or another rank of this node; `alone` where there is nobody to ask."""
+    import ranks
+
     try:
-        store, deadline = _store(), time.monotonic() + TELL_SECONDS
+        store, deadline = ranks.store(TELL_SECONDS), time.monotonic() + TELL_SECONDS
         while time.monotonic() < deadline:
             if store.check([_key(problems)]):
+                store.add(_HEARD, 1)
                 return True
             time.sleep(0.1)
         return store.add(f"{_key(problems)}/{socket.gethostname()}", 1) > 1
@@ -205,15 +277,6 @@ def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
 
 def _key(problems: Sequence[str]) -> str:
     return f"console/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
-
-
-def _store() -> "TCPStore":
-    """A client of the store that torchrun keeps for its ranks; OSError where there is none."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    socket.create_connection((address, port), TELL_SECONDS).close()  # TCPStore would complain at length
-    from torch.distributed import TCPStore
-
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=TELL_SECONDS))
 
 
 def _name(address: str) -> str:

@@ -32,7 +32,8 @@ from console import InputError
 from data_utils import FORMAT_VERSION, MANIFEST_NAME, read_manifest
 from dataset_shards import PREPARATION, Preparation, Unit, make_units, read_units, tokenize_units
 from dataset_sources import Source, resolve_source
-from files import exclusive_lock, once_per_node, sync, write_json
+from files import exclusive_lock, sync, write_json
+from ranks import once_per_node
 from tokenization import TextEncoder
 
 CHECKED_AT_START_BYTES = 2**29

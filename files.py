@@ -3,27 +3,18 @@
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import shutil
 import socket
-import stat
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import xxhash
 
-from console import InputError, local_rank, say, world_size
+from console import InputError, say
 
 CHECKSUM_CHUNK = 2**24  # bytes
-POLL_SECONDS = 0.2
-STALE_SECONDS = 24 * 3600
 LOCK = ".lock"  # in a folder that a run writes to
 _CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
 
@@ -122,50 +113,3 @@ def claim_folder(folder: Path, flag: str) -> None:
         raise InputError(
             f"{flag}: {folder} cannot be written to ({error.strerror}); make room or give another folder"
         ) from error
-
-
-def private_folder() -> Path:
-    """A folder for small files that are gone with the run, which this user alone can enter.
-
-    Raises:
-        InputError: another user has made it, or can enter it: what is read there might not be what was written.
-    """
-    folder = Path(tempfile.gettempdir(), f"llama-training-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise InputError(
-            f"TMPDIR: {folder} is not a folder of this user alone; remove it, or set TMPDIR to another place"
-        )
-    return folder
-
-
-_calls = itertools.count()
-
-
-def once_per_node(function: Callable[[], Any]) -> Any:
-    """What `function` returns on local rank 0, on every local rank; the others only wait, as long as it takes.
-
-    It needs no process group, so nothing times out. The value must go through JSON. All local ranks must have the same
-    parent, the launcher, and call this in the same order. If local rank 0 fails, the launcher ends the others.
-    """
-    if world_size() == 1:
-        return function()
-    parent = os.getppid()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    launch = f"{parent}-{psutil.Process(parent).create_time()}-{attempt}-{next(_calls)}"
-    path = private_folder() / f"{launch}.json"
-    if local_rank() == 0:
-        value = function()
-        for old in path.parent.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another launch tidies up too
-                if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                    old.unlink()
-        write_json(path, {"value": value})
-        return value
-    while not path.is_file():
-        if os.getppid() != parent:
-            sys.exit("the launcher is gone; no longer waiting for local rank 0")
-        time.sleep(POLL_SECONDS)
-    return json.loads(path.read_bytes())["value"]

@@ -41,7 +41,6 @@ from console import InputError, say
 from dataset_sources import Source, resolve_source
 from dry_run import say_plan
 from evaluation import evaluation_loader
-from files import once_per_node
 from instruction_data import InstructionDataset, prepare_examples
 from instruction_rows import ExampleEncoder, find_shape
 from layout import Layout, add_plugin_args, resolve_layout
@@ -56,6 +55,7 @@ from pretrained import (
     refuse_other_formats,
     weights_fingerprint,
 )
+from ranks import once_per_node
 from tokenization import check_vocabulary, load_tokenizer
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"

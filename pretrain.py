@@ -46,11 +46,11 @@ from dataset_preparation import is_prepared, prepare_dataset
 from dataset_sources import REDPAJAMA_SAMPLE, Source, add_source_args, resolve_source
 from dry_run import say_plan
 from evaluation import evaluation_loader
-from files import once_per_node
 from layout import add_plugin_args, resolve_layout
 from memory_estimate import settle_recomputation
 from model_utils import MODEL_CONFIGS, load_config
 from pretrained import check_pretrained, load_pretrained
+from ranks import once_per_node
 from tokenization import TextEncoder, add_tokenizer_arg, check_vocabulary, load_tokenizer
 
 

@@ -194,12 +194,14 @@ def join() -> str:
     import torch
     import torch.distributed as dist
 
+    from booster_utils import gpu
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not the end of the process
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(gpu())
     dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_SECONDS))
-    dist.barrier(device_ids=[local_rank()] if backend == "nccl" else None)  # NCCL connects only now
+    dist.barrier(device_ids=[gpu()] if backend == "nccl" else None)  # NCCL connects only now
     return backend
 
 

@@ -20,7 +20,9 @@ console.quiet_third_parties()
 dependencies.require()
 
 import argparse
+import codecs
 import json
+import os
 
 import torch
 from peft import PeftModel
@@ -93,7 +95,7 @@ def find_parts(args: argparse.Namespace) -> tuple[Path, Path | None, list[Path]]
             raise InputError(f"--model: {folder} holds no model; give `final` or a checkpoint epochE-stepS")
         return folder, None, tokenizers
     try:
-        trained_beside = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        trained_beside = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"--model: {folder}/adapter_config.json cannot be read; give peft's own folder") from error
     base = find_model(str(args.base_model or trained_beside), "--base_model")
@@ -109,12 +111,24 @@ def open_tokenizer(args: argparse.Namespace, folders: list[Path]) -> PreTrainedT
     raise InputError(f"--tokenizer: there is none in {' or '.join(map(str, folders))}; give its folder or hub name")
 
 
+def read_text(prompt: str) -> str:
+    """Return the text of --prompt, or of standard input, whatever the locale: what is not ASCII there is UTF-8."""
+    standard_input = prompt == "-"
+    encoding = sys.stdin.encoding if standard_input else sys.getfilesystemencoding()
+    if codecs.lookup(encoding).name == "ascii":
+        encoding = "utf-8"
+    try:
+        if standard_input:
+            return sys.stdin.buffer.read().decode(encoding).removesuffix("\n")
+        return os.fsencode(prompt).decode(encoding)
+    except UnicodeError as error:
+        text = "standard input" if standard_input else "text"
+        raise InputError(f"--prompt: {text} is not {encoding}; convert it, or set the locale to match") from error
+
+
 def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
     """The ids of the prompt, [1, S], with room for what is to be written in a model's context of `context` tokens."""
-    try:
-        text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt: standard input is not {error.encoding} text") from error
+    text = read_text(args.prompt)
     if args.chat:
         if not tokenizer.chat_template:
             raise InputError("--chat: the tokenizer has no chat template; leave the flag out")

@@ -77,7 +77,7 @@ def test_checkpoint_with_the_tokenizer_of_the_final_folder_or_a_given_one(
 
 
 def test_prompt_from_standard_input(write, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode()), "ascii"))
     assert write("--temperature", 0, prompt="-") == write("--temperature", 0)
 
 
