@@ -123,7 +123,15 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"trust_remote_code": False}
     if isinstance(extra := content.get("extra_special_tokens"), list):
         options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
-    return loader.from_pretrained(folder, **options)
+    try:
+        return loader.from_pretrained(folder, **options)
+    except (TypeError, ValueError) as error:
+        if has_model or content.get("add_prefix_space") is None:
+            raise
+        raise InputError(
+            f"--tokenizer: {settings} sets add_prefix_space, for which transformers needs tokenizer.model; "
+            "put that file beside it, or remove the setting"
+        ) from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
