@@ -27,6 +27,7 @@ from console import InputError, first_line
 from tokenizer_tables import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec
 
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
+FRAME = ("bos_token", "eos_token")
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 FEW_CHARACTERS = 2**11
 BLOCK_BYTES = 2**22  # in which equal parts are encoded once
@@ -69,6 +70,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise
     # tokenizers raises bare Exception on a damaged file.
     except Exception as error:
+        if path.is_dir() and (problem := _problem_of_settings(path)):
+            raise InputError(f"--tokenizer: {problem}") from error
         raise InputError(
             f"--tokenizer: cannot load {name_or_path} ({first_line(error)}); "
             "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
@@ -78,24 +81,29 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    missing = [kind for kind in ("bos_token", "eos_token") if not getattr(tokenizer, kind)]
+    missing = [kind for kind in FRAME if not getattr(tokenizer, kind)]
     if missing:
         raise InputError(f"--tokenizer: {name} has no {' and no '.join(missing)}; set it in its tokenizer_config.json")
-    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
-    ids = tokenizer.get_vocab()
-    for kind in ("bos_token", "eos_token"):
+    ids, unknown = tokenizer.get_vocab(), _unknown_id(tokenizer)
+    for kind in FRAME:
         token = getattr(tokenizer, kind)
-        # A model without an unknown token, as GPT-2's, makes none of any text, whatever token the tokenizer names.
-        made_of_text = (
-            model is None or (getattr(model, "unk_token", None) or getattr(model, "unk_id", None)) is not None
-        )
-        if token not in ids or (made_of_text and ids[token] == tokenizer.unk_token_id):
+        if token not in ids or ids[token] == unknown:
             problem = "is the unknown token" if token in ids else "is not in its vocabulary"
             raise InputError(
                 f"--tokenizer: {name} has '{token}' as its {kind}, which {problem}; correct its tokenizer_config.json"
             )
-    if dropout := getattr(model, "dropout", None):
-        raise InputError(f"--tokenizer: {name} has a dropout of {dropout}, so its ids are random; set it to null")
+    if tokenizer.is_fast and (dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None)):
+        raise InputError(
+            f"--tokenizer: {name} has a dropout of {dropout}, so its ids are random; set it to null in tokenizer.json"
+        )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of text that has no token; None if there is no such text, as in GPT-2's, whatever `unk_token` says."""
+    if not tokenizer.is_fast:
+        return tokenizer.unk_token_id
+    model = json.loads(tokenizer.backend_tokenizer.model.__getstate__())
+    return model.get("unk_id", tokenizer.get_vocab().get(model.get("unk_token")))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -128,6 +136,22 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if isinstance(extra := content.get("extra_special_tokens"), list):
         options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
     return loader.from_pretrained(folder, **options)
+
+
+def _problem_of_settings(folder: Path) -> str | None:
+    """Names the setting of a folder that keeps transformers from loading it, and the remedy."""
+    settings = folder / "tokenizer_config.json"
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        values = {kind: content.get(kind, kind) for kind in FRAME}
+    except (OSError, ValueError, AttributeError):
+        return None
+    empty = [kind for kind, value in values.items() if not (value.get("content") if isinstance(value, dict) else value)]
+    if empty:
+        return f"{settings} leaves {' and '.join(empty)} empty; set it to the token in the vocabulary"
+    if content.get("add_prefix_space") is not None and not (folder / "tokenizer.model").exists():
+        return f"{settings} sets add_prefix_space, which needs tokenizer.model beside it; add it or remove the setting"
+    return None
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:

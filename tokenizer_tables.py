@@ -236,5 +236,5 @@ def _as_it_stands(content: bytes, rules: ModelProto, space_first: bool) -> bytes
     for name, value in other.items():
         setattr(rules.normalizer_spec, name, value)
     rules.trainer_spec.treat_whitespace_as_suffix = False
-    rules.ClearField("self_test_data")  # which holds for the model as it was
+    rules.DiscardUnknownFields()  # its self-test among them, which holds for the model as it was
     return rules.SerializeToString()
