@@ -5,6 +5,7 @@ first where it is not on this machine.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +19,12 @@ from typing import Any, NamedTuple
 
 import dataset_hub
 from console import InputError, say
-from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows
+from dataset_files import FILE_SUFFIXES, STATE, WHOLE, Span, read_rows
 from dataset_hub import CONVERTED, RemoteFile, Repository
 
 REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
 SLICE_COLUMN = "red_pajama_subset"
-DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+DESCRIPTIONS = ("manifest.json", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", STATE)
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -79,7 +80,7 @@ class SourceFile(NamedTuple):
 
     def documents(self, start_row: int = 0, span: Span = WHOLE) -> Iterator[Document]:
         """Its rows as documents of pretraining, from the row of index `start_row` on. Raises as `rows`."""
-        only = ("text", SLICE_COLUMN)
+        only = ("text", SLICE_COLUMN, f"meta.{SLICE_COLUMN}")
         for columns, position in read_rows(self.fetch(), only[:1], only=only, span=span, start_row=start_row):
             yield Document(columns.get("text"), _slice_of_row(columns) or self.slice, position)
 
@@ -144,9 +145,14 @@ def unusable(text: object) -> str | None:
 
 
 def _slice_of_row(row: dict) -> str | None:
-    meta = row.get("meta")
-    name = row.get(SLICE_COLUMN) or (meta.get(SLICE_COLUMN) if isinstance(meta, dict) else None)
-    return name if isinstance(name, str) else None
+    """The slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
+    name, meta = row.get(SLICE_COLUMN), row.get("meta")
+    if not name and isinstance(meta, str) and SLICE_COLUMN in meta:
+        with contextlib.suppress(ValueError, RecursionError):
+            meta = json.loads(meta)
+    if not name and isinstance(meta, dict):
+        name = meta.get(SLICE_COLUMN)
+    return name if name and isinstance(name, str) else None
 
 
 def resolve_source(
@@ -254,10 +260,11 @@ def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -
                 f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}"
             )
         root /= split if split in splits else splits[0]
-    arrow_files = _saved(root / "state.json", "_data_files")
-    if arrow_files:
-        paths = [f"{root.name}/{arrow_file['filename']}" for arrow_file in arrow_files]
-        return Source(name, [_local_file(root.parent, path) for path in paths])
+    if arrow_files := _saved_files(root, "_data_files"):
+        if selections := _saved_files(root, "_indices_data_files"):  # rows of the data that are left, in their order
+            version = ",".join(file.version for file in (*selections, *arrow_files))
+            arrow_files = [file._replace(version=version) for file in selections]
+        return Source(name, arrow_files)
     paths, remark = _readable(_walk(root), split, used)
     if not paths:
         found = f", only {remark}" if remark else ""
@@ -272,6 +279,12 @@ def _saved(path: Path, key: str) -> list | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, list) else None
+
+
+def _saved_files(root: Path, key: str) -> list[SourceFile]:
+    """The Arrow files that the `state.json` of a saved folder lists under `key`."""
+    listed = _saved(root / STATE, key) or []
+    return [_local_file(root.parent, f"{root.name}/{file['filename']}") for file in listed]
 
 
 def _walk(root: Path) -> list[str]:
