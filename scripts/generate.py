@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from transformers.utils import logging
 
 from arguments import ArgumentParser, user_name
+from chat_template import prompt_ids
 from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
 from console import InputError, first_line
 from model_utils import load_config
@@ -114,12 +115,7 @@ def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
         text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt: standard input is not {error.encoding} text") from error
-    if args.chat:
-        if not tokenizer.chat_template:
-            raise InputError("--chat: the tokenizer has no chat template; leave the flag out")
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat)["input_ids"]
+    ids = torch.tensor([prompt_ids(tokenizer, text, args.chat)])
     if ids.shape[1] + args.max_new_tokens > context:
         raise InputError(
             f"--max_new_tokens: {ids.shape[1]} tokens of the prompt and {args.max_new_tokens} new ones are more than "
