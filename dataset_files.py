@@ -1,4 +1,4 @@
-"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow as `datasets` saves it."""
+"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow."""
 
 import codecs
 import io
@@ -14,10 +14,11 @@ import pyarrow.parquet
 
 from console import InputError
 
-FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow")
 MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
 READ_BYTES = 2**20
 COLUMNAR_ROWS = 64
+ARROW_MAGIC = b"ARROW1"  # of its format of files
 STATE = "state.json"  # of a folder that `datasets` has saved
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
@@ -194,17 +195,35 @@ def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | Non
 
 
 def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
-    with pa.memory_map(str(path)) as raw, pa.ipc.open_stream(raw) as stream:
+    with pa.memory_map(str(path)) as raw, _open_arrow(raw) as stream:
         if stream.schema.names == ["indices"]:
             yield from _selected_rows(path, required, only, start_row)
             return
         _require(stream.schema.names, required, path)
         first = 0
-        for batch in stream:
+        for batch, position in _batches(stream, raw):
             for start in range(max(0, start_row - first), batch.num_rows, COLUMNAR_ROWS):
                 table = _selected(batch.slice(start, COLUMNAR_ROWS), _chosen(stream.schema, only))
-                yield from _table_rows(table, 0, raw.tell())
+                yield from _table_rows(table, 0, position)
             first += batch.num_rows
+
+
+def _open_arrow(raw: pa.NativeFile) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    """Open Arrow's format of streams, which `datasets` writes, or that of files."""
+    is_file = raw.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    raw.seek(0)
+    return pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
+
+
+def _batches(
+    reader: pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader, raw: pa.NativeFile
+) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Yield the batches, and how many bytes of the file they and those before them take."""
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        count = reader.num_record_batches
+        yield from ((reader.get_batch(number), raw.size() * (number + 1) // count) for number in range(count))
+    else:
+        yield from ((batch, raw.tell()) for batch in reader)
 
 
 def _selected_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:

@@ -260,16 +260,14 @@ def _local_source(name: str, root: Path, split: str, used: Sequence[str] = ()) -
                 f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}"
             )
         root /= split if split in splits else splits[0]
-    if arrow_files := _saved_files(root, "_data_files"):
-        if selections := _saved_files(root, "_indices_data_files"):  # rows of the data that are left, in their order
-            version = ",".join(file.version for file in (*selections, *arrow_files))
-            arrow_files = [file._replace(version=version) for file in selections]
-        return Source(name, arrow_files)
+    if saved := _saved_files(root.parent, root.name):
+        return Source(name, saved)
     paths, remark = _readable(_walk(root), split, used)
     if not paths:
         found = f", only {remark}" if remark else ""
         raise InputError(f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}")
-    return Source(name, [_local_file(root, path) for path in paths], remark=remark and f"left out in {name}: {remark}")
+    files = dict.fromkeys(file for path in paths for file in _data_files(root, path))
+    return Source(name, list(files), remark=remark and f"left out in {name}: {remark}")
 
 
 def _saved(path: Path, key: str) -> list | None:
@@ -281,10 +279,22 @@ def _saved(path: Path, key: str) -> list | None:
     return found if isinstance(found, list) else None
 
 
-def _saved_files(root: Path, key: str) -> list[SourceFile]:
-    """The Arrow files that the `state.json` of a saved folder lists under `key`."""
-    listed = _saved(root / STATE, key) or []
-    return [_local_file(root.parent, f"{root.name}/{file['filename']}") for file in listed]
+def _data_files(root: Path, path: str) -> list[SourceFile]:
+    """Return the file of a path in `root`; of an Arrow file in a folder that `datasets` saved all files of that."""
+    saved = _saved_files(root, os.path.dirname(path)) if path.lower().endswith(".arrow") else []
+    return saved or [_local_file(root, path)]
+
+
+def _saved_files(root: Path, folder: str) -> list[SourceFile]:
+    """Return the Arrow files that `datasets` saved in a folder of `root`: the data, or selections of their rows."""
+
+    def listed(key: str) -> list[SourceFile]:
+        names = [file["filename"] for file in _saved(root / folder / STATE, key) or []]
+        return [_local_file(root, f"{folder}/{name}") for name in names]
+
+    data, selections = listed("_data_files"), listed("_indices_data_files")
+    version = ",".join(file.version for file in (*selections, *data))
+    return [file._replace(version=version) for file in selections] or data
 
 
 def _walk(root: Path) -> list[str]:

@@ -45,8 +45,8 @@ class Encoded(NamedTuple):
 
 
 def separator(prompt: str, completion: str) -> str:
-    """What stands between them: nothing where either brings white space, else a space."""
-    return "" if not prompt or prompt[-1].isspace() or completion[0].isspace() else " "
+    """Return what stands between them: nothing where either brings white space, else a space."""
+    return "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else " "
 
 
 def row_segments(row: dict, shape: Sequence[str]) -> list[Segment]:
