@@ -125,6 +125,8 @@ class ChatTemplate:
             token = next(tokens) if number in self._special_ids else ""
             letters = token.startswith(MARK) and token.endswith(MARK)
             spelled += continuation(self.encoder.tokenize, token.strip(MARK)) if letters else [number]
+        if sum(number in self._special_ids for number in spelled) != sum(not token.startswith(MARK) for token in found):
+            raise Unusable("special tokens of the tokenizer spelled in messages")  # letters that merge into one
         return spelled
 
 
@@ -177,6 +179,9 @@ class _Watched(dict):
     def get(self, key: str, default: Any = None) -> Any:
         self._use(key)
         return super().get(key, default)
+
+    def __repr__(self) -> str:
+        return repr(dict(self.items()))
 
     def keys(self) -> Any:
         return list(self)

@@ -115,8 +115,11 @@ def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
     """Return the ids of the prompt, [1, S], and its text; raise InputError if the new tokens exceed the context."""
     try:
         text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+        text.encode()
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt: standard input is not {error.encoding} text") from error
+    except UnicodeEncodeError as error:
+        raise InputError("--prompt: it is not UTF-8 text; convert it") from error
     ids = torch.tensor([prompt_ids(tokenizer, text, args.chat)])
     if args.chat:
         text = decode(tokenizer, ids[0])

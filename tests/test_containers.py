@@ -172,21 +172,20 @@ calls = st.lists(
     ),
     max_size=2,
 )
-messages = objects(
-    {"role": st.sampled_from(["user", "assistant", "assistant", "tool", "system"])},
-    {
-        "content": text,
-        "name": text,
-        "tool_calls": calls,
-        "weight": st.integers(0, 1),
-        "train": st.booleans(),
-        "mood": text,
-    },
+said = st.one_of(text, text, text, text, st.none())
+optional = {"name": text, "tool_calls": calls, "weight": st.integers(0, 1), "train": st.booleans(), "mood": text}
+messages = objects({"role": st.sampled_from(["user", "assistant", "assistant", "tool"]), "content": said}, optional)
+questions = objects({"role": st.just("user"), "content": text}, {"name": text, "mood": text})
+answers = objects({"role": st.just("assistant"), "content": said}, optional)
+talks = st.builds(
+    lambda first, second, more: [first, second, *more], questions, answers, st.lists(messages, max_size=3)
 )
 tools = st.lists(
     objects({"name": text}, {"description": text, "parameters": objects({}, {"a": text, "b": text})}), max_size=2
 )
-chats = objects({"messages": st.lists(messages, max_size=5)}, {"tools": tools, "system": text, "id": st.integers(0, 9)})
+chats = objects(
+    {"messages": talks | st.lists(messages, max_size=2)}, {"tools": tools, "system": text, "id": st.integers(0, 9)}
+)
 prompts = objects(
     {"prompt": text, "completion": text},
     {"system": text, "history": st.lists(st.lists(text, min_size=2, max_size=2), max_size=2)},
