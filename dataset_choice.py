@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CARD_FILES = ("README.md", ".huggingface.yaml")  # the second adds to the first and overrides it
 ROOT = "listing://data"
-READABLE_MODULES = ("json", "parquet")  # by which `datasets` reads what we read
+READABLE_MODULES = ("json", "parquet", "arrow")  # by which `datasets` reads what we read
 CHANGES_ROWS = ("field", "filters", "encoding", "encoding_errors")  # settings of these modules
 DESCRIPTIONS = (  # of data sets, tokenizers and models: no data, unless a card names them
     "manifest.json",

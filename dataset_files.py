@@ -1,26 +1,29 @@
-"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow as `datasets` saves it."""
+"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow."""
 
 import codecs
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from console import InputError
 
-FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow")
 MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
 READ_BYTES = 2**20
 GZIP_BYTES = 2**16  # compressed; the rest of them is copied as a member ends, of which there may be many
 BYTES_AFTER = "other bytes follow its end; keep what is before them"
 MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # a .zst file may also begin with a skippable frame
 COLUMNAR_ROWS = 64
+ARROW_MAGIC = b"ARROW1"  # of its format of files
+STATE = "state.json"  # of a folder that `datasets` has saved
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
 
@@ -66,7 +69,8 @@ def read_rows(
 
     Args:
         required: columns that must be there; in a JSONL file its first row is what counts.
-        only: columns to read where the others can be left unread, which is in columnar files.
+        only: columns to read where the others can be left unread, which is in columnar files; `column.field` is one
+            field of a column of structs, and the whole column where it holds something else.
 
     Raises:
         InputError: the file is damaged or has no row, a line of it is no JSON object, or a required column is missing.
@@ -86,7 +90,7 @@ def read_rows(
             number += 1
         if number == 0 and span == WHOLE:
             raise InputError(f"--dataset: {path} is empty: it has no row; copy it again or remove it")
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, IndexError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, _Undecodable):
             raise InputError(f"--dataset: {path} cannot be read beyond row {number}: {reason}") from error
@@ -264,7 +268,7 @@ def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | Non
     with pa.parquet.ParquetFile(path) as parquet:
         names = parquet.schema_arrow.names
         _require(names, required, path)
-        columns = [name for name in names if only is None or name in only]
+        columns = _chosen(parquet.schema_arrow, only)
         size, total = path.stat().st_size, parquet.metadata.num_rows
         group, row = 0, 0  # row groups that lie wholly before the start are not read
         while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= start_row:
@@ -274,22 +278,120 @@ def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | Non
         for table in parquet.iter_batches(COLUMNAR_ROWS, row_groups=groups, columns=columns):
             skip = max(0, start_row - row)
             row += min(skip, table.num_rows)
-            for values in table.slice(skip).to_pylist():
-                batch_end = (row // COLUMNAR_ROWS + 1) * COLUMNAR_ROWS  # of the file, wherever the start has cut it
-                yield Row(values, size * min(batch_end, total) // total)
+            for values in _table_rows(table.slice(skip)):
+                yield Row(values, size * _batch_end(row, total) // total)
                 row += 1
 
 
 def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
-    with pa.memory_map(str(path)) as raw, pa.ipc.open_stream(raw) as stream:
+    with pa.memory_map(str(path)) as raw, _open_arrow(raw) as stream:
+        if stream.schema.names == ["indices"]:
+            yield from _selected_rows(path, required, only, start_row)
+            return
         _require(stream.schema.names, required, path)
-        columns = [name for name in stream.schema.names if only is None or name in only]
         first = 0
-        for batch in stream:
+        for batch, position in _batches(stream, raw):
             for start in range(max(0, start_row - first), batch.num_rows, COLUMNAR_ROWS):
-                for values in batch.slice(start, COLUMNAR_ROWS).select(columns).to_pylist():
-                    yield Row(values, raw.tell())
+                table = _selected(batch.slice(start, COLUMNAR_ROWS), _chosen(stream.schema, only))
+                yield from (Row(columns, position) for columns in _table_rows(table))
             first += batch.num_rows
+
+
+def _open_arrow(raw: pa.NativeFile) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    """Open Arrow's format of streams, which `datasets` writes, or that of files."""
+    is_file = raw.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    raw.seek(0)
+    return pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
+
+
+def _batches(
+    reader: pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader, raw: pa.NativeFile
+) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Yield the batches, and how many bytes of the file they and those before them take."""
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        count = reader.num_record_batches
+        yield from ((reader.get_batch(number), raw.size() * (number + 1) // count) for number in range(count))
+    else:
+        yield from ((batch, raw.tell()) for batch in reader)
+
+
+def _selected_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
+    """The rows that `path` lists, of the data files beside it: a selection as `datasets` saved it before version 2."""
+    from datasets import Dataset, concatenate_datasets  # an import of seconds, for such folders alone
+
+    names = [file["filename"] for file in json.loads((path.parent / STATE).read_bytes())["_data_files"]]
+    data = concatenate_datasets([Dataset.from_file(str(path.parent / name)) for name in names])
+    _require(data.column_names, required, path)
+    selection = Dataset.from_file(str(path)).data.column("indices")
+    columns, size = _chosen(data.data.schema, only), path.stat().st_size
+    rows = data.with_format("arrow")
+    for start in range(start_row, len(selection), COLUMNAR_ROWS):
+        chosen = selection.slice(start, COLUMNAR_ROWS)
+        table = _selected(rows[chosen.to_pylist()].combine_chunks().to_batches()[0], columns)
+        for row, values in enumerate(_table_rows(table), start):
+            yield Row(values, size * _batch_end(row, len(selection)) // len(selection))
+
+
+def _chosen(schema: pa.Schema, only: Sequence[str] | None) -> list[str] | None:
+    """Those of the columns and fields `only` that there are; None is all."""
+    if only is None:
+        return None
+    chosen = []
+    for column, _, field in (name.partition(".") for name in only):
+        if column in schema.names:
+            kind = schema.field(column).type
+            if not field or not pa.types.is_struct(kind):
+                chosen.append(column)
+            elif kind.get_field_index(field) >= 0:
+                chosen.append(f"{column}.{field}")
+    return chosen
+
+
+def _selected(batch: pa.RecordBatch, chosen: list[str] | None) -> pa.RecordBatch:
+    """A batch of these columns and fields alone."""
+    if chosen is None:
+        return batch
+    arrays = {}
+    for column, _, field in (name.partition(".") for name in chosen):
+        values = batch.column(column)
+        if field:
+            values = pa.StructArray.from_arrays([pa.compute.struct_field(values, field)], [field])
+        arrays[column] = values
+    return pa.RecordBatch.from_arrays(list(arrays.values()), list(arrays))
+
+
+def _table_rows(table: pa.RecordBatch) -> Iterator[dict]:
+    decoders = {field.name: decode for field in table.schema if (decode := _decoder(field.type))}
+    for columns in table.to_pylist():
+        for name, decode in decoders.items():
+            columns[name] = decode(columns[name])
+        yield columns
+
+
+def _batch_end(row: int, total: int) -> int:
+    """Return the end of the row's batch, counted from the file's first row wherever reading has started."""
+    return min((row // COLUMNAR_ROWS + 1) * COLUMNAR_ROWS, total)
+
+
+def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what makes Python's values of those that Arrow gives for JSON and maps, also within others, if needed."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _unless_null(json.loads) if kind.extension_name == "arrow.json" else None
+    if pa.types.is_map(kind):
+        decode = _decoder(kind.item_type) or (lambda value: value)
+        return _unless_null(lambda pairs: {key: decode(value) for key, value in pairs})
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        decode = _decoder(kind.value_type)
+        return decode and _unless_null(lambda values: [decode(value) for value in values])
+    if pa.types.is_struct(kind):
+        decoders = {field.name: decode for field in kind if (decode := _decoder(field.type))}
+        fields = _unless_null(lambda row: row | {name: decode(row[name]) for name, decode in decoders.items()})
+        return fields if decoders else None
+    return None
+
+
+def _unless_null(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else decode(value)
 
 
 def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> None:

@@ -5,6 +5,7 @@ first where it is not on this machine.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -34,7 +35,7 @@ from dataset_choice import (
     slice_of_path,
     unpacking,
 )
-from dataset_files import FILE_SUFFIXES, WHOLE, Span, read_rows, refuse_pointer
+from dataset_files import FILE_SUFFIXES, STATE, WHOLE, Span, read_rows, refuse_pointer
 from dataset_hub import CONVERTED, RemoteFile, Repository
 
 REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -58,7 +59,8 @@ class SourceFile(NamedTuple):
         path: within the folder or the data set, or the whole path within a URL.
         slice: the part of the data set that its documents are counted under, unless they name another.
         size: bytes, as stored; 0 if unknown.
-        version: differs when the content does: time of change, content hash, or ETag.
+        version: differs when the content does: time of change, content hash, or ETag; of a selection of rows, also
+            those of the files selected from, after commas.
         origin: its folder, `OWNER/NAME@COMMIT` on the hub, or its URL.
     """
 
@@ -84,7 +86,7 @@ class SourceFile(NamedTuple):
             status = path.stat()
         except OSError as error:
             raise InputError(f"--dataset: {path} cannot be read ({error.strerror}); restore or remove it") from error
-        if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version):
+        if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version.partition(",")[0]):
             raise InputError(f"--dataset: {path} has changed since it was found; start again")
         return path
 
@@ -99,7 +101,7 @@ class SourceFile(NamedTuple):
 
     def documents(self, start_row: int = 0, span: Span = WHOLE) -> Iterator[Document]:
         """Its rows as documents of pretraining, from the row of index `start_row` on. Raises as `rows`."""
-        only = ("text", SLICE_COLUMN)
+        only = ("text", SLICE_COLUMN, f"meta.{SLICE_COLUMN}")
         for columns, position in read_rows(self.fetch(), only[:1], only=only, span=span, start_row=start_row):
             yield Document(columns.get("text"), _slice_of_row(columns) or self.slice, position)
 
@@ -164,9 +166,14 @@ def unusable(text: object) -> str | None:
 
 
 def _slice_of_row(row: dict) -> str | None:
-    meta = row.get("meta")
-    name = row.get(SLICE_COLUMN) or (meta.get(SLICE_COLUMN) if isinstance(meta, dict) else None)
-    return name if isinstance(name, str) else None
+    """The slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
+    name, meta = row.get(SLICE_COLUMN), row.get("meta")
+    if not name and isinstance(meta, str) and SLICE_COLUMN in meta:
+        with contextlib.suppress(ValueError, RecursionError):
+            meta = json.loads(meta)
+    if not name and isinstance(meta, dict):
+        name = meta.get(SLICE_COLUMN)
+    return name if name and isinstance(name, str) else None
 
 
 def resolve_source(
@@ -258,10 +265,8 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
                 f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}"
             )
         root /= split if split in splits else splits[0]
-    arrow_files = _saved(root / "state.json", "_data_files")
-    if arrow_files:
-        paths = [f"{root.name}/{arrow_file['filename']}" for arrow_file in arrow_files]
-        return Source(name, [_local_file(root.parent, path) for path in paths])
+    if saved := _saved_files(root.parent, root.name):
+        return Source(name, saved)
     return _listed_source(name, root, _walk(root, hidden=card is not None), card, request, has_card(texts))
 
 
@@ -276,8 +281,10 @@ def _listed_source(
         raise InputError(
             f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}{unpacking(paths)}"
         )
-    files = [_local_file(root, path)._replace(slice=slice) for path, slice in choice.files.items()]
-    return Source(name, files, remark=choice.remark and f"left out in {name}: {choice.remark}")
+    files = {
+        file._replace(slice=slice): None for path, slice in choice.files.items() for file in _data_files(root, path)
+    }
+    return Source(name, list(files), remark=choice.remark and f"left out in {name}: {choice.remark}")
 
 
 def _text(path: Path) -> str:
@@ -294,6 +301,24 @@ def _saved(path: Path, key: str) -> list | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, list) else None
+
+
+def _data_files(root: Path, path: str) -> list[SourceFile]:
+    """Return the file of a path in `root`; of an Arrow file in a folder that `datasets` saved all files of that."""
+    saved = _saved_files(root, os.path.dirname(path)) if path.lower().endswith(".arrow") else []
+    return saved or [_local_file(root, path)]
+
+
+def _saved_files(root: Path, folder: str) -> list[SourceFile]:
+    """Return the Arrow files that `datasets` saved in a folder of `root`: the data, or selections of their rows."""
+
+    def listed(key: str) -> list[SourceFile]:
+        names = [file["filename"] for file in _saved(root / folder / STATE, key) or []]
+        return [_local_file(root, f"{folder}/{name}") for name in names]
+
+    data, selections = listed("_data_files"), listed("_indices_data_files")
+    versions = [file.version for file in data]
+    return [file._replace(version=",".join([file.version, *versions])) for file in selections] or data
 
 
 def _walk(root: Path, hidden: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from console import InputError, say
+from console import InputError, first_line, say
 from data_order import GlobalOrder, Order, Permutation, splitmix64
 from data_utils import IGNORE_INDEX, MANIFEST_NAME
 from dataset_files import read_rows
@@ -42,7 +42,7 @@ from dataset_sources import Source
 from files import checksum, exclusive_lock, sync, write_json
 from instruction_rows import Encoded, ExampleEncoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BATCH_ROWS = 256
 PARALLEL_BYTES = 2**23  # of a source that several processes tokenize
 PAD_MULTIPLE = 8  # lengths that tensor cores take well
@@ -54,9 +54,9 @@ PACK_WINDOW = 2**14  # examples
 
 
 def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -> Path:
-    """The folder with the examples of `source`, built in `cache_dir` unless it is there.
+    """Return the folder with the examples of `source`, built in `cache_dir` unless it is there and undamaged.
 
-    One process a node builds, the others wait; a build that is killed leaves nothing that looks complete.
+    One process a node checks and builds, the others wait; a build that is killed leaves nothing that looks complete.
 
     Raises:
         InputError: no row can be used, or `cache_dir` cannot be written to.
@@ -68,13 +68,37 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder.with_suffix(".lock"), "the data set is being tokenized; waiting for it"):
-            if not (folder / MANIFEST_NAME).is_file():
+            if damaged := _damaged_file(folder):
+                say(f"{folder / damaged} is damaged; tokenizing the data set again")
+            if damaged or not (folder / MANIFEST_NAME).is_file():
                 _build(folder, source, encoder)
     except OSError as error:
         raise InputError(
-            f"--cache_dir: cannot write to {cache_dir} ({error.strerror}); give a folder with enough room"
+            f"--cache_dir: cannot write to {cache_dir} ({error.strerror or first_line(error)}); "
+            "make room there, or give a folder with enough"
         ) from error
     return folder
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """Return the name of a file of a finished folder that is not as it was written, None if there is none."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest.pop("sha256") != _digest(manifest):
+            return MANIFEST_NAME
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return MANIFEST_NAME
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file() or checksum(folder / name) != expected:
+            return name
+    return None
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
@@ -88,10 +112,10 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
         if not lengths:
             raise InputError(
                 f"--dataset: {_files(source)} of {source.name} has no usable row "
-                f"(skipped: {_listing(skipped) or 'none'}); "
-                "give more data, or raise --max_length if it is that"
+                f"(skipped: {_listing(skipped) or 'none'}); correct the rows or give others"
+                + (", or raise --max_length" if any("--max_length" in reason for reason in skipped) else "")
             )
-        np.cumsum(lengths, dtype="<i8").tofile(partial / "ends.bin")
+        (partial / "ends.bin").write_bytes(np.cumsum(lengths, dtype="<i8").tobytes())
         _write_packs(partial, lengths, encoder.max_length)
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         manifest = {
@@ -104,8 +128,10 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
             "longest": int(max(lengths)),
             "cut": cut,
             "skipped": skipped,
+            "unused": encoder.unused,
             "files": files,
         }
+        manifest["sha256"] = _digest(manifest)
         for name in files:
             sync(partial / name)
         write_json(partial / MANIFEST_NAME, manifest)
@@ -134,8 +160,8 @@ def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tu
                 if isinstance(example, str):
                     skipped[example] += 1
                     continue
-                example.ids.astype(encoder.encoder.dtype).tofile(tokens)
-                example.labels.tofile(labels)
+                tokens.write(example.ids.astype(encoder.encoder.dtype).tobytes())
+                labels.write(example.labels.tobytes())
                 lengths.append(len(example.ids))
                 cut += example.cut
             bar.update(read_bytes)
@@ -155,10 +181,15 @@ def _encoded_batches(source: Source, encoder: ExampleEncoder) -> Iterator[tuple[
         for rows, read_bytes in _row_batches(source):
             pending.append((executor.submit(_encode_in_worker, rows), read_bytes))
             if len(pending) == 4 * workers:
-                future, read_bytes = pending.popleft()
-                yield future.result(), read_bytes
+                yield _collected(encoder, *pending.popleft())
         for future, read_bytes in pending:
-            yield future.result(), read_bytes
+            yield _collected(encoder, future, read_bytes)
+
+
+def _collected(encoder: ExampleEncoder, future: Future, read_bytes: int) -> tuple[list[Encoded | str], int]:
+    examples, notes = future.result()
+    encoder.take_notes(notes)
+    return examples, read_bytes
 
 
 _worker_encoder: ExampleEncoder  # of a worker process
@@ -170,8 +201,8 @@ def _start_worker(encoder: ExampleEncoder) -> None:
     follow_parent()
 
 
-def _encode_in_worker(rows: list[dict]) -> list[Encoded | str]:
-    return list(_worker_encoder.encode(rows))
+def _encode_in_worker(rows: list[dict]) -> tuple[list[Encoded | str], tuple[set[str], ...]]:
+    return list(_worker_encoder.encode(rows)), _worker_encoder.notes
 
 
 def _row_batches(source: Source) -> Iterator[tuple[list[dict], int]]:
@@ -200,10 +231,10 @@ def _write_packs(folder: Path, lengths: Sequence[int], capacity: int) -> None:
     end, ends = 0, array("q")
     with open(folder / "packs.bin", "wb") as packs:
         for members in pack(lengths, capacity):
-            np.array(members, "<i8").tofile(packs)
+            packs.write(np.array(members, "<i8").tobytes())
             end += len(members)
             ends.append(end)
-    np.array(ends, "<i8").tofile(folder / "pack_ends.bin")
+    (folder / "pack_ends.bin").write_bytes(np.array(ends, "<i8").tobytes())
 
 
 def pack(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
@@ -353,6 +384,7 @@ class InstructionDataset(Dataset):
             f"{manifest['examples']:,} examples{packs} of {self.mean_length:.1f} tokens on average, the longest of "
             f"{manifest['longest']:,}; {manifest['cut']:,} cut off; "
             f"skipped rows: {_listing(manifest['skipped']) or 'none'}"
+            + (f"; not used: {', '.join(unused)}" if (unused := manifest.get("unused")) else "")
         )
 
     @cached_property

@@ -23,13 +23,16 @@ import argparse
 import codecs
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from arguments import ArgumentParser, user_name
+from chat_template import prompt_ids
 from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
 from console import InputError, first_line
 from model_utils import load_config
@@ -126,21 +129,47 @@ def read_text(prompt: str) -> str:
         raise InputError(f"--prompt: {text} is not {encoding}; convert it, or set the locale to match") from error
 
 
-def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
-    """The ids of the prompt, [1, S], with room for what is to be written in a model's context of `context` tokens."""
+def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[torch.Tensor, str]:
+    """Return the ids of the prompt, [1, S], and its text; raise InputError if the new tokens exceed the context."""
     text = read_text(args.prompt)
+    ids = torch.tensor([prompt_ids(tokenizer, text, args.chat)])
     if args.chat:
-        if not tokenizer.chat_template:
-            raise InputError("--chat: the tokenizer has no chat template; leave the flag out")
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat)["input_ids"]
+        text = decode(tokenizer, ids[0])
     if ids.shape[1] + args.max_new_tokens > context:
         raise InputError(
             f"--max_new_tokens: {ids.shape[1]} tokens of the prompt and {args.max_new_tokens} new ones are more than "
             f"the model's context of {context}; lower it, or shorten --prompt"
         )
-    return ids
+    return ids, text
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.Tensor) -> str:
+    """Return the text of these ids without special tokens, its spaces as they are."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Printer(BaseStreamer):
+    """Prints `prompt` as it is, and then each new token as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str):
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids: list[int] = []
+        self.shown = ""  # all ids so far as text, up to what is printed
+
+    def put(self, value: torch.Tensor) -> None:
+        is_prompt = not self.ids
+        self.ids += value.flatten().tolist()
+        text = decode(self.tokenizer, self.ids)
+        if is_prompt:
+            print(self.prompt, end="", flush=True)
+        elif text.endswith("\ufffd"):  # the first bytes of a character
+            return
+        else:
+            print(text[len(self.shown) :], end="", flush=True)
+        self.shown = text
+
+    def end(self) -> None:
+        print(decode(self.tokenizer, self.ids)[len(self.shown) :], flush=True)
 
 
 def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
@@ -167,7 +196,7 @@ def main() -> int:
     check_pretrained(folder, config, "--model")
     tokenizer = open_tokenizer(args, tokenizers)
     check_vocabulary(tokenizer, config)
-    ids = read_prompt(args, tokenizer, config.max_position_embeddings)
+    ids, prompt = read_prompt(args, tokenizer, config.max_position_embeddings)
 
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -180,7 +209,7 @@ def main() -> int:
         max_new_tokens=args.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=Printer(tokenizer, prompt),
         **(sampling if args.temperature > 0 else {"do_sample": False}),
     )
     return 0

@@ -1,6 +1,7 @@
 """A trained model writes."""
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,41 @@ def test_a_chat_is_written_by_the_template(write, problem, final, tmp_path):
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} {% endfor %}"
     )
     tokenizer.save_pretrained(folder)
+
+    def told(tokenizer):
+        tokenizer.save_pretrained(folder)
+        return problem("--chat", model=folder)
+
     assert write("--chat", model=folder).startswith(f"[user] {PROMPT} ")
+    tokenizer.chat_template = {"rag": "{{ 1 }}"}
+    assert "has the chat templates rag and none called 'default'" in told(tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    assert "--chat: messages that the chat template fails on (TypeError: " in told(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["x = f ( a , b ) . g ! do n't", "  def f():\n    return </s> 1\n", "<s> a", "", "日本 é\t "]
+)
+def test_the_prompt_is_printed_as_it_is(write, final, tmp_path, prompt):
+    folder = shutil.copytree(final, tmp_path / "model")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"clean_up_tokenization_spaces": True}))
+    assert write("--temperature", 0, model=folder, prompt=prompt).startswith(prompt)
+
+
+def test_what_is_written_is_what_the_tokenizer_says(capsys, sample_tokenizer):
+    """Spaces at the start of a line and characters of several tokens stay whole."""
+    text = "if a:\n    return '日本 😀'\n\n  # two , three"
+    prompt, *new = [sample_tokenizer.bos_token_id, *sample_tokenizer.encode(text, add_special_tokens=False)]
+    printer = generate.Printer(sample_tokenizer, "")
+    for number in (prompt, *new, sample_tokenizer.eos_token_id):
+        printer.put(torch.tensor([number]))
+    printer.end()
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_prompt_that_is_no_text(problem):
+    assert problem(prompt="\udcff") == "--prompt: it is not UTF-8 text; convert it"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -77,6 +78,49 @@ class TestPreparedFolder:
         folder = prepare(ROWS)
         (folder / "labels.bin").write_bytes(b"")
         assert f"--dataset: {folder / 'labels.bin'} has 0 bytes instead of" in error_of(InstructionDataset, folder)
+
+    @pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "ends.bin", "packs.bin", "pack_ends.bin"])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_flipped_bit_is_found_and_mended(self, prepare, capsys, name, packed):
+        folder = prepare(ROWS)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        capsys.readouterr()
+        assert prepare(ROWS) == folder
+        assert f"{folder / name} is damaged; tokenizing the data set again" in capsys.readouterr().out
+        assert (folder / name).read_bytes() == content
+
+    @pytest.mark.parametrize(
+        "damage", [lambda text: text.replace('"examples": 6', '"examples": 5'), lambda _: "{", len]
+    )
+    def test_a_damaged_manifest(self, prepare, capsys, damage):
+        manifest = prepare(ROWS) / MANIFEST_NAME
+        content = manifest.read_text()
+        manifest.write_text(str(damage(content)))
+        prepare(ROWS)
+        assert f"{manifest} is damaged" in capsys.readouterr().out
+        assert manifest.read_text() == content
+
+    @pytest.mark.parametrize("limit", [100, 5000])
+    def test_a_full_disk(self, prepare, tmp_path, limit):
+        rows = [*ROWS, *ROWS] * 10
+        write_rows(tmp_path / f"rows-{len(rows)}.jsonl", rows)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # writes fail, as on a full disk, with another errno
+        try:
+            message = error_of(prepare, rows)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert message == (
+            f"--cache_dir: cannot write to {tmp_path / 'cache'} (File too large); "
+            "make room there, or give a folder with enough"
+        )
+
+    def test_what_is_not_used_is_named_from_the_cache_too(self, prepare, monkeypatch):
+        monkeypatch.setattr(instruction_data, "PARALLEL_BYTES", 0)
+        rows = [*({**row, "id": number} for number, row in enumerate(ROWS * 100)), {"prompt": "a", "source": "b"}]
+        for _ in range(2):
+            assert InstructionDataset(prepare(rows)).description.endswith("; not used: column id, column source")
 
     def test_two_nodes_build_at_once_where_there_are_no_locks(self, prepare, monkeypatch):
         """The second begins and ends while the first tokenizes, as another host of another name does."""

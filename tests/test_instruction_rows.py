@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from corpora import error_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset_sources import resolve_source
 from instruction_rows import SHAPES, ExampleEncoder, find_shape, separator
@@ -106,6 +106,17 @@ class TestPromptAndCompletion:
         (example,) = encoded(tokenizer, ROWS[3])
         assert Counter(example.ids.tolist())[tokenizer.eos_token_id] == 1
 
+    @pytest.mark.parametrize("completion", ["</s>", "one </s> two", "one two </s>"])
+    def test_a_completion_that_spells_eos_has_one_of_its_own(self, tokenizer, sample, completion):
+        slow = AutoTokenizer.from_pretrained(sample / "tokenizer", use_fast=False)
+        for other in (tokenizer, slow):
+            (example,) = encoded(other, {"prompt": "Say", "completion": completion})
+            ids = other("Say", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            spelled = ExampleEncoder(other, PROMPTED, 9, False).encoder.tokenize(["Say", "Say " + completion])
+            assert spelled[0] == ids
+            assert example.ids.tolist() == [other.bos_token_id, *spelled[1], other.eos_token_id]
+            assert example.labels[-1]
+
     def test_train_on_prompt(self, tokenizer):
         (example,) = encoded(tokenizer, ROWS[0], train_on_prompt=True)
         assert example.labels.tolist() == [False] + [True] * (len(example.ids) - 1)
@@ -136,6 +147,31 @@ class TestPromptAndCompletion:
 
 
 class TestInstructions:
+    def test_system_and_history_stand_before_the_prompt(self, sample_tokenizer):
+        columns = {"system": "Be brief.", "history": [["One?", "1"], ["Two?\n", "2"]]}
+        turns = "Instruction: One?\nOutput: 1\n\nInstruction: Two?\n\nOutput: 2\n\n"
+        for row, shape, prompt in [
+            ({"instruction": "Three?", "output": "3"}, INSTRUCTED, f"Be brief.\n\n{turns}Instruction: Three?\nOutput:"),
+            ({"prompt": "Three?", "completion": "3"}, PROMPTED, "Be brief.\n\nOne? 1\n\nTwo?\n2\n\nThree?"),
+        ]:
+            (example,) = encoded(sample_tokenizer, {**row, **columns}, shape=shape)
+            (same,) = encoded(sample_tokenizer, {"prompt": prompt, "completion": "3"})
+            assert example.ids.tolist() == same.ids.tolist()
+            assert example.labels.tolist() == same.labels.tolist()
+
+    @pytest.mark.parametrize(
+        ("columns", "reason"),
+        [
+            ({"system": 3}, "system not a string"),
+            ({"history": [["a"]]}, "history not a list of pairs of strings"),
+            ({"history": {"a": "b"}}, "history not a list of pairs of strings"),
+            ({"history": [["\ud800", ""]]}, "history with unpaired surrogates"),
+            ({"history": "a"}, "history a string that is not JSON"),
+        ],
+    )
+    def test_what_cannot_be_used(self, sample_tokenizer, columns, reason):
+        assert encoded(sample_tokenizer, {"instruction": "a", "output": "b", **columns}, shape=INSTRUCTED) == [reason]
+
     @pytest.mark.parametrize(
         ("row", "prompt"),
         [
@@ -208,6 +244,13 @@ class TestFindShape:
     )
     def test_by_the_columns(self, tmp_path, sample_tokenizer, row, shape):
         assert find_shape(write_rows(tmp_path / "rows.jsonl", [row]), sample_tokenizer) == shape
+
+    @pytest.mark.parametrize("empty", [{}, {"prompt": None, "completion": None}])
+    def test_a_null_counts_as_absent(self, tmp_path, sample_tokenizer, empty):
+        rows = [{**empty, "instruction": "a"}, {**empty, "instruction": "a", "output": "b"}]
+        assert find_shape(write_rows(tmp_path / "rows.jsonl", rows), sample_tokenizer) == INSTRUCTED
+        rows = [{"prompt": "a", "completion": None}]
+        assert find_shape(write_rows(tmp_path / "null.jsonl", rows), sample_tokenizer) == PROMPTED
 
     def test_lists_the_columns_of_another_data_set(self, tmp_path, sample_tokenizer):
         source = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
