@@ -43,6 +43,7 @@ from checkpoint_utils import (
 from checkpoint_writer import CheckpointWriter, host_memory, remove_old_checkpoints, staging_bytes
 from collectives import on_rank_zero
 from console import InputError, RunError
+from files import checksum
 from model_utils import load_config, parameter_specs, trained_specs
 from pretrained import check_pretrained, load_pretrained
 from sharded_state import MASTER, MOMENTS
