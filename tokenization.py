@@ -24,7 +24,7 @@ from transformers import (
 
 import hub
 from console import InputError, first_line
-from tokenizer_tables import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec
+from tokenizer_tables import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec, tables_of
 
 LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 FRAME = ("bos_token", "eos_token")
@@ -102,7 +102,7 @@ def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of text that has no token; None if there is no such text, as in GPT-2's, whatever `unk_token` says."""
     if not tokenizer.is_fast:
         return tokenizer.unk_token_id
-    model = json.loads(tokenizer.backend_tokenizer.model.__getstate__())
+    model = tables_of(tokenizer)["model"]
     return model.get("unk_id", tokenizer.get_vocab().get(model.get("unk_token")))
 
 

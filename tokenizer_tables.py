@@ -1,10 +1,13 @@
 """A tokenizer's own tables: text in which special tokens stay text, and the proof that SentencePiece gives its ids."""
 
+import contextlib
 import copy
 import itertools
 import json
+import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,27 +34,43 @@ class PlainText:
     """A tokenizer's ids of plain text: special tokens spelled out stay text, other added tokens are used.
 
     transformers' `split_special_tokens` is not enough: slow tokenizers ignore it in batches, and the model of a fast
-    one may hold a special token as a word like any other. Such tokens are hidden from the model here.
+    one may hold a special token as a word like any other. A text that has it is encoded again without that word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.hidden: set[str] = set()
+        self.hidden: dict[str, int] = {}
         if not tokenizer.is_fast:
             self._slow = _without_special_tokens(tokenizer)
             return
-        self.tables = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        self.hidden = _special_tokens_of_text(self.tables)
-        self._fast = Tokenizer.from_str(json.dumps(_hide(self.tables, self.hidden)))
-        self._fast.encode_special_tokens = True
-        ids, expected = self._fast.get_vocab(), tokenizer.get_vocab()
-        if any(ids.get(token) != expected[token] for token in expected.keys() - self.hidden):
+        ids = tokenizer.get_vocab()
+        self.tables = tables_of(tokenizer)
+        self.hidden = {token: ids[token] for token in _special_tokens_of_text(self.tables)}
+        self._fast = _loaded(self.tables)
+        hiding = self._fast if not self.hidden else _loaded(_hide(self.tables, self.hidden))
+        if self._fast.get_vocab() != ids or any(hiding.token_to_id(token) != ids[token] for token in self._visible):
             raise InputError("--tokenizer: its added tokens get other ids once it is saved; number them without gaps")
+        self._hiding = hiding
+        self._unknown = self.hidden.get(str(tokenizer.unk_token))
+        self._wrong = set(self.hidden.values()) - {self._unknown}
+
+    @property
+    def _visible(self) -> set[str]:
+        """The added tokens that text may make."""
+        return {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if self.tokenizer.is_fast:
-            return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
+        if not self.tokenizer.is_fast:
+            return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
+        encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for number, text in enumerate(texts if self.hidden else ()):
+            if self._makes_special(text, encoded[number]):
+                encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    def _makes_special(self, text: str, ids: list[int]) -> bool:
+        """The unknown token is also that of unknown characters, so the text decides."""
+        return not self._wrong.isdisjoint(ids) or (self._unknown in ids and str(self.tokenizer.unk_token) in text)
 
     @cached_property
     def state(self) -> bytes:
@@ -71,6 +90,34 @@ class PlainText:
             if not token.special or token.lstrip or token.rstrip or token.single_word:
                 return True
         return False
+
+
+def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All of a fast tokenizer but what depends on a call."""
+    ids = tokenizer.get_vocab()
+    with _silent_stdout() if max(ids.values()) >= len(ids) else contextlib.nullcontext():
+        text = tokenizer.backend_tokenizer.to_str()
+    return json.loads(text) | {"truncation": None, "padding": None}
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keeps `tokenizers` from printing every id that is left out."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _loaded(tables: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(tables))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
@@ -99,7 +146,7 @@ def _is_character(token: str) -> bool:
     return len(token) == 1
 
 
-def _hide(tables: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
+def _hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
     """Tables that keep all ids and scores, with names for the tokens `hidden` that no text has."""
 
     def name(token: str | None) -> str | None:
@@ -119,10 +166,10 @@ def _hide(tables: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
     return {**tables, "model": model, "added_tokens": added, "post_processor": None}
 
 
-def _visible_merges(model: dict[str, Any], hidden: set[str]) -> list[tuple[str, str]]:
+def _visible_merges(model: dict[str, Any], hidden: Container[str]) -> list[tuple[str, str]]:
     inner = len(model["continuing_subword_prefix"] or "")
-    merges = ((left, right) for left, right in model["merges"] if not hidden & {left, right, left + right[inner:]})
-    return list(merges)
+    merges = ((left, right, left + right[inner:]) for left, right in model["merges"])
+    return [parts[:2] for parts in merges if not any(part in hidden for part in parts)]
 
 
 def plain_spec(rules: ModelProto) -> bool:
@@ -187,7 +234,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: Mo
     return None if bare and any("\n" in pair for pair in neighbours(rules)) else (bare, bare)
 
 
-def _same_model(model: dict[str, Any], hidden: set[str], rules: ModelProto) -> bool:
+def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto) -> bool:
     """True if byte-pair encoding by the tables of a fast tokenizer and by SentencePiece gives the same ids.
 
     Both begin with characters and merge, again and again, the pair that makes the best piece. SentencePiece takes the
