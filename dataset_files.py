@@ -378,11 +378,11 @@ def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if isinstance(kind, pa.BaseExtensionType):
         return _unless_null(json.loads) if kind.extension_name == "arrow.json" else None
     if pa.types.is_map(kind):
-        decode = _decoder(kind.item_type) or (lambda value: value)
-        return _unless_null(lambda pairs: {key: decode(value) for key, value in pairs})
+        item = _decoder(kind.item_type) or (lambda value: value)
+        return _unless_null(lambda pairs: {key: item(value) for key, value in pairs})
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        decode = _decoder(kind.value_type)
-        return decode and _unless_null(lambda values: [decode(value) for value in values])
+        element = _decoder(kind.value_type)
+        return _unless_null(lambda values: [element(value) for value in values]) if element else None
     if pa.types.is_struct(kind):
         decoders = {field.name: decode for field in kind if (decode := _decoder(field.type))}
         fields = _unless_null(lambda row: row | {name: decode(row[name]) for name, decode in decoders.items()})

@@ -48,6 +48,7 @@ PARALLEL_BYTES = 2**23  # of a source that several processes tokenize
 PAD_MULTIPLE = 8  # lengths that tensor cores take well
 WINDOW_GROUPS = 64
 PACK_WINDOW = 2**14  # examples
+COMPLETE, ABSENT = "complete", "absent"
 
 
 # ------------------------------------------------------------------------------------------------------ prepared folder
@@ -65,12 +66,15 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
         say(source.remark)
     key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint])
     folder = Path(cache_dir) / f"examples-{hashlib.sha256(key.encode()).hexdigest()}"
+    if _state(folder) == COMPLETE:
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder.with_suffix(".lock"), "the data set is being tokenized; waiting for it"):
-            if damaged := _damaged_file(folder):
-                say(f"{folder / damaged} is damaged; tokenizing the data set again")
-            if damaged or not (folder / MANIFEST_NAME).is_file():
+            state = _state(folder)
+            if state not in (COMPLETE, ABSENT):
+                say(f"{folder / state} is damaged; tokenizing the data set again")
+            if state != COMPLETE:
                 _build(folder, source, encoder)
     except OSError as error:
         raise InputError(
@@ -80,21 +84,21 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
     return folder
 
 
-def _damaged_file(folder: Path) -> str | None:
-    """Return the name of a file of a finished folder that is not as it was written, None if there is none."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return None
+def _state(folder: Path) -> str:
+    """Return COMPLETE, ABSENT, or the name of a file that is not as it was written."""
+    name = MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_bytes())
+        if not (folder / name).is_file():
+            return ABSENT
+        manifest = json.loads((folder / name).read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
-            return MANIFEST_NAME
-    except (ValueError, LookupError, AttributeError, TypeError):
-        return MANIFEST_NAME
-    for name, expected in manifest["files"].items():
-        if not (folder / name).is_file() or checksum(folder / name) != expected:
             return name
-    return None
+        for name, expected in manifest["files"].items():
+            if checksum(folder / name) != expected:
+                return name
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return name
+    return COMPLETE
 
 
 def _digest(content: object) -> str:

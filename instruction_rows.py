@@ -268,7 +268,7 @@ class ExampleEncoder:
                 labels[number] += [learned] * len(new)
         return list(zip(ids, labels, starts, strict=True))
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Special tokens spelled out are text, but in a chat, whose template writes them."""
         return self.template.tokenize(texts) if self.template else self.encoder.tokenize(texts)
 

@@ -101,7 +101,7 @@ class TestPreparedFolder:
         assert f"{manifest} is damaged" in capsys.readouterr().out
         assert manifest.read_text() == content
 
-    @pytest.mark.parametrize("limit", [100, 5000])
+    @pytest.mark.parametrize("limit", [100, 2000])
     def test_a_full_disk(self, prepare, tmp_path, limit):
         rows = [*ROWS, *ROWS] * 10
         write_rows(tmp_path / f"rows-{len(rows)}.jsonl", rows)
