@@ -1,6 +1,7 @@
 """Every field of LlamaConfig, in every layout: trained as plain transformers computes it in float32, or refused."""
 
 import inspect
+import itertools
 import json
 import random
 from pathlib import Path
@@ -172,26 +173,26 @@ KERNELS = ("", "-a", "--document_mask", "--document_mask -a -g", "-a -g")
 LENGTH, SEQUENCES = 32, 4
 
 
-def cases() -> list[tuple[dict, str]]:
-    """Changes to BASE, each with flags: every field, those of attention with every kernel, and random combinations."""
-    single = [{name: value} for name, values in TRAINED.items() for value in values]
-    single.append(WITHOUT_EFFECT)
-    everywhere = [{"attention_dropout": 1.0}, {"rope_scaling": LLAMA3}, {"head_dim": 32, "attention_bias": True}]
-    found = [(change, KERNELS[index % len(KERNELS)]) for index, change in enumerate(single)]
-    found += [(change, flags) for change in everywhere for flags in KERNELS]
+def cases(together: int, chance: random.Random) -> list[tuple[dict, str]]:
+    """Changes to BASE, each with flags: every value of the table, `together` of them at a time, drawn by `chance`."""
+    alone = [(name, value) for name, value in REFUSED_BY]
+    values = [(name, value) for name in TRAINED for value in TRAINED[name] if (name, value) not in alone]
+    heads = {"num_attention_heads", "hidden_size", "head_dim", "num_key_value_heads"}  # longrope has as many numbers
+    chance.shuffle(values)
+    groups: list[dict] = [dict([value]) for value in alone]
+    while values:
+        fields: dict = {}
+        for name, value in list(values):
+            exclusive = {*heads, "rope_scaling"} if name in {*heads, "rope_scaling"} else {name}
+            if len(fields) < together and not exclusive & fields.keys():
+                fields[name] = value
+                values.remove((name, value))
+        groups.append(fields)
+    flags = itertools.cycle(chance.sample(KERNELS, len(KERNELS)))
+    found = [(fields, next(flags)) for fields in [*groups, WITHOUT_EFFECT]]
+    found += [({"attention_dropout": 1.0}, kernel) for kernel in ("", "-a", "--document_mask -a -g")]
     # Above the length from where on it has other frequencies, which --document_mask refuses.
-    found.append(({"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}, "-a"))
-    return found
-
-
-def combinations(seed: int, number: int) -> list[tuple[dict, str]]:
-    chance = random.Random(seed)
-    names = [name for name in TRAINED if name not in ("num_attention_heads", "hidden_size", "head_dim")]
-    found = []
-    for _ in range(number):
-        chosen = chance.sample(names, 5)
-        found.append(({name: chance.choice(TRAINED[name]) for name in chosen}, chance.choice(KERNELS)))
-    return found
+    return [*found, ({"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}, "-a")]
 
 
 def write_config(folder: Path, fields: dict) -> Path:
@@ -295,7 +296,7 @@ def test_layouts_train_as_transformers_computes(name, tmp_path):
     """Seen: 3e-7 in the losses, 2e-6 in the norm; with Gemini, which has no float32, 2e-4 and 1e-3."""
     ranks, flags = LAYOUTS[name]
     seed = random.SystemRandom().randrange(2**32)
-    tried = cases() + combinations(seed, 4)
+    tried = cases(1 if name == "zero2" else 4, random.Random(seed))  # zero2 starts in a fifth of the others' time
     folders = [str(write_config(tmp_path / str(index), fields)) for index, (fields, _) in enumerate(tried)]
     results = run_ranks(ranks, trained, folders, [f"{flags} {kernel}" for _, kernel in tried])
     tolerances = (3e-3, 1e-2, 3e-3) if name == "gemini" else (3e-6, 3e-5, 3e-6)
@@ -418,10 +419,13 @@ NAMES = sorted({*TRAINED, *WITHOUT_EFFECT, *WRITTEN_ANEW, *REFUSED, *LEFT_OUT, *
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1, max_size=3))
 def test_any_value_is_read_as_transformers_reads_it_or_refused(tmp_path, fields):
     folder = write_config(tmp_path, fields)
+    refusal: tuple[str, ...] = ()
     try:
         config = load_config(str(folder))
     except InputError as error:
-        assert all("\n" not in line and line.startswith("--config: ") for line in error.problems)
+        refusal = error.problems
+    if refusal:
+        assert all("\n" not in line and line.startswith("--config: ") for line in refusal)
         return
     right = LlamaConfig.from_dict({**BASE, **{name: fields[name] for name in fields if name in TRAINED}})
     assert all(getattr(config, name) == getattr(right, name) for name in TRAINED)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from processes import boosted, run_ranks
+from transformers import LlamaForCausalLM
 
 import sharded_state
 import weight_update
+from model_utils import ParameterSpec, initial_weight, load_config
 from sharded_state import MASTER, MOMENTS, local_shards
-from training_step import forward_backward, optimizer_step
+from training_step import forward_backward, loss_scaler, optimizer_step
 from weight_update import Adam, _Part
 
 HYBRID = "-p hybrid_parallel --pp 1"
@@ -97,3 +100,81 @@ def overflowed():
 
 def test_an_overflow_updates_nothing():
     assert run_ranks(1, overflowed) == [(True, True)]
+
+
+STEPS = (False, True, True, False, False)  # overflows: the loss scale grows in the first, and falls in the third
+SCALES = [2.0**17, 2.0**17, 2.0**16, 2.0**16, 2.0**16]  # after each step
+
+
+def sequences(step: int) -> torch.Tensor:
+    return torch.randint(1024, (4, 32), generator=torch.Generator().manual_seed(step))
+
+
+def plain_fp16_training(clipping: float) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Gradient norms and first moments of a loop in float32, which leaves out the steps that overflow."""
+    config = load_config("test")
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(ParameterSpec(name, parameter.shape), config, 0, torch.device("cpu")))
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    norms = []
+    for step, overflows in enumerate(STEPS):
+        if overflows:
+            continue
+        ids = sequences(step)
+        F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clipping or torch.inf).item())
+        adamw.step()
+        adamw.zero_grad()
+    return norms, {name: adamw.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()}
+
+
+def scaled_training(flags: str, clippings: list[float], references: list[dict[str, torch.Tensor]]) -> list:
+    """For each clipping, norms, scales, and the largest relative error of this rank's first moments."""
+    found = []
+    for clipping, moments in zip(clippings, references, strict=True):
+        run = boosted(f"{flags} -x fp16 --lr 1e-3 --gradient_clipping {clipping}")
+        sharded_state.initialize(run.plugin, run.model, run.optimizer, run.config, seed=0)
+        scaler = loss_scaler(run.optimizer).grad_scaler
+        scaler._growth_step = scaler._growth_interval - 1
+        replicas = dist.get_world_size() // ((run.args.tp or 1) * (run.args.pp or 1))
+        norms, scales = [], []
+        for step, overflows in enumerate(STEPS):
+            mine = sequences(step).chunk(replicas)[dist.get_rank() % replicas].split(run.args.batch_size)
+            # The last rank's loss alone is too large for fp16.
+            labels = 1e-4 if overflows and dist.get_rank() == dist.get_world_size() - 1 else 4 * 31
+            micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine]
+            forward_backward(run.booster, run.model, run.optimizer, micro_batches, labels)
+            norm, skipped = optimizer_step(run.model, run.optimizer)
+            assert skipped == overflows
+            norms += [] if skipped else [norm]
+            scales.append(scaler.scale.item())
+        shards = [shard for shard in local_shards(run.plugin, run.model, run.optimizer) if shard.start < shard.stop]
+        rights = [shard.read(moments[shard.spec.name]) for shard in shards]
+        pairs = [(shard.tensor("exp_avg"), right) for shard, right in zip(shards, rights, strict=True)]
+        found.append((norms, scales, max(((own - right).norm() / right.norm()).item() for own, right in pairs)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (2, "-p zero2 -b 1 --accumulation_steps 2"),
+        (2, "-p gemini -b 1 --accumulation_steps 2"),
+        (1, "-p gemini -b 4"),
+        (2, f"{HYBRID} --tp 2 --zero 0 -b 4"),
+        (2, f"{HYBRID} --tp 1 --zero 1 -b 2"),
+        (2, "-p hybrid_parallel --tp 1 --pp 2 -b 4 --microbatch_size 2"),
+    ],
+)
+def test_gradients_are_divided_by_the_scale_that_multiplied_them(ranks, flags):
+    """Also where it grows, after an overflow on one rank, and where it falls. Seen: 4e-3."""
+    norms = plain_fp16_training(0)[0]
+    clippings = [0.0, 0.1, 0.75 * norms[0]]  # the last is between the gradient's norm and half of it
+    references = [plain_fp16_training(clipping) for clipping in clippings]
+    for rank in run_ranks(ranks, scaled_training, flags, clippings, [moments for _, moments in references]):
+        for found, (right, _) in zip(rank, references, strict=True):
+            assert found[0] == pytest.approx(right, rel=1e-2)
+            assert found[1] == SCALES
+            assert found[2] < 0.02
