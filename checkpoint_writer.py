@@ -246,6 +246,8 @@ class CheckpointWriter:
             self._write(group, tensors, files)
         try:
             self._conclude(self._temporary, self._target, documents, files, started, stall)
+        except RunError as error:
+            self.error = self.error or str(error)
         except Exception as error:
             self.error = self.error or f"{type(error).__name__}: {error}"
 

@@ -1,4 +1,4 @@
-"""What Gemini is helped with: its chunks and when they are gathered, the norm it clips by, whole layers compiled.
+"""Changes to Gemini: its chunks and when they are gathered, the norm it clips by, whole layers compiled.
 
 Gemini keeps parameters in chunks, and gathers and releases them from hooks that each operation on a parameter calls.
 """

@@ -1,4 +1,4 @@
-"""What a run is before it trains: where it stands, how far it goes, and what must not change unnoticed."""
+"""The plan of a run: its position, its length, and the settings that must not change unnoticed."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Where each plugin keeps a parameter's float32 master weight and its Adam moments, seen as slices of the full tensor.
+"""Views of each parameter's float32 master weight and Adam moments, as slices of the full tensor, under any plugin.
 
 A parameter is split by tensor parallelism along one dimension; what is left, flattened, is split by ZeRO or Gemini into
 one contiguous range a rank. `local_shards` describes this rank's part under any plugin in these two terms, so that
@@ -71,12 +71,12 @@ class LocalShard:
         return torch.Size(shape)
 
     def is_writer(self, writer: int) -> bool:
-        """Whether this rank is 0 in tp_group and, modulo its size, `writer` in data_group."""
+        """Return True on the rank that is 0 in tp_group and, modulo its size, `writer` in data_group."""
         return self.tp_rank == 0 and dist.get_rank(self.data_group) == writer % dist.get_world_size(self.data_group)
 
     @property
     def gathers_on_gpu(self) -> bool:
-        """Whether `gather` gives tensors of a GPU, be it that only there the ranks can exchange them."""
+        """True if `gather` returns a GPU tensor (NCCL needs one, even for offloaded states)."""
         return self.storage.is_cuda or (torch.cuda.is_available() and dist.get_world_size(self.data_group) > 1)
 
     def tensor(self, key: str) -> torch.Tensor:

@@ -227,8 +227,8 @@ class TestFailedSave:
         """All ranks raise; with --keep_checkpoints 1, one that lacks a file would have replaced the good one."""
         for message in run_ranks(2, save_and_lose, tmp_path, file, change):
             assert message.startswith(NOT_WRITTEN)
-            assert f"resume with -f {tmp_path / 'epoch0-step6'}: rank 0: " in message
-            assert message.endswith(f"{tmp_path / 'epoch0-step7' / file} is gone or cut short although it was written")
+            lost = f"{tmp_path / 'epoch0-step7' / file} is gone or cut short although it was written"
+            assert message.endswith(f"resume with -f {tmp_path / 'epoch0-step6'}: rank 0: {lost}")
         assert [path.name for path in tmp_path.iterdir()] == ["epoch0-step6"]
         assert is_complete(tmp_path / "epoch0-step6")
 
