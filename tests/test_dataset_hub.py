@@ -200,6 +200,34 @@ class TestDownloads:
         message = error_of(StreamedDataset, source, TextEncoder(tokenizer), 16, seed=0, buffer=8)
         assert message.startswith("--streaming: the size of arxiv/arxiv_0.jsonl is not known")
 
+    def test_new_content_of_the_same_size(self, hub, tmp_path, capsys):
+        """A run that began with the older one goes on with that, and gets no other under its name."""
+        path, listings = "redpajama-data-1T/v1.0.0/arxiv/arxiv_0.jsonl", tmp_path / "hf" / "downloads" / "listings"
+        first = resolve_source(FULL, slices=["arxiv"])
+        unversioned = first.files[0].fetch().with_name("arxiv_0.jsonl")  # as earlier versions of the program kept it
+        hub.files[path] = lines({"text": "paper six"})
+        listings.rename(tmp_path / "forgotten")
+        unversioned.write_bytes(lines({"text": "paper old"}))
+        second = resolve_source(FULL, slices=["arxiv"])
+        assert second.files[0].size == first.files[0].size
+        assert texts_of(second)[0] == ("arxiv", "paper six")
+        assert texts_of(first)[0] == ("arxiv", "paper one")
+        assert not unversioned.exists()
+        assert len(hub.downloads("arxiv_0.jsonl")) == 2
+        first.files[0].fetch().unlink()
+        url = first.files[0].origin
+        for _ in range(2):
+            message = error_of(first.files[0].fetch)
+            assert message == f"--dataset: {url} has changed since it was listed; delete {listings} and start again"
+        assert capsys.readouterr().out == ""
+
+    def test_versions_that_nobody_tells(self, hub, capsys):
+        hub.without_version = True
+        assert texts_of(resolve_source(FULL, slices=["arxiv"]))[0] == ("arxiv", "paper one")
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("--dataset: the server tells neither ETag nor date of 2 files (http")
+        assert "delete what changed in" in line
+
     def test_a_server_at_fault_is_asked_again(self, hub, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         path = "/files/redpajama-data-1T/v1.0.0/arxiv/arxiv_0.jsonl"
