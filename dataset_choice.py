@@ -198,28 +198,26 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_hub: bool, req
     unreadable: list[str] = []
     other_splits, used, other_kinds = set(), set(), set()
     for configuration in _wanted(name, card, request) if card else [""]:
-        if card:
-            splits = split_files(name, paths, card.configurations[configuration])
-            found = splits.get(request.split, [])
-            if not found:
-                there = f"only {', '.join(splits)}" if splits else "and no data"
-                if any(split.startswith("partial-") for split in splits):
-                    there += " (partial: the hub converts no more of it)"
-                remedy = "give its files as a folder"
-                if others := [other for other in card.configurations if other != configuration]:
-                    remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
-                raise InputError(
-                    f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; "
-                    f"{remedy}"
-                )
-        else:
+        settings = card.configurations[configuration] if card else {}
+        candidates = list(paths)
+        if settings.get("data_files") is None:
             candidates = [path for path in paths if PurePosixPath(path).name not in DESCRIPTIONS]
-            if not as_hub:
-                candidates = [path for path in candidates if path.lower().endswith(FILE_SUFFIXES + PACKED_SUFFIXES)]
-            splits = split_files(name, candidates, {}, any_name=not as_hub)
-            found = splits.get(request.split, [])
-            if not found and request.split == "train":
-                found = _in_place_of_train(name, candidates, splits)
+        if not as_hub:
+            candidates = [path for path in candidates if path.lower().endswith(FILE_SUFFIXES + PACKED_SUFFIXES)]
+        splits = split_files(name, candidates, settings, any_name=not as_hub)
+        found = splits.get(request.split, [])
+        if not found and card:
+            there = f"only {', '.join(splits)}" if splits else "and no data"
+            if any(split.startswith("partial-") for split in splits):
+                there += " (partial: the hub converts no more of it)"
+            remedy = "give its files as a folder"
+            if others := [other for other in card.configurations if other != configuration]:
+                remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
+            raise InputError(
+                f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; {remedy}"
+            )
+        if not found and request.split == "train":
+            found = _in_place_of_train(name, candidates, splits)
         if as_hub:
             readable, others = readable_files(found)
         else:

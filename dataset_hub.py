@@ -5,6 +5,7 @@ A data set's loading script is never run. The client is huggingface_hub, so `HF_
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -154,9 +155,11 @@ def writing_home() -> Iterator[None]:
     except OSError as error:
         if not _of_disk(error):
             raise
+        remedy = "set HF_HOME to a folder that can be written to, with enough room"
+        if error.errno == errno.ENOSPC:
+            remedy = "make room there and start again to go on, or set HF_HOME to a folder with more"
         raise InputError(
-            f"HF_HOME: cannot write downloads to {error.filename or constants.HF_HOME} ({error.strerror}); set HF_HOME "
-            "to a folder that can be written to, with enough room"
+            f"HF_HOME: cannot write downloads to {error.filename or constants.HF_HOME} ({error.strerror}); {remedy}"
         ) from error
 
 

@@ -146,7 +146,7 @@ def add_source_args(parser: argparse._ActionsContainer) -> None:
         nargs="+",
         default=(),
         metavar="NAME",
-        help="read these slices alone, such as arxiv or wikipedia: files or folders, or a configuration on the hub "
+        help="read these slices alone, such as arxiv or wikipedia: files or folders, or configurations of the data set "
         "(default: all)",
     )
 
@@ -210,7 +210,7 @@ def resolve_source(
     if name.startswith(("http://", "https://")):
         page = HUB_PAGE.match(name)
         remedy = f"give its name: -d {page[1]}" if page else "download it, and give the file"
-        remedy += f" --dataset_revision {page[2]}" if page and page[2] else ""
+        remedy += f"@{page[2]}" if page and page[2] else ""
         raise InputError(f"--dataset: {name} is a URL; {remedy}")
     if os.path.isabs(name) or name.startswith((".", "~")) or hub_name.count("/") > 1:
         raise InputError(f"--dataset: {name} is neither a file nor a folder here; check the path")
@@ -253,9 +253,9 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
     texts = {path: _text(root / path) for path in CARD_FILES if (root / path).is_file()}
     card = read_card(name, texts)
     if request.configuration and not card:
-        if (root / request.configuration).is_dir():
-            request, name = request._replace(configuration=None), str(Path(name, request.configuration))
-            return _local_source(name, Path(os.path.abspath(name)), request)
+        folder = Path(name, request.configuration)
+        if folder.is_dir():
+            return _local_source(str(folder), Path(os.path.abspath(folder)), request._replace(configuration=None))
         paths = named(name, _walk(root), request)
         return _listed_source(name, root, paths, None, request, has_card(texts))
     splits = _saved(root / "dataset_dict.json", "splits")

@@ -291,7 +291,7 @@ class TestNames:
         ("url", "remedy"),
         [
             ("https://huggingface.co/datasets/some/one", "give its name: -d some/one"),
-            ("https://hf.co/datasets/some/one/tree/v1", "give its name: -d some/one --dataset_revision v1"),
+            ("https://hf.co/datasets/some/one/tree/v1", "give its name: -d some/one@v1"),
             ("http://example.com/a.jsonl", "download it, and give the file"),
         ],
     )
