@@ -1,9 +1,11 @@
 """What the programs say to the people who run them: rank-0 output, mistakes in the input, third-party noise."""
 
+import codecs
 import contextlib
 import ctypes
 import hashlib
 import io
+import locale
 import logging
 import multiprocessing
 import os
@@ -125,6 +127,15 @@ def open_standard_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+def _read_utf8() -> None:
+    """Have files be read as UTF-8 where the locale is ASCII alone, as torch._inductor's own have to be."""
+    if codecs.lookup(locale.getencoding()).name == "ascii":
+        for name in ("C.UTF-8", "C.utf8", "UTF-8"):  # PEP 538's
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+                return
+
+
 def _raw(stream: TextIO | None) -> object:
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
@@ -138,6 +149,7 @@ def quiet_third_parties() -> None:
     A Ctrl-C during those imports, which take seconds, then ends the program without a traceback too.
     """
     open_standard_streams()
+    _read_utf8()
     sys.excepthook = end_uncaught
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

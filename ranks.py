@@ -109,6 +109,18 @@ def store(seconds: float) -> "Store":
     return meeting().store if meeting.cache_info().currsize else connect(seconds)
 
 
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Turn the loss of the store into a line."""
+    from torch.distributed import DistNetworkError
+
+    try:
+        yield
+    except DistNetworkError as error:
+        keeper = "torchrun" if _launcher_keeps_store() else "rank 0"
+        raise RunError(f"{keeper} at {_place()} has ended, with other ranks waiting; see its own message") from error
+
+
 class Meeting:
     """A rank's place in the store of its launch.
 
@@ -149,6 +161,7 @@ class Meeting:
         self._publish(key, {"value": value})
         return value
 
+    @_connected()
     def assemble(self, gpu: str) -> None:
         """Return when every rank has come; `gpu` identifies this one's, if it has one."""
         self.store.set(f"gpu/{rank()}", json.dumps([_node(), gpu]))
@@ -164,9 +177,8 @@ class Meeting:
                     self.store.set("problem", f"CUDA_VISIBLE_DEVICES: {problem}; give each rank a GPU of its own")
             self.store.set("assembled", "")
         self.over.set()
-        with _connected():
-            if self.store.check(["problem"]):
-                raise InputError(self.store.get("problem").decode())
+        if self.store.check(["problem"]):
+            raise InputError(self.store.get("problem").decode())
 
     def _publish(self, key: str, answer: dict) -> None:
         data = zlib.compress(json.dumps(answer).encode(), 1)
@@ -175,12 +187,12 @@ class Meeting:
             self.store.set(f"{key}/{index}", chunk)
         self.store.set(key, str(len(chunks)))
 
+    @_connected()
     def _read_answer(self, key: str) -> Any:
         self._wait(f"leader/{_node()}", None)
         leader = int(self.store.get(f"leader/{_node()}"))
         self._wait(key, leader)
-        with _connected():
-            data = b"".join(self.store.get(f"{key}/{index}") for index in range(int(self.store.get(key))))
+        data = b"".join(self.store.get(f"{key}/{index}") for index in range(int(self.store.get(key))))
         answer = json.loads(zlib.decompress(data))
         if "value" in answer:
             return answer["value"]
@@ -198,29 +210,28 @@ class Meeting:
         from torch.distributed import DistStoreError
 
         beat, beaten, told = 0, time.monotonic(), False
-        with _connected():
-            while True:
-                with contextlib.suppress(DistStoreError):
-                    self.store.wait([key], timedelta(seconds=BEAT_SECONDS))
-                    return
-                now = time.monotonic()
-                if number is not None and (latest := self.store.add(f"beat/{number}", 0)) != beat:
-                    beat, beaten = latest, now
-                missing = f"rank {number}" if number is not None else f"the rank of LOCAL_RANK 0 on {_host()}"
-                if not beat and now - beaten > JOIN_SECONDS:
-                    raise InputError(
-                        f"WORLD_SIZE: {missing} has not come to {_place()} within {JOIN_SECONDS} s; "
-                        f"start all {world_size()} ranks, or lower WORLD_SIZE"
-                    )
-                if beat and now - beaten > GONE_SECONDS:
-                    raise RunError(
-                        f"rank {number} on {self._host(number)} has shown no sign of life for {GONE_SECONDS} s, with "
-                        "other ranks waiting; it has ended or is stopped: see its own message"
-                    )
-                if not told and self.store.add(f"told/{_node()}/{key}", 1) == 1:  # one of a node is enough
-                    whom = f"rank {number} on {self._host(number)}" if beat else f"{missing}, which is not there yet"
-                    _tell(f"rank {rank()} on {_host()} waits for {whom}, at {_place()}")
-                told = True
+        while True:
+            with contextlib.suppress(DistStoreError):
+                self.store.wait([key], timedelta(seconds=BEAT_SECONDS))
+                return
+            now = time.monotonic()
+            if number is not None and (latest := self.store.add(f"beat/{number}", 0)) != beat:
+                beat, beaten = latest, now
+            missing = f"rank {number}" if number is not None else f"the rank of LOCAL_RANK 0 on {_host()}"
+            if not beat and now - beaten > JOIN_SECONDS:
+                raise InputError(
+                    f"WORLD_SIZE: {missing} has not come to {_place()} within {JOIN_SECONDS} s; "
+                    f"start all {world_size()} ranks, or lower WORLD_SIZE"
+                )
+            if beat and now - beaten > GONE_SECONDS:
+                raise RunError(
+                    f"rank {number} on {self._host(number)} has shown no sign of life for {GONE_SECONDS} s, with "
+                    "other ranks waiting; it has ended or is stopped: see its own message"
+                )
+            if not told and self.store.add(f"told/{_node()}/{key}", 1) == 1:  # one of a node is enough
+                whom = f"rank {number} on {self._host(number)}" if beat else f"{missing}, which is not there yet"
+                _tell(f"rank {rank()} on {_host()} waits for {whom}, at {_place()}")
+            told = True
 
     def _host(self, number: int | None) -> str:
         return self.store.get(f"host/{number}").decode()
@@ -285,20 +296,6 @@ def _in_background(function: Callable, *arguments: Any) -> None:
             function(*arguments)
 
     threading.Thread(target=run, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """Turn the loss of the store into a line."""
-    from torch.distributed import DistNetworkError
-
-    try:
-        yield
-    except DistNetworkError as error:
-        keeper = "torchrun" if _launcher_keeps_store() else "rank 0"
-        raise RunError(
-            f"rank {rank()} on {_host()} lost {keeper} at {_place()}: it has ended; see its own message"
-        ) from error
 
 
 def connect(seconds: float) -> "Store":
