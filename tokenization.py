@@ -33,11 +33,6 @@ FEW_CHARACTERS = 2**11
 BLOCK_BYTES = 2**22  # in which equal parts are encoded once
 PARTS_AT_ONCE = 64  # the longer a text is, the slower is SentencePiece
 OPEN, CLOSE, LINE_END = SIGNS = b"\xfe\xff\n"  # the first two are in no UTF-8 text
-PROBE = (
-    "It's 1,234.5 km  to the\tcafé:\r\n\n    def f(x): return x**2  # naïve\n日本語 😀 \u202e\xa0end ",
-    "  two spaces first",
-    "\x00\n<0x0A> ▁",
-)
 
 
 def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
@@ -204,8 +199,6 @@ class TextEncoder:
         self._plain_text = PlainText(tokenizer)
         # SentencePiece puts a space before every text, some tokenizers not before one that begins with a space.
         self.sentencepiece, self.bare_leading_space = equal_sentencepiece(tokenizer, self._plain_text)
-        if self.sentencepiece and self._encode(PROBE) != self._plain_text.encode(PROBE):
-            self.sentencepiece, self.bare_leading_space = None, False
 
     def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """One array of `dtype` per document, [number of tokens]."""
