@@ -80,8 +80,7 @@ class TestPreparedFolder:
         assert f"--dataset: {folder / 'labels.bin'} has 0 bytes instead of" in error_of(InstructionDataset, folder)
 
     @pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "ends.bin", "packs.bin", "pack_ends.bin"])
-    @pytest.mark.parametrize("packed", [False, True])
-    def test_a_flipped_bit_is_found_and_mended(self, prepare, capsys, name, packed):
+    def test_a_flipped_bit_is_found_and_mended(self, prepare, capsys, name):
         folder = prepare(ROWS)
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
