@@ -158,7 +158,7 @@ REFUSED = {
 
 LAYOUTS = {
     "zero2": (2, "-p zero2 -x fp32 -b 1 --accumulation_steps 2"),
-    "gemini": (2, "-p gemini -x fp16 -b 1 --accumulation_steps 2"),
+    "gemini": (2, "-p gemini -x bf16 -b 1 --accumulation_steps 2"),
     "tensor": (2, "-p hybrid_parallel -x fp32 --tp 2 --pp 1 -b 4"),
     "pipeline": (2, "-p hybrid_parallel -x fp32 --tp 1 --pp 2 -b 4 --microbatch_size 2"),
     "sequence": (2, "-p hybrid_parallel -x fp32 --tp 1 --pp 1 --sp 2 -b 4"),
