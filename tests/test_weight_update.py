@@ -162,16 +162,14 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
     [
         (2, "-p zero2 -b 1 --accumulation_steps 2"),
         (2, "-p gemini -b 1 --accumulation_steps 2"),
-        (1, "-p gemini -b 4"),
         (2, f"{HYBRID} --tp 2 --zero 0 -b 4"),
-        (2, f"{HYBRID} --tp 1 --zero 1 -b 2"),
         (2, "-p hybrid_parallel --tp 1 --pp 2 -b 4 --microbatch_size 2"),
     ],
 )
 def test_gradients_are_divided_by_the_scale_that_multiplied_them(ranks, flags):
     """Also where it grows, after an overflow on one rank, and where it falls. Seen: 4e-3."""
     norms = plain_fp16_training(0)[0]
-    clippings = [0.0, 0.1, 0.75 * norms[0]]  # the last is between the gradient's norm and half of it
+    clippings = [0.0, 0.75 * norms[0]]  # between the gradient's norm and half of it
     references = [plain_fp16_training(clipping) for clipping in clippings]
     for rank in run_ranks(ranks, scaled_training, flags, clippings, [moments for _, moments in references]):
         for found, (right, _) in zip(rank, references, strict=True):
