@@ -42,7 +42,7 @@ class HubServer:
         break_off: paths of which the first answer ends after this many bytes.
         failures: (method, path) whose next requests are answered with these statuses.
         without_length: paths of files that are sent in chunks, so that nobody is told their length.
-        without_version: whether files are sent without an ETag.
+        without_version: whether `files` are sent without an ETag.
         hangs_up: whether every connection ends without an answer.
     """
 
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path, data, commit=None):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         self.send_response(206 if start else 200)
-        if not self.hub.without_version:
+        if commit or not self.hub.without_version:
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
         self.send_header("Content-Length", str(len(data) - start))
         if commit:

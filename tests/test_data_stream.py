@@ -281,7 +281,7 @@ def draw_files(random, folder):
 
 
 # Hypothesis draws the seeds alone: its own draws of files are alike, and too small for row groups to count.
-@settings(deadline=None, max_examples=150, phases=[Phase.generate])
+@settings(deadline=None, max_examples=100, phases=[Phase.generate])
 @given(case=st.integers(0, 2**32))
 def test_every_kind_of_file_goes_on_where_it_stopped(remembering, case):
     """Stopped several times, on other ranks and loader processes each time; sources shorter than a buffer too."""

@@ -67,6 +67,15 @@ class TestPreparedFolder:
         fingerprints = {InstructionDataset(folder, packed).fingerprint for folder in folders for packed in (0, 1)}
         assert len(fingerprints) == 8
 
+    def test_what_is_left_out_is_said_each_time(self, tmp_path, sample_tokenizer, capsys):
+        (tmp_path / "data").mkdir()
+        write_rows(tmp_path / "data" / "x.jsonl", ROWS)
+        (tmp_path / "data" / "more.csv").write_text("x")
+        for _ in range(2):
+            encoder = ExampleEncoder(sample_tokenizer, PROMPTED, 64, False)
+            prepare_examples(resolve_source(str(tmp_path / "data")), encoder, tmp_path / "cache")
+            assert capsys.readouterr().out.count(f"left out in {tmp_path / 'data'}: 1 .csv\n") == 1
+
     def test_no_usable_row(self, prepare, tmp_path):
         long = [{"prompt": "word " * 100, "completion": "b"}] * 3
         message = error_of(prepare, long)
