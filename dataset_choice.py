@@ -144,7 +144,7 @@ def split_files(
         )
     fsspec.register_implementation("listing", _Listing, clobber=True)
     extensions = None if any_name else _ALL_ALLOWED_EXTENSIONS
-    config = DownloadConfig(storage_options={"listing": {"files": _Files(paths)}})
+    config = DownloadConfig(storage_options={"listing": {"files": _Files(paths), "skip_instance_cache": True}})
     base = f"{ROOT}/{_within(name, settings.get('data_dir') or '')}".removesuffix("/.")
     try:
         if settings.get("data_files") is None:
@@ -374,7 +374,6 @@ class _Listing(AbstractFileSystem):
     """A file system of names alone, on which `datasets` resolves its patterns."""
 
     protocol = "listing"
-    cachable = False
 
     def __init__(self, files: _Files):
         super().__init__()
