@@ -329,6 +329,7 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         if getattr(args, name, None) is not None:
             problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
     if hasattr(args, "dataset"):
+        problems.extend(_link_problems("--cache_dir", args.cache_dir))
         problems.extend(_outputs_among_data(args))
     if not problems:
         problems = layout_problems(args, config)
@@ -350,12 +351,19 @@ def _outputs_among_data(args: argparse.Namespace) -> list[str]:
 
 def _folder_problems(flag: str, folder: Path) -> list[str]:
     """One line for what keeps `folder` from being made or written to, without making it."""
-    for path in (folder.absolute(), *folder.absolute().parents):
-        if path.is_symlink() and not path.exists():
-            return [f"{flag}: {path} is a link to {os.readlink(path)}, which is not there; make that, or give a folder"]
+    if problems := _link_problems(flag, folder):
+        return problems
     existing = existing_part(folder)
     if not existing.is_dir():
         return [f"{flag}: {existing} is a file; give a folder"]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [f"{flag}: no permission to write in {existing}; give another folder"]
+    return []
+
+
+def _link_problems(flag: str, folder: Path) -> list[str]:
+    """One line for a link to nothing on the way to `folder`, in whose place no folder can be made."""
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            return [f"{flag}: {path} is a link to {os.readlink(path)}, which is not there; make that, or give a folder"]
     return []

@@ -92,7 +92,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
         if hub.of_disk(error):
             if found := _downloaded(name_or_path):  # others may have filled a cache that only they may write to
                 return found
-            raise hub.unwritable_cache(name_or_path, flag, error.strerror) from error
+            raise hub.unwritable_cache(name_or_path, flag, error.strerror or type(error).__name__) from error
         raise InputError(
             f"{flag}: {name_or_path} is no folder, and it cannot be downloaded ({type(error).__name__}); "
             "give a folder that holds the model"

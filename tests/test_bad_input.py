@@ -300,7 +300,7 @@ def test_folder_is_a_file(problems, tmp_path, flag):
         assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
 
 
-@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir"])
+@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir", "cache_dir"])
 def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
     (tmp_path / "link").symlink_to("gone")
     for folder in (tmp_path / "link", tmp_path / "link" / "below"):
