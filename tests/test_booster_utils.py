@@ -149,6 +149,8 @@ class TestLaunch:
             for full, text in (place if name == "MASTER" else {name: value}).items():
                 monkeypatch.setenv(full, text)
         problems = launch_problems()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert launch_problems() == ([] if "2 GPUs" in str(problem) else problems)
         assert not problems if problem is None else re.search(problem, *problems)
 
 
