@@ -49,7 +49,7 @@ UNPADDED_VOCABULARY = 1  # padded columns would count in the vocabulary-parallel
 def launch_problems() -> list[str]:
     """Return one line where the environment does not describe a rank, or a GPU for it; see ranks.launch_problems."""
     gpus = torch.cuda.device_count()
-    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or gpu() < max(gpus, 1):
+    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu() < gpus:
         return problems
     return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
 

@@ -257,7 +257,7 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
         _print_problems(prefix, problems)
         if world_size() > 1:
             with contextlib.suppress(*_NO_STORE):
-                store = ranks.store(TELL_SECONDS)
+                store = ranks.board(TELL_SECONDS)
                 store.set(_key(problems), "said")
                 deadline = time.monotonic() + TELL_SECONDS
                 while time.monotonic() < deadline and store.add(_HEARD, 0) < world_size() - 1:
@@ -276,7 +276,7 @@ def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
     import ranks
 
     try:
-        store, deadline = ranks.store(TELL_SECONDS), time.monotonic() + TELL_SECONDS
+        store, deadline = ranks.board(TELL_SECONDS), time.monotonic() + TELL_SECONDS
         while time.monotonic() < deadline:
             if store.check([_key(problems)]):
                 store.add(_HEARD, 1)

@@ -133,6 +133,9 @@ class Metrics:
         plain = {
             name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
         }
+        for name, value in plain.items():
+            if isinstance(value, str):  # the name of a file may have what UTF-8 has not
+                plain[name] = value.encode(errors="backslashreplace").decode()
         for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
             self.board._get_file_writer().add_summary(summary)
         table = "\n".join(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from console import InputError, RunError, local_rank, rank, world_size
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
 REQUIRED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
 SEVERAL = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -49,15 +49,10 @@ def launch_problems() -> list[str]:
         return [f"RANK is set, but not {', '.join(missing)}; {START}, or unset RANK"]
     if not world_size():
         return [f"WORLD_SIZE is 0; {START}, or unset RANK"]
-    for name, bound, default in (
-        ("RANK", "WORLD_SIZE", 1),
-        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", world_size()),
-        ("GROUP_RANK", "GROUP_WORLD_SIZE", world_size()),
-    ):
-        value, end = int(os.environ.get(name, 0)), int(os.environ.get(bound, default))
-        if value >= end:
-            bound = bound if bound in os.environ else "WORLD_SIZE"
-            return [f"{name} {value} is not below {bound} {end}; {START}"]
+    for name, bound in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE")):
+        bound = bound if bound in os.environ else "WORLD_SIZE"
+        if (number := int(os.environ.get(name, 0))) >= (end := int(os.environ[bound])):
+            return [f"{name} {number} is not below {bound} {end}; {START}"]
     if (here := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > world_size():
         return [f"LOCAL_WORLD_SIZE {here} is above WORLD_SIZE {world_size()}; {START}"]
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -104,9 +99,12 @@ def meeting() -> "Meeting":
     return Meeting(connect(LAUNCHER_SECONDS if _launcher_keeps_store() else JOIN_SECONDS))
 
 
-def store(seconds: float) -> "Store":
-    """Return the store of the launch, for what is said at once or not at all; see connect."""
-    return meeting().store if meeting.cache_info().currsize else connect(seconds)
+def board(seconds: float) -> "Store":
+    """Return the store of the launch, for what ranks say that may not have met; see connect."""
+    from torch.distributed import PrefixStore
+
+    store = meeting().connection if meeting.cache_info().currsize else connect(seconds)
+    return PrefixStore(f"board/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @contextlib.contextmanager
@@ -128,23 +126,24 @@ class Meeting:
     torchrun keeps one store for all attempts of a run, so each attempt has keys of its own: rank 0 gives the prefix.
     """
 
-    def __init__(self, store: "Store"):
+    def __init__(self, store: "TCPStore"):
         from torch.distributed import PrefixStore
 
+        self.connection = store
         self.calls = itertools.count()
         self.over = threading.Event()
         identity = uuid.uuid4().hex
         if rank() == 0:
             attempt = identity
             store.set("attempt", attempt)
-            _in_background(self._answer_questions, store.clone(), attempt)
+            _in_background(self._answer_questions, store.clone(), attempt)  # type: ignore[attr-defined]
         else:
             attempt = _find_attempt(store, identity)
         self.store = PrefixStore(attempt, store)
         if not _launcher_keeps_store():
             self._take_rank()
         self.store.set(f"host/{rank()}", socket.gethostname())
-        _in_background(self._beat, PrefixStore(attempt, store.clone()))
+        _in_background(self._beat, PrefixStore(attempt, store.clone()))  # type: ignore[attr-defined]
         if local_rank() == 0:
             self.store.set(f"leader/{_node()}", str(rank()))
 
@@ -184,7 +183,7 @@ class Meeting:
         data = zlib.compress(json.dumps(answer).encode(), 1)
         chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
         for index, chunk in enumerate(chunks):
-            self.store.set(f"{key}/{index}", chunk)
+            self.store.set(f"{key}/{index}", chunk)  # type: ignore[arg-type]  # bytes will do
         self.store.set(key, str(len(chunks)))
 
     @_connected()
@@ -298,7 +297,7 @@ def _in_background(function: Callable, *arguments: Any) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
-def connect(seconds: float) -> "Store":
+def connect(seconds: float) -> "TCPStore":
     """Return a client of the store at MASTER_ADDR:MASTER_PORT; rank 0 makes the store where no launcher keeps one.
 
     torch.distributed's own initialization later finds the same store there.
@@ -306,7 +305,7 @@ def connect(seconds: float) -> "Store":
     Raises:
         InputError: there is none within `seconds`, or rank 0 cannot make it.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
@@ -328,7 +327,7 @@ def connect(seconds: float) -> "Store":
         raise InputError(
             f"MASTER_ADDR, MASTER_PORT: rank {rank()} cannot reach {address}:{port} ({text}); {remedy}"
         ) from error
-    return PrefixStore(f"llama-training/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:

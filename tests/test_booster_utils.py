@@ -2,8 +2,10 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from processes import run_ranks
 
 import dependencies
 import host_accelerator
-from booster_utils import ADAM_BETAS, build_optimizer, launch, launch_problems
+import ranks
+from booster_utils import ADAM_BETAS, build_optimizer, gpu, launch, launch_problems
 
 ONE_STREAM_BESIDE_ANOTHER = """
 import dependencies
@@ -93,16 +96,35 @@ class TestLaunch:
     def test_leaves_colossalai_as_it_is_where_there_is_a_gpu(self, monkeypatch):
         installed, launched = [], []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Namespace(uuid=f"GPU-{index}"))
         monkeypatch.setattr(host_accelerator, "install", lambda: installed.append(True))
-        monkeypatch.setattr("booster_utils.launch_from_torch", lambda **options: launched.append(options))
+        monkeypatch.setattr(
+            "booster_utils.colossalai_launch", lambda *place, **options: launched.append((place, options))
+        )
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
         launch(7)
-        assert (installed, launched) == ([], [{"seed": 7, "verbose": False}])
+        options = {"local_rank": 0, "seed": 7, "verbose": False}
+        assert (installed, launched) == ([], [((0, 1, "127.0.0.1", port), options)])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         launch(7)
         assert installed == [True]
+        ranks.meeting.cache_clear()
+
+    @pytest.mark.parametrize(("visible", "gpus", "index"), [(None, 8, 3), ("5", 1, 0), ("0,1,2,3", 4, 3), (None, 1, 3)])
+    def test_a_rank_that_was_given_one_gpu_takes_it(self, monkeypatch, visible, gpus, index):
+        """As srun --gpus-per-task=1 does, or a wrapper that sets CUDA_VISIBLE_DEVICES."""
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu() == index
 
     @pytest.mark.parametrize(
         ("environment", "problem"),
@@ -120,12 +142,15 @@ class TestLaunch:
     )
     def test_problems_of_the_environment(self, monkeypatch, environment, problem):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
-            for full in ("MASTER_ADDR", "MASTER_PORT") if name == "MASTER" else (name,):
-                monkeypatch.setenv(full, value)
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+            for full, text in (place if name == "MASTER" else {name: value}).items():
+                monkeypatch.setenv(full, text)
         problems = launch_problems()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert launch_problems() == ([] if "2 GPUs" in str(problem) else problems)
         assert not problems if problem is None else re.search(problem, *problems)
 
 

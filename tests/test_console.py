@@ -43,6 +43,17 @@ def test_other_errors_of_imports_have_a_traceback():
     assert "ModuleNotFoundError" in program.stderr
 
 
+@pytest.fixture
+def store():
+    """A store as torchrun keeps it, and the variables that lead to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    del kept
+
+
 class TestRun:
     @pytest.mark.parametrize("status", [0, 3, 75])
     def test_status_of_main(self, status):
@@ -59,10 +70,19 @@ class TestRun:
         program = run_main("raise RunError('loss nan at step 7')")
         assert (program.returncode, program.stderr) == (1, "train.py: loss nan at step 7\n")
 
-    @pytest.mark.parametrize(("error", "status"), [("InputError('x')", 2), ("RunError('x')", 1)])
-    def test_other_ranks_are_silent_and_end_alike(self, error, status):
-        program = run_main(f"raise {error}", RANK="1")
+    @pytest.mark.parametrize(("error", "status"), [("InputError('x')", 2)])
+    def test_other_ranks_are_silent_and_end_alike(self, error, status, store):
+        """They know by the store that rank 0 has said it. Where there is none, rather two lines than no line."""
+        first, second = ({"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2"} | store for number in "01")
+        assert run_main(f"raise {error}", **first).returncode == status
+        program = run_main(f"raise {error}", **second)
         assert (program.returncode, program.stdout, program.stderr) == (status, "", "")
+        program = run_main(f"raise {error}", **second | {"MASTER_PORT": "9"})
+        assert (program.returncode, program.stderr[-4:]) == (status, ": x\n")
+
+    def test_a_rank_that_no_launcher_describes_is_not_silent(self):
+        program = run_main("raise InputError('x')", RANK="1")
+        assert (program.returncode, program.stderr) == (2, "train.py: error: x\n")
 
     @pytest.mark.parametrize("rank", ["0", "1"])
     def test_any_other_error_is_a_traceback_on_every_rank(self, rank):
@@ -78,6 +98,7 @@ class TestRun:
             port = free.getsockname()[1]
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         nodes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        nodes["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
         def first_of_second_node(problem):
             return rank("2", problem)
@@ -156,6 +177,88 @@ class TestRun:
             """
         )
         assert (program.returncode, program.stdout) == (0, "")
+
+
+class TestStreams:
+    """Whatever is printed does not end a program; `printed` has what no ASCII, Latin-1 or UTF-8 has."""
+
+    printed = "naïve \u65e5 \U0001f600 \udcff"
+
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [
+            ({"PYTHONIOENCODING": "ascii"}, b"na\\xefve \\u65e5 \\U0001f600 \\udcff"),
+            ({"PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": "1"}, b"na\xefve \\u65e5 \\U0001f600 \\udcff"),
+            ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"na\\xefve \\u65e5 \\U0001f600 \\udcff"),
+            ({"PYTHONIOENCODING": "utf-8"}, "naïve \u65e5 \U0001f600 \\udcff".encode()),
+        ],
+    )
+    def test_encodings(self, environment, expected):
+        """Of print, bars, warnings and argparse's help; and files that a library opens without an encoding."""
+        text = ascii(self.printed)
+        code = f"""
+            import console, sys
+            console.quiet_third_parties()
+            import argparse, pathlib, tempfile, warnings, tqdm
+            def main():
+                with tempfile.NamedTemporaryFile() as file:
+                    pathlib.Path(file.name).write_text("\\u65e5", encoding="utf-8")
+                    assert pathlib.Path(file.name).read_text() == "\\u65e5"
+                print({text})
+                argparse.ArgumentParser(description={text}).print_help()
+                tqdm.tqdm.write({text}, file=sys.stdout)
+                warnings.warn({text})
+                for _ in tqdm.tqdm([0], desc={text}): pass
+                return 0
+            console.run(main, "train.py")
+            """
+        program = self.run(code, subprocess.PIPE, **environment)
+        assert program.returncode == 0, program.stderr
+        assert program.stdout.splitlines().count(expected) == 3
+        assert program.stderr.count(expected) >= 2
+
+    def run(self, code, stdout, **environment):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, timeout=120)
+
+    LONG = """
+        import console
+        console.quiet_third_parties()
+        def main():
+            for number in range(3000): console.say("a line of a run that goes on")
+            open(MARK, "w").write("done")
+            return 0
+        console.run(main, "train.py")
+        """
+
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    def test_full_disk(self, tmp_path, unbuffered):
+        """The work is done, one line says why its output is not there, and so does the status."""
+        mark = tmp_path / "mark"
+        with open("/dev/full", "wb") as full:
+            program = self.run(f"MARK = {str(mark)!r}\n{textwrap.dedent(self.LONG)}", full, PYTHONUNBUFFERED=unbuffered)
+        assert mark.read_text() == "done"
+        line = b"standard output cannot be written (No space left on device); going on without it\n"
+        assert (program.returncode, program.stderr) == (console.RUN_FAILED, line)
+
+    def test_closed(self, tmp_path):
+        """A file that is opened does not become standard output."""
+        path = tmp_path / "shard"
+        code = f"""
+            import console, os
+            console.quiet_third_parties()
+            def main():
+                with open({str(path)!r}, "w") as file:
+                    console.say("said")
+                    os.write(1, b"by a library in C")
+                    file.write("done")
+                return 0
+            console.run(main, "train.py")
+            """
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", textwrap.dedent(code)]
+        assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120).returncode == 0
+        assert path.read_text() == "done"
 
 
 class TestRanks:

@@ -8,9 +8,7 @@ import sys
 import pytest
 import torch
 
-import files
 from console import InputError
-from files import once_per_node, private_folder
 from scripts import generate
 from scripts.run_on_hosts import Host, travelling
 from tokenization import load_tokenizer
@@ -69,34 +67,6 @@ class TestFoldersOfOthers:
             (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Code(marker)}))
         with pytest.raises(InputError, match=r"--model: the weights in .* cannot be read"):
             self.write(monkeypatch, folder)
-
-
-class TestTemporaryFiles:
-    @pytest.fixture(autouse=True)
-    def temporary(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-        return tmp_path
-
-    def test_are_in_a_folder_of_this_user_alone(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert once_per_node(lambda: [1, 2]) == [1, 2]
-        assert private_folder().stat().st_mode & 0o777 == 0o700
-        assert [json.loads(path.read_text()) for path in private_folder().iterdir()] == [{"value": [1, 2]}]
-
-    @pytest.mark.parametrize("prepared", ["open", "link", "file"])
-    def test_a_folder_that_another_may_have_prepared_is_refused(self, temporary, prepared):
-        path = private_folder()
-        path.rmdir()
-        if prepared == "open":
-            path.mkdir()
-            path.chmod(0o777)
-        elif prepared == "link":
-            (temporary / "elsewhere").mkdir(mode=0o700)
-            path.symlink_to(temporary / "elsewhere")
-        else:
-            path.touch(mode=0o600)
-        with pytest.raises(InputError, match=r"TMPDIR: .* is not a folder of this user alone; remove it"):
-            private_folder()
 
 
 class TestHosts:
