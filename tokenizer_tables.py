@@ -139,7 +139,9 @@ def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
     if model["type"] != "BPE" or model["ignore_merges"]:
         return special
     inner = len(model["continuing_subword_prefix"] or "")
-    return special & ({left + right[inner:] for left, right in model["merges"]} | set(filter(_is_character, special)))
+    return special & (
+        {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
+    )
 
 
 def _is_character(token: str) -> bool:
@@ -150,7 +152,7 @@ def _hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
     """Tables that keep all ids and scores, with names for the tokens `hidden` that no text has."""
 
     def name(token: str | None) -> str | None:
-        return token + HIDDEN if token in hidden else token
+        return token + HIDDEN if token is not None and token in hidden else token
 
     model = dict(tables["model"])
     words = model["vocab"]
