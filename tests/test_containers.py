@@ -158,8 +158,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sample
 
 
 def objects(required, optional):
-    """Objects of which each optional field may be absent, or null where JSON says so."""
-    return st.fixed_dictionaries(required, optional={key: st.none() | value for key, value in optional.items()})
+    """Objects of which each optional field may be absent, or null where JSON says so; in Arrow's order of fields."""
+    found = st.fixed_dictionaries(required, optional={key: st.none() | value for key, value in optional.items()})
+    return found.map(lambda row: {key: row[key] for key in (*required, *optional) if key in row})
 
 
 calls = st.lists(
