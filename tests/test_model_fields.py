@@ -293,13 +293,13 @@ def test_every_field_is_in_the_table():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_as_transformers_computes(name, tmp_path):
-    """Seen: 3e-7 in the losses, 2e-6 in the norm; Gemini has no float32."""
+    """Seen: 3e-7 in the losses, 2e-6 in the norm; with Gemini in bf16 4e-4 and 4e-3."""
     ranks, flags = LAYOUTS[name]
     seed = random.SystemRandom().randrange(2**32)
     tried = cases(1 if name == "zero2" else 4, random.Random(seed))  # zero2 starts in a fifth of the others' time
     folders = [str(write_config(tmp_path / str(index), fields)) for index, (fields, _) in enumerate(tried)]
     results = run_ranks(ranks, trained, folders, [f"{flags} {kernel}" for _, kernel in tried])
-    tolerances = (2e-2, 0.1, 2e-2) if name == "gemini" else (3e-6, 3e-5, 3e-6)
+    tolerances = (3e-3, 3e-2, 3e-3) if name == "gemini" else (3e-6, 3e-5, 3e-6)
     for index, (fields, kernel) in enumerate(tried):
         found = results[0][index]
         if isinstance(found, str):
