@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,19 @@ import booster_utils, checkpoint_writer, console, metrics, train_utils
 {change}
 console.run(pretrain.main, "pretrain.py")
 """
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launched(ranks: int) -> dict[str, str]:
+    """The environment of rank 0 of so many, as torchrun sets it."""
+    number = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    return {**number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch.multiprocessing
 from colossalai.booster import Booster
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
+from launching import free_port
 from transformers import LlamaConfig
 
 from booster_utils import DTYPES, boost, build_plugin, launch
@@ -29,9 +29,7 @@ multiprocessing.set_forkserver_preload(["pretrain"])
 
 def run_ranks(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns on each of `ranks` launched ranks; its first exception is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _run_rank, (ranks, port, folder, function, arguments), nprocs=ranks, start_method="forkserver"

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launching import ROOT, Run, start_pretrain
+from launching import ROOT, Run, launched, start_pretrain
 
 import benchmark
 import dependencies
@@ -31,7 +31,8 @@ def objections(monkeypatch, tmp_path) -> Callable[..., list[str]]:
     def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        for name, value in launched(ranks).items():
+            monkeypatch.setenv(name, value)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(InputError) as raised:
             program.main()
@@ -367,7 +368,7 @@ ROW = json.dumps(TEXT).encode() + b"\n"
     ("name", "content", "expected"),
     [
         ("empty.jsonl", b"", "empty"),
-        ("blank.jsonl", b"\n\n", "no usable row"),
+        ("blank.jsonl", b"\n\n", "it has no row"),
         ("text.jsonl", b"Once upon a time\n", "line 1"),
         ("cut.jsonl", ROW + ROW[:40], "line 2"),
         ("list.jsonl", b"[1, 2]\n", "line 1"),

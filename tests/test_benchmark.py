@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 from colossalai.legacy.utils import memory
-from launching import ROOT, Run
+from launching import ROOT, Run, launched
 
 import benchmark
 import performance_evaluator
@@ -29,7 +29,8 @@ TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # of two processes; the same global 
 @pytest.fixture
 def ranks(monkeypatch):
     def set_ranks(number: int) -> None:
-        monkeypatch.setenv("WORLD_SIZE", str(number))
+        for name, value in launched(number).items():
+            monkeypatch.setenv(name, value)
 
     return set_ranks
 

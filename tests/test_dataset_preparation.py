@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from corpora import ROWS, error_of, reference_stream, run_python, stream_of, write_jsonl
-from launching import ROOT
+from launching import ROOT, free_port
 from transformers import LlamaTokenizerFast
 
 import dataset_files
@@ -556,12 +556,14 @@ class TestDamage:
 
 
 PREPARE = """
-    import sys, tokenization, dataset_preparation, dataset_shards
+    import sys, console, tokenization, dataset_preparation, dataset_shards, ranks
     dataset_shards.MIN_UNIT_BYTES = 2**20
     source, tokenizer, cache_dir, num_workers = sys.argv[1:]
     tokenizer = tokenization.load_tokenizer(tokenizer)
     print("ready", flush=True)
     print(dataset_preparation.prepare_dataset(source, tokenizer, cache_dir, int(num_workers)), flush=True)
+    if console.world_size() > 1:
+        ranks.assemble()
 """
 
 
@@ -630,36 +632,14 @@ class TestCache:
 
     def test_two_jobs_and_other_ranks_build_once(self, tokenizer_folder, slow_source, tmp_path):
         arguments = (slow_source, tokenizer_folder, tmp_path / "cache", 1)
-        ranks = ({"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1", "RANK": "1"})
-        environments = [{"WORLD_SIZE": "2", **rank} for rank in ranks]
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environments = [{}, *({**place, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")]
         processes = [run_python(PREPARE, *arguments, **environment) for environment in environments]
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         assert "".join(outputs).count("tokenized 160 documents") == 1
         assert "".join(outputs[:2]).count("another job is preparing") == 1
         assert len({output.splitlines()[-1] for output in outputs}) == 1
         assert (Path(outputs[0].splitlines()[-1]) / "manifest.json").is_file()
-
-    def test_waiting_rank_ends_with_its_launcher(self, tokenizer_folder, slow_source, tmp_path):
-        launcher = run_python(
-            """
-            import os, subprocess, sys, time
-            waiting = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdout=subprocess.PIPE)
-            waiting.stdout.readline()
-            print(waiting.pid, flush=True)
-            time.sleep(1)
-            os._exit(0)
-            """,
-            textwrap.dedent(PREPARE),
-            slow_source,
-            tokenizer_folder,
-            tmp_path / "cache",
-            1,
-            LOCAL_RANK="1",
-            WORLD_SIZE="2",
-        )
-        output, errors = launcher.communicate(timeout=60)
-        wait_until(lambda: not is_running(output.strip()))
-        assert "the launcher is gone" in errors
 
 
 def test_the_command_that_follows_can_be_pasted(words, tokenizer_folder, tmp_path):

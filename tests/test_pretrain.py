@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EPOCH, SECRET, SEQUENCE_LENGTH, batch_at
-from launching import ROOT, Run, optimizer_states
+from launching import ROOT, Run, launched, optimizer_states
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -198,7 +198,8 @@ def test_dry_run_only_prints(monkeypatch, capsys, tmp_path, sample_flags, sample
     folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
     flags = ["-p", "zero2", "-b", 3, "--accumulation_steps", 2, "--dry_run", *folders]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*sample_flags, *flags])])
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in launched(8).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(program, "launch", None)
     assert program.main() == 0
     assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import Run
+from launching import Run, free_port
 from torch.distributed import TCPStore
 
 import ranks
@@ -62,12 +62,6 @@ PROGRAM = """
 
     console.run(main, "program.py")
 """
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
