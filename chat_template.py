@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from console import InputError, first_line
 from tokenization import TextEncoder
+from tokenizer_tables import unknown_refused
 
 MARK = "\ufdd0"  # around a special token that a message spells; no character, but free for such uses (Unicode, 23.7)
 TOOLS = "column tools"  # among the keys that were used
@@ -71,8 +72,11 @@ class ChatTemplate:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.given: set[str] = set()
         self.used: set[str] = set()
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = {token.content for token in added} | set(tokenizer.all_special_tokens)
+        self._taking_space = {token.content for token in added if token.lstrip or token.rstrip}
+        normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+        self._normalizing = bool(normalizer) and any(token.normalized for token in added)
         self._special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
         longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         self._special = re.compile(f"{MARK}?(?:{longest_first}){MARK}?")
@@ -107,19 +111,30 @@ class ChatTemplate:
             return {self._marked(key): self._marked(field) for key, field in value.items()}
         return [self._marked(item) for item in value] if isinstance(value, list) else value
 
+    def may_refuse(self, text: str) -> bool:
+        """Tell the texts for which `tokenize` may raise Unusable."""
+        return self._normalizing or MARK in text
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts of `write`. Raises Unusable, but for texts without MARK."""
+        """Return the ids of texts of `write`. Raises Unusable, but only for texts that it may refuse."""
         if not texts:
             return []
         plain = [text.replace(MARK, "") for text in texts]
-        rows = self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._spelled(text, ids) if MARK in text else ids for text, ids in zip(texts, rows, strict=True)]
+        with unknown_refused():
+            rows = self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            self._spelled(text, ids) if self.may_refuse(text) else ids for text, ids in zip(texts, rows, strict=True)
+        ]
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
         """Return `ids` of `text` with the ids of letters in the place of each special token within MARKs."""
-        found = [token[0] for token in self._special.finditer(text)]
-        if len(found) != sum(number in self._special_ids for number in ids):
+        matches = list(self._special.finditer(text))
+        found = [match[0] for match in matches]
+        surplus = sum(number in self._special_ids for number in ids) - len(found)
+        if surplus > 0 or (MARK in text and (surplus or any(map(self._took_space, matches)))):
             raise Unusable("special tokens of the tokenizer spelled in messages")
+        if MARK not in text:
+            return ids
         tokens, spelled = iter(found), []
         for number in ids:
             token = next(tokens) if number in self._special_ids else ""
@@ -128,6 +143,12 @@ class ChatTemplate:
         if sum(number in self._special_ids for number in spelled) != sum(not token.startswith(MARK) for token in found):
             raise Unusable("special tokens of the tokenizer spelled in messages")  # letters that merge into one
         return spelled
+
+    def _took_space(self, match: re.Match) -> bool:
+        """True if the token is one that a message spells and took white space of the text with it."""
+        beside = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
+        spelled = match[0].startswith(MARK) and match[0].strip(MARK) in self._taking_space
+        return spelled and any(map(str.isspace, beside))
 
 
 def continuation(tokenize: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:

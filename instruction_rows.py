@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chat_template import MARK, TOOLS, ChatTemplate, Unusable, check_template, continuation, without_nulls
+from chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation, without_nulls
 from console import InputError
 from dataset_files import read_rows
 from dataset_sources import Source
@@ -53,7 +53,7 @@ def row_segments(row: dict, shape: Sequence[str]) -> list[Segment]:
     """Return the text of a row of prompt and completion, or instruction and output. Raises Unusable."""
     framed = shape[0] == "instruction"
     prompt, completion = _text(row, shape[0], not framed), _text(row, shape[1])
-    given = f"\nInput: {_text(row, 'input')}" if framed and row.get("input") else ""
+    given = f"\nInput: {_text(row, 'input')}" if framed and row.get("input") not in (None, "") else ""
     before = system + TURN_END if (system := _system(row)) else ""
     for question, answer in _history(row):
         question = FRAME.format(question, "") if framed else question
@@ -226,7 +226,7 @@ class ExampleEncoder:
             return row_segments(row, self.shape)
         segments = chat_segments(row, self.template)
         for text in itertools.accumulate(text for text, _ in segments):
-            if MARK in text:
+            if self.template.may_refuse(text):
                 self.template.tokenize([text])  # raises Unusable, where needed, for this row alone
         return segments
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import hub
 from console import InputError, first_line
@@ -124,13 +125,18 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         )
     if has_model and not settings.is_file() and not (folder / "config.json").is_file():
         return LlamaTokenizerFast.from_pretrained(folder, legacy=True)
-    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    return _load(str(folder))
+
+
+def _load(name: str, **choice: Any) -> PreTrainedTokenizerBase:
+    """Loads what AutoTokenizer loads, and what transformers 5 has saved."""
+    content = get_tokenizer_config(name, **choice)
     # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
     loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False, **choice}
     if isinstance(extra := content.get("extra_special_tokens"), list):
         options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
-    return loader.from_pretrained(folder, **options)
+    return loader.from_pretrained(name, **options)
 
 
 def _problem_of_settings(folder: Path) -> str | None:
@@ -144,6 +150,8 @@ def _problem_of_settings(folder: Path) -> str | None:
     empty = [kind for kind, value in values.items() if not (value.get("content") if isinstance(value, dict) else value)]
     if empty:
         return f"{settings} leaves {' and '.join(empty)} empty; set it to the token in the vocabulary"
+    if not content.get("tokenizer_class") and not (folder / "config.json").is_file():
+        return f"{settings} names no tokenizer_class; set it, as PreTrainedTokenizerFast for tokenizer.json alone"
     if content.get("add_prefix_space") is not None and not (folder / "tokenizer.model").exists():
         return f"{settings} sets add_prefix_space, which needs tokenizer.model beside it; add it or remove the setting"
     return None
@@ -151,13 +159,13 @@ def _problem_of_settings(folder: Path) -> str | None:
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
     name, revision = hub.split_revision(name)
-    choice = {"revision": revision or "main", "trust_remote_code": False}
+    choice = {"revision": revision or "main"}
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, **choice)
+        return _load(name, local_files_only=True, **choice)
     except (OSError, ValueError):
         hub.check_cache(name, "--tokenizer")
         _check_hub_has(name, revision)
-        return AutoTokenizer.from_pretrained(name, **choice)
+        return _load(name, **choice)
 
 
 def _check_hub_has(name: str, revision: str | None) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils import Trie
 
-from console import InputError
+from console import InputError, first_line
 
 Piece = ModelProto.SentencePiece
 FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
@@ -62,10 +62,11 @@ class PlainText:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.tokenizer.is_fast:
             return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
-        encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for number, text in enumerate(texts if self.hidden else ()):
-            if self._makes_special(text, encoded[number]):
-                encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
+        with unknown_refused():
+            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for number, text in enumerate(texts if self.hidden else ()):
+                if self._makes_special(text, encoded[number]):
+                    encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
         return encoded
 
     def _makes_special(self, text: str, ids: list[int]) -> bool:
@@ -98,6 +99,18 @@ def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     with _silent_stdout() if max(ids.values()) >= len(ids) else contextlib.nullcontext():
         text = tokenizer.backend_tokenizer.to_str()
     return json.loads(text) | {"truncation": None, "padding": None}
+
+
+@contextlib.contextmanager
+def unknown_refused() -> Iterator[None]:
+    """Turns the error of a fast tokenizer that has no token for a text, not even an unknown one, into InputError."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(
+            f"--tokenizer: it has no token for some text ({first_line(error)}); set the unknown token of the model in "
+            "its tokenizer.json"
+        ) from error
 
 
 @contextlib.contextmanager

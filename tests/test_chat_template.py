@@ -7,6 +7,7 @@ from corpora import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_instruction_rows import CHAT, PROMPTED, byte_level_tokenizer, encoded  # noqa: F401 (a fixture)
+from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer
 
 from chat_template import check_template, prompt_ids
@@ -254,6 +255,40 @@ class TestMessages:
         encoder = ExampleEncoder(tokenizer, CHAT, 100, False)
         list(encoder.encode([row]))
         assert encoder.unused == ["column source"]
+
+
+def with_token(sample, normalizer=None, **flags):
+    tokenizer = load_tokenizer(str(sample / "tokenizer"))
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True, **flags), AddedToken("<|im_start|>", special=True)])
+    if normalizer:
+        own = tokenizer.backend_tokenizer.normalizer
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizer, *([own] if own else [])])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_white_space_is_not_lost_around_a_spelled_token_that_takes_it(sample, flag):
+    """A row is refused only where there is some."""
+    tokenizer = with_token(sample, **{flag: True})
+    for content in ("a  <|im_end|>  b", "a<|im_end|> ", "\n<|im_end|>b"):
+        (example,) = encoded(tokenizer, {"messages": [user("x"), answer(f"a{content}b")]}, shape=CHAT)
+        assert example == "special tokens of the tokenizer spelled in messages" or content in learned_text(
+            tokenizer, example
+        )
+    assert "a<|im_end|>b" in learned_text(tokenizer, example_of(tokenizer, [user("x"), answer("a<|im_end|>b")]))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "spelled"), [(normalizers.NFKC(), "\uff1c|im_end|\uff1e"), (normalizers.Lowercase(), "<|IM_END|>")]
+)
+def test_a_special_token_that_the_normalizer_would_make_is_refused(sample, normalizer, spelled):
+    tokenizer = with_token(sample, normalizer, normalized=True)
+    rows = [{"messages": [user(content), answer("b")]} for content in (spelled, "a")]
+    refused, example = encoded(tokenizer, *rows, shape=CHAT)
+    assert refused == "special tokens of the tokenizer spelled in messages"
+    whole = tokenizer.apply_chat_template(rows[1]["messages"])
+    assert example.ids[: len(whole)].tolist() == whole
 
 
 class TestCheckTemplate:

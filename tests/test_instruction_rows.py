@@ -167,6 +167,8 @@ class TestInstructions:
             ({"history": {"a": "b"}}, "history not a list of pairs of strings"),
             ({"history": [["\ud800", ""]]}, "history with unpaired surrogates"),
             ({"history": "a"}, "history a string that is not JSON"),
+            ({"input": 0}, "input not a string"),
+            ({"input": []}, "input not a string"),
         ],
     )
     def test_what_cannot_be_used(self, sample_tokenizer, columns, reason):

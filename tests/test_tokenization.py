@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from corpora import TEXTS, error_of, run_python
-from hub_server import HubServer
+from hub_server import Branches, HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
@@ -38,6 +38,14 @@ class TestTokenizer:
         texts = ["def f(x):\n    return  it's", "  café </s> 日本"]
         assert TextEncoder(loaded).tokenize(texts) == TextEncoder(fast).tokenize(texts)
         assert loaded.additional_special_tokens == ["<unk>"]
+        code = "import tokenization; print(len(tokenization.load_tokenizer('some/one')))"
+        with HubServer() as hub:
+            hub.repositories["some/one"] = Branches(
+                {"main": {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}}
+            )
+            places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+            stdout, stderr = run_python(code, **places, HF_HUB_OFFLINE="0").communicate(timeout=240)
+        assert stdout == f"{len(loaded)}\n", stderr
 
     @pytest.mark.parametrize(("hangs_up", "reason"), [(False, "refuses it (HTTP 401)"), (True, "cannot be reached")])
     def test_missing_hub_name_is_asked_for_once_and_refused_in_one_line(self, hangs_up, reason):
@@ -57,10 +65,17 @@ class TestTokenizer:
     def test_folder_without_or_with_damaged_files(self, tmp_path):
         assert "holds neither" in error_of(load_tokenizer, str(tmp_path))
         (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+        assert "is a Git LFS pointer" in error_of(load_tokenizer, str(tmp_path))
+        (tmp_path / "tokenizer.model").write_text("damaged")
         assert f"--tokenizer: cannot load {tmp_path}" in error_of(load_tokenizer, str(tmp_path))
         assert "is a file" in error_of(load_tokenizer, str(tmp_path / "tokenizer.model"))
         (tmp_path / "tokenizer.json").write_text("{}")
         assert f"--tokenizer: cannot load {tmp_path}" in error_of(load_tokenizer, str(tmp_path))
+
+    def test_the_class_is_not_told(self, tokenizer, tmp_path):
+        LlamaTokenizerFast.from_pretrained(Path(tokenizer.vocab_file).parent).save_pretrained(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        assert "tokenizer_config.json names no tokenizer_class; set it" in error_of(load_tokenizer, str(tmp_path))
 
     def test_without_bos_token(self, tokenizer, tmp_path):
         fast = LlamaTokenizerFast.from_pretrained(Path(tokenizer.vocab_file).parent)

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from chat_template import prompt_ids
 from tokenization import TextEncoder, check_vocabulary, load_tokenizer
 
 CASES = 100
@@ -315,6 +316,15 @@ class TestFaults:
         assert not {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")} & set(ids)
         assert ids == truth(tokenizer, text)
         assert tokenizer.decode(ids).endswith("<|end|></s>")
+
+    def test_text_without_any_token_is_refused(self):
+        words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+        encoder = TextEncoder(tokenizer)
+        assert encoder.tokenize(["a"]) == [[2]]
+        assert error_of(encoder.tokenize, ["b"]).startswith("--tokenizer: it has no token for some text (")
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        assert error_of(prompt_ids, tokenizer, "b", chat=True).startswith("--tokenizer: it has no token for some text")
 
     @pytest.mark.parametrize("legacy", [False, True])
     def test_slow_tokenizers(self, write, legacy):
