@@ -108,6 +108,8 @@ def read_card(name: str, texts: Mapping[str, str]) -> Card | None:
                 text = texts[path] if path == CARD_FILES[0] else f"---\n{texts[path]}\n---\n"
                 settings |= DatasetCard(text).data.to_dict()
         configurations = MetadataConfigs.from_dataset_card_data(DatasetCardData(**settings))
+        if unnamed := [key for key in configurations if not isinstance(key, str)]:
+            raise TypeError(f"the name {unnamed[0]} is no text without quotes")
         default = configurations.get_default_config_name()
     except Exception as error:  # of yaml, huggingface_hub or datasets, which share no class
         raise InputError(

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -101,7 +101,9 @@ def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) 
     suffix = path.suffix.lower()
     with open(path, "rb") as raw:
         lines: BinaryIO = raw
-        if suffix in MAGIC:
+        if suffix not in MAGIC:
+            _check_kind(raw, suffix)
+        else:
             lines = io.BufferedReader(_Decompressed(raw, suffix), READ_BYTES)
         if span.start:  # a line that begins before the span belongs to the span before
             raw.seek(span.start - 1)
@@ -169,14 +171,19 @@ class _Gzip(io.RawIOBase):
 
 def _open_compressed(raw: BinaryIO, suffix: str) -> Any:
     """Open a compressed file from its start. Raises OSError where it is of another kind than its name says."""
+    _check_kind(raw, suffix)
+    return _Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd")
+
+
+def _check_kind(raw: BinaryIO, suffix: str) -> None:
     raw.seek(0)
     start = raw.read(4)
     raw.seek(0)
     kind = next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
-    if kind != suffix and (kind or start.lstrip()[:1] == b"{"):
-        found = f"it is a {kind} file; end its name so" if kind else f"it is not compressed; take {suffix} off its name"
-        raise _Undecodable(found)
-    return _Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd")
+    if kind and kind != suffix:
+        raise _Undecodable(f"it is a {kind} file; end its name so")
+    if suffix in MAGIC and start.lstrip()[:1] == b"{":
+        raise _Undecodable(f"it is not compressed; take {suffix} off its name")
 
 
 class _Decompressed(io.RawIOBase):
@@ -394,7 +401,9 @@ def _unless_null(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else decode(value)
 
 
-def _require(columns: Iterable[str], required: Sequence[str], path: Path) -> None:
+def _require(columns: Collection[str], required: Sequence[str], path: Path) -> None:
+    if len(set(columns)) < len(columns):
+        raise InputError(f"--dataset: {path} has two columns of one name ({', '.join(columns)}); rename or remove one")
     for name in required:
         if name not in columns:
             raise InputError(

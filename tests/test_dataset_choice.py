@@ -199,6 +199,7 @@ class TestConfigurations:
         cases = {
             b"---\nconfigs: [\n---\n": "the configurations in README.md of ",
             card([{"data_files": "full.jsonl"}]): "must include `config_name`",
+            card([configuration | {"config_name": 2024}]): "(the name 2024 is no text without quotes)",
             card([configuration | {"default": True}, {"config_name": "a", "default": True}]): "several default configs",
             card([configuration | {"data_files": "/etc/*.json"}]): "names /etc/*.json, which is no file of the",
             card([configuration | {"data_files": "../x.jsonl"}]): "names ../x.jsonl, which is no file of the data set",

@@ -190,11 +190,25 @@ class TestCompressed:
             ("gz", zstd(LINES), "row 0: it is a .zst file; end its name so"),
             ("zst", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
             ("gz", LINES, "row 0: it is not compressed; take .gz off its name"),
+            ("jsonl", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
+            ("json", zstd(LINES), "row 0: it is a .zst file; end its name so"),
         ],
-        ids=["gz_and_more", "zst_and_more", "window", "zst_as_gz", "gz_as_zst", "plain_as_gz"],
+        ids=["gz_and_more", "zst_and_more", "window", "zst_as_gz", "gz_as_zst", "plain_as_gz", "gz_as_plain", "zst_as"],
     )
     def test_remedies(self, tmp_path, suffix, packed, expected):
-        (tmp_path / f"x.jsonl.{suffix}").write_bytes(packed)
-        message = error_of(lambda: list(read_rows(tmp_path / f"x.jsonl.{suffix}", ["text"])))
+        path = tmp_path / f"x.jsonl.{suffix}"
+        path.write_bytes(packed)
+        message = error_of(lambda: list(read_rows(path, ["text"])))
         assert expected in message
         assert "copy it again" not in message
+
+
+@pytest.mark.parametrize("required", [["text"], []])
+def test_two_columns_of_one_name_are_refused(tmp_path, required):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    for path in sorted(tmp_path.iterdir()):
+        message = error_of(lambda path=path: list(read_rows(path, required, only=required or None)))
+        assert "has two columns of one name (text, text)" in message
