@@ -55,6 +55,10 @@ NAMES_A_SPLIT = re.compile(r"train|val|dev|test|-of-")  # all that `datasets` lo
 COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 
 
+class NotFound(InputError):
+    """The data set is not there, or has nothing of the split."""
+
+
 class Card(NamedTuple):
     """The configurations that a card lists, by name, and the one to read where none is chosen."""
 
@@ -215,7 +219,7 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_hub: bool, req
             remedy = "give its files as a folder"
             if others := [other for other in card.configurations if other != configuration]:
                 remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
-            raise InputError(
+            raise NotFound(
                 f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; {remedy}"
             )
         if not found and request.split == "train":

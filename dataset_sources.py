@@ -24,6 +24,7 @@ from dataset_choice import (
     CARD_FILES,
     Card,
     Choice,
+    NotFound,
     Request,
     choose,
     first_name,
@@ -261,9 +262,7 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
     splits = _saved(root / "dataset_dict.json", "splits")
     if splits:
         if split not in splits and (len(splits) > 1 or split != "train"):
-            raise InputError(
-                f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}"
-            )
+            raise NotFound(f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}")
         root /= split if split in splits else splits[0]
     if saved := _saved_files(root.parent, root.name):
         return Source(name, saved)
@@ -278,7 +277,7 @@ def _listed_source(
         raise refuse_unreadable(name, choice.unreadable)
     if not choice.files:
         found = f", only {choice.remark}" if choice.remark else ""
-        raise InputError(
+        raise NotFound(
             f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}{unpacking(paths)}"
         )
     files = {
@@ -378,7 +377,7 @@ def _hub_source(name: str, revision: str | None, request: Request) -> Source:
             if not dataset_hub.is_offline():
                 say(f"the hub cannot be reached ({error}); {name} is read as it was listed the last time")
             return Source.from_json(known["source"])
-        raise InputError(
+        raise NotFound(
             f"--dataset: {name} is no file or folder here, and the hub cannot be reached ({error}); "
             "download it where there is a network, or give a local file or folder"
         ) from error
@@ -416,7 +415,7 @@ def _list_hub_source(repository: Repository, revision: str | None, request: Requ
     if choice.unreadable:
         raise refuse_unreadable(name, choice.unreadable)
     script = f"{name.rpartition('/')[2]}.py" in repository.files
-    raise InputError(
+    raise NotFound(
         f"--dataset: {name} has no {', '.join(FILE_SUFFIXES)} of split '{request.split}' and no branch {CONVERTED}, "
         f"only {', '.join(paths[:8]) or 'nothing'}{', ...' if len(paths) > 8 else ''}"
         f"{' (its loading script is not run)' if script else ''}{unpacking(paths) or '; convert it to JSONL'} and give "

@@ -38,6 +38,7 @@ from attn import select_attention
 from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
 from checkpoint_utils import LazyTensors
 from console import InputError, say
+from dataset_choice import NotFound
 from dataset_sources import Source, resolve_source
 from dry_run import say_plan
 from evaluation import evaluation_loader
@@ -104,12 +105,16 @@ def find_source(args: argparse.Namespace, split: str) -> Source:
 
 
 def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
-    """The files of the split `test`, where the data set has one that is not trained on."""
+    """Find the files of the split `test`, where the data set has one that is not trained on.
+
+    Raises:
+        InputError: the split is there, but cannot be read.
+    """
     if Path(args.dataset).expanduser().is_file():
         return None
     try:
         test = replace(find_source(args, "test"), remark="")  # the other split has said what is left out
-    except InputError:  # the split `train` was found, so this one is not there
+    except NotFound:
         return None
     return None if set(test.files) & set(train.files) else test
 

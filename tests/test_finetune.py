@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SEED
+from corpora import error_of
 from hub_server import Branches, HubServer
 from launching import optimizer_states, start_finetune, start_pretrain
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -466,6 +467,16 @@ class TestRefused:
             test = program.find_test_source(args, train)
             assert (test is not None) == held_out
         assert [file.path for source in (train, test) for file in source.files] == ["train.jsonl", "test.jsonl"]
+
+    @pytest.mark.parametrize(
+        ("name", "problem"),
+        [("test.jsonl", "/test.jsonl is empty"), ("test.jsonl.xz", "of a kind that is not read (test.jsonl.xz)")],
+    )
+    def test_an_evaluation_split_that_cannot_be_read_is_not_passed_over(self, tmp_path, name, problem):
+        write(tmp_path / "train.jsonl", *rows())
+        (tmp_path / name).touch()
+        args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
+        assert problem in error_of(program.find_test_source, args, program.find_source(args, "train"))
 
     def test_evaluation_split_without_a_usable_row(self, problem, tmp_path):
         write(tmp_path / "rows" / "train.jsonl", *rows())
