@@ -113,7 +113,7 @@ def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
             with run:
                 assert run.wait() == status, run.output()
             if status:
-                assert f"has no 'none' on the hub; choose of {', '.join(tasks)}" in run.stderr
+                assert f"has no configuration none; choose of {', '.join(tasks)}" in run.stderr
                 continue
             assert "data: 24 examples" in run.stdout
             assert hub.downloads("/super_natural_instructions/train/0000.parquet") == [None]
