@@ -83,7 +83,7 @@ def _share(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a number from 0 to 1") from error
 
 
-class _Given(argparse.Action):
+class Given(argparse.Action):
     """Stores the value and, in NAME_given, that the user set it."""
 
     def __call__(
@@ -215,6 +215,7 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
 def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
     """Flags of the evaluation on held-out data, a fraction chosen here or a split that the data set has."""
     held_out = parser.add_argument_group("evaluation")
+    held_out.set_defaults(eval_interval_given=False)
     if by_fraction:
         held_out.add_argument(
             "--eval_fraction",
@@ -226,13 +227,21 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
         "--eval_interval",
         type=int,
         default=1000,
+        action=Given,
         help="optimizer steps between evaluations on held-out data; also at the end (default: 1000)",
     )
+
+
+def refuse_interval(args: argparse.Namespace, remedy: str) -> None:
+    """Raise InputError for an --eval_interval on the command line where no data are held out."""
+    if args.eval_interval_given:
+        raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
 
 
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     """Flags of plans for GPUs that need not be there."""
     plan = parser.add_argument_group("plan")
+    plan.set_defaults(mfu_given=False)
     plan.add_argument(
         "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
     )
@@ -240,7 +249,11 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpu", help="dry run: their kind, such as A100 (default: this machine's, else H100)")
     plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: of their kind)")
     plan.add_argument(
-        "--mfu", type=float, default=0.4, help="dry run: fraction of their peak that training reaches (default: 0.4)"
+        "--mfu",
+        type=float,
+        default=0.4,
+        action=Given,
+        help="dry run: fraction of their peak that training reaches (default: 0.4)",
     )
 
 
@@ -252,7 +265,7 @@ def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
         "--warmup_steps",
         type=int,
         default=2000,
-        action=_Given,
+        action=Given,
         help="optimizer steps of linear warm-up (default: 2000)",
     )
 
@@ -296,8 +309,11 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
     if getattr(args, "streaming", False):
         if args.max_steps is None:
             problems.append("--streaming: a stream has no end; give --max_steps")
-        if args.eval_fraction:
-            problems.append("--eval_fraction: documents are held out when a data set is prepared, not from a stream")
+        if args.num_epochs > 1:
+            problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
+        for name, value in (("fraction", args.eval_fraction), ("interval", args.eval_interval_given)):
+            if value:
+                problems.append(f"--eval_{name}: documents are held out when a data set is prepared, not from a stream")
     if args.recompute is not None:
         if args.recompute != AUTO and not 0 <= args.recompute <= 1:
             problems.append(f"--recompute: {args.recompute} is neither auto nor from 0 to 1")
@@ -322,8 +338,9 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         problems.extend(card_problems(args) + ranks.launch_problems())
     else:
         problems.extend(launch_problems())
-        for name in ("gpus", "gpu", "gpu_memory"):
-            if getattr(args, name) is not None:
+        given = {name: getattr(args, name) is not None for name in ("gpus", "gpu", "gpu_memory")}
+        for name, is_given in (given | {"mfu": args.mfu_given}).items():
+            if is_given:
                 problems.append(f"--{name}: goes with --dry_run alone; a launcher sets what a run has")
     for name in ("save_dir", "tensorboard_dir", "profile"):
         if getattr(args, name, None) is not None:
@@ -332,9 +349,22 @@ def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         problems.extend(_link_problems("--cache_dir", args.cache_dir))
         problems.extend(_outputs_among_data(args))
     if not problems:
-        problems = layout_problems(args, config)
+        problems = _without_effect(args) + layout_problems(args, config)
     if problems:
         raise InputError(*problems)
+
+
+def _without_effect(args: argparse.Namespace) -> list[str]:
+    """One line for each flag that counts only beside another, which is not there."""
+    found = []
+    for name, mark, other in (
+        ("shuffle_buffer", "shuffle_buffer_given", "streaming"),
+        ("keep_every", "keep_every", "keep_checkpoints"),
+        ("allow_changes", "allow_changes", "load"),
+    ):
+        if getattr(args, mark, None) and not getattr(args, other):
+            found.append(f"--{name}: takes effect with --{other} alone; give that too, or leave it out")
+    return found
 
 
 def _outputs_among_data(args: argparse.Namespace) -> list[str]:

@@ -112,6 +112,8 @@ def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
         for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "warmup_ratio")
         if not 0 <= getattr(args, name) <= 1
     ]
+    if not problems:
+        problems = gemini_problems(args)
     if args.num_steps <= args.ignore_steps:
         problems.append(
             f"--num_steps: {args.num_steps} leaves no step to count after --ignore_steps {args.ignore_steps}"
@@ -125,6 +127,27 @@ def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
     if problems:
         raise InputError(*problems)
     validate_args(args, config)
+
+
+def gemini_problems(args: argparse.Namespace) -> list[str]:
+    """One line for each flag of Gemini that has no effect beside the others."""
+    effects = (
+        ("shard_param_frac", "gemini", 1),
+        ("offload_optim_frac", "gemini", 0),
+        ("offload_param_frac", "gemini", 0),
+        ("warmup_ratio", "gemini_auto", 0.8),
+    )
+    problems = [
+        f"--{name}: takes effect with -p {plugin} alone, not with -p {args.plugin}"
+        for name, plugin, default in effects
+        if args.plugin != plugin and getattr(args, name) != default
+    ]
+    if not problems and args.offload_param_frac and (args.shard_param_frac, args.offload_optim_frac) != (1, 1):
+        problems.append(
+            "--offload_param_frac: takes effect where all weights are sharded and all optimizer state is offloaded; "
+            "give --offload_optim_frac 1 and leave --shard_param_frac out"
+        )
+    return problems
 
 
 def gemini_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -158,6 +158,8 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for module in ("colossalai", "torch", "transformers", "bitsandbytes", "galore_torch", "peft", "datasets"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    # Where no label of the first step counts, nothing is updated, and the schedule goes on.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # ColossalAI's strings, on Python 3.12
     # The last asks for care with what --keep_attention is told to keep.
     for name in ("colossalai", "bitsandbytes", "datasets", "torch._higher_order_ops.wrap"):

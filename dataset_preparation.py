@@ -89,7 +89,8 @@ def _prepare_in_cache(
     encoder = TextEncoder(tokenizer)
     if is_prepared(Path(dataset)) or (Path(dataset) / PREPARATION).is_dir():
         if revision or slices:
-            raise InputError(f"--dataset_slices: {dataset} is prepared already and is read as a whole; leave it out")
+            flag = "--dataset_slices" if slices else "--dataset_revision"
+            raise InputError(f"{flag}: {dataset} is prepared already and is read as a whole; leave it out")
         return _check(Path(dataset), encoder, eval_fraction)
     eval_fraction = eval_fraction or 0.0
     source = resolve_source(dataset, revision=revision, slices=slices)

@@ -31,6 +31,7 @@ from arguments import (
     add_evaluation_args,
     add_loading_args,
     add_training_args,
+    refuse_interval,
     user_name,
     validate_args,
 )
@@ -135,6 +136,8 @@ def open_data(
         return folders
 
     dataset, *held_out = (InstructionDataset(Path(folder), args.pack, layout.sp) for folder in once_per_node(prepare))
+    if not held_out:
+        refuse_interval(args, "give a data set with a split `test`")
     return dataset, held_out[0] if held_out else None
 
 

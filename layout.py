@@ -124,6 +124,7 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
         "--zero": not hybrid and args.zero is not None,
         "--sp": not hybrid and args.sp != 1,
         "--pp_style": not hybrid and args.pp_style != "1f1b",
+        "--microbatch_size": not hybrid and args.microbatch_size != 1,
     }
     problems = [
         f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
@@ -167,6 +168,8 @@ def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
     problems = _tensor_parallel_problems(layout.tp, config)
     if layout.chunks > 1 and layout.pp == 1:
         problems.append("--pp_style: interleaved needs several stages; give --pp")
+    if args.microbatch_size > 1 and layout.pp == 1:
+        problems.append("--microbatch_size: takes effect with several stages alone; give --pp, or leave it out")
     if config.num_hidden_layers % (layout.pp * layout.chunks):
         flag, ranges = ("--pp", layout.pp) if layout.chunks == 1 else ("--model_chunks", layout.pp * layout.chunks)
         product = "" if layout.chunks == 1 else f"{layout.pp} stages x {layout.chunks} = "

@@ -43,8 +43,8 @@ def fill_lora_args(args: argparse.Namespace) -> None:
 def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
     """What keeps the flags from working together: one line each."""
     if args.lora_rank is None:
-        given = args.lora_alpha is not None
-        return ["--lora_alpha: takes effect with --lora_rank alone; give that too"] if given else []
+        given = {"alpha": args.lora_alpha is not None, "modules": args.lora_modules != ",".join(MODULES)}
+        return [f"--lora_{name}: takes effect with --lora_rank alone; give that too" for name in given if given[name]]
     problems = []
     if args.lora_rank < 1:
         problems.append(f"--lora_rank: {args.lora_rank} is below the least possible, 1")

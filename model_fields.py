@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import LlamaConfig
 from transformers.activations import ACT2CLS, ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from console import say
@@ -78,6 +77,28 @@ NEUTRAL: dict[str, tuple] = {
     "sliding_window": (),
     "use_qk_norm": (False,),
 }
+ROPE_FIELDS = {  # of rope_scaling, beside its type: those that transformers reads (modeling_rope_utils.py)
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
 # Of files that were saved otherwise than those of the trained model are, or of how they are to be loaded.
 _LEFT_OUT = {
     "quantization_config": "the trained weights are not quantized",
@@ -99,7 +120,13 @@ def used_fields(values: dict, file: object) -> dict:
         if values.pop(name):
             _say_once(f"{file}: {name} is left out of what is saved: {_LEFT_OUT[name]}")
     known = {*LlamaConfig().to_dict(), *_KEPT}
-    if unknown := sorted(name for name in values if name not in known and not name.startswith("_")):
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    if scaling := values.get("rope_scaling"):
+        kind = rope_type(scaling)
+        used = {"rope_type": kind} | {name: scaling[name] for name in ROPE_FIELDS[kind] if name in scaling}
+        values["rope_scaling"] = used
+        unknown += [f"{name} of rope_scaling" for name in scaling if name not in (*used, "type")]
+    if unknown:
         _say_once(f"{file}: not used and not saved, as LLaMA has no such fields: {', '.join(unknown)}")
     return {name: value for name, value in values.items() if name in known and (value is not None or name not in _KEPT)}
 
@@ -124,7 +151,7 @@ def field_problems(values: dict) -> list[str]:
         problems.append(f"hidden_act is {json.dumps(activation)}; choose of {', '.join(sorted(ACT2CLS))}")
     elif list(ACT2FN[activation].parameters()):
         problems.append(f"hidden_act is {json.dumps(activation)}, which has weights of its own; choose another")
-    return problems + _rope_problems(values.get("rope_scaling"))
+    return problems + _rope_problems(values)
 
 
 def _range_problems(values: dict) -> list[str]:
@@ -140,16 +167,29 @@ def _range_problems(values: dict) -> list[str]:
     return problems
 
 
-def _rope_problems(scaling: Any) -> list[str]:
+def rope_type(scaling: dict) -> Any:
+    """Return the type of rotary frequencies, which older files call `type`."""
+    return scaling.get("rope_type", scaling.get("type"))
+
+
+def _rope_problems(values: dict) -> list[str]:
+    scaling = values.get("rope_scaling")
     if scaling is None:
         return []
-    kinds = ", ".join(ROPE_INIT_FUNCTIONS)
+    kinds = ", ".join(ROPE_FIELDS)
     if not isinstance(scaling, dict):
         return [f"rope_scaling is {json.dumps(scaling)}; it has to be null, or have a rope_type of {kinds}"]
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS:
+    kind = rope_type(scaling)
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         return [f"rope_scaling has the rope_type {json.dumps(kind)}; choose of {kinds}"]
-    return []
+    others = {"type": kind, "rope_theta": values.get("rope_theta", 10000.0), "truncate": True}
+    others["partial_rotary_factor"] = 1  # of transformers 5, which reads them here too
+    return [
+        f"rope_scaling has the {name} {json.dumps(scaling[name])}, which these programs do not train beside the rest; "
+        f"set it to {json.dumps(other)} or remove it"
+        for name, other in others.items()
+        if scaling.get(name) not in (None, other)
+    ]
 
 
 def shape_problems(config: LlamaConfig) -> list[str]:

@@ -94,19 +94,25 @@ def _as_transformers_4(values: dict) -> dict:
     """Rename the fields that transformers 5 names otherwise, which this version would pass over.
 
     `rope_parameters` holds the base and, but for the type `default`, the scaling; `dtype` was `torch_dtype`. A dtype
-    that is none of torch's, such as `auto`, is dropped: --mixed_precision decides.
+    that no weights are trained in, such as `auto` or one of 8 bits, is dropped: --mixed_precision decides.
     """
     values = dict(values)
     if rope := values.pop("rope_parameters", None):
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError("rope_parameters are of several kinds of layers, and LLaMA has one")
+        before = {name: values[name] for name in ("rope_scaling", "rope_theta") if values.get(name)}
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-        values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        values["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
         outside = ["rope_theta", "partial_rotary_factor"]
         if scaling.get("rope_type") == "longrope":  # there it divides short from long, and stood beside the scaling
             outside.append("original_max_position_embeddings")
         values |= {name: rope[name] for name in outside if name in rope}
+        if other := [name for name, value in before.items() if values[name] != value]:
+            raise ValueError(f"{other[0]} and rope_parameters say different things; leave one of them in it")
     dtype = values.pop("dtype", None)
     name = str(values.pop("torch_dtype", None) or dtype).removeprefix("torch.")
-    if isinstance(getattr(torch, name, None), torch.dtype):
+    found = getattr(torch, name, None)
+    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
         values["torch_dtype"] = name
     return values
 

@@ -28,10 +28,12 @@ import sharded_state
 import train_utils
 from arguments import (
     ArgumentParser,
+    Given,
     add_evaluation_args,
     add_loading_args,
     add_training_args,
     add_warmup_arg,
+    refuse_interval,
     user_name,
     user_path,
     validate_args,
@@ -88,10 +90,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read the data set as training goes on, without preparing it; needs --max_steps (default: off)",
     )
+    model.set_defaults(shuffle_buffer_given=False)
     model.add_argument(
         "--shuffle_buffer",
         type=int,
         default=2048,
+        action=Given,
         help="sequences that are shuffled together in a stream (default: 2048)",
     )
     model.add_argument(
@@ -123,9 +127,12 @@ def open_data(
         stream = StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order)
         once_per_node(stream.check)
         return stream, None
+    if not args.eval_fraction and not is_prepared(Path(args.dataset)):
+        refuse_interval(args, "give --eval_fraction")
     folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir, eval_fraction=args.eval_fraction, **choice)
     dataset = PackedDataset(folder, args.max_length, **order)
     if not dataset.manifest.get("eval_fraction"):
+        refuse_interval(args, "prepare them with --eval_fraction")
         return dataset, None
     return dataset, PackedDataset(folder, args.max_length, document_ends, split=HELD_OUT)
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -76,6 +76,8 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append(f"--temperature: {args.temperature} is not 0 or a positive number")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p: {args.top_p} is not above 0 and at most 1")
+    elif args.top_p < 1 and args.temperature == 0:
+        problems.append("--top_p: takes effect with a --temperature above 0 alone; raise that, or leave it out")
     if not 0 <= args.seed < 2**63:
         problems.append(f"--seed: {args.seed} is not at least 0 and below 2^63")
     if problems:
@@ -172,10 +174,12 @@ class Printer(BaseStreamer):
         print(decode(self.tokenizer, self.ids)[len(self.shown) :], flush=True)
 
 
-def open_model(folder: Path, adapter: Path | None) -> LlamaForCausalLM:
+def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> LlamaForCausalLM:
     """The model with its adapters merged, in the precision that these were trained in, on the GPU if there is one."""
     dtype = load_config(str(adapter)).torch_dtype if adapter and (adapter / "config.json").is_file() else None
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype or "auto", trust_remote_code=False)
+    config.use_cache = True  # else each token would cost as much as the whole text
+    options = {"config": config, "torch_dtype": dtype or "auto", "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -200,7 +204,7 @@ def main() -> int:
 
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    model = open_model(folder, adapter)
+    model = open_model(folder, config, adapter)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     ids = ids.to(model.device)
     model.generate(

@@ -106,6 +106,24 @@ class TestValidate:
             ("--shuffle_buffer 0", "--shuffle_buffer: 0 is below the least possible, 1"),
             ("--streaming", "--streaming: a stream has no end; give --max_steps"),
             (
+                "--streaming --max_steps 9 -e 2",
+                "--num_epochs: a stream has no end, so it has no epochs; leave the flag out",
+            ),
+            (
+                "--streaming --max_steps 9 --eval_interval 1000",
+                "--eval_interval: documents are held out when a data set is prepared, not from a stream",
+            ),
+            (
+                "--shuffle_buffer 2048",
+                "--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out",
+            ),
+            (
+                "--keep_every 4",
+                "--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out",
+            ),
+            ("--allow_changes", "--allow_changes: takes effect with --load alone; give that too, or leave it out"),
+            ("--mfu 0.4", "--mfu: goes with --dry_run alone; a launcher sets what a run has"),
+            (
                 "--streaming --max_steps 9 --eval_fraction 0.1",
                 "--eval_fraction: documents are held out when a data set is prepared, not from a stream",
             ),

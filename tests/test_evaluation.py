@@ -60,11 +60,12 @@ def expected():
     ],
 )
 def test_loss_and_the_training_around_it(expected, ranks, flags):
-    for first, stopped, norms, undisturbed in run_ranks(ranks, evaluate_while_training, flags):
+    for first, unlabelled, stopped, norms, undisturbed in run_ranks(ranks, evaluate_while_training, flags):
         assert first == {
             "eval_loss": pytest.approx(expected, rel=3e-3),
             "eval_perplexity": pytest.approx(math.exp(expected), rel=3e-2),
         }
+        assert unlabelled == {}
         assert stopped is None  # on every rank, though one alone has been told to
         assert norms == undisturbed
 
@@ -83,6 +84,9 @@ def evaluate_while_training(flags):
         norms = []
         if evaluating:
             results.append(evaluate(run.booster, run.model, loader, layout))
+            unlabelled = [item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} for item in held_out()]
+            others = evaluation_loader(run.plugin, unlabelled, layout, run.args)
+            results.append(evaluate(run.booster, run.model, others, layout))
         for step in range(2):
             forward_backward(run.booster, run.model, run.optimizer, micro_batches, 500)
             norms.append(optimizer_step(run.model, run.optimizer)[0])

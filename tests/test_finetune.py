@@ -496,6 +496,7 @@ class TestRefused:
             ("--lora_rank 0", "--lora_rank: 0 is below the least possible, 1"),
             ("--lora_rank 4 --lora_modules q_proj,attn", "--lora_modules: 'attn' is no linear module of a layer"),
             ("--lora_rank 4 -p gemini", "--lora_rank: gemini has no LoRA; use -p zero2"),
+            ("--lora_modules q_proj", "--lora_modules: takes effect with --lora_rank alone"),
             ("--lora_alpha 4", "--lora_alpha: takes effect with --lora_rank alone"),
         ):
             assert words in problem(*flags.split())

@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from launching import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from console import USAGE_ERROR, InputError
+from model_utils import load_config
 from scripts import generate
 
 PROMPT = "def main(argument):"
@@ -58,6 +60,20 @@ def test_likeliest_tokens_are_those_of_transformers(write, final):
         following = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
         tokens = torch.cat((tokens, following), dim=1)
     assert write("--temperature", 0) == tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
+
+
+def test_a_model_saved_by_transformers_5(final, tmp_path):
+    """This version would pass over the base of its rotary embeddings."""
+    shutil.copytree(final, tmp_path / "newer")
+    file = tmp_path / "newer" / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    older = LlamaConfig.from_dict(values | {"rope_theta": 100.0})
+    del values["rope_theta"], values["rope_scaling"]
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    model = generate.open_model(file.parent, load_config(str(file)), None)
+    assert torch.equal(model.model.rotary_emb.inv_freq, LlamaRotaryEmbedding(older).inv_freq)
+    assert model.config.use_cache
 
 
 def test_samples_depend_on_the_seed_alone(write):
@@ -136,7 +152,7 @@ def test_what_is_written_is_what_the_tokenizer_says(capsys, sample_tokenizer):
 
 
 def test_a_prompt_that_is_no_text(problem):
-    assert problem(prompt="\udcff") == "--prompt: it is not UTF-8 text; convert it"
+    assert problem(prompt="\udcff") == "--prompt: text is not utf-8; convert it, or set the locale to match"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +161,7 @@ def test_a_prompt_that_is_no_text(problem):
         (["--max_new_tokens", 0], "--max_new_tokens: 0 is below the least possible, 1"),
         (["--temperature", "nan"], "--temperature: nan is not 0 or a positive number"),
         (["--temperature", -1], "--temperature: -1.0 is not"),
+        (["--top_p", 0.9, "--temperature", 0], "--top_p: takes effect with a --temperature above 0 alone"),
         (["--top_p", 0], "--top_p: 0.0 is not above 0 and at most 1"),
         (["--top_p", 1.5], "--top_p: 1.5 is not above 0"),
         (["--seed", -1], "--seed: -1 is not at least 0"),

@@ -42,7 +42,6 @@ class TestLayout:
             (8, f"{HYBRID} --tp 1 --pp 1 --zero 0", 1, 1, 1, 8, 0),
             (8, f"{HYBRID} -b 1", 4, 1, 1, 2, 1),  # one sequence is too few for two stages
             (8, f"{HYBRID} -b 1 --accumulation_steps 2", 4, 2, 1, 1, 0),
-            (8, f"{HYBRID} -b 3 --microbatch_size 2", 4, 1, 1, 2, 1),
             # No pipeline unless asked for, where it would not combine with another flag.
             (16, f"{HYBRID} --zero 2", 4, 1, 1, 4, 2),
             (16, f"{HYBRID} --sp 2", 4, 1, 2, 2, 1),
@@ -84,6 +83,8 @@ class TestLayout:
             (8, f"{HYBRID} --pp_style interleaved -b 3", "--pp_style: interleaved needs several stages; give --pp"),
             (8, f"{HYBRID} --pp 2 --pp_style interleaved -b 3", "multiple of the 2 stages as microbatches, .* = 3"),
             (8, f"{HYBRID} --pp_style interleaved --pp 2 --model_chunks 5", "2 stages x 5 = 10 .* 32 layers"),
+            (8, "-p zero2 --microbatch_size 2", "--microbatch_size: takes effect with -p hybrid_parallel alone"),
+            (8, f"{HYBRID} -b 3 --microbatch_size 2", "--microbatch_size: takes effect with several stages alone"),
             (8, f"{HYBRID} --model_chunks 2", "--model_chunks: takes effect with --pp_style interleaved alone"),
             (8, f"{HYBRID} --pp_style zbv", "--pp_style: ColossalAI's zero-bubble pipeline, zbv, .* use interleaved"),
             (8, "-p zero2 --pp_style interleaved", "--pp_style: takes effect with -p hybrid_parallel alone"),

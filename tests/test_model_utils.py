@@ -132,6 +132,36 @@ class TestLoadConfig:
         assert (config.rope_theta, config.rope_scaling, config.torch_dtype) == (5e5, scaling, torch.bfloat16)
         assert not {"rope_parameters", "dtype"} & set(config.to_dict())
 
+    @pytest.mark.parametrize(
+        ("rope", "others", "problem"),
+        [
+            ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 1e6}, "rope_theta and rope_parameters say"),
+            (
+                {"rope_type": "default", "rope_theta": 5e5},
+                {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+                "rope_scaling and rope_parameters say",
+            ),
+            ({"full_attention": {"rope_type": "default", "rope_theta": 5e5}}, {}, "several kinds of layers"),
+            (None, {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "the type"),
+            (None, {"rope_scaling": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, "the rope_theta"),
+            ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, {}, "the truncate false"),
+        ],
+    )
+    def test_rotary_embeddings_that_are_not_trained_as_the_file_says(self, tmp_path, rope, others, problem):
+        values = {"model_type": "llama", "rope_parameters": rope} | others
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=problem):
+            load_config(str(tmp_path))
+
+    def test_fields_of_rope_scaling_without_effect_are_named(self, saved, capsys):
+        file = saved / "config.json"
+        scaling = {"type": "linear", "factor": 2.0, "finetuned": True}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": scaling}))
+        assert load_config(str(file)).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+        assert (
+            "not used and not saved, as LLaMA has no such fields: finetuned of rope_scaling" in capsys.readouterr().out
+        )
+
     def test_a_change_does_not_reach_the_table(self):
         load_config("test").hidden_size = 1
         assert load_config("test").hidden_size == 64

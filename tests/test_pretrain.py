@@ -1,6 +1,7 @@
 """What pretrain.py accepts, prints and leaves behind."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -17,7 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pretrain as program
 from console import RUN_FAILED
+from data_order import GlobalOrder
+from data_utils import IGNORE_INDEX, PackedDataset
+from dataset_preparation import prepare_dataset
 from model_utils import load_config, parameter_specs
+from scripts import plot_run
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -111,6 +116,30 @@ def test_what_is_printed(finished_run):
         assert line in finished_run.stdout
     assert len(re.findall(r"^step [123]/3: loss ", finished_run.stdout, flags=re.MULTILINE)) == 2
     assert finished_run.stderr == ""
+
+
+def test_steps_without_a_label(pretrain, sample, sample_tokenizer, tmp_path):
+    """Sequences of two tokens that are the end of one document and the beginning of the next, in the first step too."""
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(f'{{"text": "{word}"}}\n' for word in ("a", "b", "if", "c", "def", "d")))
+    tokenizer, ends = sample_tokenizer, (sample_tokenizer.bos_token_id, sample_tokenizer.eos_token_id)
+    dataset = PackedDataset(prepare_dataset(str(data), tokenizer, tmp_path / "cache"), 2, document_ends=ends)
+    counts = [int((item["labels"][1:] != IGNORE_INDEX).sum()) for item in map(dataset.__getitem__, range(len(dataset)))]
+    assert {0, 1} == set(counts)
+    seed = next(seed for seed in range(99) if not counts[GlobalOrder(len(dataset), seed)[0]])
+    order = GlobalOrder(len(dataset), seed)
+
+    flags = ["-d", data, "-p", "zero2", "-x", "bf16", "-l", 2, "-b", 1, "-s", 1, "--document_mask", "--seed", seed]
+    run = pretrain(*flags, "--cache_dir", tmp_path / "cache", "--max_steps", 5)
+    assert run.stderr == ""
+    assert [loss is not None for loss in run.column("loss")] == [counts[order[step]] > 0 for step in range(5)]
+    states = json.loads((run.save_dir / "epoch0-step5" / "running_states.json").read_text(encoding="utf-8"))
+    assert states["adam_steps"] == sum(counts[order[step]] for step in range(5))
+    logged = plot_run.read_run(str(run.folder / "tb_logs"))
+    assert list(logged.curve("step", "loss")[0]) == [step + 1 for step in range(5) if counts[order[step]]]
+    logged.columns["loss"][:] = math.nan  # as where no label has counted yet
+    plot_run.draw([logged])
+    assert "loss" not in plot_run.summary(logged)
 
 
 def test_metrics(finished_run):
