@@ -73,7 +73,7 @@ class ChatTemplate:
         self.given: set[str] = set()
         self.used: set[str] = set()
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        special = {token.content for token in added} | set(tokenizer.all_special_tokens)
+        special = ({token.content for token in added} | set(tokenizer.all_special_tokens)) - encoder.letters
         self._taking_space = {token.content for token in added if token.lstrip or token.rstrip}
         normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
         self._normalizing = bool(normalizer) and any(token.normalized for token in added)

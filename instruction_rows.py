@@ -206,6 +206,11 @@ class ExampleEncoder:
         """SHA-256 over all that ids and labels depend on."""
         template = self.tokenizer.chat_template if self.template else None
         rules = [self.encoder.fingerprint, self.shape, template, self.max_length, self.train_on_prompt]
+        if template:
+            tokens = sorted(self.tokenizer.special_tokens_map.items())
+            known = ("bos_token", "eos_token")  # to the encoder; a template may write others
+            rules += [[name, token] for name, token in tokens if name not in known and name in str(template)]
+            rules += ["split"] * bool(self.tokenizer.split_special_tokens)
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def encode(self, rows: Sequence[dict]) -> Iterator[Encoded | str]:
@@ -217,6 +222,8 @@ class ExampleEncoder:
                 usable.append(self._segments(row))
             except Unusable as reason:
                 reasons[number] = str(reason)
+            except RecursionError:
+                reasons[number] = "objects too deep in each other"
         examples = iter(self._joined(usable))
         for number in range(len(rows)):
             yield reasons[number] if number in reasons else self._framed(*next(examples))

@@ -205,6 +205,7 @@ class TextEncoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         self._plain_text = PlainText(tokenizer)
+        self.letters = self._plain_text.letters  # special tokens that every text may hold
         # SentencePiece puts a space before every text, some tokenizers not before one that begins with a space.
         self.sentencepiece, self.bare_leading_space = equal_sentencepiece(tokenizer, self._plain_text)
 

@@ -35,17 +35,28 @@ class PlainText:
 
     transformers' `split_special_tokens` is not enough: slow tokenizers ignore it in batches, and the model of a fast
     one may hold a special token as a word like any other. A text that has it is encoded again without that word.
+
+    Attributes:
+        hidden: the ids of those special tokens that the model itself makes of text.
+        letters: special tokens without which text could not be spelled, such as a `!` that is used for padding.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.hidden: dict[str, int] = {}
+        self.letters: set[str] = set()
         if not tokenizer.is_fast:
             self._slow = _without_special_tokens(tokenizer)
             return
         ids = tokenizer.get_vocab()
         self.tables = tables_of(tokenizer)
-        self.hidden = {token: ids[token] for token in _special_tokens_of_text(self.tables)}
+        self.letters = _letters(self.tables)
+        if framing := self.letters & {tokenizer.bos_token, tokenizer.eos_token}:
+            raise InputError(
+                f"--tokenizer: its BOS or EOS token is {framing.pop()!r}, which text cannot do without; set another in "
+                "its tokenizer_config.json"
+            )
+        self.hidden = {token: ids[token] for token in _special_tokens_of_text(self.tables) - self.letters}
         self._fast = _loaded(self.tables)
         hiding = self._fast if not self.hidden else _loaded(_hide(self.tables, self.hidden))
         if self._fast.get_vocab() != ids or any(hiding.token_to_id(token) != ids[token] for token in self._visible):
@@ -155,6 +166,15 @@ def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
     return special & (
         {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
     )
+
+
+def _letters(tables: dict[str, Any]) -> set[str]:
+    model = tables["model"]
+    if model.get("byte_fallback"):
+        return set()
+    words = model["vocab"] if isinstance(model["vocab"], dict) else dict(model["vocab"])
+    special = (token["content"] for token in tables["added_tokens"] if token["special"])
+    return {token for token in special if _is_character(token) and token in words}
 
 
 def _is_character(token: str) -> bool:

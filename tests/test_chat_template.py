@@ -291,6 +291,26 @@ def test_a_special_token_that_the_normalizer_would_make_is_refused(sample, norma
     assert example.ids[: len(whole)].tolist() == whole
 
 
+def test_fingerprint_of_whatever_the_ids_depend_on(sample):
+    tokenizer = load_tokenizer(str(sample / "tokenizer"))
+    found = set()
+    for template in (CHATML, "{{ pad_token }}" + CHATML):
+        tokenizer.chat_template = template
+        for token, split in (("<unk>", False), ("</s>", False), ("<unk>", True)):
+            tokenizer.pad_token, tokenizer.split_special_tokens = token, split
+            example = example_of(tokenizer, [user("a"), answer("b")])
+            found.add((ExampleEncoder(tokenizer, CHAT, 9, False).fingerprint, *example.ids.tolist()))
+    assert len({fingerprint for fingerprint, *_ in found}) == len(found) == 5  # CHATML writes no padding
+
+
+def test_objects_within_objects_without_end(tokenizer):
+    nested = {}
+    for _ in range(900):
+        nested = {"a": nested}
+    for row in ({"messages": [user("a", b=nested), answer("b")]}, {"messages": [], "tools": [nested]}):
+        assert encoded(tokenizer, row, shape=CHAT) == ["objects too deep in each other"]
+
+
 class TestCheckTemplate:
     @pytest.mark.parametrize(
         ("template", "problem"),

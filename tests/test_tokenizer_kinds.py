@@ -317,6 +317,19 @@ class TestFaults:
         assert ids == truth(tokenizer, text)
         assert tokenizer.decode(ids).endswith("<|end|></s>")
 
+    @pytest.mark.parametrize("ignore_merges", [False, True])
+    def test_a_letter_that_is_used_for_padding_stays_in_the_text(self, ignore_merges):
+        tables = Tokenizer.from_str(byte_level(300, ignore_merges))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tables, bos_token="<s>", eos_token="</s>", pad_token="!")
+        text = "Hi! Oh!! <s>!</s>"
+        (ids,) = TextEncoder(tokenizer).tokenize([text])
+        assert ids == truth(tokenizer, text)
+        assert ids.count(tokenizer.pad_token_id) == text.count("!")
+        tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+        assert prompt_ids(tokenizer, "Hi!!", chat=True) == tokenizer.apply_chat_template([{"content": "Hi!!"}])
+        tokenizer.eos_token = "!"
+        assert "its BOS or EOS token is '!', which text cannot do without" in error_of(TextEncoder, tokenizer)
+
     def test_text_without_any_token_is_refused(self):
         words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
