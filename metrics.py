@@ -79,8 +79,9 @@ class Metrics:
 
     def _set_aside(self) -> None:
         """Moves logs that this run does not go on from into a folder, which TensorBoard shows as a run of its own."""
-        owner = self.folder / OWNER
-        found = json.loads(owner.read_bytes()) if owner.exists() else None  # older versions left none
+        owner, found = self.folder / OWNER, None  # older versions left none
+        with contextlib.suppress(ValueError):  # damaged
+            found = json.loads(owner.read_bytes()) if owner.exists() else None
         logs = [path for pattern in ("metrics*.jsonl", "events.out.tfevents.*") for path in self.folder.glob(pattern)]
         if not logs or (self.step and found in (None, self.run)):
             return
@@ -98,7 +99,8 @@ class Metrics:
         They are those that a resumed run repeats.
         """
         kept, later = [], []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
             try:
                 rows = kept if json.loads(line)["step"] <= step else later
             except (ValueError, KeyError, TypeError):

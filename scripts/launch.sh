@@ -79,6 +79,12 @@ flag_value() { # DEFAULT SHORT LONG FLAGS...
         case $1 in
             "$short" | "$long") value=${2:-} ;;
             "$long"=*) value=${1#*=} ;;
+            "$short"?*) # -b8, but not --pp_style for --pp
+                if [[ $short != --* ]]; then
+                    value=${1#"$short"}
+                    value=${value#=}
+                fi
+                ;;
         esac
         shift
     done

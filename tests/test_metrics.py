@@ -35,13 +35,14 @@ class TestMetrics:
             ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
             ([line(1), '{"st'], [line(1)]),
             ([line(1), "\x00" * 8], [line(1)]),
+            ([line(1), "\udcff\n", line(2)], [line(1), line(2)]),  # no UTF-8
             ([line(1), "{}\n", "\n", "[]\n", line(2)], [line(1), line(2)]),
             ([], []),
         ],
     )
     def test_a_resumed_file_ends_at_the_checkpoints_step(self, tmp_path, before, kept):
         path = tmp_path / "metrics.jsonl"
-        path.write_text("".join(before))
+        path.write_text("".join(before), errors="surrogateescape")
         with Metrics._open_after(path, step=2) as file:
             file.write(b"new\n")
         assert path.read_text() == "".join([*kept, "new\n"])
@@ -102,6 +103,15 @@ class TestMetrics:
         log(metrics_of(tmp_path, step + 1, run), (step + 2,), loss=4.0)
         assert read(tmp_path)[1] == [(step + 1, 5.0), (step + 2, 4.0)]
         assert not (tmp_path / "earlier-2").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
+    def test_a_damaged_note_of_whose_the_logs_are(self, tmp_path, content):
+        metrics = metrics_of(tmp_path)
+        metrics.log(values_of(1, loss=5))
+        metrics.close()
+        (tmp_path / "run.json").write_bytes(content)
+        metrics_of(tmp_path, 1).close()
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
     def test_checkpoints_and_logs_that_are_moved_together_stay_one_run(self, tmp_path):
         for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
