@@ -20,10 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, NoReturn, TextIO
 
 USAGE_ERROR = 2
 RUN_FAILED = 1
@@ -88,7 +85,7 @@ class _Output(io.FileIO):
 
     failed = False
 
-    def write(self, data: "ReadableBuffer") -> int | None:  # type: ignore[override]
+    def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
         except BrokenPipeError:

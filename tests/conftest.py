@@ -20,12 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from corpora import write_jsonl
-from launching import ROOT, Run, start_pretrain
+from launching import ROOT, Run, free_port, start_pretrain
+from torch.distributed import TCPStore
 from transformers import PreTrainedTokenizerBase
 
 from data_order import GlobalOrder
 from data_utils import PackedDataset
 from dataset_preparation import prepare_dataset
+from ranks import meeting
 from scripts.make_sample_data import train_tokenizer
 from tokenization import load_tokenizer
 
@@ -74,6 +76,23 @@ def locked_folder() -> Iterator[Path]:
         finally:
             if root:
                 os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """Makes this process rank 0 of that many, with a store, as torchrun does; the other ranks never come."""
+    stores = []
+
+    def become_rank_0(ranks: int) -> None:
+        port = free_port()
+        stores.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+        numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for name, value in {**numbers, **place}.items():
+            monkeypatch.setenv(name, value)
+
+    yield become_rank_0
+    meeting.cache_clear()
 
 
 @pytest.fixture(scope="session")

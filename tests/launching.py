@@ -38,12 +38,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launched(ranks: int) -> dict[str, str]:
-    """The environment of rank 0 of so many, as torchrun sets it."""
-    number = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
-    return {**number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-
-
 class Run:
     """A started command. Leaving its context kills what is left of it.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launching import ROOT, Run, launched, start_pretrain
+from launching import ROOT, Run, start_pretrain
 
 import benchmark
 import dependencies
@@ -25,14 +25,14 @@ TEXT = {"text": "Some words of an ordinary document, enough of them to make toke
 
 
 @pytest.fixture
-def objections(monkeypatch, tmp_path) -> Callable[..., list[str]]:
+def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]:
     """What a program's main() objects to, given flags and what the launcher would set, before it launches."""
 
     def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
-        for name, value in launched(ranks).items():
-            monkeypatch.setenv(name, value)
+        if ranks > 1:
+            become_rank_0(ranks)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(InputError) as raised:
             program.main()
@@ -606,13 +606,6 @@ def test_older_python(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=str(USAGE_ERROR)):
         dependencies.require()
     assert "99.0 or later is needed" in capsys.readouterr().err
-
-
-def test_other_ranks_are_silent(tmp_path):
-    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    with start_pretrain("-c", "8b", folder=tmp_path / "run", env=env) as run:
-        assert run.wait() == USAGE_ERROR
-    assert run.stdout + run.stderr == ""
 
 
 def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 from colossalai.legacy.utils import memory
-from launching import ROOT, Run, launched
+from launching import ROOT, Run
 
 import benchmark
 import performance_evaluator
@@ -24,15 +24,6 @@ CLOSING_LINE = re.compile(
 )
 GRAD_NORM = 1.162  # of the third step, in all layouts
 TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # of two processes; the same global batch as two data-parallel ones
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    def set_ranks(number: int) -> None:
-        for name, value in launched(number).items():
-            monkeypatch.setenv(name, value)
-
-    return set_ranks
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -102,8 +93,8 @@ def test_flag(flags, name, value):
         ("-l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_allocated(flags, message, ranks):
-    ranks(8)
+def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_rank_0):
+    become_rank_0(8)
     with pytest.raises(InputError, match=re.escape(message)):
         benchmark.check_args(benchmark.parse_args(["--dry_run", *flags.split()]), load_config("7b"))
 
@@ -147,8 +138,8 @@ def test_memory_limit_without_a_gpu_is_said(monkeypatch, capsys):
         ("-p hybrid_parallel", Layout(tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
     ],
 )
-def test_samples_are_those_of_data_parallel_ranks(flags, layout, ranks):
-    ranks(16)
+def test_samples_are_those_of_data_parallel_ranks(flags, layout, become_rank_0):
+    become_rank_0(16)
     assert resolve_layout(benchmark.parse_args(flags.split()), load_config("7b")) == layout
     assert layout.ranks == 16
 

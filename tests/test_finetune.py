@@ -342,7 +342,10 @@ def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(ada
     tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
     tokenizer.add_tokens([f"extra{n}" for n in range(8)])
     tokenizer.save_pretrained(tmp_path / "larger")
-    with pytest.raises(InputError, match="--tokenizer: its vocabulary of 1032 is larger than the model's of 1024"):
+    with pytest.raises(
+        InputError,
+        match="--tokenizer: its vocabulary of 1032 is larger than the model's of 1024; give the model's own tokenizer, or a model with as many embeddings",
+    ):
         export(adapted("zero2").save_dir / "epoch0-step2", "--tokenizer", tmp_path / "larger")
     assert not (tmp_path / "out").exists()
 
@@ -443,7 +446,10 @@ class TestRefused:
         larger.add_tokens([f"<{number}>" for number in range(8)])
         larger.save_pretrained(tmp_path / "larger")
         line = problem("--tokenizer", tmp_path / "larger")
-        assert line == "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024"
+        assert (
+            line
+            == "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024; give the model's own tokenizer, or a model with as many embeddings"
+        )
 
     def test_columns(self, problem, tmp_path):
         line = problem(dataset=write(tmp_path / "rows.jsonl", {"text": "a"}))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EPOCH, SECRET, SEQUENCE_LENGTH, batch_at
-from launching import ROOT, Run, launched, optimizer_states
+from launching import ROOT, Run, optimizer_states
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,12 +223,11 @@ def test_final_folder_loads_and_generates(finished_run, sample_tokenizer):
 # ----------------------------------------------------------------------------------------------------------- behaviour
 
 
-def test_dry_run_only_prints(monkeypatch, capsys, tmp_path, sample_flags, sample_dataset):
+def test_dry_run_only_prints(monkeypatch, become_rank_0, capsys, tmp_path, sample_flags, sample_dataset):
     folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
     flags = ["-p", "zero2", "-b", 3, "--accumulation_steps", 2, "--dry_run", *folders]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*sample_flags, *flags])])
-    for name, value in launched(8).items():
-        monkeypatch.setenv(name, value)
+    become_rank_0(8)
     monkeypatch.setattr(program, "launch", None)
     assert program.main() == 0
     assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out

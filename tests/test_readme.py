@@ -15,7 +15,7 @@ from launching import ROOT, start_finetune
 from torch.distributed.run import parse_args as parse_torchrun
 
 import benchmark
-from dataset_sources import TEXT_TO_JSONL, SourceFile
+from dataset_sources import TEXT_TO_JSONL, resolve_source
 
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
@@ -65,8 +65,8 @@ def test_plain_text_becomes_documents(tmp_path):
     assert split == TEXT_TO_JSONL  # which an error message has too
     subprocess.run(["bash", "-c", each], cwd=tmp_path, check=True)
     subprocess.run(["bash", "-c", split.replace("FILE", "first.txt")], cwd=tmp_path, check=True)
-    made = [SourceFile(name, "", 0, "", str(tmp_path)) for name in ("texts.jsonl", "first.txt.jsonl")]
-    assert [[document.text for document in file.documents()] for file in made] == [
+    made = [resolve_source(str(tmp_path / name)) for name in ("texts.jsonl", "first.txt.jsonl")]
+    assert [[document.text for file in source.files for document in file.documents()] for source in made] == [
         list(files.values()),
         ["One,\ntwo.", "Three.\n"],
     ]

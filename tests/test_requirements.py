@@ -35,7 +35,8 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    return {"protobuf" if name == "google" else name for name in packages}  # by the name that pip knows
 
 
 def test_whatever_is_imported_is_listed():
