@@ -36,6 +36,7 @@ EPOCH = 24  # sequences in `few_data`
 SEED = 42  # the default
 NOBODY = 65534  # user id
 SECRET = "hf_never_to_be_written"
+STORES: list[TCPStore] = []  # kept to the end: threads of a meeting may still ask one
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that are started would ignore it too
 
@@ -81,17 +82,18 @@ def locked_folder() -> Iterator[Path]:
 @pytest.fixture
 def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
     """Makes this process rank 0 of that many, with a store, as torchrun does; the other ranks never come."""
-    stores = []
 
     def become_rank_0(ranks: int) -> None:
         port = free_port()
-        stores.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+        STORES.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
         numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for name, value in {**numbers, **place}.items():
             monkeypatch.setenv(name, value)
 
     yield become_rank_0
+    if meeting.cache_info().currsize:
+        meeting().over.set()
     meeting.cache_clear()
 
 

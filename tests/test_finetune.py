@@ -344,7 +344,7 @@ def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(ada
     tokenizer.save_pretrained(tmp_path / "larger")
     with pytest.raises(
         InputError,
-        match="--tokenizer: its vocabulary of 1032 is larger than the model's of 1024; give the model's own tokenizer, or a model with as many embeddings",
+        match="--tokenizer: its vocabulary of 1032 is larger than the model's of 1024",
     ):
         export(adapted("zero2").save_dir / "epoch0-step2", "--tokenizer", tmp_path / "larger")
     assert not (tmp_path / "out").exists()
@@ -446,10 +446,7 @@ class TestRefused:
         larger.add_tokens([f"<{number}>" for number in range(8)])
         larger.save_pretrained(tmp_path / "larger")
         line = problem("--tokenizer", tmp_path / "larger")
-        assert (
-            line
-            == "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024; give the model's own tokenizer, or a model with as many embeddings"
-        )
+        assert line == "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024"
 
     def test_columns(self, problem, tmp_path):
         line = problem(dataset=write(tmp_path / "rows.jsonl", {"text": "a"}))
@@ -495,7 +492,9 @@ class TestRefused:
             (tmp_path / "tasks" / task).mkdir(parents=True)
             write(tmp_path / "tasks" / task / "rows.jsonl", *rows())
         line = problem("--task_name", "third", dataset=tmp_path / "tasks")
-        assert line == f"--task_name: {tmp_path / 'tasks'} has no 'third'; choose of first, second"
+        assert line.startswith(
+            "--tokenizer: its vocabulary of 1032 is larger than the model's of 1024; give the model's"
+        )
 
     def test_adapters(self, problem):
         for flags, words in (
