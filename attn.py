@@ -66,7 +66,7 @@ def select_attention(
 
 
 def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where the documents of each sequence start, int32 [B, 1, 1, N + 1], filled up with S, which comes last.
+    """Return the start of each document in a sequence, int32 [B, 1, 1, N + 1], padded with S, which comes last.
 
     Args:
         position_ids: [B, S], 0 at the first token of each document. A sequence that starts inside a document has the

@@ -150,7 +150,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Where training has failed, lets what is in flight be completed, as long as it grows. Not collective."""
+        """After a failure, wait for the checkpoint in flight as long as its files grow. Not collective."""
         written, since = -1, time.monotonic()
         while kind and self._thread and self._thread.is_alive() and time.monotonic() - since < STALLED_SECONDS:
             with contextlib.suppress(OSError):  # files come and go
@@ -162,7 +162,7 @@ class CheckpointWriter:
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is in flight on any rank. Collective."""
+        """True if a checkpoint is in flight on any rank. Collective."""
         return any(gather(self._thread is not None and self._thread.is_alive()))
 
     def take_reports(self) -> list[str]:
@@ -203,7 +203,7 @@ class CheckpointWriter:
         return self._buffers[name].copy_(tensor, non_blocking=True)
 
     def _fits_in_memory(self, shards_by_file: list[list[LocalShard]]) -> bool:
-        """Whether every rank's files fit into its host's memory. Collective."""
+        """Return True if every rank's files fit into its host's memory. Collective."""
         needed = sum(
             staging_bytes(shard.spec.shape, shard.gathers_on_gpu)
             for shards in shards_by_file

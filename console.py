@@ -1,4 +1,4 @@
-"""What the programs say to the people who run them: rank-0 output, mistakes in the input, third-party noise."""
+"""Messages to the people who run the programs: rank-0 output, mistakes in the input, third-party noise."""
 
 import codecs
 import contextlib
@@ -52,7 +52,7 @@ class RunError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as far as it fits into a line."""
+    """Return the first line of a library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -208,7 +208,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
 
 
 def interrupted(error: BaseException | None) -> bool:
-    """Whether an error is a Ctrl-C, or follows from one, as when a library reports that its import has failed."""
+    """Return True if an error is a Ctrl-C or was caused by one, as when a library reports that its import failed."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -298,7 +298,7 @@ def _name(address: str) -> str:
 
 
 def _reader_gone(stream: TextIO) -> bool:
-    """Whether the other end of the pipe that a stream writes to is closed."""
+    """Return True if the other end of the pipe that a stream writes to is closed."""
     poll = select.poll()
     poll.register(stream, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -23,7 +23,7 @@ class Order(Protocol):
 
 
 class TrainingData(Protocol):
-    """What a data set tells a run, whether its sequences are packed, streamed, or examples."""
+    """Interface of the data sets that a run trains on: packed, streamed, or examples."""
 
     @property
     def fingerprint(self) -> str:
@@ -50,7 +50,7 @@ class TrainingData(Protocol):
         ...
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """What the order depends on beside data, seed and length, to be saved; `saved` is that of the resumed run."""
+        """Return the settings, beside data, seed and length, that the order depends on; `saved` are the resumed run's."""
         ...
 
     def __len__(self) -> int: ...

@@ -27,7 +27,7 @@ ENDLESS = 2**62
 
 @dataclass
 class SlicePosition:
-    """Where the reading of a slice stands: the next row of a file, the file by its place in the epoch's order.
+    """Position in a slice: the next row of a file, the file by its place in the epoch's order.
 
     Attributes:
         bytes_read: of the slice in this epoch, up to that row.
@@ -53,7 +53,7 @@ class SliceReader:
 
     @property
     def progress(self) -> float:
-        """What is read of the slice, relative to the other slices: as a share of its size, or as tokens by weight."""
+        """Progress in the slice relative to the others: the fraction of its bytes, or tokens divided by weight."""
         if self.weight:
             return self.position.tokens / self.weight
         return self.position.epoch + self.position.bytes_read / self.size
@@ -272,5 +272,5 @@ class StreamedDataset(Dataset):
         return f"{xxhash.xxh3_64(names.encode()).hexdigest()} {self.source.fingerprint} {self.encoder.fingerprint}"
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether a position in the stream of that fingerprint is one in this, whose files may have been corrected."""
+        """Return True if a position in the stream of that fingerprint holds in this one; files may have been corrected."""
         return fingerprint.split()[::2] == self.fingerprint.split()[::2]

@@ -1,4 +1,4 @@
-"""What training reads: packed sequences of a prepared data set, or of random tokens for benchmarks.
+"""Data sets of packed sequences: of a prepared folder, or of random tokens for benchmarks.
 
 `dataset_preparation.py` writes the folder of tokens that `PackedDataset` reads; `data_order.py` has the order of the
 sequences. S is the sequence length, `max_length`.
@@ -29,7 +29,7 @@ FORMAT_VERSION = 2
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is of the `fraction` kept from training: a matter of its text alone, wherever it turns up."""
+    """Return True if a document belongs to the held-out `fraction`, which its text alone decides."""
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 

@@ -67,7 +67,7 @@ class Card(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What to take of a data set: see `resolve_source`."""
+    """The part of a data set that is asked for: see `resolve_source`."""
 
     slices: tuple[str, ...]
     configuration: str | None

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def can_be_split(path: str | Path) -> bool:
-    """Whether a part of the file can be read without what precedes it."""
+    """Return True if a part of the file can be read without what precedes it."""
     return str(path).lower().endswith((".jsonl", ".json"))
 
 
@@ -187,7 +187,7 @@ def _check_kind(raw: BinaryIO, suffix: str) -> None:
 
 
 class _Decompressed(io.RawIOBase):
-    """What a compressed file holds; of one that is cut off or damaged, everything before that place."""
+    """Reader of a compressed file's content; of a cut or damaged file, everything before that place."""
 
     def __init__(self, raw: BinaryIO, suffix: str):
         self.raw, self.suffix = raw, suffix

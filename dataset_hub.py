@@ -66,12 +66,12 @@ class Unreachable(Exception):
 
 
 def downloads_folder() -> Path:
-    """Where files that are not the hub's own are kept, beside its cache."""
+    """Return the folder, beside the hub's cache, of files downloaded from other servers."""
     return Path(constants.HF_HOME, "downloads")
 
 
 def list_repository(name: str, revision: str | None) -> Repository:
-    """What a data set holds at a branch, tag or commit.
+    """List the files of a data set at a branch, tag or commit.
 
     Raises:
         InputError: there is no such data set or revision, or this user may not read it.
@@ -101,7 +101,7 @@ def is_offline() -> bool:
 
 
 def has_converted_branch(name: str) -> bool:
-    """Whether the hub's converter has made Parquet files of a data set. Raises Unreachable."""
+    """Return True if the hub's converter has made Parquet files of a data set. Raises Unreachable."""
     try:
         branches = HfApi().list_repo_refs(name, repo_type="dataset").converts
     except HfHubHTTPError:
@@ -134,7 +134,7 @@ def _refusal(name: str, revision: str | None, error: HfHubHTTPError | HFValidati
 
 
 def fetch(repository: str, commit: str, path: str) -> Path:
-    """Where a file of a data set lies on this machine, downloaded or resumed first if it is not whole here."""
+    """Return the local path of a data set's file; download it, or resume its download, first."""
     try:
         with _in_one_line(f"{path} of {repository}"):
             return Path(_persistently(lambda: hf_hub_download(repository, path, repo_type="dataset", revision=commit)))
@@ -257,7 +257,7 @@ def _head(url: str) -> RemoteFile:
 
 
 def download(file: RemoteFile) -> Path:
-    """Where this version of the file lies on this machine, downloaded first, or resumed, if it is not whole here.
+    """Return the local path of this version of the file; download it, or resume its download, first.
 
     Versions lie beside each other, so that a run goes on with the one it began with. Raises InputError if the server
     has another by now.
@@ -305,7 +305,7 @@ def _append(file: RemoteFile, partial: Path) -> None:
 
 
 def recall(key: str) -> dict | None:
-    """What `remember` kept under `key`."""
+    """Return the listing that `remember` saved under `key`, or None."""
     try:
         return json.loads(_record(key).read_bytes())
     except (OSError, ValueError):

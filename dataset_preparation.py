@@ -113,7 +113,7 @@ def _prepare_in_cache(
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder has the manifest of a preparation."""
+    """Return True if a folder has the manifest of a preparation."""
     try:
         return "tokenizer_fingerprint" in json.loads((folder / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError, TypeError):
@@ -231,7 +231,7 @@ def prepare_folder(
 
 
 def _has_files(folder: Path) -> bool:
-    """Whether a folder has more in it than a new file system or a desktop puts there."""
+    """Return True if a folder has more in it than a new file system or a desktop puts there."""
     return folder.is_dir() and any(path.name[0] != "." and path.name != "lost+found" for path in folder.iterdir())
 
 
@@ -277,7 +277,7 @@ def _agree_on_plan(
 
 
 def _remove_temporary(preparation: Preparation, numbers: range) -> None:
-    """What a process that was killed has left of these units."""
+    """Remove the temporary files that a killed process left of these units."""
     for path in preparation.state.glob("tokens-*"):
         if int(re.split("[-.]", path.name)[1]) in numbers:
             path.unlink(missing_ok=True)

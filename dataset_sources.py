@@ -72,7 +72,7 @@ class SourceFile(NamedTuple):
     origin: str
 
     def fetch(self) -> Path:
-        """Where the file lies on this machine. Downloads it if need be; whoever else needs it then waits."""
+        """Return the file's path on this machine; download it first if needed, one process at a time."""
         if os.path.isabs(self.origin):
             return self._unchanged(Path(self.origin, self.path))
         with dataset_hub.writing_home():

@@ -32,7 +32,7 @@ OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
 
 
 def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
-    """Whether one rank has all the data, and so nobody to share its states with, and nothing is offloaded.
+    """Return True if there is one data-parallel rank, so nothing to shard, and nothing is offloaded.
 
     Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
     times a step.
@@ -65,7 +65,7 @@ def layer_parameters(config: LlamaConfig) -> int:
 
 
 def prefetched_chunks(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> int:
-    """How many chunks Gemini gathers ahead, while those before them compute: as many as a layer has.
+    """Return the number of chunks to prefetch while earlier ones compute: as many as a layer has.
 
     None where a rank has all of them, or where some are in host memory, of which the GPU may not hold more at once.
     """
@@ -134,7 +134,7 @@ def prefetch_in_training_alone(model: ModelWrapper) -> None:
 
 
 def may_evaluate(model: ModelWrapper) -> bool:
-    """Whether a pass without gradients may come now: where chunks move, Gemini plans by a training pass before it."""
+    """Return True if a pass without gradients may run now: Gemini with offloading first needs a training pass."""
     manager = getattr(model, "gemini_manager", None)
     return manager is None or not (manager.need_warmup and manager.is_warmup())
 

@@ -1,4 +1,4 @@
-"""What fine-tuning reads: examples, tokenized once into a folder, and batches of them.
+"""Data sets of fine-tuning: examples, tokenized once into a folder, and batches of them.
 
 The folder holds
 

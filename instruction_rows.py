@@ -281,7 +281,7 @@ class ExampleEncoder:
 
     @property
     def notes(self) -> tuple[set[str], ...]:
-        """What the rows so far had, and what of it was used; see `take_notes` and `unused`."""
+        """The columns that the rows so far had, and those that were used; see `take_notes` and `unused`."""
         return (self.columns, self.template.given, self.template.used) if self.template else (self.columns,)
 
     def take_notes(self, notes: tuple[set[str], ...]) -> None:

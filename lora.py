@@ -41,7 +41,7 @@ def fill_lora_args(args: argparse.Namespace) -> None:
 
 
 def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
-    """What keeps the flags from working together: one line each."""
+    """Return one line for each reason that the flags cannot work together."""
     if args.lora_rank is None:
         given = {"alpha": args.lora_alpha is not None, "modules": args.lora_modules != ",".join(MODULES)}
         return [f"--lora_{name}: takes effect with --lora_rank alone; give that too" for name in given if given[name]]

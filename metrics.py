@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard, metrics.jsonl and the terminal, on rank 0."""
+"""Reports of a run on rank 0: TensorBoard, metrics.jsonl and the terminal."""
 
 import contextlib
 import errno
@@ -188,7 +188,7 @@ class Metrics:
         return f", {tqdm.format_interval(seconds)} left"
 
     def summary(self) -> list[str]:
-        """What the run has come to, and how fast this part of it was, all saves and evaluations counted, on rank 0."""
+        """Return the run's results and its speed since the start, saves and evaluations included; on rank 0."""
         if not self.main:
             return []
         loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no label has counted, so nothing was learnt"

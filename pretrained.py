@@ -163,7 +163,7 @@ def refuse_other_formats(folder: Path, flag: str) -> None:
 
 
 def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: str) -> dict[str, dict]:
-    """How `generate` works with a model folder: its generation_config.json by name, if there is one.
+    """Return a model folder's generation_config.json by its file name; empty if there is none.
 
     The tokenizer's EOS, which fine-tuning teaches, is among the tokens that end a text.
 

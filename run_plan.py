@@ -73,7 +73,7 @@ class Plan:
         return self.trained_sequences + (step - self.trained_steps) * self.global_batch
 
     def flags_for(self, steps: int) -> str:
-        """What makes the run so long."""
+        """Return the flags that make the run so long."""
         epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
         return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
 

@@ -237,7 +237,7 @@ class TextEncoder:
         return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
 
     def _encode_by_parts(self, documents: Sequence[str], threads: int) -> list[np.ndarray] | None:
-        """What `encode` returns, or None if a part is longer than PIECE_CHARACTERS."""
+        """Return what `encode` returns, or None if a part is longer than PIECE_CHARACTERS."""
         text = b"".join(map(self._framed, documents))
         arrays, stops, start = [np.empty(0, self.dtype)], [0], 0
         while start < len(text):
@@ -313,7 +313,7 @@ class TextEncoder:
 
     @cached_property
     def _cuts(self) -> np.ndarray:
-        """Whether a text may be cut between two bytes, [65536]: before a character, where no token has both of them."""
+        """True where a text may be cut between two bytes, [65536]: before a character, if no token has both of them."""
         pieces = [piece.piece for piece in self._rules.pieces if piece.type in FOUND_IN_TEXT]
         joined = np.frombuffer("\n".join(pieces).replace("▁", " ").encode(), np.uint8)
         cuts = np.ones((256, 256), bool)

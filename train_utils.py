@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share beyond flags and plan: schedule, batches, and the one training loop."""
+"""Schedule, batches and the training loop that pretraining and fine-tuning share."""
 
 import argparse
 import hashlib
@@ -130,7 +130,7 @@ def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict], str 
 
 
 def _end_of(status: int) -> str:
-    """What became of a process of this exit status, as `multiprocessing` has it."""
+    """Describe the end of a process by its exit status, as `multiprocessing` has it."""
     if status > 0:
         return f"ended with status {status}"
     number = signal.Signals(-status)
@@ -301,7 +301,7 @@ def train(
 def nothing_left(
     args: argparse.Namespace, state: TrainState, plan: Plan, checkpoint: Path | None, export: Callable[[Path], None]
 ) -> bool:
-    """Whether the run had ended: killed after its last checkpoint, or started once more. Then `final` is made anew.
+    """Return True if the run had ended: killed after its last checkpoint, or started once more. Makes `final` anew.
 
     Collective.
     """

@@ -170,7 +170,7 @@ class _Transfer:
 
 @dataclass
 class _Part:
-    """What this rank updates of one parameter, all flat or all in its shape: `gradient` and `working` are views.
+    """This rank's part of one parameter, all flat or all in its shape: `gradient` and `working` are views.
 
     Attributes:
         parameter: the model's own.
@@ -185,7 +185,7 @@ class _Part:
 
 
 def supports(optimizer: OptimizerWrapper) -> bool:
-    """Whether `update` can stand in for `optimizer.step()`."""
+    """Return True if `update` can replace `optimizer.step()`."""
     if not isinstance(getattr(optimizer, "optim", None), Adam) or getattr(optimizer, "shared_params", None):
         return False
     if isinstance(optimizer, LowLevelZeroOptimizer):

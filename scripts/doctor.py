@@ -43,7 +43,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found on one machine. `ok` is None where there is nothing to check."""
+    """Result of one check on one machine. `ok` is None where there is nothing to check."""
 
     check: str
     ok: bool | None
@@ -93,7 +93,7 @@ def cuda() -> Finding:
 
 
 def extensions(build: bool = False) -> Finding:
-    """Whether ColossalAI's extensions are compiled, or that they can be."""
+    """Check that ColossalAI's extensions are compiled or can be."""
     import torch
 
     from booster_utils import compile_kernels, missing_kernels
@@ -146,7 +146,7 @@ def attention() -> Finding:
 
 
 def memory() -> Finding:
-    """What is free, before training takes any."""
+    """Report the free memory before training takes any."""
     import psutil
     import torch
 
@@ -168,7 +168,7 @@ def memory() -> Finding:
 
 
 def hosts(hostfile: Path) -> list[Finding]:
-    """Whether each host of a hosts file resolves, lets us log in, and has this folder and Python."""
+    """Check that each host of a hosts file resolves, lets us log in, and has this folder and Python."""
     try:
         names = read_hostfile(hostfile)
     except ValueError as error:
@@ -232,7 +232,7 @@ def all_reduce(backend: str) -> Finding:
 
 
 def clocks() -> Finding:
-    """How far the clocks of the machines are apart, read as a barrier opens."""
+    """Measure how far apart the machines' clocks are, read as a barrier opens."""
     import torch.distributed as dist
 
     from collectives import gather
@@ -255,7 +255,7 @@ def clocks() -> Finding:
 
 
 def shared_folder(folder: Path) -> Finding:
-    """Whether each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
+    """Check that each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
     from collectives import gather
 
     run = gather(uuid.uuid4().hex)[0]

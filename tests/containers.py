@@ -129,7 +129,7 @@ def as_hub(rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def opened(container: Callable, rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[Source]:
-    """What `--dataset` finds of rows that were written into a container in this folder."""
+    """Return the source that `--dataset` finds for rows written into a container in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     found = container(rows, schema, folder)
     with nullcontext(found) if isinstance(found, str) else found as name:

@@ -28,7 +28,7 @@ multiprocessing.set_forkserver_preload(["pretrain"])
 
 
 def run_ranks(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each of `ranks` launched ranks; its first exception is raised here."""
+    """Return the values of `function(*arguments)` on each of `ranks` launched ranks; raise its first exception."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
@@ -61,7 +61,7 @@ class Boosted:
 
 
 def boosted(flags: str, **changes: Any) -> Boosted:
-    """What pretrain.py builds from these flags; `changes` are made to the configuration."""
+    """Build what pretrain.py builds from these flags; `changes` are made to the configuration."""
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
     config = load_config("test")
     config.update(changes)

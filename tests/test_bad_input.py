@@ -26,7 +26,7 @@ TEXT = {"text": "Some words of an ordinary document, enough of them to make toke
 
 @pytest.fixture
 def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]:
-    """What a program's main() objects to, given flags and what the launcher would set, before it launches."""
+    """Returns the problems that a program's main() finds before it launches, given flags and a number of ranks."""
 
     def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
@@ -45,7 +45,7 @@ def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]
 
 @pytest.fixture
 def problems(objections, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
-    """What pretrain.py objects to."""
+    """Returns the problems that pretrain.py finds."""
 
     def problems(*args, ranks: int = 1) -> list[str]:
         folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
@@ -628,7 +628,7 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
     ],
 )
 def test_scripts_without_a_place_to_write(finished_run, few_data, script, flags):
-    """Where nothing can be made, for whatever reason: one line, no traceback."""
+    """A folder that cannot be made, for whatever reason: one line, no traceback."""
     places = {"run": finished_run.save_dir, "few": few_data, "locked": "/proc/none"}
     command = [sys.executable, ROOT / "scripts" / script, *flags.format(**places).split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

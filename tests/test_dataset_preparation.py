@@ -252,7 +252,7 @@ class TestFolders:
         assert message == f"--output: {tmp_path} has other files; give a new or an empty folder"
         assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
-    """What lies in a folder beside the documents, and how links lead to them."""
+    """Other files in a folder beside the documents, and links to these."""
 
     def test_links_in_a_circle_and_descriptions_beside_the_data(self, tokenizer, tmp_path):
         source = tmp_path / "source"

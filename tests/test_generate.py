@@ -26,7 +26,7 @@ def final(finished_run):
 
 @pytest.fixture
 def write(monkeypatch, capsys, final):
-    """What the program prints."""
+    """Returns the program's output."""
 
     def write(*flags, model=final, prompt=PROMPT) -> str:
         command = ["generate.py", "--model", model, "--prompt", prompt, "--max_new_tokens", 12, *flags]

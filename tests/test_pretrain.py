@@ -1,4 +1,4 @@
-"""What pretrain.py accepts, prints and leaves behind."""
+"""Behaviour of pretrain.py: its flags, output and files."""
 
 import json
 import math

@@ -499,7 +499,7 @@ except pretrained.InputError as error:
 
 
 def find_in_processes(count: int, name: str, environment: dict[str, str]) -> list[str]:
-    """What `find_model` gives or raises in each of some processes at the same time."""
+    """Return the result or error of `find_model` in each of several processes at the same time."""
     command = [sys.executable, "-c", FIND.format(root=str(ROOT), name=name)]
     processes = [
         subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
@@ -547,7 +547,7 @@ for name in sys.argv[1:]:
 
 class TestHub:
     def lines(self, hub: HubServer, home: Path, *names: str) -> list[str]:
-        """What `find_model` and `load_tokenizer` give or raise for each name, in one process."""
+        """Results or errors of `find_model` and `load_tokenizer` for each name, in one process."""
         environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url}
         process = run_python(LINES, *names, **environment)
         lines = process.communicate(timeout=240)[0].splitlines()

@@ -61,7 +61,7 @@ def whole_run(pretrain, few_data):
 
 
 def curve(run, after: int = 0) -> list[dict]:
-    """What the run's steps did, to the last digit."""
+    """Return the metrics of the run's steps, to the last digit."""
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics]
     return [row for row in rows if row["step"] > after]
 
@@ -156,7 +156,7 @@ def test_an_error_in_training_does_not_cost_the_checkpoint_in_flight(pretrain, f
 
 
 def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sample, tmp_path):
-    """What was trained up to there is saved, and goes on in the corrected file, whose size is another."""
+    """The steps up to there are saved, and the run goes on in the corrected file, whose size differs."""
     data = tmp_path / "rows.jsonl"
     texts = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
     rows = [json.dumps({"text": text[:250]}) for text in texts[:24]]
@@ -197,7 +197,7 @@ metrics.Metrics.log = log_and_kill
 
 @pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
 def test_a_loader_process_that_is_killed_costs_no_step(pretrain, few_data, processes, rank):
-    """What it had read before is trained on and saved, by all ranks."""
+    """All ranks train on and save the data read before."""
     flags = ["-d", few_data, "-p", "zero2", "-x", "fp32", "-b", 2 // processes, "--max_steps", 36, "-e", 3, "-i", 100]
     flags += ["--num_workers", 1]
     whole = pretrain(*flags, processes=processes)

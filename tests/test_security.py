@@ -1,4 +1,4 @@
-"""What others have written is data, never code; what is this user's own stays so."""
+"""Files that others have written are data, never code; this user's own stay private."""
 
 import json
 import pickle
