@@ -272,5 +272,5 @@ class StreamedDataset(Dataset):
         return f"{xxhash.xxh3_64(names.encode()).hexdigest()} {self.source.fingerprint} {self.encoder.fingerprint}"
 
     def continues(self, fingerprint: str) -> bool:
-        """Return True if a position in the stream of that fingerprint holds in this one; files may have been corrected."""
+        """Return True if a position in the stream of that fingerprint holds here too; files may have been corrected."""
         return fingerprint.split()[::2] == self.fingerprint.split()[::2]

@@ -1,4 +1,4 @@
-"""How ranks are divided among data, tensor, pipeline and sequence parallelism: flags, their defaults, their checks."""
+"""Division of the ranks among data, tensor, pipeline and sequence parallelism: flags, their defaults, their checks."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ PIPELINE_STYLES = ("1f1b", "interleaved", "zbv")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are divided: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
+    """Division of the ranks: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
 
     tp: int
     pp: int

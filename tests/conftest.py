@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
-    """What a run reads between two positions in the order of its data, [stop - start, SEQUENCE_LENGTH]."""
+    """Return what a run reads between two positions in the order of its data, [stop - start, SEQUENCE_LENGTH]."""
     order = GlobalOrder(len(dataset), SEED)
     return torch.stack([dataset[order[position]]["input_ids"] for position in range(start, stop)])
 

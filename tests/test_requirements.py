@@ -1,4 +1,4 @@
-"""What the requirements files say of each dependency."""
+"""The requirements files and what they say of each dependency."""
 
 import ast
 import importlib.metadata
