@@ -76,6 +76,11 @@ def user_path(text: str) -> Path:
     return Path(user_name(text))
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a run's settings by flag, without the marks that parsing leaves."""
+    return {name: value for name, value in vars(args).items() if not name.endswith("_given")}
+
+
 def _share(text: str) -> float | str:
     try:
         return text if text == AUTO else float(text)

@@ -37,7 +37,7 @@ from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 from transformers import LlamaConfig
 
 import sharded_state
-from arguments import ArgumentParser, add_compute_args, add_dry_run_args, user_name, user_path, validate_args
+from arguments import ArgumentParser, add_compute_args, add_dry_run_args, settings, user_name, user_path, validate_args
 from attn import select_attention
 from booster_utils import boost, build_plugin, launch, shut_down
 from console import InputError, RunError, say
@@ -259,7 +259,7 @@ def environment() -> dict[str, Any]:
 def report(args: argparse.Namespace, layout: Layout, results: dict) -> None:
     """Writes `--json`, and prints what was measured, the line of ColossalAI's published figures last."""
     if console.rank() == 0 and args.json:
-        inputs = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        inputs = {name: str(value) if isinstance(value, Path) else value for name, value in settings(args).items()}
         document = {"inputs": inputs, "layout": asdict(layout) | {"gpus": layout.ranks}, **results}
         write_json(args.json, document)
     mfu = "" if results["mfu"] is None else f", MFU {results['mfu']:.1%}"

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 import checkpoint_utils
+from arguments import settings
 from checkpoint_writer import CheckpointWriter
 from collectives import gather, on_rank_zero
 from console import InputError, RunError, rank, say
@@ -184,7 +185,7 @@ def train(
     )
     done = state.step - bool(state.unevaluated)
     metrics = Metrics(args.tensorboard_dir, args.save_dir, done, plan.total_steps, args.log_interval)
-    metrics.describe(state.step, _flags(args), _descriptions(args, config, plan))
+    metrics.describe(state.step, settings(args), _descriptions(args, config, plan))
     stop = StopRequest()
     if checkpoint and state.unevaluated:
         evaluation: dict[str, float] | None = {}
@@ -323,11 +324,6 @@ def conclude(args: argparse.Namespace, checkpoint: Path, export: Callable[[Path]
     else:
         say(f'try it: {shlex.join(["python", str(GENERATE), "--model", str(final), "--prompt"])} "Once upon a time"')
     return INTERRUPTED if interrupted else 0
-
-
-def _flags(args: argparse.Namespace) -> dict[str, object]:
-    """The run's settings by flag, without the marks that parsing leaves."""
-    return {name: value for name, value in vars(args).items() if not name.endswith("_given")}
 
 
 def _descriptions(args: argparse.Namespace, config: LlamaConfig, plan: Plan) -> dict[str, str]:
