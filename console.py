@@ -85,7 +85,7 @@ class _Output(io.FileIO):
 
     failed = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except BrokenPipeError:
