@@ -180,6 +180,10 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     end_with_launcher()
     try:
         status = main()
+        if status == 0:
+            import ranks
+
+            ranks.part()
     except InputError as error:
         _report(f"{program}: error: ", error.problems)
         status = USAGE_ERROR

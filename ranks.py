@@ -93,6 +93,12 @@ def assemble(gpu: str = "") -> None:
     meeting().assemble(gpu)
 
 
+def part() -> None:
+    """Return when every rank has come, if any had to meet: rank 0 answers those that are late. Raises as assemble."""
+    if meeting.cache_info().currsize and not meeting().over.is_set():
+        meeting().assemble("")
+
+
 @functools.cache
 def meeting() -> "Meeting":
     """Return this process's connection to the other ranks, made on first use; see Meeting."""

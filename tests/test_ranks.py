@@ -49,7 +49,9 @@ PROGRAM = """
         ranks.meeting()
         ranks.BEAT_SECONDS = 0.2
         answer = ranks.once_per_node(work)
-        print(answer["run"], len(answer["list"]), ranks.once_per_node(lambda: "second"), flush=True)
+        second = ranks.once_per_node(lambda: "second")
+        sys.stdout.write(f"{{answer['run']}} {{len(answer['list'])}} {{second}}\n")  # whole, as ranks may share it
+        sys.stdout.flush()
         ranks.assemble()
         if "TORCHELASTIC_RUN_ID" not in os.environ and "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
             return 0  # torch's own keys of an earlier attempt are in the test's store
@@ -57,7 +59,8 @@ PROGRAM = """
         torch.distributed.init_process_group("gloo")
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
-        print("sum", total.item(), flush=True)
+        sys.stdout.write(f"sum {{total.item()}}\n")
+        sys.stdout.flush()
         return 0
 
     console.run(main, "program.py")
@@ -189,13 +192,30 @@ class TestLaunchProblems:
         assert "\n" not in "".join(problems)
 
 
-class Started:
-    """Ranks of PROGRAM in real processes, each one's output by rank."""
+LATE = """
+    import sys, time
+    sys.path.insert(0, {root!r})
+    import console
+    console.quiet_third_parties()
+    import ranks
 
-    def __init__(self, folder, port, statement="pass", name="run", **changes):
+    def main():
+        if console.rank():
+            time.sleep(5)  # by then rank 0 has done all that it has to do
+        print(ranks.once_per_node(lambda: "answer"), flush=True)
+        return 0
+
+    console.run(main, "program.py")
+"""
+
+
+class Started:
+    """Ranks of a program in real processes, each one's output by rank."""
+
+    def __init__(self, folder, port, statement="pass", name="run", program=PROGRAM, **changes):
         folder.mkdir(exist_ok=True)
         path = folder / "program.py"
-        path.write_text(textwrap.dedent(PROGRAM).format(root=str(ROOT)))
+        path.write_text(textwrap.dedent(program).format(root=str(ROOT)))
         pipe = subprocess.PIPE
         self.processes = []
         for number in range(2):
@@ -268,6 +288,18 @@ class TestStartByHand:
         else:
             assert waiting.startswith(f"program.py: on {socket.gethostname()}: {last.format(port=port)}")
             assert len(waiting.splitlines()) == 1
+
+    def test_rank_0_does_not_end_before_a_late_rank_has_come(self, tmp_path):
+        """As in a dry run of several ranks, which ends without a process group, under torchrun and by hand."""
+        port = free_port()
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        with (
+            Started(tmp_path / "torchrun", port, program=LATE, TORCHELASTIC_USE_AGENT_STORE="True") as first,
+            Started(tmp_path / "hand", free_port(), program=LATE) as second,
+        ):
+            ends = [*first.ends(), *second.ends()]
+        del store
+        assert [(status, output) for status, output, _ in ends] == [(0, "answer\n")] * 4, ends
 
     def test_answers_of_an_earlier_attempt_are_not_read(self, tmp_path):
         """torchrun starts the ranks again, with the same store; here the test keeps it."""
