@@ -50,7 +50,7 @@ PROGRAM = """
         ranks.BEAT_SECONDS = 0.2
         answer = ranks.once_per_node(work)
         second = ranks.once_per_node(lambda: "second")
-        sys.stdout.write(f"{{answer['run']}} {{len(answer['list'])}} {{second}}\n")  # whole, as ranks may share it
+        sys.stdout.write(f"{{answer['run']}} {{len(answer['list'])}} {{second}}\\n")  # whole, as ranks may share it
         sys.stdout.flush()
         ranks.assemble()
         if "TORCHELASTIC_RUN_ID" not in os.environ and "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
@@ -59,7 +59,7 @@ PROGRAM = """
         torch.distributed.init_process_group("gloo")
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
-        sys.stdout.write(f"sum {{total.item()}}\n")
+        sys.stdout.write(f"sum {{total.item()}}\\n")
         sys.stdout.flush()
         return 0
 
