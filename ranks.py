@@ -96,7 +96,7 @@ def assemble(gpu: str = "") -> None:
 def part() -> None:
     """Return when every rank has come, if any had to meet: rank 0 answers those that are late. Raises as assemble."""
     if meeting.cache_info().currsize and not meeting().over.is_set():
-        meeting().assemble("")
+        meeting().part()
 
 
 @functools.cache
@@ -184,6 +184,15 @@ class Meeting:
         self.over.set()
         if self.store.check(["problem"]):
             raise InputError(self.store.get("problem").decode())
+
+    def part(self) -> None:
+        """Return when every rank has come and, on rank 0, has read that: its store may end with it."""
+        self.assemble("")
+        if rank() > 0:
+            self.store.set(f"parted/{rank()}", "")
+        else:
+            for number in range(1, world_size()):
+                self._wait(f"parted/{number}", number)
 
     def _publish(self, key: str, answer: dict) -> None:
         data = zlib.compress(json.dumps(answer).encode(), 1)
