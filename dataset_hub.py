@@ -85,7 +85,7 @@ def list_repository(name: str, revision: str | None) -> Repository:
     except (HfHubHTTPError, HFValidationError) as error:
         raise _refusal(name, revision, error) from error
     except OSError as error:
-        if _of_disk(error):  # as HF_HOME's token is read
+        if hub.of_disk(error):  # as HF_HOME's token is read
             raise
         raise Unreachable(_reason(error)) from error
     files = {
@@ -107,7 +107,7 @@ def has_converted_branch(name: str) -> bool:
     except HfHubHTTPError:
         return False
     except OSError as error:
-        if _of_disk(error):
+        if hub.of_disk(error):
             raise
         raise Unreachable(_reason(error)) from error
     return any(branch.ref == CONVERTED for branch in branches)
@@ -153,7 +153,7 @@ def writing_home() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _of_disk(error):
+        if not hub.of_disk(error):
             raise
         remedy = "set HF_HOME to a folder that can be written to, with enough room"
         if error.errno == errno.ENOSPC:
@@ -177,11 +177,7 @@ def _persistently(request: Callable[[], T]) -> T:
 
 def _may_pass(error: OSError) -> bool:
     answered = getattr(error, "response", None) is not None
-    return not (answered or isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) or _of_disk(error))
-
-
-def _of_disk(error: OSError) -> bool:
-    return error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    return not (answered or isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) or hub.of_disk(error))
 
 
 @contextlib.contextmanager
@@ -192,7 +188,7 @@ def _in_one_line(what: str) -> Iterator[None]:
     except HfHubHTTPError:
         raise
     except OSError as error:
-        if _of_disk(error):
+        if hub.of_disk(error):
             raise
         raise InputError(
             f"--dataset: {what} cannot be downloaded ({_in_words(error)}); start again to resume it"
