@@ -24,10 +24,10 @@ from launching import ROOT, Run, free_port, start_pretrain
 from torch.distributed import TCPStore
 from transformers import PreTrainedTokenizerBase
 
+import ranks
 from data_order import GlobalOrder
 from data_utils import PackedDataset
 from dataset_preparation import prepare_dataset
-from ranks import meeting
 from scripts.make_sample_data import train_tokenizer
 from tokenization import load_tokenizer
 
@@ -36,7 +36,6 @@ EPOCH = 24  # sequences in `few_data`
 SEED = 42  # the default
 NOBODY = 65534  # user id
 SECRET = "hf_never_to_be_written"
-STORES: list[TCPStore] = []  # kept to the end: threads of a meeting may still ask one
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that are started would ignore it too
 
@@ -82,19 +81,20 @@ def locked_folder() -> Iterator[Path]:
 @pytest.fixture
 def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
     """Makes this process rank 0 of that many, with a store, as torchrun does; the other ranks never come."""
+    stores = []
+    # Nobody asks this rank anything, and threads that wait for questions would abort the interpreter's end.
+    monkeypatch.setattr(ranks, "_in_background", lambda *arguments: None)
 
-    def become_rank_0(ranks: int) -> None:
+    def become_rank_0(size: int) -> None:
         port = free_port()
-        STORES.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
-        numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        stores.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+        numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for name, value in {**numbers, **place}.items():
             monkeypatch.setenv(name, value)
 
     yield become_rank_0
-    if meeting.cache_info().currsize:
-        meeting().over.set()
-    meeting.cache_clear()
+    ranks.meeting.cache_clear()
 
 
 @pytest.fixture(scope="session")
