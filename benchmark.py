@@ -8,12 +8,12 @@ What it would take, without a GPU:
     python benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -g -a --dry_run --gpus 32
 """
 
-import console
-import dependencies
+from engine.shards import initialize_weights
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.require()
-dependencies.start_cuda()
+requirements.require()
+requirements.start_cuda()
 
 import argparse
 import contextlib
@@ -36,21 +36,30 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 from transformers import LlamaConfig
 
-import sharded_state
-from arguments import ArgumentParser, add_compute_args, add_dry_run_args, settings, user_name, user_path, validate_args
 from attn import select_attention
-from booster_utils import boost, build_plugin, launch, shut_down
-from console import InputError, RunError, say
 from data_utils import RandomDataset
-from dry_run import memory_remedies, say_plan
-from files import write_json
-from fsdp_plugin import FSDPPlugin
-from layout import BENCHMARK_PLUGINS, Layout, add_plugin_args, describe_layout, resolve_layout
-from memory_estimate import settle_recomputation
+from engine.boost import boost, build_plugin
+from engine.fsdp import FSDPPlugin
+from engine.launch import launch, shut_down
+from engine.layout import BENCHMARK_PLUGINS, Layout, describe_layout, resolve_layout
+from engine.recomputation import recomputed_share
+from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
-from performance_evaluator import StepTimer, benchmark_figures
-from recomputation import recomputed_share
-from training_step import forward_backward, optimizer_step
+from planning.memory import settle_recomputation
+from planning.report import memory_remedies, say_plan
+from planning.throughput import StepTimer, benchmark_figures
+from runtime.console import InputError, RunError, say
+from runtime.files import write_json
+from training.checks import validate_args
+from training.flags import (
+    ArgumentParser,
+    add_compute_args,
+    add_dry_run_args,
+    add_plugin_args,
+    settings,
+    user_name,
+    user_path,
+)
 
 REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
 MB = 2**20  # as in ColossalAI's published figures
@@ -252,7 +261,7 @@ def environment() -> dict[str, Any]:
         "commit": commit or None,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        **{name: dependencies.installed(name) for name in ("torch", "colossalai", "transformers", "flash_attn")},
+        **{name: requirements.installed(name) for name in ("torch", "colossalai", "transformers", "flash_attn")},
     }
 
 
@@ -300,7 +309,7 @@ def measure(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> No
     plugin = build_plugin(args, layout, config, **gemini_options(args))
     booster, model, optimizer = boost(args, config, plugin)
     if not isinstance(plugin, FSDPPlugin):
-        sharded_state.initialize(plugin, model, optimizer, config, args.seed)
+        initialize_weights(plugin, model, optimizer, config, args.seed)
 
     timer = StepTimer()
     label_tokens = args.batch_size * layout.dp * (args.max_length - 1)
@@ -329,4 +338,4 @@ def measure(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> No
 
 
 if __name__ == "__main__":
-    console.run(main, "benchmark.py")
+    process.run(main, "benchmark.py")

@@ -7,12 +7,16 @@ Eight GPUs of one machine:
         --model_path /path/llama --task_name super_natural_instructions --save_dir /path/output
 """
 
-import console
-import dependencies
+from checkpointing.reader import load_checkpoint
+from engine.shards import initialize_weights
+from runtime import console, process, requirements
+from training.batches import build_dataloader
+from training.loop import conclude, nothing_left, train
+from training.schedule import build_scheduler
 
 console.quiet_third_parties()
-dependencies.require()
-dependencies.start_cuda()
+requirements.require()
+requirements.start_cuda()
 
 import argparse
 from dataclasses import replace
@@ -21,35 +25,11 @@ from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-import checkpoint_utils
-import model_export
-import run_plan
-import sharded_state
-import train_utils
-from arguments import (
-    ArgumentParser,
-    add_evaluation_args,
-    add_loading_args,
-    add_training_args,
-    refuse_interval,
-    user_name,
-    validate_args,
-)
 from attn import select_attention
-from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
-from checkpoint_utils import LazyTensors
-from console import InputError, say
-from dataset_choice import NotFound
-from dataset_sources import Source, resolve_source
-from dry_run import say_plan
-from evaluation import evaluation_loader
-from instruction_data import InstructionDataset, prepare_examples
-from instruction_rows import ExampleEncoder, find_shape
-from layout import Layout, add_plugin_args, resolve_layout
-from lora import add_lora_args, fill_lora_args, lora_config, lora_problems
-from memory_estimate import settle_recomputation
-from model_utils import load_config
-from pretrained import (
+from checkpointing.adapters import fill_lora_args, lora_config, lora_problems
+from checkpointing.export import export_merged, export_model
+from checkpointing.folder import check_model
+from checkpointing.pretrained import (
     check_pretrained,
     find_model,
     generation_config,
@@ -57,8 +37,34 @@ from pretrained import (
     refuse_other_formats,
     weights_fingerprint,
 )
-from ranks import once_per_node
-from tokenization import check_vocabulary, load_tokenizer
+from checkpointing.reader import LazyTensors
+from corpus.examples import prepare_examples
+from corpus.instructions import ExampleEncoder, find_shape
+from corpus.sources import Source, resolve_source
+from corpus.splits import NotFound
+from corpus.tokenizer import check_vocabulary, load_tokenizer
+from data_utils import InstructionDataset
+from engine.boost import DTYPES, boost, build_plugin
+from engine.launch import launch, shut_down
+from engine.layout import Layout, resolve_layout
+from model_utils import load_config
+from planning.memory import settle_recomputation
+from planning.report import say_plan
+from runtime.console import InputError, say
+from runtime.ranks import once_per_node
+from training.checks import validate_args
+from training.evaluation import evaluation_loader
+from training.flags import (
+    ArgumentParser,
+    add_evaluation_args,
+    add_loading_args,
+    add_lora_args,
+    add_plugin_args,
+    add_training_args,
+    refuse_interval,
+    user_name,
+)
+from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -152,9 +158,9 @@ def export_final(
     """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
     target = args.save_dir / "final"
     if args.lora_rank:
-        model_export.export_merged(checkpoint, target, tokenizer, config, weights, documents)
+        export_merged(checkpoint, target, tokenizer, config, weights, documents)
     else:
-        model_export.export(checkpoint, target, tokenizer, documents=documents)
+        export_model(checkpoint, target, tokenizer, documents=documents)
 
 
 def main() -> int:
@@ -178,19 +184,19 @@ def main() -> int:
     documents = generation_config(folder, tokenizer, "--model_path")
     if args.lora_rank:
         args.base_weights = once_per_node(lambda: weights_fingerprint(weights))
-    state, checkpoint = run_plan.resume_state(args)
+    state, checkpoint = resume_state(args)
     if checkpoint:
-        checkpoint_utils.check_model(checkpoint / "model", config, "--load")
+        check_model(checkpoint / "model", config, "--load")
     if args.lora_rank:
         config.lora = lora_config(args)
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    run_plan.check_folders(args, config)
+    check_folders(args, config)
     dataset, held_out = open_data(args, tokenizer, layout)
-    plan = run_plan.make_plan(args, layout, dataset, state)
+    plan = make_plan(args, layout, dataset, state)
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
     settle_recomputation(args, config, layout)
-    run_plan.announce(args, config, dataset, plan, attention)
+    announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
@@ -199,34 +205,34 @@ def main() -> int:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    run_plan.claim_folders(args, state, checkpoint)
+    claim_folders(args, state, checkpoint)
     export = partial(export_final, args, config, weights, tokenizer, documents)
     launch(args.seed)
-    run_plan.check_agreement(args, state, checkpoint)
-    if train_utils.nothing_left(args, state, plan, checkpoint, export):
+    check_agreement(args, state, checkpoint)
+    if nothing_left(args, state, plan, checkpoint, export):
         return 0
     plugin = build_plugin(args, layout, config, length_varies=True)
     booster, model, optimizer = boost(args, config, plugin)
-    lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
+    lr_scheduler = build_scheduler(optimizer, args, state, plan)
     if args.lora_rank or not checkpoint:
         load_pretrained(weights, plugin, model, optimizer, "--model_path")
         say(f"initial weights: {folder}")
     if checkpoint:
-        checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
+        load_checkpoint(checkpoint, plugin, model, optimizer, config)
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     elif args.lora_rank:
-        sharded_state.initialize(plugin, model, optimizer, config, args.seed)
-    loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+        initialize_weights(plugin, model, optimizer, config, args.seed)
+    loader = build_dataloader(plugin, dataset, args, state, plan)
     evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
 
-    checkpoint, interrupted = train_utils.train(
+    checkpoint, interrupted = train(
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
-    status = train_utils.conclude(args, checkpoint, export, interrupted)
+    status = conclude(args, checkpoint, export, interrupted)
     shut_down(plugin)
     return status
 
 
 if __name__ == "__main__":
-    console.run(main, "finetune.py")
+    process.run(main, "finetune.py")

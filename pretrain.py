@@ -8,12 +8,16 @@ Several machines:
     colossalai run --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 70b -p gemini -x bf16 -a -g
 """
 
-import console
-import dependencies
+from checkpointing.reader import load_checkpoint
+from engine.shards import initialize_weights
+from runtime import console, process, requirements
+from training.batches import build_dataloader
+from training.loop import conclude, nothing_left, train
+from training.schedule import build_scheduler
 
 console.quiet_third_parties()
-dependencies.require()
-dependencies.start_cuda()
+requirements.require()
+requirements.start_cuda()
 
 import argparse
 from functools import partial
@@ -21,39 +25,42 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint_utils
-import model_export
-import run_plan
-import sharded_state
-import train_utils
-from arguments import (
+from attn import select_attention
+from checkpointing.export import export_model
+from checkpointing.folder import check_model
+from checkpointing.pretrained import check_pretrained, load_pretrained
+from corpus.encoder import TextEncoder
+from corpus.manifest import HELD_OUT
+from corpus.prepare import is_prepared, prepare_dataset
+from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
+from corpus.tokenizer import check_vocabulary, load_tokenizer
+from data_utils import PackedDataset, StreamedDataset
+from engine.boost import DTYPES, boost, build_plugin
+from engine.launch import launch, shut_down
+from engine.layout import resolve_layout
+from model_utils import MODEL_CONFIGS, load_config
+from planning.memory import settle_recomputation
+from planning.report import say_plan
+from runtime.console import InputError, say
+from runtime.ranks import once_per_node
+from training.checks import validate_args
+from training.evaluation import evaluation_loader
+from training.flags import (
     ArgumentParser,
     Given,
     add_evaluation_args,
     add_loading_args,
+    add_plugin_args,
+    add_source_args,
+    add_tokenizer_arg,
     add_training_args,
     add_warmup_arg,
+    parse_slice_weights,
     refuse_interval,
     user_name,
     user_path,
-    validate_args,
 )
-from attn import select_attention
-from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
-from console import InputError, say
-from data_order import parse_slice_weights
-from data_stream import StreamedDataset
-from data_utils import HELD_OUT, PackedDataset
-from dataset_preparation import is_prepared, prepare_dataset
-from dataset_sources import REDPAJAMA_SAMPLE, Source, add_source_args, resolve_source
-from dry_run import say_plan
-from evaluation import evaluation_loader
-from layout import add_plugin_args, resolve_layout
-from memory_estimate import settle_recomputation
-from model_utils import MODEL_CONFIGS, load_config
-from pretrained import check_pretrained, load_pretrained
-from ranks import once_per_node
-from tokenization import TextEncoder, add_tokenizer_arg, check_vocabulary, load_tokenizer
+from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -150,51 +157,51 @@ def main() -> int:
         raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
     if args.init_from:
         initial_weights = check_pretrained(args.init_from, config)
-    state, checkpoint = run_plan.resume_state(args)
+    state, checkpoint = resume_state(args)
     if checkpoint:
-        checkpoint_utils.check_model(checkpoint / "model", config, "--load")
+        check_model(checkpoint / "model", config, "--load")
     config.torch_dtype = DTYPES[args.mixed_precision]
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    run_plan.check_folders(args, config)
+    check_folders(args, config)
     dataset, held_out = open_data(args, tokenizer)
-    plan = run_plan.make_plan(args, layout, dataset, state)
+    plan = make_plan(args, layout, dataset, state)
     attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
     settle_recomputation(args, config, layout)
-    run_plan.announce(args, config, dataset, plan, attention)
+    announce(args, config, dataset, plan, attention)
     if held_out:
         say(f"held out: {held_out.description}")
     if args.dry_run:
         say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    run_plan.claim_folders(args, state, checkpoint)
-    export = partial(model_export.export, target=args.save_dir / "final", tokenizer=tokenizer)
+    claim_folders(args, state, checkpoint)
+    export = partial(export_model, target=args.save_dir / "final", tokenizer=tokenizer)
     launch(args.seed)
-    run_plan.check_agreement(args, state, checkpoint)
-    if train_utils.nothing_left(args, state, plan, checkpoint, export):
+    check_agreement(args, state, checkpoint)
+    if nothing_left(args, state, plan, checkpoint, export):
         return 0
     plugin = build_plugin(args, layout, config)
     booster, model, optimizer = boost(args, config, plugin)
-    lr_scheduler = train_utils.build_scheduler(optimizer, args, state, plan)
+    lr_scheduler = build_scheduler(optimizer, args, state, plan)
     if checkpoint:
-        checkpoint_utils.load(checkpoint, plugin, model, optimizer, config)
+        load_checkpoint(checkpoint, plugin, model, optimizer, config)
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     elif args.init_from:
         load_pretrained(initial_weights, plugin, model, optimizer)
         say(f"initial weights: {args.init_from}")
     else:
-        sharded_state.initialize(plugin, model, optimizer, config, args.seed)
-    loader = train_utils.build_dataloader(plugin, dataset, args, state, plan)
+        initialize_weights(plugin, model, optimizer, config, args.seed)
+    loader = build_dataloader(plugin, dataset, args, state, plan)
     evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
 
-    checkpoint, interrupted = train_utils.train(
+    checkpoint, interrupted = train(
         args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
     )
 
-    status = train_utils.conclude(args, checkpoint, export, interrupted)
+    status = conclude(args, checkpoint, export, interrupted)
     shut_down(plugin)
     return status
 
 
 if __name__ == "__main__":
-    console.run(main, "pretrain.py")
+    process.run(main, "pretrain.py")

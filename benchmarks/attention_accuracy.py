@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import console
+from runtime import console, process
 
 console.quiet_third_parties()
 
@@ -109,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "attention_accuracy.py")
+    process.run(main, "attention_accuracy.py")

@@ -22,7 +22,7 @@ from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.train import Trainer
 
 from model_utils import load_config
-from performance_evaluator import StepTimer, benchmark_figures
+from planning.throughput import StepTimer, benchmark_figures
 
 NAME = "llama2"
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import dependencies
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.start_cuda()
+requirements.start_cuda()
 
 import shutil
 import statistics
@@ -25,16 +24,17 @@ import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 
-import sharded_state
-from arguments import ArgumentParser, add_training_args
 from attn import select_attention
-from booster_utils import DTYPES, boost, build_plugin, launch, shut_down
-from checkpoint_utils import LR_SCHEDULER, RUNNING_STATES
-from checkpoint_writer import CheckpointWriter
-from console import say
-from layout import add_plugin_args, resolve_layout
+from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES
+from checkpointing.writer import CheckpointWriter
+from engine import shards
+from engine.boost import DTYPES, boost, build_plugin
+from engine.launch import launch, shut_down
+from engine.layout import resolve_layout
+from engine.step import forward_backward, optimizer_step
 from model_utils import count_parameters, load_config
-from training_step import forward_backward, optimizer_step
+from runtime.console import say
+from training.flags import ArgumentParser, add_plugin_args, add_training_args
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
     launch(args.seed)
     plugin = build_plugin(args, layout, config)
     booster, model, optimizer = boost(args, config, plugin)
-    sharded_state.initialize(plugin, model, optimizer, config, args.seed)
+    shards.initialize_weights(plugin, model, optimizer, config, args.seed)
     accelerator = get_accelerator()
 
     def train_step() -> float:
@@ -116,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "checkpoint_stall.py")
+    process.run(main, "checkpoint_stall.py")

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
+from runtime import console, process
 
 console.quiet_third_parties()
 
@@ -37,12 +37,14 @@ import numpy as np
 import psutil
 from transformers import LlamaTokenizerFast
 
-from arguments import ArgumentParser
-from data_order import GlobalOrder
-from data_utils import FORMAT_VERSION, PackedDataset
-from dataset_preparation import prepare_dataset, prepare_folder
-from dataset_sources import resolve_source
-from tokenization import TextEncoder, load_tokenizer
+from corpus.encoder import TextEncoder
+from corpus.manifest import FORMAT_VERSION
+from corpus.order import GlobalOrder
+from corpus.prepare import prepare_dataset, prepare_folder
+from corpus.sources import resolve_source
+from corpus.tokenizer import load_tokenizer
+from data_utils import PackedDataset
+from training.flags import ArgumentParser
 
 CORES = len(os.sched_getaffinity(0))
 SEQUENCE_LENGTH = 4096
@@ -219,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "data_preparation.py")
+    process.run(main, "data_preparation.py")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import console
+from runtime import console, process
 
 console.quiet_third_parties()
 
@@ -24,9 +24,9 @@ import numpy as np
 from several_gpus import launched
 
 import pretrain
-from console import InputError, RunError
-from layout import resolve_layout
+from engine.layout import resolve_layout
 from model_utils import load_config
+from runtime.console import InputError, RunError
 
 
 def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.ndarray:
@@ -79,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "loss_parity.py")
+    process.run(main, "loss_parity.py")

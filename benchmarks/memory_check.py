@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import console
+from runtime import console, process
 
 console.quiet_third_parties()
 
@@ -24,9 +24,9 @@ import torch
 
 import benchmark
 from attn import select_attention
-from layout import resolve_layout
-from memory_estimate import estimate_memory
+from engine.layout import resolve_layout
 from model_utils import load_config
+from planning.memory import estimate_memory
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("memory_check: there is no GPU here whose memory could be measured", file=sys.stderr)
-        return console.USAGE_ERROR
+        return process.USAGE_ERROR
 
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import console
+from runtime import console, process
 
 console.quiet_third_parties()
 
@@ -29,8 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-import dependencies
-from console import InputError, first_line, local_rank, rank, say, world_size
+from runtime import requirements
+from runtime.console import InputError, first_line, local_rank, rank, say, world_size
 from scripts.run_on_hosts import Host, read_hostfile
 
 JOIN_SECONDS = 60
@@ -56,14 +56,14 @@ class Finding:
 
 def packages() -> Finding:
     """Versions against the requirements files."""
-    found = dependencies.packages()
+    found = requirements.packages()
     wrong = [package.problem for package in found if package.problem]
     if wrong:
         remedy = "bash scripts/setup.sh, or pip install with the requirements files"
         return Finding("packages", False, "; ".join(wrong), remedy)
     versions = {package.requirement.name: package.version for package in found}
-    named = ", ".join(f"{name} {versions.get(name)}" for name in dependencies.BUILT_ON)
-    detail = f"{named} and {len(versions) - len(dependencies.BUILT_ON)} more, as the requirements files say"
+    named = ", ".join(f"{name} {versions.get(name)}" for name in requirements.BUILT_ON)
+    detail = f"{named} and {len(versions) - len(requirements.BUILT_ON)} more, as the requirements files say"
     return Finding("packages", True, detail)
 
 
@@ -72,7 +72,7 @@ def cuda() -> Finding:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    from booster_utils import missing_kernels
+    from engine.launch import missing_kernels
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip():
@@ -96,7 +96,7 @@ def extensions(build: bool = False) -> Finding:
     """Check that ColossalAI's extensions are compiled or can be."""
     import torch
 
-    from booster_utils import compile_kernels, missing_kernels
+    from engine.launch import compile_kernels, missing_kernels
 
     if not torch.cuda.is_available():
         return Finding("extensions", None, "no GPU, so there is nothing to compile")
@@ -194,7 +194,7 @@ def join() -> str:
     import torch
     import torch.distributed as dist
 
-    from booster_utils import gpu
+    from engine.launch import gpu
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -235,7 +235,7 @@ def clocks() -> Finding:
     """Measure how far apart the machines' clocks are, read as a barrier opens."""
     import torch.distributed as dist
 
-    from collectives import gather
+    from runtime.collectives import gather
 
     rounds = []
     for _ in range(ROUNDS):
@@ -256,7 +256,7 @@ def clocks() -> Finding:
 
 def shared_folder(folder: Path) -> Finding:
     """Check that each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
-    from collectives import gather
+    from runtime.collectives import gather
 
     run = gather(uuid.uuid4().hex)[0]
     existed = folder.exists()
@@ -309,7 +309,7 @@ def show(findings: dict[str, Finding]) -> bool:
 
 def report(finding: Finding) -> bool:
     """Shows what the first rank of every machine found; on each rank, whether all is well. Collective."""
-    from collectives import gather
+    from runtime.collectives import gather
 
     gathered = gather((socket.gethostname(), local_rank(), finding))
     return show({host: found for host, local, found in gathered if local == 0})
@@ -334,7 +334,7 @@ def main() -> int:
 
     first = packages()
     try:
-        from booster_utils import launch_problems
+        from engine.launch import launch_problems
     except ImportError as error:
         show_own(first)
         return show_own(Finding("imports", False, str(error), "bash scripts/setup.sh"))
@@ -368,4 +368,4 @@ def _on_first_of_machine(check: Callable[[], Finding]) -> Finding:
 
 
 if __name__ == "__main__":
-    console.run(main, "doctor.py")
+    process.run(main, "doctor.py")

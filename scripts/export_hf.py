@@ -11,11 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import dependencies
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.require()
+requirements.require()
 
 import argparse
 from collections.abc import Callable
@@ -25,14 +24,15 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import LlamaConfig
 
-import checkpoint_utils
-from arguments import ArgumentParser, user_name, user_path
-from checkpoint_utils import ADAPTER_FILE, LazyTensors
-from console import InputError
-from model_export import export, export_merged
+from checkpointing import folder
+from checkpointing.export import export_merged, export_model
+from checkpointing.folder import ADAPTER_FILE
+from checkpointing.pretrained import check_pretrained, find_model, generation_config, weights_fingerprint
+from checkpointing.reader import LazyTensors
+from corpus.tokenizer import check_vocabulary, load_tokenizer
 from model_utils import load_config
-from pretrained import check_pretrained, find_model, generation_config, weights_fingerprint
-from tokenization import add_tokenizer_arg, check_vocabulary, load_tokenizer
+from runtime.console import InputError
+from training.flags import ArgumentParser, add_tokenizer_arg, user_name, user_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, Lazy
     """
     base = find_model(args.base_model or config.lora.base_model_name_or_path, "--base_model")
     weights = check_pretrained(base, config, "--base_model")
-    trained_beside = checkpoint_utils.read_running_states(args.checkpoint)["settings"]["base_weights"]
+    trained_beside = folder.read_running_states(args.checkpoint)["settings"]["base_weights"]
     if weights_fingerprint(weights) != trained_beside:
         raise InputError(f"--base_model: {base} is not the model that the adapters were trained beside; give that one")
     return base, weights
@@ -62,17 +62,17 @@ def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, Lazy
 
 def main() -> int:
     args = parse_args()
-    if not checkpoint_utils.is_complete(args.checkpoint):
+    if not folder.is_complete(args.checkpoint):
         raise InputError(f"--checkpoint: {args.checkpoint} is not a complete checkpoint; give a folder epochE-stepS")
     if args.output.exists():
         raise InputError(f"--output: {args.output} exists; give another folder")
     config = load_config(str(args.checkpoint / "model"), "--checkpoint")
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
-    damaged = checkpoint_utils.damaged_files(args.checkpoint)
+    damaged = folder.damaged_files(args.checkpoint)
     if damaged:
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
-    make: Callable[..., None] = export
+    make: Callable[..., None] = export_model
     if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
         config.lora = LoraConfig.from_pretrained(args.checkpoint / "model")
         base, weights = find_base(args, config)
@@ -90,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "export_hf.py")
+    process.run(main, "export_hf.py")

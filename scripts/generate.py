@@ -13,11 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import dependencies
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.require()
+requirements.require()
 
 import argparse
 import codecs
@@ -31,14 +30,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from arguments import ArgumentParser, user_name
-from chat_template import prompt_ids
-from checkpoint_utils import ADAPTER_FILE, RUNNING_STATES, is_complete
-from console import InputError, first_line
+from checkpointing.folder import ADAPTER_FILE, RUNNING_STATES, is_complete
+from checkpointing.pretrained import check_pretrained, find_model
+from corpus.chat_template import prompt_ids
+from corpus.tokenizer import check_vocabulary, load_tokenizer
+from engine.shards import is_finite
 from model_utils import load_config
-from pretrained import check_pretrained, find_model
-from sharded_state import is_finite
-from tokenization import check_vocabulary, load_tokenizer
+from runtime.console import InputError, first_line
+from training.flags import ArgumentParser, user_name
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -220,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "generate.py")
+    process.run(main, "generate.py")

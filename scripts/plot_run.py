@@ -12,11 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import dependencies
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.require()
+requirements.require()
 
 import argparse
 import json
@@ -31,9 +30,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from arguments import ArgumentParser, user_path
-from console import InputError
-from metrics import LOG_FILE
+from runtime.console import InputError
+from training.flags import ArgumentParser, user_path
+from training.metrics import LOG_FILE
 
 MOST_POINTS = 2000  # that a curve is drawn with; more become means of neighbours
 X_LABELS = {"step": "optimizer step", "tokens": "tokens", "hours": "hours of training"}
@@ -260,4 +259,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "plot_run.py")
+    process.run(main, "plot_run.py")

@@ -14,23 +14,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import console
-import dependencies
+from runtime import console, process, requirements
 
 console.quiet_third_parties()
-dependencies.require()
+requirements.require()
 
 import argparse
 import os
 import re
 import shlex
 
-from arguments import ArgumentParser, user_name, user_path
-from console import InputError, say
-from data_utils import read_manifest
-from dataset_preparation import Part, prepare_folder, verify
-from dataset_sources import REDPAJAMA_SAMPLE, add_source_args, resolve_source
-from tokenization import TextEncoder, add_tokenizer_arg, load_tokenizer
+from corpus.encoder import TextEncoder
+from corpus.manifest import read_manifest
+from corpus.prepare import Part, prepare_folder, verify
+from corpus.sources import REDPAJAMA_SAMPLE, resolve_source
+from corpus.tokenizer import load_tokenizer
+from runtime.console import InputError, say
+from training.flags import ArgumentParser, add_source_args, add_tokenizer_arg, user_name, user_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, "prepare_dataset.py")
+    process.run(main, "prepare_dataset.py")

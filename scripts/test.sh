@@ -2,7 +2,7 @@
 # Lints and tests, in the environment that scripts/setup.sh makes.
 #
 #   bash scripts/test.sh                        lint, then all tests
-#   bash scripts/test.sh tests/test_attn.py -x  pytest alone, with these arguments
+#   bash scripts/test.sh tests/unit/test_attn.py -x  pytest alone, with these arguments
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh

@@ -45,12 +45,12 @@ def parse_args() -> argparse.Namespace:
 def child() -> None:
     """Runs pretrain.main(), which kills itself at the file operation that TORTURE_OPERATION numbers on TORTURE_RANK."""
     sys.path.insert(0, str(REPOSITORY))
-    import console
+    from runtime import console, process
 
     console.quiet_third_parties()
-    import checkpoint_writer
-    import files
     import pretrain
+    from checkpointing import writer
+    from runtime import files
 
     fatal, count = int(os.environ.get("TORTURE_OPERATION", 0)), 0
     if fatal and os.environ.get("TORTURE_RANK", "0") == os.environ.get("RANK", "0"):
@@ -65,11 +65,11 @@ def child() -> None:
 
             return call
 
-        for module in (files, checkpoint_writer):
+        for module in (files, writer):
             for name in FILE_OPERATIONS:
                 if hasattr(module, name):
                     setattr(module, name, counted(getattr(module, name)))
-    console.run(pretrain.main, "pretrain.py")
+    process.run(pretrain.main, "pretrain.py")
 
 
 def start(args: argparse.Namespace, folder: Path, cache: Path, **environment: str) -> subprocess.Popen:

@@ -19,17 +19,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import write_jsonl
-from launching import ROOT, Run, free_port, start_pretrain
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed import TCPStore
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import ranks
-from data_order import GlobalOrder
+from corpora import write_jsonl
+from corpus.order import GlobalOrder
+from corpus.prepare import prepare_dataset
+from corpus.tokenizer import load_tokenizer
 from data_utils import PackedDataset
-from dataset_preparation import prepare_dataset
+from instruction_rows import ROWS
+from launching import ROOT, Run, free_port, start_pretrain
+from runtime import ranks
 from scripts.make_sample_data import train_tokenizer
-from tokenization import load_tokenizer
 
 SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`
@@ -175,6 +177,20 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
     return load_tokenizer(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer():
+    """Like Llama 3's: no space before a text, and tokens of two line ends."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [text for row in ROWS for text in row.values()] + ["Answer:green", "\n\n", "\n\n1 2 3", "0|"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")

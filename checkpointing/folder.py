@@ -1,0 +1,301 @@
+"""Checkpoints: complete or absent, in Hugging Face's layout, independent of plugin and number of ranks.
+
+    epoch0-step1000/
+        model/              config.json, safetensors: what AutoModelForCausalLM loads
+        optimizer/          float32 master weights and Adam moments, full tensors by parameter name
+        lr_scheduler, running_states.json
+        manifest.json       every file with size and checksum; written last
+
+One file holds one decoder layer. writer.py writes and reader.py restores what this module names, finds and verifies.
+"""
+
+import copy
+import json
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from colossalai.interface import OptimizerWrapper
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from engine.step import loss_scaler
+from model_utils import load_config, trained_specs
+from runtime.collectives import gather, on_rank_zero
+from runtime.console import InputError, rank, say, size_text
+from runtime.files import checksum, claim_folder, existing_part, sync, write_json
+
+CHECKPOINT = "epoch{epoch}-step{step}"
+MANIFEST = "manifest.json"
+RUNNING_STATES = "running_states.json"
+CONFIG, MODEL_INDEX = "config.json", "model.safetensors.index.json"
+ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+LR_SCHEDULER = "lr_scheduler"
+LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
+SHARED_SECONDS = 20  # for other machines to see a new file
+MODEL_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
+    "head_dim",
+    "attention_dropout",
+)
+
+
+def claim_save_dir(save_dir: Path) -> None:
+    """Takes a folder for this run's checkpoints, as `claim_folder`, and removes what a kill has left in it."""
+    claim_folder(save_dir, "--save_dir")
+    for pattern in LEFTOVERS:
+        for remains in save_dir.glob(pattern):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def check_shared(save_dir: Path) -> None:
+    """Refuses a folder that is not one and the same for all ranks. Collective.
+
+    Raises:
+        InputError: on every rank, with a line that names the first machine that does not see what rank 0 writes.
+    """
+    seen = save_dir / f".seen-{gather(uuid.uuid4().hex)[0]}"
+    on_rank_zero(seen.mkdir, f"--save_dir: {save_dir} could not be written to")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not seen.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    views = gather((seen.exists(), socket.gethostname()))
+    if rank() == 0:
+        seen.rmdir()
+    for number, (shared, host) in enumerate(views):
+        if not shared:
+            raise InputError(
+                f"--save_dir: rank {number} on {host} does not see what rank 0 on {views[0][1]} writes in {save_dir}; "
+                "give a folder on a file system that all share"
+            )
+
+
+def check_room(save_dir: Path, config: LlamaConfig) -> None:
+    """Raises InputError where the file system has no room for one checkpoint; the folder need not be there yet."""
+    needed, free = checkpoint_bytes(config), shutil.disk_usage(existing_part(save_dir)).free
+    if free < needed:
+        raise InputError(
+            f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}; "
+            "make room or give another folder"
+        )
+
+
+def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
+    """File name of each trained part of the model (see ParameterSpec.group), the same under every layout."""
+    groups = [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
+    if getattr(config, "lora", None) is None:  # adapters are in layers alone
+        head = [] if config.tie_word_embeddings else ["lm_head"]
+        groups = ["model.embed_tokens", *groups, "model.norm", *head]
+    return {
+        group: f"{kind}-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, start=1)
+    }
+
+
+def required_files(config: LlamaConfig) -> set[str]:
+    """All files of a checkpoint beside its manifest, by their paths in it."""
+    if getattr(config, "lora", None):
+        model = {CONFIG, ADAPTER_FILE, ADAPTER_CONFIG}
+    else:
+        model = {CONFIG, MODEL_INDEX, *file_names(config, "model").values()}
+    optimizer = file_names(config, "optimizer").values()
+    folders = {f"model/{name}" for name in model} | {f"optimizer/{name}" for name in optimizer}
+    return {RUNNING_STATES, LR_SCHEDULER} | folders
+
+
+def checkpoint_bytes(config: LlamaConfig) -> int:
+    """Size of a checkpoint: trained weights in `config.torch_dtype`, and three float32 numbers for each."""
+    trained = sum(spec.shape.numel() for spec in trained_specs(config))
+    return trained * (config.torch_dtype.itemsize + 12)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file to disk, readable by those whom the umask lets read it.
+
+    safetensors writes through a temporary file that its owner alone can read.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+    sync(path)
+
+
+def write_model_index(folder: Path, config: LlamaConfig) -> None:
+    """Writes config.json and the index of the safetensors."""
+    files, specs = file_names(config, "model"), trained_specs(config)
+    size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
+    weight_map = {spec.name: files[spec.group] for spec in specs}
+    write_json(folder / MODEL_INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    saved = copy.deepcopy(config)
+    saved.use_cache = True
+    vars(saved).pop("lora", None)
+    saved.architectures = ["LlamaForCausalLM"]
+    saved.to_json_file(folder / CONFIG)
+
+
+def write_adapter(folder: Path, config: LlamaConfig) -> None:
+    """Joins the files of the adapters' parts into the one that peft loads, with its configuration.
+
+    config.json stays beside it, for a resume to check that it trains the same model.
+    """
+    files = file_names(config, "model")
+    adapters = {}
+    for file in files.values():
+        adapters |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in load_file(folder / file).items()}
+    write_tensors(folder / ADAPTER_FILE, adapters)
+    config.lora.save_pretrained(folder)
+    write_model_index(folder, config)
+    for name in (MODEL_INDEX, *files.values()):
+        (folder / name).unlink()
+
+
+def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
+    """Dynamic loss scale and its counters under fp16, else None."""
+    scaler = loss_scaler(optimizer)
+    if scaler is None:
+        return None
+    grad_scaler = scaler.grad_scaler
+    return {
+        "scale": grad_scaler.scale.item(),
+        "growth_step": grad_scaler._growth_step,
+        "hysteresis_step": grad_scaler._hysteresis_step,
+    }
+
+
+def _manifest(folder: Path) -> dict[str, dict] | None:
+    """The manifest's files; None where it cannot be read or does not list exactly the files of a checkpoint."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {name: {"bytes": int(file["bytes"]), "xxh3_64": str(file["xxh3_64"])} for name, file in files.items()}
+        config = LlamaConfig.from_dict(json.loads((folder / "model" / CONFIG).read_text(encoding="utf-8")))
+        if config.num_hidden_layers > len(files):  # before as many names are made of a damaged number
+            return None
+        config.lora = f"model/{ADAPTER_FILE}" in files or None
+        return files if files.keys() == required_files(config) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def incomplete_files(folder: Path) -> list[str]:
+    """Files of a checkpoint that are missing or not as long as its manifest says, or else the manifest itself."""
+    files = _manifest(folder)
+    if files is None:
+        return [MANIFEST]
+    incomplete = []
+    for name, file in files.items():
+        try:
+            whole = (folder / name).stat().st_size == file["bytes"]
+        except OSError:
+            whole = False
+        if not whole:
+            incomplete.append(name)
+    return incomplete
+
+
+def is_complete(folder: Path) -> bool:
+    """Return True for a checkpoint with a manifest of all its files and each of them in its size."""
+    return not incomplete_files(folder)
+
+
+def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of everything that is or was to be a checkpoint, the newest first."""
+    found = []
+    for folder in save_dir.glob("*epoch*-step*"):
+        match = re.fullmatch(r"\.?epoch(\d+)-step(\d+)(\.incomplete|\.old)?", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[2]), folder))
+    return sorted(found, reverse=True)
+
+
+def complete_checkpoints(save_dir: Path) -> Iterator[tuple[int, Path]]:
+    """Step and folder of the complete checkpoints in a folder, the newest first."""
+    for step, folder in _checkpoints(save_dir):
+        if folder.name[0] != "." and is_complete(folder):
+            yield step, folder
+
+
+def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say) -> Path | None:
+    """The folder that `--load` names; `latest` is the newest complete one in `save_dir`, and says what it passed over.
+
+    Returns:
+        None where `latest` finds a folder without any checkpoint: the run has not come to its first.
+
+    Raises:
+        InputError: there is something else than a complete checkpoint.
+    """
+    if load == "latest":
+        newest = next((folder for _, folder in complete_checkpoints(save_dir)), None)
+        incomplete = [folder for _, folder in _checkpoints(save_dir)]
+        incomplete = incomplete[: incomplete.index(newest)] if newest else incomplete
+        for folder in incomplete:
+            tell(f"--load latest: passing over {folder}, which is incomplete")
+        if newest is None and any(folder.name[0] != "." for folder in incomplete):
+            raise InputError(
+                f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "
+                "begin anew"
+            )
+        if newest is None:
+            tell(f"--load latest: no checkpoint in --save_dir {save_dir} yet; a new run begins")
+        return newest
+    folder = Path(load)
+    if not folder.exists():
+        raise InputError(f"--load: {folder} does not exist; give a folder epochE-stepS, or 'latest'")
+    if is_complete(folder):
+        return folder
+    if (folder / "config.json").is_file():
+        raise InputError(
+            f"--load: {folder} holds a Hugging Face model without training state; "
+            "to begin from its weights use --init_from (finetune.py: --model_path), to take only its sizes --config"
+        )
+    if (folder / MANIFEST).is_file() or (folder / RUNNING_STATES).is_file():
+        raise InputError(f"--load: {folder} is an incomplete checkpoint; choose another, or 'latest'")
+    raise InputError(f"--load: {folder} is not a checkpoint; give a folder epochE-stepS, or 'latest'")
+
+
+def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Files of a checkpoint, or of one share of them, whose size or checksum is not the manifest's."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        return [MANIFEST]
+    damaged = []
+    for name, expected in sorted(manifest.items())[share::shares]:
+        try:
+            if checksum(folder / name) != expected:
+                damaged.append(name)
+        except OSError:
+            damaged.append(name)
+    return damaged
+
+
+def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
+    """Refuses a folder whose config.json describes another model than `config`."""
+    saved = load_config(str(folder))
+    different = [key for key in MODEL_KEYS if getattr(saved, key) != getattr(config, key)]
+    if different:
+        listing = ", ".join(f"{key} {getattr(saved, key)} (not {getattr(config, key)})" for key in different)
+        raise InputError(f"{flag}: {folder} is of another model than this run's: {listing}")
+
+
+def read_running_states(folder: Path) -> dict:
+    """Raises InputError where the file is not what the manifest says."""
+    path = folder / RUNNING_STATES
+    if checksum(path) != (_manifest(folder) or {}).get(RUNNING_STATES):
+        raise InputError(f"--load: {path} is damaged; choose another checkpoint")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,382 @@
+"""Weights to begin from: a Hugging Face model, in a folder or on the hub, of which each rank reads its own slices."""
+
+import contextlib
+import fnmatch
+import json
+import pickle
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from checkpointing.folder import check_model
+from checkpointing.reader import LazyTensors, is_safetensors, mapped_tensors
+from engine.shards import first_not_finite, frozen_parameters, is_finite, restore
+from model_utils import parameter_specs
+from runtime import hub
+from runtime.collectives import gather
+from runtime.console import InputError, first_line, say
+from runtime.files import exclusive_lock, is_plain_name
+
+# The files that a folder's weights may be in: the first that is there, as in transformers (modeling_utils,
+# _get_resolved_checkpoint_files).
+CHOICES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_LOAD = "load it with transformers, AutoModelForCausalLM.from_pretrained({}), and give what save_pretrained makes of it"
+_META = "Meta's own format; convert it with `python -m transformers.models.llama.convert_llama_weights_to_hf`"
+OTHER_FORMATS = {  # files of a folder without the above, what they are, and what to do
+    "model-*-of-*.safetensors": f"weights without their index, {CHOICES[1]}; download the folder again",
+    "pytorch_model-*-of-*.bin": f"weights without their index, {CHOICES[3]}; download the folder again",
+    "model.*.safetensors": f"a variant of the weights; {_LOAD.format('FOLDER, variant=NAME')}",
+    "pytorch_model.*.bin": f"a variant of the weights; {_LOAD.format('FOLDER, variant=NAME')}",
+    "consolidated*.pth": _META,
+    "consolidated*.safetensors": _META,
+    "*.gguf": f"weights in the format GGUF; {_LOAD.format('FOLDER, gguf_file=NAME')}",
+    "tf_model*": f"weights of TensorFlow; {_LOAD.format('FOLDER, from_tf=True')}",
+    "flax_model*": f"weights of Flax; {_LOAD.format('FOLDER, from_flax=True')}",
+    "*.onnx": "a graph for inference; give the folder of the model that it was made from",
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed; run that file to make pytorch_model.bin of it",
+    "*.distcp": "a checkpoint of torch.distributed; export it with the program that made it",
+}
+FORMATS = (None, "pt", "mlx")  # of safetensors, in their metadata: those that hold the tensors as transformers has them
+FLOATING = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")  # in torch, in safetensors
+DESCRIPTIONS = ("*.json", "*.model", "*.jinja")  # configuration and tokenizer
+UNREADABLE = (  # what json, torch.load and safetensors raise on damaged files
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+FINGERPRINT_ROWS = 4  # of each tensor
+GENERATION_CONFIG = "generation_config.json"
+BASE = "model."  # before the names of all weights but the output's
+INPUT_EMBEDDING, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def find_model(name_or_path: str, flag: str) -> Path:
+    """The folder of a model: `name_or_path` itself, or what the hub has under NAME or NAME@REVISION.
+
+    Raises:
+        InputError: there is no such folder, and the hub does not have or does not give it.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{flag}: {name_or_path} is a file; give the folder that holds it")
+    hub.check_name(name_or_path, flag, "a model folder")
+    lock = Path(HF_HUB_CACHE) / f".{name_or_path.replace('/', '--')}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(lock, f"{name_or_path} is being downloaded; waiting for it"):
+            return _downloaded(name_or_path) or _download(name_or_path, flag)
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"{flag}: {name_or_path} is no folder, and the hub refuses it ({hub.status_of(error)})"
+        ) from error
+    except OSError as error:
+        if hub.of_disk(error):
+            if found := _downloaded(name_or_path):  # others may have filled a cache that only they may write to
+                return found
+            raise hub.unwritable_cache(name_or_path, flag, error.strerror or type(error).__name__) from error
+        raise InputError(
+            f"{flag}: {name_or_path} is no folder, and it cannot be downloaded ({type(error).__name__}); "
+            "give a folder that holds the model"
+        ) from error
+
+
+def _downloaded(name_or_pin: str) -> Path | None:
+    """The folder of an earlier download, if it is whole."""
+    name, revision = hub.split_revision(name_or_pin)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        weight_files(folder, "")
+    except (LocalEntryNotFoundError, InputError):
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _download(name_or_pin: str, flag: str) -> Path:
+    """Fetches configuration, tokenizer, and the weights that transformers would take of all that are there."""
+    name, revision = hub.split_revision(name_or_pin)
+    info = HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
+    files = [file.rfilename for file in info.siblings or []]
+    choice = next((choice for choice in CHOICES if choice in files), None)
+    if "config.json" not in files or not choice:
+        lacking = "it has no config.json" if "config.json" not in files else f"it has none of {', '.join(CHOICES)}"
+        reason = other_format(files) or f"is not a Hugging Face model: {lacking}"
+        raise InputError(f"{flag}: {name} on the hub {reason}")
+    say(f"downloading {name}, commit {info.sha}")
+    commit = info.sha if revision else None
+    folder = Path(snapshot_download(name, revision=commit, allow_patterns=[*DESCRIPTIONS, choice]))
+    if choice.endswith(".json"):
+        shards = sorted(set(_weight_map(folder / choice, flag).values()))
+        snapshot_download(name, revision=commit, allow_patterns=shards)
+    return folder
+
+
+def other_format(names: Collection[str]) -> str | None:
+    """The end of a line about a model of which only these files are there, if they are of a format known here."""
+    if "adapter_config.json" in names:
+        return "holds an adapter; merge it into its base model and give that"
+    for pattern, remedy in OTHER_FORMATS.items():
+        if found := sorted(fnmatch.filter(names, pattern)):
+            return f"holds {found[0]}, {remedy}"
+    return None
+
+
+def refuse_other_formats(folder: Path, flag: str) -> None:
+    """Raise InputError for a folder that is none of a whole model, by what it is.
+
+    transformers takes an adapter's base model for the model, whatever else is beside the adapter.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{flag}: {folder} is no folder on this machine; give that of a model")
+    names = [path.name for path in folder.iterdir()]
+    if "adapter_config.json" in names:
+        base = "the model that it was trained beside"
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        raise InputError(
+            f"{flag}: {folder} holds an adapter for {base}; merge them and give the folder MERGED, with that model's "
+            'tokenizer: python -c "from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('MERGED')\""
+        )
+    if "config.json" in names:
+        hub.refuse_pointers([folder / "config.json"], flag)
+    elif reason := other_format(names):
+        raise InputError(f"{flag}: {folder} {reason}")
+
+
+def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: str) -> dict[str, dict]:
+    """Return a model folder's generation_config.json by its file name; empty if there is none.
+
+    The tokenizer's EOS, which fine-tuning teaches, is among the tokens that end a text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{flag}: {path} cannot be read ({first_line(error)}); restore or remove it") from error
+    ends = content.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if tokenizer.eos_token_id not in ends:
+        content["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+    return {GENERATION_CONFIG: content}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """File, shape and element type of a tensor, known without reading it."""
+
+    path: Path
+    shape: torch.Size
+    dtype: str  # as safetensors or torch name it
+
+
+def weight_files(folder: Path, flag: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a model folder's weights, and the name of each tensor's file, if an index gives it.
+
+    Raises:
+        InputError: the folder holds no such weights, or not all that its index names.
+    """
+    choice = next((folder / name for name in CHOICES if (folder / name).is_file()), None)
+    if not choice:
+        reason = other_format([path.name for path in folder.iterdir()])
+        raise InputError(f"{flag}: {folder} {reason or 'holds no weights: none of ' + ', '.join(CHOICES)}")
+    paths, weight_map = [choice], None
+    if choice.suffix == ".json":
+        weight_map = _weight_map(choice, flag)
+        paths = [folder / file for file in sorted(set(weight_map.values()))]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise InputError(f"{flag}: {folder} lacks {', '.join(missing)}, which its index names")
+    hub.refuse_pointers(paths, flag)
+    return paths, weight_map
+
+
+def _weight_map(index: Path, flag: str) -> dict[str, str]:
+    """The name of each tensor's file, as an index has it.
+
+    Raises:
+        InputError: the index is damaged, or names something else than files beside it.
+    """
+    hub.refuse_pointers([index], flag)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = [str(file) for file in weight_map.values() if not isinstance(file, str) or not is_plain_name(file)]
+    except UNREADABLE as error:
+        raise InputError(f"{flag}: the weights in {index.parent} cannot be read: {index.name} is damaged") from error
+    if files or not weight_map:
+        reason = f"names {files[0]!r}, which is no file beside it" if files else "names no weights"
+        raise InputError(f"{flag}: the weights in {index.parent} cannot be read: {index.name} {reason}; restore it")
+    return weight_map
+
+
+def pretrained_weights(folder: Path, flag: str) -> dict[str, StoredTensor]:
+    """Every tensor of a Hugging Face model folder, those that transformers would take, without reading them.
+
+    Raises:
+        InputError: the folder holds no such weights, or they cannot be read, or its index is of other files.
+    """
+    paths, weight_map = weight_files(folder, flag)
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            tensors = _stored_tensors(path)
+        except UNREADABLE as error:
+            raise InputError(
+                f"{flag}: the weights in {folder} cannot be read: {path.name}: {first_line(error)}"
+            ) from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise InputError(
+                f"{flag}: {found[twice[0]].path} and {path.name} both hold {twice[0]}; save the model anew with one"
+            )
+        found |= tensors
+    if weight_map is None:
+        return found
+    differing = [name for name, file in weight_map.items() if name not in found or found[name].path.name != file]
+    differing += [name for name in found if name not in weight_map and not _is_buffer(name)]
+    if differing:
+        raise InputError(
+            f"{flag}: the index in {folder} is of other files than those there: {differing[0]} is not where it says "
+            f"({len(differing)} such); download the folder again, or save the model anew"
+        )
+    return found
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file. Raises one of UNREADABLE where it has something else."""
+    if is_safetensors(path):
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {"format": None}).get("format", "none") not in FORMATS:
+                raise ValueError(f"its metadata give the format {file.metadata().get('format')!r}, not 'pt'")
+            names = file.keys()
+            slices = [(name, file.get_slice(name)) for name in names]
+            return {name: StoredTensor(path, torch.Size(part.get_shape()), part.get_dtype()) for name, part in slices}
+    tensors = mapped_tensors(path)
+    other = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor) or value.is_meta]
+    if other:
+        raise ValueError(f"{other[0]!r} in it is no tensor; save the model's state_dict alone")
+    if sparse := [name for name, tensor in tensors.items() if tensor.layout != torch.strided]:
+        raise ValueError(f"{sparse[0]} in it is sparse; save it dense")
+    return {
+        name: StoredTensor(path, tensor.shape, str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+
+
+def _is_buffer(name: str) -> bool:
+    """Return True for what older versions of transformers have saved beside the weights, computed from config.json."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
+    """The weights of every parameter of `config`, by its name there, once all are there in their shapes.
+
+    Raises:
+        InputError: weights are missing, cannot be read, have another shape, or are of no parameter of the model.
+    """
+    stored = pretrained_weights(folder, flag)
+    stored = {name: tensor for name, tensor in stored.items() if not _is_buffer(name)}
+    prefix = "" if any(name.startswith(BASE.rstrip(".")) for name in stored) else BASE  # LlamaModel saves without
+    stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATING:
+            raise InputError(
+                f"{flag}: {name} in {tensor.path} is stored as {tensor.dtype}: the weights are quantised, and only "
+                "floating-point ones of 16 bits or more can be trained; give the model that they were made from, or "
+                "dequantize it with transformers (model.dequantize()) and save it anew"
+            )
+    if config.tie_word_embeddings:
+        tied = stored.pop(OUTPUT_EMBEDDING, None)
+        if INPUT_EMBEDDING not in stored and tied:
+            raise InputError(
+                f"{flag}: the weights in {folder} have {OUTPUT_EMBEDDING} for the tied {INPUT_EMBEDDING}; "
+                "load the model with transformers and save it anew"
+            )
+    shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
+    if missing := [name for name in shapes if name not in stored]:
+        hint = "; set tie_word_embeddings in its config.json if it has none of its own"
+        hint = hint if missing == [OUTPUT_EMBEDDING] else ""
+        raise InputError(f"{flag}: the weights in {folder} lack {missing[0]} ({len(missing)} missing){hint}")
+    if unknown := [name for name in stored if name not in shapes]:
+        raise InputError(
+            f"{flag}: {folder} holds {unknown[0]}, which its config.json does not describe ({len(unknown)} such)"
+        )
+    for name, shape in shapes.items():
+        if stored[name].shape != shape:
+            raise InputError(
+                f"{flag}: {name} in {folder} has the shape {list(stored[name].shape)}, and its config.json makes it "
+                f"{list(shape)}"
+            )
+    return LazyTensors({name: tensor.path for name, tensor in stored.items()}, prefix)
+
+
+def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from") -> LazyTensors:
+    """The weights of a model folder, which is refused before anything is allocated if they are not all of `config`."""
+    refuse_other_formats(folder, flag)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag}: {folder} is not a Hugging Face model folder: it has no config.json")
+    check_model(folder, config, flag)
+    return model_weights(folder, config, flag)
+
+
+def weights_fingerprint(weights: LazyTensors) -> str:
+    """XXH3-64 of FINGERPRINT_ROWS rows of every tensor, by name, however they lie in files.
+
+    Training changes nearly every number of whatever it trains, so that a sample tells models apart, and of 140 GB less
+    than a thousandth is read. It would not tell of a damaged byte.
+    """
+    digests = {}
+    for name in sorted(weights.files, key=lambda name: (str(weights.files[name]), name)):
+        rows, digest = weights.shape(name)[0], xxhash.xxh3_64(name.encode())
+        for row in range(0, rows, -(-rows // FINGERPRINT_ROWS)):
+            digest.update(weights[name][row : row + 1].contiguous().view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    return xxhash.xxh3_64(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def load_pretrained(
+    weights: LazyTensors,
+    plugin: Plugin,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    flag: str = "--init_from",
+) -> None:
+    """Sets the model's weights, each rank reading its own slices, which is all the host memory that it takes.
+
+    Beside adapters, which have no weights here, the frozen ones are set. Collective.
+
+    Raises:
+        InputError: on every rank, when a weight is a NaN or an infinity on any.
+    """
+    frozen, broken = frozen_parameters(model), None
+    with torch.no_grad():
+        for name, parameter in frozen.items():
+            value = weights[name][:]
+            parameter.copy_(value)
+            broken = broken or (None if is_finite(value) else name)
+    if frozen:
+        broken = next(filter(None, gather(broken)), None)
+    else:
+        restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
+        broken = first_not_finite(plugin, model, optimizer)
+    if broken:
+        raise InputError(f"{flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give weights without")

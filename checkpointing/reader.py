@@ -1,0 +1,105 @@
+"""Restores a run from a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from safetensors import safe_open
+from transformers import LlamaConfig
+
+from checkpointing.folder import damaged_files, file_names, read_running_states
+from engine.shards import MASTER, MOMENTS, first_not_finite, restore
+from engine.step import loss_scaler
+from model_utils import trained_specs
+from runtime.collectives import gather
+from runtime.console import InputError, rank, world_size
+
+
+class LazyTensors:
+    """Tensors by name from several files, safetensors or .bin.
+
+    One file is open at a time, and only the slices asked for are read.
+    """
+
+    def __init__(self, files: dict[str, Path], prefix: str = ""):
+        """
+        Args:
+            files: the file of each tensor.
+            prefix: of the tensors' names here, which their names in the files lack.
+        """
+        self.files = files
+        self.prefix = prefix
+        self.path: Path | None = None
+        self.tensors: Any = None  # by name, or safe_open's handle
+
+    def __getitem__(self, name: str) -> Any:
+        """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""
+        if self.files[name] != self.path:
+            self.path = self.files[name]
+            self.tensors = (
+                safe_open(self.path, framework="pt") if is_safetensors(self.path) else mapped_tensors(self.path)
+            )
+        name = name.removeprefix(self.prefix)
+        return self.tensors.get_slice(name) if is_safetensors(self.path) else self.tensors[name]
+
+    def shape(self, name: str) -> torch.Size:
+        tensor = self[name]
+        return tensor.shape if isinstance(tensor, torch.Tensor) else torch.Size(tensor.get_shape())
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return True where transformers takes a file for safetensors, and not for what torch.save writes."""
+    return path.suffix == ".safetensors"
+
+
+def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, mapped; those of the format before torch 1.6 cannot be, and are read."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Compares every file with its checksum, each rank its share. Collective.
+
+    Raises:
+        InputError: on every rank, with the names of the damaged files.
+    """
+    damaged = gather(damaged_files(folder, rank(), world_size()))
+    problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
+    if problems:
+        raise InputError(*problems)
+
+
+def load_checkpoint(
+    folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig
+) -> None:
+    """Restores weights, Adam moments and loss scale. Collective.
+
+    Raises:
+        InputError: on every rank, when a file is damaged, or a weight is no number.
+    """
+    refuse_damaged(folder)
+    files = file_names(config, "optimizer")
+    tensors = LazyTensors(
+        {
+            f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
+            for spec in trained_specs(config)
+            for key in (MASTER, *MOMENTS)
+        }
+    )
+    states = read_running_states(folder)
+    restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
+    if name := first_not_finite(plugin, model, optimizer):
+        raise InputError(f"--load: {name} in {folder} has a NaN or an infinity; choose an earlier checkpoint")
+    scaler, saved = loss_scaler(optimizer), states["loss_scaler"]
+    if scaler is not None and saved is not None:
+        grad_scaler = scaler.grad_scaler
+        grad_scaler._scale.fill_(saved["scale"])
+        grad_scaler._growth_step = saved["growth_step"]
+        grad_scaler._hysteresis_step = saved["hysteresis_step"]

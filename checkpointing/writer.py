@@ -1,0 +1,343 @@
+"""Writes checkpoints behind the training: copied to host memory, then written, checked and put in place by a thread.
+
+Every rank writes the files that are its own and, once they are on disk, a part file with their sizes and checksums.
+Rank 0 waits for all parts, makes the manifest of them, and renames the folder into its place: a checkpoint either is
+complete or does not exist. The threads run no collective operation; the training thread hears of their errors.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from transformers import LlamaConfig
+
+from checkpointing.folder import (
+    CHECKPOINT,
+    MANIFEST,
+    RUNNING_STATES,
+    check_room,
+    complete_checkpoints,
+    file_names,
+    incomplete_files,
+    required_files,
+    write_adapter,
+    write_model_index,
+    write_tensors,
+)
+from engine.shards import MASTER, MOMENTS, LocalShard, local_shards
+from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
+from runtime.console import RunError, rank, say, size_text, world_size
+from runtime.files import checksum, replace_folder, write_json
+
+NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
+STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
+SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
+File = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
+
+
+class CheckpointWriter:
+    """At most one checkpoint is in flight; `save` waits for the one before, `wait` for the last."""
+
+    def __init__(
+        self,
+        save_dir: Path,
+        config: LlamaConfig,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        background: bool = True,
+        latest: Path | None = None,
+    ):
+        """
+        Args:
+            keep: newest checkpoints to keep; None keeps all.
+            keep_every: checkpoints at multiples of this step are kept whatever their age.
+            background: whether to copy the state to host memory and write it behind the training, where it fits.
+            latest: the checkpoint that the run resumes from.
+        """
+        self.save_dir, self.config = save_dir, config
+        self.background = background
+        self.keep, self.keep_every = keep, keep_every
+        self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
+        self._positions = {group: number for number, group in enumerate(self.model_files)}
+        self.latest = latest
+        self._reports: list[str] = []
+        self.error: str | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._abandoned = False
+        self._target: Path  # folder of the checkpoint in flight
+        self._temporary: Path  # where it is written
+
+    def save(
+        self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
+    ) -> None:
+        """Starts to write a checkpoint, collectively; returns when the weights may change again.
+
+        Args:
+            documents: JSON files beside the tensors; `epoch` and `step` in running_states.json name the folder.
+
+        Raises:
+            RunError: on every rank, when the checkpoint before failed on any, or this one has no room.
+        """
+        started = time.perf_counter()
+        self.wait()
+        states = documents[RUNNING_STATES]
+        target = self.save_dir / CHECKPOINT.format(**states)
+        temporary = target.with_name(f".{target.name}.incomplete")
+        self._target, self._temporary = target, temporary
+        on_rank_zero(lambda: self._begin(temporary), self._failure)
+        shards_by_file = self._by_file(plugin, model, optimizer)
+        files: dict[str, dict] = {}
+        staged: list[File] = []
+        if self.background and self._fits_in_memory(shards_by_file):
+            staged = [self._gathered(shards, self._staged) for shards in shards_by_file]
+            get_accelerator().synchronize()
+        else:
+            for shards in shards_by_file:  # begun before, the exchange for the next would wait as long as the disk
+                self._start(self._write, *self._gathered(shards, lambda _, tensor: tensor.cpu()), files)
+                self._join()
+        stall = time.perf_counter() - started
+        self._start(self._finish, staged, documents, files, started, stall)
+
+    def wait(self) -> None:
+        """Returns when the checkpoint in flight is in its place, on every rank.
+
+        Raises:
+            RunError: on every rank, when it failed on any.
+        """
+        if self._thread is not None:
+            self._join()
+            self.latest = self._target
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        self._thread = threading.Thread(target=work, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        """Returns when every rank's thread has ended. Collective. Raises RunError, on every rank, when one failed."""
+        assert self._thread is not None
+        while any_alive(self._thread):
+            # A rank that could not even write its part file would leave rank 0's thread waiting for it.
+            self._abandoned = any(gather(self.error))
+        self._thread = None
+        # The others wait for it: with the first rank that ends, the launcher ends them all.
+        if any(gather(self.error)) and rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
+        raise_together(self.error, self._failure)
+
+    @property
+    def how_to_resume(self) -> str:
+        """For a message on why a run ends, where no checkpoint is in flight; the same on every rank."""
+        return f"resume with -f {self.latest}" if self.latest else "start again (no checkpoint was saved yet)"
+
+    @property
+    def _failure(self) -> str:
+        return f"{NOT_WRITTEN}; mend that (--keep_checkpoints takes less room) and {self.how_to_resume}"
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """After a failure, wait for the checkpoint in flight as long as its files grow. Not collective."""
+        written, since = -1, time.monotonic()
+        while kind and self._thread and self._thread.is_alive() and time.monotonic() - since < STALLED_SECONDS:
+            with contextlib.suppress(OSError):  # files come and go
+                size = sum(path.stat().st_size for path in self._temporary.rglob("*"))
+                written, since = size, (since if size == written else time.monotonic())
+            time.sleep(POLL_SECONDS)
+        for report in self.take_reports():
+            say(report)
+
+    @property
+    def writing(self) -> bool:
+        """True if a checkpoint is in flight on any rank. Collective."""
+        return any(gather(self._thread is not None and self._thread.is_alive()))
+
+    def take_reports(self) -> list[str]:
+        """One line on each checkpoint that was finished since the last call; on rank 0."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _begin(self, temporary: Path) -> None:
+        self.save_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        check_room(self.save_dir, self.config)
+        (temporary / "model").mkdir(parents=True)
+        (temporary / "optimizer").mkdir()
+
+    def _by_file(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[list[LocalShard]]:
+        """The shards of each file of this stage, then empty lists up to the number of another stage's. Collective."""
+        files = [
+            list(members)
+            for _, members in groupby(local_shards(plugin, model, optimizer), key=lambda shard: shard.spec.group)
+        ]
+        return files + [[]] * (max(gather(len(files))) - len(files))
+
+    def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
+        """Copies of a file's full tensors on the rank that it is dealt to, none on the others. Collective."""
+        tensors = {}
+        for shard in shards:
+            for key in (MASTER, *MOMENTS):
+                full = shard.gather(key, self._positions[shard.spec.group])
+                if full is not None:
+                    name = f"{shard.spec.name}.{key}"
+                    tensors[name] = copied(name, full.detach())
+        return (shards[0].spec.group if shards else ""), tensors
+
+    def _staged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies to a host buffer that is kept for the next time: pinned beside a GPU, faulted in everywhere."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[name].copy_(tensor, non_blocking=True)
+
+    def _fits_in_memory(self, shards_by_file: list[list[LocalShard]]) -> bool:
+        """Return True if every rank's files fit into its host's memory. Collective."""
+        needed = sum(
+            staging_bytes(shard.spec.shape, shard.gathers_on_gpu)
+            for shards in shards_by_file
+            for shard in shards
+            if shard.is_writer(self._positions[shard.spec.group])
+        )
+        total, available = host_memory()
+        enough = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
+        fits = all(gather(enough or not needed or bool(self._buffers)))
+        if not fits:
+            say("checkpoints: too little host memory to write them behind the training; training waits for each")
+        return fits
+
+    def _write(self, group: str, tensors: dict[str, torch.Tensor], files: dict[str, dict]) -> None:
+        """Writes and checks a file of this rank's, unless one before has failed."""
+        if not tensors or self.error:
+            return
+        try:
+            suffix = f".{MASTER}"
+            weights = {
+                name.removesuffix(suffix): tensor.to(self.config.torch_dtype).contiguous()
+                for name, tensor in tensors.items()
+                if name.endswith(suffix)
+            }
+            states = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            for name, content in (
+                (f"model/{self.model_files[group]}", weights),
+                (f"optimizer/{self.optimizer_files[group]}", states),
+            ):
+                path = self._temporary / name
+                write_tensors(path, content)
+                files[name] = checksum(path)
+        except Exception as error:  # safetensors raises its own, for a full disk too
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _finish(
+        self, staged: list[File], documents: dict, files: dict[str, dict], started: float, stall: float
+    ) -> None:
+        for group, tensors in staged:
+            self._write(group, tensors, files)
+        try:
+            self._conclude(self._temporary, self._target, documents, files, started, stall)
+        except RunError as error:
+            self.error = self.error or str(error)
+        except Exception as error:
+            self.error = self.error or f"{type(error).__name__}: {error}"
+
+    def _conclude(
+        self, temporary: Path, target: Path, documents: dict, files: dict[str, dict], started: float, stall: float
+    ) -> None:
+        part = {"error": self.error} if self.error else {"files": files}
+        write_json(temporary / f"part-{rank():05d}.json", part)
+        if rank() != 0:
+            return
+        all_files = self._wait_for_parts(temporary)
+        if all_files is None:
+            return
+        for name, content in documents.items():
+            write_json(temporary / name, content)
+        write_rest = write_adapter if getattr(self.config, "lora", None) else write_model_index
+        write_rest(temporary / "model", self.config)
+        required = sorted(required_files(self.config))
+        all_files = {name: all_files.get(name) or checksum(temporary / name) for name in required}
+        write_json(temporary / MANIFEST, {"format": 1, "files": all_files})
+        if incomplete := incomplete_files(temporary):
+            raise RunError(f"{target}/{incomplete[0]} is gone or cut short although it was written")
+        replace_folder(temporary, target)
+        size, seconds = sum(file["bytes"] for file in all_files.values()), time.perf_counter() - started
+        self._reports.append(
+            f"checkpoint: {target}, {size_text(size)} in {seconds:.1f} s, {size_text(size / seconds)}/s; "
+            f"training waited {stall * 1000:.0f} ms"
+        )
+        try:
+            remove_old_checkpoints(self.save_dir, self.keep, self.keep_every)
+        except OSError as error:
+            self._reports.append(f"checkpoint: an old one could not be removed: {error}")
+
+    def _wait_for_parts(self, temporary: Path) -> dict[str, dict] | None:
+        """The files of all ranks, or None when a rank has failed."""
+        files = {}
+        for number in range(world_size()):
+            path = temporary / f"part-{number:05d}.json"
+            while not path.exists():
+                if self._abandoned:
+                    return None
+                time.sleep(POLL_SECONDS)
+            part = json.loads(path.read_text(encoding="utf-8"))
+            if "error" in part:
+                return None  # that rank raises it itself
+            files.update(part["files"])
+            path.unlink()
+        return files
+
+
+def staging_bytes(shape: torch.Size, pinned: bool) -> int:
+    """Bytes of host memory that a parameter's master weight and moments are copied to, in float32.
+
+    Pinned, each takes a power of two (torch's CachingHostAllocator).
+    """
+    size = 4 * shape.numel()
+    return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
+
+
+def remove_old_checkpoints(save_dir: Path, keep: int | None, keep_every: int | None) -> None:
+    """Removes complete checkpoints older than the newest `keep`, manifest first, so that none is ever half there."""
+    if keep is None:
+        return
+    for step, folder in list(complete_checkpoints(save_dir))[keep:]:
+        if not keep_every or step % keep_every:
+            (folder / MANIFEST).unlink()
+            shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
+
+
+def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Bytes of host memory, in all and available: the machine's, or less where a control group limits this process.
+
+    Of what a group uses, cached files do not count. See the kernel's admin-guide/cgroup-v2.rst and
+    cgroup-v1/memory.rst.
+    """
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = mount / "memory" if controllers else mount
+            names = ("limit_in_bytes", "usage_in_bytes", "total_") if controllers else ("max", "current", "")
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):  # a container may see the last of them alone
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
+                    figures = dict(figure.split() for figure in (folder / "memory.stat").read_text().splitlines())
+                    cached = sum(int(figures[f"{names[2]}{kind}_file"]) for kind in ("active", "inactive"))
+                    total, available = min(total, limit), min(available, limit - used + cached)
+                if folder == root:
+                    break
+    return total, available

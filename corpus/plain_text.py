@@ -1,0 +1,322 @@
+"""A tokenizer's own tables: text in which special tokens stay text, and the proof that SentencePiece gives its ids."""
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Container, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
+from tokenizers import Tokenizer
+from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils import Trie
+
+from runtime.console import InputError, first_line
+
+Piece = ModelProto.SentencePiece
+FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
+RESERVED = (Piece.CONTROL, Piece.UNKNOWN)
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+HIDDEN = "\ufffe" * 32  # noncharacters: no text has them
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+class PlainText:
+    """A tokenizer's ids of plain text: special tokens spelled out stay text, other added tokens are used.
+
+    transformers' `split_special_tokens` is not enough: slow tokenizers ignore it in batches, and the model of a fast
+    one may hold a special token as a word like any other. A text that has it is encoded again without that word.
+
+    Attributes:
+        hidden: the ids of those special tokens that the model itself makes of text.
+        letters: special tokens without which text could not be spelled, such as a `!` that is used for padding.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.hidden: dict[str, int] = {}
+        self.letters: set[str] = set()
+        if not tokenizer.is_fast:
+            self._slow = _without_special_tokens(tokenizer)
+            return
+        ids = tokenizer.get_vocab()
+        self.tables = tables_of(tokenizer)
+        self.letters = _letters(self.tables)
+        if framing := self.letters & {tokenizer.bos_token, tokenizer.eos_token}:
+            raise InputError(
+                f"--tokenizer: its BOS or EOS token is {framing.pop()!r}, which text cannot do without; set another in "
+                "its tokenizer_config.json"
+            )
+        self.hidden = {token: ids[token] for token in _special_tokens_of_text(self.tables) - self.letters}
+        self._fast = _loaded(self.tables)
+        hiding = self._fast if not self.hidden else _loaded(_hide(self.tables, self.hidden))
+        if self._fast.get_vocab() != ids or any(hiding.token_to_id(token) != ids[token] for token in self._visible):
+            raise InputError("--tokenizer: its added tokens get other ids once it is saved; number them without gaps")
+        self._hiding = hiding
+        self._unknown = self.hidden.get(str(tokenizer.unk_token))
+        self._wrong = set(self.hidden.values()) - {self._unknown}
+
+    @property
+    def _visible(self) -> set[str]:
+        """The added tokens that text may make."""
+        return {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.tokenizer.is_fast:
+            return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
+        with unknown_refused():
+            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for number, text in enumerate(texts if self.hidden else ()):
+                if self._makes_special(text, encoded[number]):
+                    encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    def _makes_special(self, text: str, ids: list[int]) -> bool:
+        """The unknown token is also that of unknown characters, so the text decides."""
+        return not self._wrong.isdisjoint(ids) or (self._unknown in ids and str(self.tokenizer.unk_token) in text)
+
+    @cached_property
+    def state(self) -> bytes:
+        """All that the ids depend on, those of special tokens too."""
+        if self.tokenizer.is_fast:
+            return json.dumps(self.tables, sort_keys=True).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return b"".join(path.name.encode() + path.read_bytes() for path in sorted(Path(folder).iterdir()))
+
+    def has_additions(self, rules: ModelProto) -> bool:
+        """True if the added tokens are other than the model's own special tokens."""
+        for id_, token in self.tokenizer.added_tokens_decoder.items():
+            own = id_ < len(rules.pieces) and rules.pieces[id_].type in RESERVED
+            if not own or rules.pieces[id_].piece != token.content:
+                return True
+            if not token.special or token.lstrip or token.rstrip or token.single_word:
+                return True
+        return False
+
+
+def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All of a fast tokenizer but what depends on a call."""
+    ids = tokenizer.get_vocab()
+    with _silent_stdout() if max(ids.values()) >= len(ids) else contextlib.nullcontext():
+        text = tokenizer.backend_tokenizer.to_str()
+    return json.loads(text) | {"truncation": None, "padding": None}
+
+
+@contextlib.contextmanager
+def unknown_refused() -> Iterator[None]:
+    """Turns the error of a fast tokenizer that has no token for a text, not even an unknown one, into InputError."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(
+            f"--tokenizer: it has no token for some text ({first_line(error)}); set the unknown token of the model in "
+            "its tokenizer.json"
+        ) from error
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keeps `tokenizers` from printing every id that is left out."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _loaded(tables: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(tables))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
+    plain = copy.copy(tokenizer)
+    plain.split_special_tokens = False  # it splits other added tokens too
+    plain._added_tokens_decoder = {
+        id_: token for id_, token in tokenizer.added_tokens_decoder.items() if not token.special
+    }
+    plain._added_tokens_encoder = {token.content: id_ for id_, token in plain._added_tokens_decoder.items()}
+    plain.tokens_trie = Trie(plain._added_tokens_encoder)
+    return plain
+
+
+def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
+    """The special tokens that the model itself makes of text."""
+    model = tables["model"]
+    words = model["vocab"] if isinstance(model["vocab"], dict) else dict(model["vocab"])
+    special = {token["content"] for token in tables["added_tokens"] if token["special"]} & words.keys()
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        return special
+    inner = len(model["continuing_subword_prefix"] or "")
+    return special & (
+        {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
+    )
+
+
+def _letters(tables: dict[str, Any]) -> set[str]:
+    model = tables["model"]
+    if model.get("byte_fallback"):
+        return set()
+    words = model["vocab"] if isinstance(model["vocab"], dict) else dict(model["vocab"])
+    special = (token["content"] for token in tables["added_tokens"] if token["special"])
+    return {token for token in special if _is_character(token) and token in words}
+
+
+def _is_character(token: str) -> bool:
+    return len(token) == 1
+
+
+def _hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
+    """Tables that keep all ids and scores, with names for the tokens `hidden` that no text has."""
+
+    def name(token: str | None) -> str | None:
+        return token + HIDDEN if token is not None and token in hidden else token
+
+    model = dict(tables["model"])
+    words = model["vocab"]
+    if isinstance(words, dict):
+        model["vocab"] = {name(word): id_ for word, id_ in words.items()}
+    else:
+        model["vocab"] = [[name(word), score] for word, score in words]
+    if "merges" in model:
+        model["merges"] = _visible_merges(model, hidden)
+    if "unk_token" in model:
+        model["unk_token"] = name(model["unk_token"])
+    added = [{**token, "content": name(token["content"])} for token in tables["added_tokens"]]
+    return {**tables, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def _visible_merges(model: dict[str, Any], hidden: Container[str]) -> list[tuple[str, str]]:
+    inner = len(model["continuing_subword_prefix"] or "")
+    merges = ((left, right, left + right[inner:]) for left, right in model["merges"])
+    return [parts[:2] for parts in merges if not any(part in hidden for part in parts)]
+
+
+def plain_spec(rules: ModelProto) -> bool:
+    """True if SentencePiece encodes a text as it stands, but for a space that is put before it."""
+    spec = rules.normalizer_spec
+    return not spec.precompiled_charsmap and not spec.remove_extra_whitespaces and spec.escape_whitespaces
+
+
+def neighbours(rules: ModelProto) -> set[str]:
+    """Every pair of characters that stand side by side in some token."""
+    return {pair for piece in rules.pieces for pair in map("".join, itertools.pairwise(piece.piece))}
+
+
+def equal_sentencepiece(
+    tokenizer: PreTrainedTokenizerBase, plain_text: PlainText
+) -> tuple[SentencePieceProcessor | None, bool]:
+    """SentencePiece where it is proven to give the ids of `plain_text`, else None.
+
+    Also returns True if the tokenizer puts no space before a text that begins with one, as SentencePiece would.
+    """
+    vocab_file = getattr(tokenizer, "vocab_file", None)
+    if not vocab_file or any(not token.special for token in tokenizer.added_tokens_decoder.values()):
+        return None, False
+    try:
+        content = Path(vocab_file).read_bytes()
+        rules = ModelProto.FromString(content)
+        if type(tokenizer) is LlamaTokenizer and tokenizer.legacy:  # it leaves all to SentencePiece
+            return SentencePieceProcessor(model_proto=content), False
+        prefix = _prefix(tokenizer, plain_text, rules)
+        if prefix is None:
+            return None, False
+        space_first, bare = prefix
+        return SentencePieceProcessor(model_proto=_as_it_stands(content, rules, space_first)), bare
+    except (OSError, RuntimeError, DecodeError):
+        return None, False
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: ModelProto) -> tuple[bool, bool] | None:
+    """True if a space is put before a text, and True if not before one that begins with a space; None if unproven."""
+    if not tokenizer.is_fast:
+        if (
+            type(tokenizer) is not LlamaTokenizer
+            or not plain_spec(rules)
+            or rules.trainer_spec.treat_whitespace_as_suffix
+        ):
+            return None
+        # It encodes its unknown token before a text that begins with a space, and takes that token's pieces off.
+        joined = f"{tokenizer.unk_token[-1:]}▁" in neighbours(rules)
+        return None if joined else (tokenizer.add_prefix_space, False)
+    tables = plain_text.tables
+    if not _same_model(tables["model"], plain_text.hidden, rules):
+        return None
+    normalizer, pre_tokenizer = tables["normalizer"] or {}, tables["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if not pre_tokenizer and steps in ([REPLACE], [PREPEND, REPLACE]):
+        return len(steps) == 2, False
+    scheme = pre_tokenizer.get("prepend_scheme")
+    if steps or pre_tokenizer != {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
+        return None
+    # TextEncoder puts a line end before a text that begins with a space, and takes its ids off.
+    bare = scheme != "never"
+    return None if bare and any("\n" in pair for pair in neighbours(rules)) else (bare, bare)
+
+
+def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto) -> bool:
+    """True if byte-pair encoding by the tables of a fast tokenizer and by SentencePiece gives the same ids.
+
+    Both begin with characters and merge, again and again, the pair that makes the best piece. SentencePiece takes the
+    leftmost of equal pieces, tables the merge that stands first, then the leftmost. It is the same merge: which two
+    symbols make a piece depends on the text of the piece alone, since no merge has crossed its borders before. So it is
+    enough that the pieces have the same ids, that every pair which makes a piece is in the tables, in the order of the
+    pieces' scores, and that no two pieces have the same score.
+    """
+    settings = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if model["type"] != "BPE" or any(model[name] for name in settings) or not model["byte_fallback"]:
+        return False
+    if rules.trainer_spec.model_type != TrainerSpec.BPE or not rules.trainer_spec.byte_fallback:
+        return False
+    pieces = {kind: [piece for piece in rules.pieces if piece.type == kind] for kind in range(1, 7)}
+    scores = {piece.piece: piece.score for piece in pieces[Piece.NORMAL]}
+    others = {piece.piece for kind in (*RESERVED, Piece.BYTE) for piece in pieces[kind]}
+    if (
+        model["vocab"] != {piece.piece: id_ for id_, piece in enumerate(rules.pieces)}
+        or len(scores) + len(others) != len(rules.pieces)
+        or {piece.piece for piece in pieces[Piece.BYTE]} != BYTES
+        or any(map(_is_character, others))
+        or not set("".join(scores)) <= scores.keys()
+    ):
+        return False
+    splits = ((piece[:at], piece[at:]) for piece in scores for at in range(1, len(piece)))
+    expected = {(left, right) for left, right in splits if left in scores and right in scores}
+    merges = _visible_merges(model, hidden)
+    if len(merges) != len(expected) or set(merges) != expected:
+        return False
+    made = ["".join(merge) for merge in merges]
+    in_order = all(scores[first] >= scores[second] for first, second in itertools.pairwise(made))
+    return in_order and len({scores[piece] for piece in made}) == len(set(made))
+
+
+def _as_it_stands(content: bytes, rules: ModelProto, space_first: bool) -> bytes:
+    """A SentencePiece model that encodes text as it stands; `content` itself where it does."""
+    wanted = {
+        "add_dummy_prefix": space_first,
+        "remove_extra_whitespaces": False,
+        "escape_whitespaces": True,
+        "precompiled_charsmap": b"",
+    }
+    other = {name: value for name, value in wanted.items() if getattr(rules.normalizer_spec, name) != value}
+    if not other and not rules.trainer_spec.treat_whitespace_as_suffix:
+        return content
+    for name, value in other.items():
+        setattr(rules.normalizer_spec, name, value)
+    rules.trainer_spec.treat_whitespace_as_suffix = False
+    rules.DiscardUnknownFields()  # its self-test among them, which holds for the model as it was
+    return rules.SerializeToString()

@@ -1,0 +1,144 @@
+"""Reads a data set while training goes on, without preparing it first.
+
+The documents of all slices make one stream of tokens, cut every S tokens: the next document is always of the slice that
+has been read least, in proportion to its size or its weight. Each BUFFER of sequences is then put in a pseudo-random
+order. So there is one global order, as of a prepared data set, whatever the number of ranks. The price is that every
+data-parallel rank reads and tokenizes the whole stream, of which it keeps its share.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from corpus.encoder import TextEncoder
+from corpus.order import Permutation, splitmix64
+from corpus.sources import Document, Source, SourceFile, unusable
+from runtime.console import InputError
+
+
+@dataclass
+class SlicePosition:
+    """Position in a slice: the next row of a file, the file by its place in the epoch's order.
+
+    Attributes:
+        bytes_read: of the slice in this epoch, up to that row.
+        tokens: read from the slice since the beginning of the stream.
+    """
+
+    epoch: int = 0
+    file: int = 0
+    row: int = 0
+    bytes_read: int = 0
+    tokens: int = 0
+
+
+class SliceReader:
+    """The usable documents of a slice without end, its files in another order in every epoch."""
+
+    def __init__(self, files: list[SourceFile], weight: float | None, seed: int, position: SlicePosition):
+        self.files, self.weight, self.seed = files, weight, seed
+        self.size = sum(file.size for file in files)
+        self.position = position
+        self._start_epoch()
+        self._file_start = sum(self._file(number).size for number in range(position.file))  # bytes, in the epoch
+
+    @property
+    def progress(self) -> float:
+        """Progress in the slice relative to the others: the fraction of its bytes, or tokens divided by weight."""
+        if self.weight:
+            return self.position.tokens / self.weight
+        return self.position.epoch + self.position.bytes_read / self.size
+
+    def _start_epoch(self) -> None:
+        self._order = Permutation(len(self.files), self.seed, self.position.epoch)
+        self._documents: Iterator[Document] | None = None
+
+    def _file(self, number: int) -> SourceFile:
+        return self.files[self._order[number]]
+
+    def next_text(self) -> str:
+        """Raises InputError on damaged files, and if a whole epoch has no usable document."""
+        position, start = self.position, self.position.epoch
+        while position.epoch < start + 2:
+            file = self._file(position.file)
+            if self._documents is None:
+                self._documents = file.documents(start_row=position.row)
+            for document in self._documents:
+                position.row += 1
+                position.bytes_read = self._file_start + document.position
+                if not unusable(document.text):
+                    return document.text
+            self._documents = None
+            self._file_start += file.size
+            position.file, position.row, position.bytes_read = position.file + 1, 0, self._file_start
+            if position.file == len(self.files):
+                position.epoch, position.file, position.bytes_read = position.epoch + 1, 0, 0
+                self._file_start = 0
+                self._start_epoch()
+        raise InputError(
+            f"--dataset: the slice {self.files[0].slice} has no usable document; give documents in the column 'text'"
+        )
+
+
+class TokenStream:
+    """Sequences of S tokens from all slices. `state` says where the next one starts, and a new stream goes on there."""
+
+    def __init__(
+        self,
+        source: Source,
+        encoder: TextEncoder,
+        max_length: int,
+        seed: int,
+        weights: dict[str, float] | None = None,
+        state: dict | None = None,
+    ):
+        self.encoder, self.max_length = encoder, max_length
+        by_slice: dict[str, list[SourceFile]] = {}
+        for file in source.files:
+            if not weights or file.slice in weights:
+                by_slice.setdefault(file.slice, []).append(file)
+        state = state or {"slices": {}, "offset": 0}
+        self.readers = {
+            name: SliceReader(
+                by_slice[name],
+                weights[name] if weights else None,
+                splitmix64(splitmix64(seed) ^ number),
+                SlicePosition(**state["slices"].get(name, {})),
+            )
+            for number, name in enumerate(sorted(by_slice))
+        }
+        self._rest = np.empty(0, encoder.dtype)  # of the document that was read last
+        self._before = self._positions()  # where that document was read
+        self._length = 0  # of it
+        if state["offset"]:
+            self._read_document()
+            self._rest = self._rest[state["offset"] :]
+
+    def _positions(self) -> dict[str, dict]:
+        return {name: dict(vars(reader.position)) for name, reader in self.readers.items()}
+
+    @property
+    def state(self) -> dict:
+        """JSON: where each slice stood before the document that the next token is of, and that token's place in it."""
+        if len(self._rest):
+            return {"slices": self._before, "offset": self._length - len(self._rest)}
+        return {"slices": self._positions(), "offset": 0}
+
+    def _read_document(self) -> None:
+        self._before = self._positions()
+        reader = min(self.readers.values(), key=lambda reader: reader.progress)
+        (self._rest,) = self.encoder.encode([reader.next_text()])
+        self._length = len(self._rest)
+        reader.position.tokens += self._length
+
+    def next_sequence(self) -> np.ndarray:
+        """[S], in the encoder's dtype."""
+        pieces, missing = [], self.max_length
+        while missing:
+            if not len(self._rest):
+                self._read_document()
+            pieces.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= len(pieces[-1])
+        return np.concatenate(pieces)

@@ -1,0 +1,165 @@
+"""Tokenizers: loaded from a folder or the hub, and what turns documents into ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaTokenizerFast,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from corpus.plain_text import tables_of
+from runtime import hub
+from runtime.console import InputError, first_line
+
+FRAME = ("bos_token", "eos_token")
+LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or from the Hugging Face hub, as AutoTokenizer does.
+
+    `tokenizer.model` alone is enough: it is read as AutoTokenizer reads it beside the config.json of a LLaMA model.
+    Raises InputError if there is none, if it lacks a BOS or EOS token of its own, or if its ids are random.
+    """
+    if not name_or_path.strip():
+        raise InputError("--tokenizer: it is empty; give a folder or a hub name, or leave the flag out")
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~"))):
+        raise InputError(f"--tokenizer: {name_or_path} does not exist; give a folder with a tokenizer or a hub name")
+    if path.is_dir():
+        hub.refuse_pointers(sorted(path.glob("tokenizer*")), "--tokenizer")
+    else:
+        hub.check_name(name_or_path, "--tokenizer", "a folder with a tokenizer")
+    try:
+        tokenizer = _from_folder(path) if path.is_dir() else _from_hub(name_or_path)
+        if not tokenizer:  # what transformers returns for a damaged tokenizer.model
+            raise ValueError("damaged tokenizer.model")
+    except InputError:
+        raise
+    # tokenizers raises bare Exception on a damaged file.
+    except Exception as error:
+        if path.is_dir() and (problem := _problem_of_settings(path)):
+            raise InputError(f"--tokenizer: {problem}") from error
+        raise InputError(
+            f"--tokenizer: cannot load {name_or_path} ({first_line(error)}); "
+            "give a folder that holds tokenizer.model or tokenizer.json with tokenizer_config.json"
+        ) from error
+    _check(tokenizer, name_or_path)
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    missing = [kind for kind in FRAME if not getattr(tokenizer, kind)]
+    if missing:
+        raise InputError(f"--tokenizer: {name} has no {' and no '.join(missing)}; set it in its tokenizer_config.json")
+    ids, unknown = tokenizer.get_vocab(), _unknown_id(tokenizer)
+    for kind in FRAME:
+        token = getattr(tokenizer, kind)
+        if token not in ids or ids[token] == unknown:
+            problem = "is the unknown token" if token in ids else "is not in its vocabulary"
+            raise InputError(
+                f"--tokenizer: {name} has '{token}' as its {kind}, which {problem}; correct its tokenizer_config.json"
+            )
+    if tokenizer.is_fast and (dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None)):
+        raise InputError(
+            f"--tokenizer: {name} has a dropout of {dropout}, so its ids are random; set it to null in tokenizer.json"
+        )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of text that has no token; None if there is no such text, as in GPT-2's, whatever `unk_token` says."""
+    if not tokenizer.is_fast:
+        return tokenizer.unk_token_id
+    model = tables_of(tokenizer)["model"]
+    return model.get("unk_id", tokenizer.get_vocab().get(model.get("unk_token")))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1, which is more than the number of tokens where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
+    """Refuses a tokenizer that has ids beyond the model's."""
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
+        holes = "" if size == len(tokenizer) else f" (its {len(tokenizer)} tokens have ids up to {size - 1})"
+        raise InputError(
+            f"--tokenizer: its vocabulary of {size}{holes} is larger than the model's of {config.vocab_size}; give the "
+            "model's own tokenizer, or a model with as many embeddings"
+        )
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    settings, has_model = folder / "tokenizer_config.json", (folder / "tokenizer.model").is_file()
+    if not (settings.is_file() or (folder / "tokenizer.json").is_file() or has_model):
+        raise InputError(
+            f"--tokenizer: {folder} holds neither tokenizer.model nor tokenizer.json; give a folder with one"
+        )
+    if has_model and not settings.is_file() and not (folder / "config.json").is_file():
+        return LlamaTokenizerFast.from_pretrained(folder, legacy=True)
+    return _load(str(folder))
+
+
+def _load(name: str, **choice: Any) -> PreTrainedTokenizerBase:
+    """Loads what AutoTokenizer loads, and what transformers 5 has saved."""
+    content = get_tokenizer_config(name, **choice)
+    # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
+    loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": False, **choice}
+    if isinstance(extra := content.get("extra_special_tokens"), list):
+        options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+    return loader.from_pretrained(name, **options)
+
+
+def _problem_of_settings(folder: Path) -> str | None:
+    """Names the setting of a folder that keeps transformers from loading it, and the remedy."""
+    settings = folder / "tokenizer_config.json"
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        values = {kind: content.get(kind, kind) for kind in FRAME}
+    except (OSError, ValueError, AttributeError):
+        return None
+    empty = [kind for kind, value in values.items() if not (value.get("content") if isinstance(value, dict) else value)]
+    if empty:
+        return f"{settings} leaves {' and '.join(empty)} empty; set it to the token in the vocabulary"
+    if not content.get("tokenizer_class") and not (folder / "config.json").is_file():
+        return f"{settings} names no tokenizer_class; set it, as PreTrainedTokenizerFast for tokenizer.json alone"
+    if content.get("add_prefix_space") is not None and not (folder / "tokenizer.model").exists():
+        return f"{settings} sets add_prefix_space, which needs tokenizer.model beside it; add it or remove the setting"
+    return None
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
+    name, revision = hub.split_revision(name)
+    choice = {"revision": revision or "main"}
+    try:
+        return _load(name, local_files_only=True, **choice)
+    except (OSError, ValueError):
+        hub.check_cache(name, "--tokenizer")
+        _check_hub_has(name, revision)
+        return _load(name, **choice)
+
+
+def _check_hub_has(name: str, revision: str | None) -> None:
+    """Fails at once where from_pretrained would go on retrying for most of a minute."""
+    try:
+        HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"--tokenizer: {name} is no folder, and the hub refuses it ({hub.status_of(error)}); check the name"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"--tokenizer: {name} is no folder, is not in the hub's cache on this machine, and the hub cannot be "
+            "reached; give a folder that holds tokenizer.model"
+        ) from error

@@ -1,0 +1,108 @@
+"""Joining and leaving the process group, and the extensions that a node compiles once."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from colossalai import launch as colossalai_launch
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.kernel.extensions.base_extension import _Extension
+from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
+from colossalai.logging import get_dist_logger
+
+from engine import cpu
+from runtime import ranks
+from runtime.console import InputError, local_rank, rank, say, world_size
+from runtime.files import exclusive_lock
+
+
+def launch_problems() -> list[str]:
+    """Return one line where the environment does not describe a rank, or a GPU for it; see ranks.launch_problems."""
+    gpus = torch.cuda.device_count()
+    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu() < gpus:
+        return problems
+    return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
+
+
+def gpu() -> int:
+    """Return the index of this rank's GPU among those that it sees, be it that each rank was given one."""
+    return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1 else local_rank()
+
+
+def launch(seed: int) -> None:
+    """Join the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank.
+
+    Raises:
+        InputError: see launch_problems and ranks.assemble.
+        RunError: a rank is gone.
+    """
+    if problems := launch_problems():
+        raise InputError(*problems)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        # torchrun sets one thread, and Adam on the host has to have its share of the cores.
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    else:
+        cpu.install()
+    get_dist_logger().set_level("ERROR")  # what it warns of are our defaults
+    own = str(torch.cuda.get_device_properties(gpu()).uuid) if torch.cuda.is_available() else ""
+    ranks.assemble(own)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    colossalai_launch(rank(), world_size(), address, port, local_rank=gpu(), seed=seed, verbose=False)
+
+
+KERNELS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}
+
+
+def missing_kernels() -> list[str]:
+    """Those of ColossalAI's C++ and CUDA extensions for Adam that are neither installed nor compiled on this node."""
+    folder = Path(_Extension.get_jit_extension_folder_path())
+    return [
+        name
+        for name in KERNELS
+        if importlib.util.find_spec(f"colossalai._C.{name}") is None and not (folder / f"{name}.so").exists()
+    ]
+
+
+def compile_kernels() -> None:
+    """Loads ColossalAI's extensions for Adam, compiling those that are missing, one process of a node at a time.
+
+    Two builds at once, or the lock that a killed build left behind, would break or block every rank.
+    """
+    folder = Path(_Extension.get_jit_extension_folder_path())
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder / "build.lock", "another process compiles ColossalAI's extensions; waiting for it"):
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
+        for name in missing_kernels():
+            say(f"building ColossalAI's extension {name}: the first time only, about a minute")
+        for loader in KERNELS.values():
+            with contextlib.redirect_stdout(io.StringIO()):
+                loader().load()
+
+
+def build_kernels() -> None:
+    """Has one rank of each node compile what is missing there, the others waiting."""
+    if not torch.cuda.is_available():
+        return
+    if local_rank() == 0:
+        compile_kernels()
+    dist.barrier(device_ids=[torch.cuda.current_device()])
+
+
+def shut_down(plugin: Plugin) -> None:
+    """Leaves the process groups in order; the plugin's own destructor runs too late, when torch is half unloaded."""
+    if mesh := getattr(plugin, "pg_mesh", None):
+        mesh.destroy_mesh_process_groups()
+        mesh.destroy_mesh_process_groups = lambda: None
+    dist.destroy_process_group()

@@ -1,0 +1,254 @@
+"""Views of each parameter's float32 master weight and Adam moments, as slices of the full tensor, under any plugin.
+
+A parameter is split by tensor parallelism along one dimension; what is left, flattened, is split by ZeRO or Gemini into
+one contiguous range a rank. `local_shards` describes this rank's part under any plugin in these two terms, so that
+initialising, saving and loading are written once, against full tensors in Hugging Face's layout.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.tensor.d_tensor import get_global_shape, get_sharding_spec, is_distributed_tensor
+from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
+from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
+from torch.distributed import ProcessGroup
+from transformers import LlamaConfig
+
+from model_utils import ParameterSpec, initial_weight, plain_name
+from runtime.collectives import gather
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class LocalShard:
+    """This rank's part of one parameter.
+
+    Attributes:
+        spec: name and full shape.
+        split_dim: the dimension that tensor parallelism splits, or None.
+        tp_group: the ranks among which it splits it, or None.
+        data_group: the ranks whose data differ; each holds a range of the flattened tensor-parallel part, or all of it.
+        replicated: whether each of data_group holds all of it.
+        start, stop: this rank's range; empty where it holds nothing.
+        storage: the optimizer's own float32 tensor, [stop - start] or longer by padding.
+        adam_state: the optimizer's own state of it, `step` and tensors like `storage`; empty before the first step.
+    """
+
+    spec: ParameterSpec
+    split_dim: int | None
+    tp_group: ProcessGroup | None
+    data_group: ProcessGroup
+    replicated: bool
+    start: int
+    stop: int
+    storage: torch.Tensor
+    adam_state: dict
+
+    @property
+    def tp_size(self) -> int:
+        return 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
+
+    @property
+    def tp_rank(self) -> int:
+        return 0 if self.tp_group is None else dist.get_rank(self.tp_group)
+
+    @property
+    def tp_shape(self) -> torch.Size:
+        """Shape of the tensor-parallel part that this rank shares in."""
+        shape = list(self.spec.shape)
+        if self.split_dim is not None:
+            shape[self.split_dim] //= self.tp_size
+        return torch.Size(shape)
+
+    def is_writer(self, writer: int) -> bool:
+        """Return True on the rank that is 0 in tp_group and, modulo its size, `writer` in data_group."""
+        return self.tp_rank == 0 and dist.get_rank(self.data_group) == writer % dist.get_world_size(self.data_group)
+
+    @property
+    def gathers_on_gpu(self) -> bool:
+        """True if `gather` returns a GPU tensor (NCCL needs one, even for offloaded states)."""
+        return self.storage.is_cuda or (torch.cuda.is_available() and dist.get_world_size(self.data_group) > 1)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The master weight or a moment of this rank's range, flat; a view of the optimizer's storage."""
+        whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))
+        return whole.view(-1)[: self.stop - self.start]
+
+    def read(self, full: Any) -> torch.Tensor:
+        """This rank's range, flat, of a full tensor, or of a safetensors slice, of which it reads only its own rows."""
+        shape = self.tp_shape
+        row_size = math.prod(shape[1:])
+        first, last = self.start // row_size, -(-self.stop // row_size)
+        offset = 0 if self.split_dim is None else self.tp_rank * shape[self.split_dim]
+        if self.split_dim == 1:
+            rows = full[first:last, offset : offset + shape[1]]
+        else:
+            rows = full[offset + first : offset + last]
+        return rows.reshape(-1)[self.start - first * row_size : self.stop - first * row_size]
+
+    def gather(self, key: str, writer: int) -> torch.Tensor | None:
+        """The full tensor on the rank that `is_writer` names, None on the others.
+
+        Collective over the ranks that share the parameter. It may be the optimizer's own storage; what is not takes one
+        tensor at a time of device memory.
+        """
+        part = self.tensor(key)
+        writer %= dist.get_world_size(self.data_group)
+        if not self.replicated and dist.get_world_size(self.data_group) > 1:
+            whole = torch.zeros(self.tp_shape.numel(), dtype=part.dtype, device=get_accelerator().get_current_device())
+            whole[self.start : self.stop] = part
+            dist.reduce(whole, dist.get_global_rank(self.data_group, writer), group=self.data_group)
+            part = whole
+        if dist.get_rank(self.data_group) != writer:
+            return None
+        part = part.view(self.tp_shape)
+        is_writer = self.tp_rank == 0
+        if self.split_dim is None or self.tp_group is None:
+            return part if is_writer else None
+        parts = [torch.empty_like(part) for _ in range(self.tp_size)] if is_writer else None
+        dist.gather(part.contiguous(), parts, dist.get_global_rank(self.tp_group, 0), group=self.tp_group)
+        return torch.cat(parts, dim=self.split_dim) if parts else None
+
+
+def _gemini_part(optimizer: GeminiOptimizer, number: int) -> tuple[int, int, torch.Tensor, dict]:
+    owner = optimizer.id_to_fake_params.get(number)
+    if owner is None:
+        return 0, 0, torch.empty(0), {}
+    _, start, size = optimizer.get_offsets(number)
+    begin, end = optimizer.param_to_range[owner]
+    storage = optimizer.param_to_chunk16[owner].paired_chunk.payload[begin:end]
+    return start, start + size, storage, optimizer.optim.state[owner]
+
+
+def _zero_part(optimizer: LowLevelZeroOptimizer, parameter: torch.nn.Parameter) -> tuple[int, int, torch.Tensor, dict]:
+    storage = optimizer.working_to_master_param[id(parameter)]
+    start = min(dist.get_rank(optimizer.param_to_pg[parameter]) * storage.numel(), parameter.numel())
+    stop = min(start + storage.numel(), parameter.numel())
+    return start, stop, storage, optimizer.optim.state[storage]
+
+
+def _replicated_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> tuple[int, int, torch.Tensor, dict]:
+    mixed = isinstance(optimizer, MixedPrecisionOptimizer)
+    owner = optimizer.working_to_master_map[parameter] if mixed else parameter
+    return 0, parameter.numel(), owner.data, optimizer.optim.state[owner]
+
+
+def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[LocalShard]:
+    """This rank's part of every trained parameter of its stage, in the model's order, the same on all ranks of it."""
+    if isinstance(optimizer, GeminiOptimizer):
+        numbers = {id(parameter): number for number, parameter in optimizer.id_to_real_params.items()}
+
+    shards = []
+    for name, parameter in model.unwrap(unwrap_peft=False).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        split_dim, shape = None, parameter.shape
+        if is_distributed_tensor(parameter):
+            (split_dim,) = get_sharding_spec(parameter).dim_partition_dict
+            shape = get_global_shape(parameter)
+        replicated = False
+        if isinstance(optimizer, GeminiOptimizer):
+            start, stop, storage, adam_state = _gemini_part(optimizer, numbers[id(parameter)])
+            replicated = optimizer.chunk_manager.get_chunk(parameter).keep_gathered
+        elif isinstance(optimizer, LowLevelZeroOptimizer):
+            start, stop, storage, adam_state = _zero_part(optimizer, parameter)
+        else:
+            start, stop, storage, adam_state = _replicated_part(optimizer, parameter)
+            replicated = True
+        shards.append(
+            LocalShard(
+                spec=ParameterSpec(plain_name(name), torch.Size(shape)),
+                split_dim=split_dim,
+                tp_group=getattr(plugin, "tp_group", None),
+                data_group=getattr(plugin, "mixed_dp_group", dist.group.WORLD),  # type: ignore[arg-type]  # there is one
+                replicated=replicated,
+                start=start,
+                stop=stop,
+                storage=storage,
+                adam_state=adam_state,
+            )
+        )
+    return shards
+
+
+def frozen_parameters(model: ModelWrapper) -> dict[str, torch.nn.Parameter]:
+    """The parameters of this rank's pipeline stage that are not trained, by name, each whole."""
+    parameters = model.unwrap(unwrap_peft=False).named_parameters()
+    return {plain_name(name): parameter for name, parameter in parameters if not parameter.requires_grad}
+
+
+def update_working_weights(optimizer: OptimizerWrapper) -> None:
+    """Sets the weights that the model computes with from the master weights, as an optimizer step does at its end."""
+    if isinstance(optimizer, GeminiOptimizer):
+        for chunk in optimizer.chunk16_set:
+            chunk.optim_update()
+    elif isinstance(optimizer, LowLevelZeroOptimizer):
+        device = get_accelerator().get_current_device()
+        for working, padded in optimizer._working_param_to_padded_working_param.items():
+            master = optimizer.working_to_master_param[id(working)]
+            all_gather_into_flat_tensor_nd(padded, master.to(device, working.dtype), optimizer.param_to_pg[working])
+    elif isinstance(optimizer, MixedPrecisionOptimizer):
+        for working, master in optimizer.working_to_master_map.items():
+            working.data.copy_(master)
+
+
+@torch.no_grad()
+def initialize_weights(
+    plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig, seed: int
+) -> None:
+    """Sets every weight to `initial_weight`, each rank its own part."""
+    device = torch.device(get_accelerator().get_current_device())
+    for shard in local_shards(plugin, model, optimizer):
+        if shard.start < shard.stop:
+            shard.tensor(MASTER).copy_(shard.read(initial_weight(shard.spec, config, seed, device)))
+    update_working_weights(optimizer)
+
+
+@torch.no_grad()
+def restore(
+    plugin: Plugin,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    read: Callable[[str, str], torch.Tensor],
+    adam_steps: int,
+) -> None:
+    """Sets master weights and Adam moments, each rank its own part.
+
+    Args:
+        read: gives the full tensor, or a lazy slice of it, for a parameter's name and MASTER or one of MOMENTS.
+        adam_steps: number of updates that the moments have seen, for Adam's bias correction; none are read if it is 0.
+    """
+    for shard in local_shards(plugin, model, optimizer):
+        empty = shard.start >= shard.stop  # the optimizer may still update its padding, and count the steps by it
+        if not empty:
+            shard.tensor(MASTER).copy_(shard.read(read(shard.spec.name, MASTER)))
+        if adam_steps == 0:
+            continue
+        shard.adam_state["step"] = adam_steps
+        for key in MOMENTS:
+            shard.adam_state[key] = torch.zeros_like(shard.storage)
+            if not empty:
+                shard.tensor(key).copy_(shard.read(read(shard.spec.name, key)))
+    update_working_weights(optimizer)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor without NaN and infinity, at no cost of memory."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def first_not_finite(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> str | None:
+    """The first parameter that has a NaN or an infinity in its master weights, on any rank. Collective."""
+    shards = local_shards(plugin, model, optimizer)
+    own = next((shard.spec.name for shard in shards if not is_finite(shard.tensor(MASTER))), None)
+    return next(filter(None, gather(own)), None)

@@ -1,0 +1,194 @@
+"""One optimizer step: the loss over tokens, forward and backward under any plugin, clipping and update."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
+from colossalai.booster import Booster
+from colossalai.booster.plugin import GeminiPlugin
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
+from colossalai.shardformer.layer import cross_entropy_1d
+
+from attn import document_boundaries
+from engine import compilation, update
+from engine.compilation import Fusion
+from model_utils import IGNORE_INDEX
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:
+    """Cross-entropy of the next token, in float32, summed over the labels that count.
+
+    Args:
+        logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
+        labels: [B, S], unshifted and whole; IGNORE_INDEX does not count.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    shard_config = getattr(plugin, "shard_config", None)
+    if shard_config is not None and shard_config.enable_sequence_parallelism:
+        group = shard_config.sequence_parallel_process_group
+        targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
+    # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
+    # place: the gradient would lose its scale.
+    logits = compilation.plain(logits)
+    tp_group = None
+    if shard_config is not None and shard_config.enable_tensor_parallelism:
+        tp_group = shard_config.tensor_parallel_process_group
+    if tp_group is not None or compilation.fusion is Fusion.NONE:
+        logits = logits.float()  # and let go of the others
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    if tp_group is not None:
+        return cross_entropy_1d(
+            logits, targets, process_group=tp_group, vocab_size=None, dtype=torch.float32, mode="sum"
+        )
+    return compilation.summed_cross_entropy(logits, targets)
+
+
+def gradient_ranks(plugin: Plugin) -> int:
+    """Over how many ranks the plugin averages gradients: data-parallel times sequence-parallel peers."""
+    if isinstance(plugin, GeminiPlugin):
+        return plugin.dp_size
+    return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
+
+
+def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model is called with, from a batch on the host."""
+    inputs = {"input_ids": batch["input_ids"]}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"]
+        inputs["attention_mask"] = document_boundaries(batch["position_ids"])
+    return inputs
+
+
+def _loss_of(model: ModelWrapper, batch: dict[str, torch.Tensor], plugin: Plugin) -> torch.Tensor:
+    device = get_accelerator().get_current_device()
+    labels = batch["labels"].to(device, non_blocking=True)
+    inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
+    return token_loss(model(**inputs).logits, labels, plugin)
+
+
+def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All batches in one, padded on the right to the longest of them."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def joined(name: str, filler: int) -> torch.Tensor:
+        return torch.cat([F.pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in batches])
+
+    fillers = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
+    return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
+
+
+def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
+    """Has an interleaved schedule forget what stages told each other of tensors unlike those of this batch.
+
+    Once it has evaluated it would refuse a batch of another size. With its cache off, so that lengths may vary, a stage
+    that has just ended the last range of layers would not say what it sends next, and the next one wait for it.
+    """
+    if not isinstance(schedule, InterleavedSchedule):
+        return
+    kind = (batch["input_ids"].shape, torch.is_grad_enabled())
+    if kind == getattr(schedule, "kind_of_batch", None):
+        return
+    schedule.kind_of_batch = kind
+    schedule.num_microbatch, schedule.last_batch_size = None, len(batch["input_ids"])
+    schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
+    schedule.send_tensor_metadata = schedule.send_grad_metadata = True
+
+
+def _pipeline_loss(
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper | None,
+    micro_batches: list[dict[str, torch.Tensor]],
+    scale: float,
+) -> torch.Tensor:
+    """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
+    plugin = booster.plugin
+    batch = _as_one(micro_batches)
+    _begin_batch(plugin.scheduler, batch)
+    # Under the name `labels` the model would compute a loss of its own beside the criterion's.
+    inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
+    microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
+
+    def criterion(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # The schedule divides by the number of microbatches.
+        return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
+
+    loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer, return_loss=True)["loss"]
+    return torch.zeros((), device=get_accelerator().get_current_device()) if loss is None else loss.detach()
+
+
+def forward_backward(
+    booster: Booster,
+    model: ModelWrapper,
+    optimizer: OptimizerWrapper,
+    micro_batches: list[dict[str, torch.Tensor]],
+    label_tokens: int,
+) -> torch.Tensor:
+    """Accumulates the gradient of the mean loss over one optimizer step's tokens.
+
+    Args:
+        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S], and where several
+            documents share a sequence `position_ids`, [B, S], which restart at 0 with each (see attn.py).
+        label_tokens: labels that count in the whole step, over all ranks and micro-batches. The loss is the sum over
+            tokens divided by this one number, so no layout and no accumulation changes it.
+
+    Returns:
+        This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
+    """
+    plugin = booster.plugin
+    scale = gradient_ranks(plugin) / label_tokens
+
+    if getattr(plugin, "enable_pipeline_parallelism", False):
+        return _pipeline_loss(booster, model, optimizer, micro_batches, scale) / scale
+
+    total = torch.zeros((), device=get_accelerator().get_current_device())
+    can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
+    for index, micro in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        deferred = contextlib.nullcontext() if last or not can_defer else booster.no_sync(model, optimizer)
+        with deferred:
+            loss = _loss_of(model, micro, plugin)
+            booster.backward(loss * scale, optimizer)
+        total += loss.detach()
+    return total
+
+
+def forward_loss(booster: Booster, model: ModelWrapper, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """This rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
+    with torch.no_grad():
+        if not getattr(booster.plugin, "enable_pipeline_parallelism", False):
+            return _loss_of(model, batch, booster.plugin)
+        with model.no_sync():  # else the plugin would exchange gradients, of which there are none
+            return _pipeline_loss(booster, model, None, [batch], 1.0)
+
+
+def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
+    """The optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
+    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # one name a plugin
+        mixin = getattr(optimizer, name, None)
+        if isinstance(mixin, FP16MixedPrecisionMixin):
+            return mixin
+    return None
+
+
+def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[float, bool]:
+    """Clips and updates; returns the gradient norm before clipping and whether fp16 overflowed, skipping the update."""
+    scaler = loss_scaler(optimizer)
+    scale = scaler.loss_scale if scaler else 1.0
+    if update.supports(optimizer):
+        update.update(optimizer)
+    else:
+        optimizer.step()
+    skipped = bool(scaler.found_overflow.item()) if scaler else False
+    if skipped and hasattr(model, "chunk_manager"):
+        # Gemini leaves this on after a skipped step, and would add the next gradients to the overflowed ones.
+        model.chunk_manager.accumulating_grads = False
+    optimizer.zero_grad()
+    return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped

@@ -1,0 +1,99 @@
+"""Throughput of a run: tokens a second, TFLOPS a GPU, and MFU where the device's peak is known."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from colossalai.accelerator import get_accelerator
+from transformers import LlamaConfig
+
+from model_utils import count_parameters, model_flops_per_token
+from planning.cards import peak_tflops
+
+
+@dataclass(frozen=True)
+class Throughput:
+    tokens_per_second: float  # over all GPUs
+    tflops: float  # model TFLOPS of one GPU
+    mfu: float | None  # fraction of the device's peak
+
+
+class PerformanceEvaluator:
+    """Measures from one call of `lap` to the next. The caller synchronises the device first."""
+
+    def __init__(self, config: LlamaConfig, seq_length: int, gpus: int, device_name: str):
+        self.flops_per_token = model_flops_per_token(config, seq_length)
+        self.gpus = gpus
+        self.peak = peak_tflops(device_name)
+        self.last = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leaves what happened since the last lap, such as a checkpoint, out of the next one."""
+        self.last = time.perf_counter()
+
+    def lap(self, tokens: int) -> Throughput:
+        """Throughput over `tokens` of all GPUs since the last lap."""
+        now = time.perf_counter()
+        tokens_per_second = tokens / (now - self.last)
+        self.last = now
+        tflops = tokens_per_second * self.flops_per_token / self.gpus / 1e12
+        return Throughput(tokens_per_second, tflops, tflops / self.peak if self.peak else None)
+
+
+class StepTimer:
+    """Seconds of each step, from when the device has done what came before it to when it has done the step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        accelerator = get_accelerator()
+        accelerator.synchronize()
+        start = time.perf_counter()
+        yield
+        accelerator.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def benchmark_figures(
+    config: LlamaConfig,
+    step_seconds: list[float],
+    sequences: int,
+    seq_length: int,
+    gpus: int,
+    recomputation: float,
+    device_name: str,
+) -> dict[str, float | list[float] | None]:
+    """What a benchmark reports of its steps; throughput over their sum, as one that trains on would see it.
+
+    Args:
+        sequences: in a step, over all data-parallel ranks.
+        recomputation: share of the layers whose forward pass the backward pass repeats.
+
+    Returns:
+        Among others `tflops_per_gpu`, by the count of ColossalAI's published figures (8 x parameters x tokens with
+        recomputation, 6 without, attention left out; in between for a share of the layers), and `model_tflops_per_gpu`
+        and `mfu` by that of `model_flops_per_token`.
+    """
+    mean = statistics.fmean(step_seconds)
+    samples_per_second = sequences / mean
+    tokens_per_second = samples_per_second * seq_length
+    counted = (6 + 2 * recomputation) * count_parameters(config)
+    model_tflops = tokens_per_second * model_flops_per_token(config, seq_length) / gpus / 1e12
+    peak = peak_tflops(device_name)
+    return {
+        "step_seconds": step_seconds,
+        "step_seconds_mean": mean,
+        "step_seconds_median": statistics.median(step_seconds),
+        "step_seconds_p10": float(np.percentile(step_seconds, 10)),
+        "step_seconds_p90": float(np.percentile(step_seconds, 90)),
+        "samples_per_second": samples_per_second,
+        "tokens_per_second": tokens_per_second,
+        "tflops_per_gpu": tokens_per_second * counted / gpus / 1e12,
+        "model_tflops_per_gpu": model_tflops,
+        "mfu": model_tflops / peak if peak else None,
+    }

@@ -1,0 +1,303 @@
+"""benchmark.py: its flags, its arithmetic, and every plugin in two processes on the CPU."""
+
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from colossalai.legacy.utils import memory
+
+import benchmark
+from data_utils import RandomDataset
+from engine.layout import Layout, resolve_layout
+from launching import ROOT, Run
+from model_utils import load_config
+from planning import throughput
+from planning.throughput import StepTimer, benchmark_figures
+from runtime.console import InputError
+
+CLOSING_LINE = re.compile(
+    r"max memory usage:  (\d+\.\d\d) MB, throughput:  (\d+\.\d\d) samples/s, TFLOPS/GPU:  (\d+\.\d\d)"
+)
+GRAD_NORM = 1.162  # of the third step, in all layouts
+TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # of two processes; the same global batch as two data-parallel ones
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_defaults():
+    defaults = {
+        "config": "7b",
+        "plugin": "gemini",
+        "batch_size": 2,
+        "max_length": 4096,
+        "num_steps": 5,
+        "ignore_steps": 2,
+        "gradient_checkpoint": False,
+        "flash_attention": False,
+        "mixed_precision": "bf16",
+        "warmup_ratio": 0.8,
+        "memory_limit": None,
+        "shard_param_frac": 1.0,
+        "offload_optim_frac": 0.0,
+        "offload_param_frac": 0.0,
+        "extra_dp": 1,
+        "microbatch_size": 1,
+        "gradient_clipping": 1.0,
+    }
+    args = vars(benchmark.parse_args([]))
+    assert {name: args[name] for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("-s 9", "num_steps", 9),
+        ("-i 1", "ignore_steps", 1),
+        ("-x", "flash_attention", True),
+        ("--xformers", "flash_attention", True),
+        ("-a", "flash_attention", True),
+        ("-g", "gradient_checkpoint", True),
+        ("-w 0.5", "warmup_ratio", 0.5),
+        ("-m 20000", "memory_limit", 20000),
+        ("--mbs 4", "microbatch_size", 4),
+        ("--zero 1", "zero", 1),
+    ],
+)
+def test_flag(flags, name, value):
+    assert getattr(benchmark.parse_args(flags.split()), name) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("-s 2", "--num_steps: 2 leaves no step to count after --ignore_steps 2"),
+        ("--shard_param_frac 2", "--shard_param_frac: 2.0 is not between 0 and 1"),
+        ("--warmup_ratio -0.1", "--warmup_ratio: -0.1 is not between 0 and 1"),
+        ("--json /nowhere/file.json", "--json: there is no folder /nowhere"),
+        ("--json /", "--json: / is a folder; give a file"),
+        ("-p fsdp --tp 2", "--tp: takes effect with -p"),
+        ("-w 0.5", "--warmup_ratio: takes effect with -p gemini_auto alone, not with -p gemini"),
+        ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect with -p gemini alone"),
+        ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect with -p gemini alone"),
+        ("--offload_param_frac 1", "--offload_param_frac: takes effect where all weights are sharded"),
+        ("-p zero2 --extra_dp 2", "--extra_dp: takes effect with -p gemini alone, not with -p zero2"),
+        ("-p gemini --tp 3", "--tp/--extra_dp: 3 x 1 = 3 does not divide the 8 ranks"),
+        ("-p gemini --tp 2 --extra_dp 8", "2 x 8 = 16 does not divide the 8 ranks"),
+        ("-p gemini --pp 2", "--pp: takes effect with -p hybrid_parallel alone, not with -p gemini"),
+        ("-p gemini --mixed_precision fp32", "--mixed_precision: gemini trains in fp16 or bf16 alone"),
+        ("-l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_rank_0):
+    become_rank_0(8)
+    with pytest.raises(InputError, match=re.escape(message)):
+        benchmark.check_args(benchmark.parse_args(["--dry_run", *flags.split()]), load_config("7b"))
+
+
+@pytest.mark.parametrize(("megabytes", "capacity"), [(20_000, 20_000 * 2**20), (10**9, 80 * 10**9)])
+def test_memory_limit_binds_torch_and_is_what_gemini_plans_with(monkeypatch, megabytes, capacity):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    device = Namespace(get_current_device=lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(benchmark, "get_accelerator", lambda: device)
+    monkeypatch.setattr(memory, "get_accelerator", lambda: device)
+    monkeypatch.setattr(memory, "_GLOBAL_CUDA_MEM_FRACTION", 1.0)
+    benchmark.limit_memory(megabytes)
+    assert fractions == [pytest.approx(capacity / (80 * 10**9))]
+    assert memory.colo_device_memory_capacity(torch.device("cuda", 0)) == pytest.approx(capacity)
+
+
+def test_memory_limit_without_a_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.limit_memory(20_000)
+    assert capsys.readouterr().out == "--memory_limit: there is no GPU whose memory it would limit\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [
+        ("-p zero2", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=2)),
+        ("-p fsdp_cpu", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
+        ("-p gemini", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
+        ("-p gemini --tp 4", Layout(tp=4, pp=1, sp=1, dp=4, zero_stage=3)),
+        ("-p gemini_auto --tp 2 --extra_dp 4", Layout(tp=2, pp=1, sp=1, dp=8, zero_stage=3, extra_dp=4)),
+        ("-p 3d", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=0)),
+        ("-p 3d --tp 4 --pp 2 --zero 1", Layout(tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
+        ("-p 3d --sp 4 --tp 2", Layout(tp=2, pp=1, sp=4, dp=2, zero_stage=0)),
+        ("-p 3d_cpu --tp 8", Layout(tp=8, pp=1, sp=1, dp=2, zero_stage=1)),
+        ("-p hybrid_parallel", Layout(tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
+    ],
+)
+def test_samples_are_those_of_data_parallel_ranks(flags, layout, become_rank_0):
+    become_rank_0(16)
+    assert resolve_layout(benchmark.parse_args(flags.split()), load_config("7b")) == layout
+    assert layout.ranks == 16
+
+
+def test_published_figures():
+    """ColossalAI's reference point: 7B on 32 A800, batch 16 each, recomputing; 53.7% of the peak, 40.2% without."""
+    sequences = 16 * 32
+    seconds = sequences / 24.26
+    figures = benchmark_figures(load_config("7b"), [seconds], sequences, 4096, 32, True, "NVIDIA A800-SXM4-80GB")
+    assert figures["samples_per_second"] == pytest.approx(24.26)
+    assert figures["tflops_per_gpu"] == pytest.approx(167.43, abs=0.05)
+    assert figures["tflops_per_gpu"] / 312 == pytest.approx(0.537, abs=5e-4)
+    without = benchmark_figures(load_config("7b"), [seconds], sequences, 4096, 32, False, "NVIDIA A800-SXM4-80GB")
+    assert without["tflops_per_gpu"] / 312 == pytest.approx(0.402, abs=5e-4)
+    # attention: 12 x 32 layers x 4096 x 4096, in FLOPs a token; the input embedding left out
+    flops = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+    assert figures["mfu"] == without["mfu"] == pytest.approx(24.26 * 4096 * flops / 32 / 312e12)
+
+
+def test_step_times():
+    seconds = [1.0, 2.0, 3.0, 4.0, 10.0]
+    figures = benchmark_figures(load_config("test"), seconds, 8, 64, 2, False, "cpu")
+    assert (figures["step_seconds_median"], figures["step_seconds_mean"]) == (3.0, 4.0)
+    assert (figures["step_seconds_p10"], figures["step_seconds_p90"]) == (pytest.approx(1.4), pytest.approx(7.6))
+    assert (figures["samples_per_second"], figures["tokens_per_second"]) == (2.0, 128.0)
+    assert figures["mfu"] is None
+
+
+class Device:
+    """A device that works on after its calls have returned, and a clock."""
+
+    now = 0.0
+    pending = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def synchronize(self) -> None:
+        self.now, self.pending = self.now + self.pending, 0.0
+
+
+def test_a_step_is_timed_to_the_end_of_its_work_and_not_of_what_came_before(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(throughput, "get_accelerator", lambda: device)
+    monkeypatch.setattr(throughput.time, "perf_counter", device.perf_counter)
+    timer = StepTimer()
+    for work in (2.0, 3.0):
+        device.pending += 100.0
+        with timer.step():
+            device.now += 0.5
+            device.pending += work
+    assert timer.seconds == [2.5, 3.5]
+
+
+def test_random_sequences_are_a_function_of_seed_and_position():
+    dataset = RandomDataset(num_sequences=8, max_length=512, vocab_size=10, seed=1)
+    assert len(dataset) == 8
+    assert dataset[3]["input_ids"].shape == (512,)
+    assert set(dataset[3]["input_ids"].tolist()) == set(range(10))
+    assert torch.equal(dataset[3]["input_ids"], dataset[3]["labels"])
+    assert torch.equal(dataset[3]["input_ids"], RandomDataset(8, 512, 10, 1)[3]["input_ids"])
+    others = [dataset[4], RandomDataset(8, 512, 10, 2)[3]]
+    assert not any(torch.equal(dataset[3]["input_ids"], other["input_ids"]) for other in others)
+
+
+# ------------------------------------------------------------------------------------------------------------- in work
+
+
+def test_the_benchmark_does_without_training():
+    program = "import sys, benchmark; print({'train_utils', 'checkpoint_utils'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+OUT_OF_MEMORY = """\
+import benchmark, console, torch
+def allocate(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee documentation")
+benchmark.{where} = allocate
+console.run(benchmark.main, "benchmark.py")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "flags", "remedies"),
+    [
+        ("boost", "-p zero2 -b 4", "-a, -g, -b 2, -p zero2_cpu, -p gemini_auto, 2 GPUs"),
+        ("train_step", "-p gemini_auto -b 1 -g -a -m 900", "a larger --memory_limit, 2 GPUs"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_path):
+    program = OUT_OF_MEMORY.format(where=where)
+    with Run([sys.executable, "-c", program, "-c", "test", "-l", 64, *flags.split()], tmp_path) as run:
+        assert run.wait() == 1
+    (line,) = run.stderr.splitlines()
+    pattern = (
+        rf"benchmark.py: out of GPU memory after \d+\.\d\d MB at the peak; what helps: {remedies}; --dry_run shows .*"
+    )
+    assert re.fullmatch(pattern, line)
+
+
+@pytest.mark.parametrize("plugin", ["3d_cpu", "3d --zero 1"])
+def test_nothing_is_said_of_what_was_asked_for(plugin, tmp_path):
+    """ColossalAI warns of ZeRO on one rank."""
+    small = f"-c test -l 64 -s 2 -i 1 -p {plugin}"
+    with Run([sys.executable, ROOT / "benchmark.py", *small.split()], tmp_path) as run:
+        assert run.wait() == 0
+    assert "WARNING" not in run.output()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "flags"),
+    [
+        ("zero2", ("--profile", "traces")),
+        ("zero2_cpu", ()),
+        ("gemini", TENSOR_PARALLEL),
+        ("gemini", (*TENSOR_PARALLEL, "-g")),
+        ("gemini", ("--extra_dp", "2", "-g")),
+        ("fsdp", ("-g",)),
+        ("fsdp_cpu", ()),
+        ("3d", ("--pp", "2", "-b", "4", "--mbs", "2", "-g")),
+        ("3d_cpu", ()),
+        ("3d", ("--pp", "2", "-b", "4", "--pp_style", "interleaved")),
+        ("hybrid_parallel", TENSOR_PARALLEL),
+    ],
+)
+def test_two_processes(plugin, flags, tmp_path):
+    """All of them train one model on the same global batch, so that all have the same loss and gradient norm."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    small = ["-c", "test", "-l", 64, "-b", 2, "-s", 3, "-i", 1, "-a", "-p", plugin, "--json", "result.json"]
+    with Run([*launcher, ROOT / "benchmark.py", *small, *flags], tmp_path, cwd=tmp_path) as run:
+        run.wait()
+    assert run.returncode == 0, run.output()
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["loss"] == pytest.approx(6.9602, abs=3e-4)
+    assert result["grad_norm"] == pytest.approx(GRAD_NORM, rel=0.01)
+    assert result["inputs"]["plugin"] == plugin
+    assert result["layout"]["gpus"] == 2
+    assert len(result["step_seconds"]) == 2
+    assert result["step_seconds_p10"] <= result["step_seconds_median"] <= result["step_seconds_p90"]
+    assert result["samples_per_second"] == pytest.approx(4 * 2 / sum(result["step_seconds"]))
+    assert result["tokens_per_second"] == pytest.approx(64 * result["samples_per_second"])
+    counted = (8 if "-g" in flags else 6) * 315_968 * result["tokens_per_second"] / 2 / 1e12
+    assert result["tflops_per_gpu"] == pytest.approx(counted)
+    assert result["device"] == "cpu"
+    assert result["mfu"] is None
+    assert result["peak_host_memory_bytes"] > 1e8
+    assert {"torch", "colossalai", "transformers", "python", "cuda", "commit"} <= set(result)
+
+    lines = run.stdout.splitlines()
+    closing = [line for line in lines if line.startswith("max memory usage")]
+    assert closing == lines[-1:]  # once, and last
+    memory, samples, _ = map(float, CLOSING_LINE.fullmatch(closing[0]).groups())
+    assert memory == pytest.approx(result["peak_device_memory_bytes"] / 2**20, abs=0.01)
+    assert samples == pytest.approx(result["samples_per_second"], abs=0.01)
+    assert "step 1/3" in run.stdout
+    if "--profile" in flags:
+        for rank in range(2):
+            events = json.loads((tmp_path / "traces" / f"rank{rank}.json").read_text())["traceEvents"]
+            assert any("aten::mm" in event.get("name", "") for event in events)

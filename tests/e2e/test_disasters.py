@@ -1,0 +1,191 @@
+"""What happens to the disk under a run: it fills up, is read-only, or loses and changes bytes of a checkpoint."""
+
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from launching import optimizer_states
+
+FLAGS = ["-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 6, "-i", 2]
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, megabytes: float):
+    """A file system of its own in `folder`; skips where this process may not mount one."""
+    folder.mkdir()
+    size = f"size={int(megabytes * 1024)}k"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(pretrain):
+    return pretrain(*FLAGS)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The finished run's checkpoints and logs, free to be damaged, with `final` gone."""
+    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "final")
+    return tmp_path / "run"
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def assert_same_states(checkpoint: Path, expected: Path) -> None:
+    """That both hold the same bits of master weights and moments."""
+    states, others = optimizer_states(checkpoint), optimizer_states(expected)
+    assert states.keys() == others.keys()
+    assert all(torch.equal(states[name], others[name]) for name in states)
+
+
+def size_of(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+# The room is taken away by another's file after it was found to be enough.
+FILLED = """
+enough = checkpointing.writer.check_room
+def and_then_filled(save_dir, config):
+    enough(save_dir, config)
+    if any(save_dir.glob("epoch*-step2")):
+        with open(save_dir / "another's", "wb") as file:
+            while file.write(b"x" * 4096):
+                if os.statvfs(save_dir).f_bavail * 4096 < {left}:
+                    break
+checkpointing.writer.check_room = and_then_filled
+"""
+
+
+@pytest.mark.parametrize("left", [4096, 2**20], ids=["nothing", "a part"])
+def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, left):
+    one = size_of(whole.save_dir / "epoch0-step2")
+    with file_system(tmp_path / "disk", 6 * one) as disk:
+        failed = pretrain(*FLAGS, "-o", disk, folder=tmp_path / "run", change=FILLED.format(left=left), check=False)
+        assert failed.returncode == 1, failed.output()
+        assert "the checkpoint could not be written, and nothing incomplete stands under its name" in failed.stderr
+        assert "No space left on device" in failed.stderr
+        assert f"--keep_checkpoints takes less room) and resume with -f {disk / 'epoch0-step2'}" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert checkpoints(disk) == ["another's", "epoch0-step2"]
+
+        (disk / "another's").unlink()
+        resumed = pretrain(*FLAGS, "-o", disk, "-f", "latest", folder=tmp_path / "run")
+        assert resumed.column("loss") == whole.column("loss")
+        assert (
+            optimizer_states(disk / "epoch0-step6").keys() == optimizer_states(whole.save_dir / "epoch0-step6").keys()
+        )
+
+
+def test_disk_without_room_is_refused_before_training(pretrain, whole, tmp_path):
+    one = size_of(whole.save_dir / "epoch0-step2")
+    with file_system(tmp_path / "disk", one / 2) as disk:
+        cache = ["--cache_dir", tmp_path / "cache"]
+        refused = pretrain(*FLAGS, *cache, "-o", disk / "run", folder=tmp_path / "run", check=False)
+        assert refused.returncode == 2
+        assert "--save_dir: a checkpoint takes" in refused.stderr
+        assert not refused.metrics
+        assert not (tmp_path / "cache").exists()  # nor were data prepared
+        assert not (disk / "run").exists()
+
+
+def test_disk_without_room_for_a_byte_is_refused_before_training(pretrain, tmp_path):
+    with file_system(tmp_path / "disk", 0.1) as disk:
+        with contextlib.suppress(OSError), open(disk / "another's", "wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        reasons = {"save_dir": "a checkpoint takes", "tensorboard_dir": f"{disk} cannot be written to (No space left"}
+        for flag, reason in reasons.items():
+            refused = pretrain(*FLAGS, f"--{flag}", disk, folder=tmp_path / flag, check=False)
+            assert refused.returncode == 2
+            assert f"--{flag}: {reason}" in refused.stderr
+            assert "Traceback" not in refused.stderr
+
+
+def test_read_only_folder_is_refused_before_training(pretrain, tmp_path):
+    with file_system(tmp_path / "disk", 1) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        refused = pretrain(*FLAGS, "-o", disk / "run", folder=tmp_path / "run", check=False)
+        assert refused.returncode == 2
+        assert f"--save_dir: no permission to write in {disk}; give another folder" in refused.stderr
+        assert not refused.metrics
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink], ids=["truncated", "missing"])
+@pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "lr_scheduler"])
+def test_latest_passes_over_a_checkpoint_with_a_file_short_or_gone(pretrain, whole, copy, file, damage):
+    last = copy / "checkpoint" / "epoch0-step6"
+    damage(last / file)
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    assert f"--load latest: passing over {last}, which is incomplete" in run.stdout
+    assert run.column("loss") == whole.column("loss")
+    assert_same_states(last, whole.save_dir / "epoch0-step6")
+
+
+@pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "running_states.json"])
+def test_a_flipped_bit_is_found_and_named(pretrain, copy, file):
+    damaged = copy / "checkpoint" / "epoch0-step4" / file
+    flip_a_bit(damaged)
+    before = checkpoints(copy / "checkpoint")
+    shutil.rmtree(copy / "checkpoint" / "epoch0-step6")
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
+    assert run.returncode == 2
+    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
+    assert checkpoints(copy / "checkpoint") == [name for name in before if name != "epoch0-step6"]
+
+
+def test_a_run_that_has_ended_makes_no_model_of_a_damaged_checkpoint(pretrain, copy):
+    damaged = copy / "checkpoint" / "epoch0-step6" / "model" / "model-00003-of-00007.safetensors"
+    flip_a_bit(damaged)
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
+    assert run.returncode == 2
+    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
+    assert not (copy / "checkpoint" / "final").exists()
+
+
+def test_half_deleted_checkpoints_are_passed_over(pretrain, whole, copy):
+    """Deleted by hand or by a run that was killed meanwhile: the manifest first, or the folder half."""
+    (copy / "checkpoint" / "epoch0-step6" / "manifest.json").unlink()
+    shutil.rmtree(copy / "checkpoint" / "epoch0-step4" / "optimizer")
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    for step in (4, 6):
+        assert f"passing over {copy / 'checkpoint' / f'epoch0-step{step}'}, which is incomplete" in run.stdout
+    assert run.column("loss") == whole.column("loss")
+    assert checkpoints(run.save_dir) == ["epoch0-step2", "epoch0-step4", "epoch0-step6", "final"]
+
+
+def test_a_second_run_is_refused_while_the_first_goes_on(start, pretrain, tmp_path):
+    with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000) as run:
+        run.wait_until(lambda: len(run.metrics) >= 1, "the first step")
+        for flag, folder in (("--save_dir", run.save_dir), ("--tensorboard_dir", run.folder / "tb_logs")):
+            flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--cache_dir", tmp_path / "cache", flag, folder]
+            second = pretrain(*flags, check=False)
+            assert second.returncode == 2
+            assert f"{flag}: another run (process" in second.stderr
+            assert not (tmp_path / "cache").exists()  # before data are prepared
+            assert {path.name for path in second.folder.iterdir()} == {"stdout", "stderr"}
+        assert run.returncode is None
+        steps = run.column("step")
+        assert steps == list(range(1, len(steps) + 1))

@@ -1,0 +1,207 @@
+"""A trained model writes."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from launching import ROOT
+from model_utils import load_config
+from runtime.console import InputError
+from runtime.process import USAGE_ERROR
+from scripts import generate
+
+PROMPT = "def main(argument):"
+
+
+@pytest.fixture
+def final(finished_run):
+    return finished_run.save_dir / "final"
+
+
+@pytest.fixture
+def write(monkeypatch, capsys, final):
+    """Returns the program's output."""
+
+    def write(*flags, model=final, prompt=PROMPT) -> str:
+        command = ["generate.py", "--model", model, "--prompt", prompt, "--max_new_tokens", 12, *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        assert generate.main() == 0
+        return capsys.readouterr().out
+
+    return write
+
+
+@pytest.fixture
+def problem(write):
+    """The one line with which the program refuses its input."""
+
+    def problem(*flags, **kwargs) -> str:
+        with pytest.raises(InputError) as raised:
+            write(*flags, **kwargs)
+        (line,) = raised.value.problems
+        return line
+
+    return problem
+
+
+def test_likeliest_tokens_are_those_of_transformers(write, final):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(final, torch_dtype="auto"),
+        AutoTokenizer.from_pretrained(final),
+    )
+    tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        following = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat((tokens, following), dim=1)
+    assert write("--temperature", 0) == tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
+
+
+def test_a_model_saved_by_transformers_5(final, tmp_path):
+    """This version would pass over the base of its rotary embeddings."""
+    shutil.copytree(final, tmp_path / "newer")
+    file = tmp_path / "newer" / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    older = LlamaConfig.from_dict(values | {"rope_theta": 100.0})
+    del values["rope_theta"], values["rope_scaling"]
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    model = generate.open_model(file.parent, load_config(str(file)), None)
+    assert torch.equal(model.model.rotary_emb.inv_freq, LlamaRotaryEmbedding(older).inv_freq)
+    assert model.config.use_cache
+
+
+def test_samples_depend_on_the_seed_alone(write):
+    first, again, other = (write("--seed", seed, "--temperature", 1) for seed in (1, 1, 2))
+    assert first == again != other
+    first, other = (write("--seed", seed, "--temperature", 1, "--top_p", 1e-9) for seed in (1, 2))
+    assert first == other
+
+
+def test_checkpoint_with_the_tokenizer_of_the_final_folder_or_a_given_one(
+    write, problem, finished_run, sample, tmp_path
+):
+    last = finished_run.save_dir / "epoch0-step3"
+    assert write("--temperature", 0, model=last) == write("--temperature", 0)
+    alone = shutil.copytree(last, tmp_path / last.name)
+    assert problem(model=alone) == f"--tokenizer: there is none in {tmp_path / 'final'}; give its folder or hub name"
+    assert write("--temperature", 0, "--tokenizer", sample / "tokenizer", model=alone) == write("--temperature", 0)
+
+
+def test_prompt_from_standard_input(write, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode()), "ascii"))
+    assert write("--temperature", 0, prompt="-") == write("--temperature", 0)
+
+
+def test_words_come_as_they_are_written(write, monkeypatch):
+    pieces = []
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    write("--max_new_tokens", 60)
+    assert len([piece for piece in pieces if piece.strip()]) > 5
+
+
+def test_a_chat_is_written_by_the_template(write, problem, final, tmp_path):
+    assert "--chat: the tokenizer has no chat template" in problem("--chat")
+    folder = shutil.copytree(final, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }} {% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+
+    def told(tokenizer):
+        tokenizer.save_pretrained(folder)
+        return problem("--chat", model=folder)
+
+    assert write("--chat", model=folder).startswith(f"[user] {PROMPT} ")
+    tokenizer.chat_template = {"rag": "{{ 1 }}"}
+    assert "has the chat templates rag and none called 'default'" in told(tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    assert "--chat: messages that the chat template fails on (TypeError: " in told(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["x = f ( a , b ) . g ! do n't", "  def f():\n    return </s> 1\n", "<s> a", "", "日本 é\t "]
+)
+def test_the_prompt_is_printed_as_it_is(write, final, tmp_path, prompt):
+    folder = shutil.copytree(final, tmp_path / "model")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"clean_up_tokenization_spaces": True}))
+    assert write("--temperature", 0, model=folder, prompt=prompt).startswith(prompt)
+
+
+def test_what_is_written_is_what_the_tokenizer_says(capsys, sample_tokenizer):
+    """Spaces at the start of a line and characters of several tokens stay whole."""
+    text = "if a:\n    return '日本 😀'\n\n  # two , three"
+    prompt, *new = [sample_tokenizer.bos_token_id, *sample_tokenizer.encode(text, add_special_tokens=False)]
+    printer = generate.Printer(sample_tokenizer, "")
+    for number in (prompt, *new, sample_tokenizer.eos_token_id):
+        printer.put(torch.tensor([number]))
+    printer.end()
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_prompt_that_is_no_text(problem):
+    assert problem(prompt="\udcff") == "--prompt: text is not utf-8; convert it, or set the locale to match"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max_new_tokens", 0], "--max_new_tokens: 0 is below the least possible, 1"),
+        (["--temperature", "nan"], "--temperature: nan is not 0 or a positive number"),
+        (["--temperature", -1], "--temperature: -1.0 is not"),
+        (["--top_p", 0.9, "--temperature", 0], "--top_p: takes effect with a --temperature above 0 alone"),
+        (["--top_p", 0], "--top_p: 0.0 is not above 0 and at most 1"),
+        (["--top_p", 1.5], "--top_p: 1.5 is not above 0"),
+        (["--seed", -1], "--seed: -1 is not at least 0"),
+        (
+            ["--max_new_tokens", 125],
+            "tokens of the prompt and 125 new ones are more than the model's context of 128; lower it",
+        ),
+        (["--base_model", "elsewhere"], "holds no adapters that it would go with"),
+        (["--tokenizer", "./none"], "--tokenizer: ./none does not exist"),
+        (["--model", "./none"], "--model: ./none does not exist"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_flags(problem, flags, expected):
+    assert expected in problem(*flags)
+
+
+def test_folders_without_a_model(problem, finished_run, tmp_path):
+    for folder in (tmp_path, finished_run.save_dir):
+        assert problem(model=folder) == f"--model: {folder} holds no model; give `final` or a checkpoint epochE-stepS"
+    checkpoint = shutil.copytree(finished_run.save_dir / "epoch0-step3", tmp_path / "epoch0-step3")
+    (checkpoint / "manifest.json").unlink()
+    assert problem(model=checkpoint) == f"--model: {checkpoint} is an incomplete checkpoint; choose another"
+    bare = shutil.copytree(
+        finished_run.save_dir / "final", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    assert f"--model: {bare} lacks model-00001-of-" in problem(model=bare)
+
+
+def test_weights_that_are_no_numbers(problem, final, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(shutil.copytree(final, tmp_path / "final"))
+    model.lm_head.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "final")
+    line = f"--model: lm_head.weight in {tmp_path}/final has a NaN or an infinity; give weights without"
+    assert problem(model=tmp_path / "final") == line
+
+
+def test_exit_status(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "generate.py", "--model", tmp_path, "--prompt", "A"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (USAGE_ERROR, "", 1)
+    assert done.stderr.startswith("generate.py: error: --model: ")

@@ -1,0 +1,92 @@
+"""Signals under the launchers of one machine: a saved checkpoint, and a status that tells."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from launching import ROOT, Run
+from scripts.run_on_hosts import Host, read_hostfile
+from training.loop import INTERRUPTED
+
+COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
+RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
+
+
+def start(launcher: list, sample_flags: list, folder: Path) -> Run:
+    """Two ranks of a run that lasts."""
+    program = ["--nproc_per_node", 2, "--master_port", 29617, ROOT / "pretrain.py", *sample_flags]
+    folders = ["-o", folder / "checkpoint", "-t", folder / "tb_logs"]
+    flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # `colossalai run` calls torchrun by its name
+    return Run([*launcher, *program, *flags, *folders], folder, {"PATH": path})
+
+
+def assert_saved(run: Run) -> None:
+    last = run.column("step")[-1]
+    assert list(run.save_dir.glob(f"epoch*-step{last}/manifest.json"))
+    assert (run.save_dir / "final").is_dir()
+
+
+@pytest.mark.parametrize(("launcher", "status"), [(COLOSSALAI_RUN, 1), (RUN_ON_HOSTS, INTERRUPTED)])
+def test_signal_to_one_rank(sample_flags, sample_dataset, tmp_path, launcher, status):
+    with start(launcher, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        rank = next(process for process in run.processes() if process.environ().get("RANK") == "1")
+        rank.send_signal(signal.SIGTERM)
+        assert run.wait() == status, run.output()
+    assert_saved(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_launcher(sample_flags, sample_dataset, tmp_path, number):
+    with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        run.process.send_signal(number)
+        assert run.wait() == INTERRUPTED, run.output()
+    assert f"{number.name}: the run is to save and end" in run.stderr
+    assert_saved(run)
+
+
+def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
+    """Whoever presses Ctrl-C once more does not want to wait for the save."""
+    with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
+        run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
+        run.process.send_signal(signal.SIGHUP)  # the lower of two pending numbers comes first
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == 128 + signal.SIGKILL, run.output()
+    assert "SIGINT: ending at once" in run.stderr
+    assert not list(run.save_dir.glob("epoch*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"node1 slots=8\n", "has the line 'node1 slots=8', which is not one host name"),
+        (b"node1\xff\n", "is not a text file"),
+        (None, r"cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_hosts_files_that_are_not(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "hosts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(tmp_path / "hosts.txt")
+
+
+def test_users_and_comments_in_a_hosts_file(tmp_path):
+    (tmp_path / "hosts.txt").write_bytes(b"\xef\xbb\xbf# all\r\nme@node1 # first\r\n\r\n  10.0.0.2\nfe80::1:22")
+    hosts = [Host(host, 2222) for host in read_hostfile(tmp_path / "hosts.txt")]
+    assert [host.hostname for host in hosts] == ["node1", "10.0.0.2", "fe80::1:22"]
+    assert hosts[0].command("true")[-2:] == ["me@node1", "exec true"]
+
+
+def test_a_file_without_hosts_starts_nothing(tmp_path):
+    """Not even on this machine alone."""
+    (tmp_path / "hosts.txt").write_text("# none yet\n")
+    command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", tmp_path / "hosts.txt", ROOT / "pretrain.py"]
+    with Run(command, tmp_path) as run:
+        assert run.wait() == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"run_on_hosts.py: error: --hostfile: '{tmp_path / 'hosts.txt'}' names no host")

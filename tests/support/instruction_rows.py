@@ -1,0 +1,24 @@
+"""Rows of fine-tuning, and their encoding."""
+
+import json
+
+from corpus.instructions import SHAPES, ExampleEncoder
+
+PROMPTED, INSTRUCTED, CHAT = SHAPES
+ROWS = [
+    {"prompt": "Name a colour.\n\nAnswer:", "completion": "green"},
+    {"prompt": "Count to three: ", "completion": "1 2 3"},
+    {"prompt": "def add(a, b):\n", "completion": "    return a + b"},
+    {"prompt": "un", "completion": " breakable </s>"},
+    {"prompt": "", "completion": "nothing was asked"},
+    {"prompt": "日本語 é", "completion": "\n\n😀"},
+]
+
+
+def encoded(tokenizer, *rows, shape=PROMPTED, max_length=200, train_on_prompt=False):
+    return list(ExampleEncoder(tokenizer, shape, max_length, train_on_prompt).encode(rows))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return resolve_source(str(path))

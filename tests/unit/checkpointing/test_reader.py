@@ -1,0 +1,263 @@
+"""Optimizer states that are restored, compared whole on every rank: padding and empty shares too, and the next update.
+
+The models are so small that many a rank has no element of many a parameter.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from colossalai.zero import LowLevelZeroOptimizer
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from checkpointing import reader
+from checkpointing.adapters import MODULES
+from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES, read_running_states
+from checkpointing.writer import CheckpointWriter
+from engine import shards
+from engine.boost import ADAM_BETAS
+from engine.layout import resolve_layout
+from engine.shards import MASTER, MOMENTS
+from engine.step import forward_backward, optimizer_step
+from model_utils import build_model, plain_name, trained_specs
+from processes import Boosted, boosted, run_ranks
+
+KEYS = (MASTER, *MOMENTS)
+ZERO, HYBRID = "-p zero2 -b 2", "-p hybrid_parallel -b 2"
+TINY = {
+    "hidden_size": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 2,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+}
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def tiny(flags: str, changes: dict[str, Any]) -> Boosted:
+    changes = TINY | changes
+    if "lora" in changes:
+        changes["lora"] = LoraConfig(**changes["lora"], base_model_name_or_path="tiny")
+    run = boosted(f"{flags} --lr 1e-2", **changes)
+    for number, parameter in enumerate(shards.frozen_parameters(run.model).values()):
+        parameter.data.copy_(random(number, parameter.shape))
+    return run
+
+
+def random(seed: int, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def random_states(config) -> dict[str, torch.Tensor]:
+    """Full master weights and moments by 'parameter.key', always the same."""
+    states = {}
+    for number, spec in enumerate(trained_specs(config)):
+        values = [random(3 * number + place, spec.shape) for place in range(3)]
+        named = zip(KEYS, (values[0], values[1] / 50, values[2].square() / 50), strict=True)
+        states |= {f"{spec.name}.{key}": value for key, value in named}
+    return states
+
+
+def restore_random(run: Boosted, adam_steps: int) -> None:
+    states = random_states(run.config)
+    parts = run.plugin, run.model, run.optimizer
+    shards.restore(*parts, lambda name, key: states[f"{name}.{key}"], adam_steps)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(run: Boosted, steps: int) -> int:
+    """Takes steps on the same batch, which every data-parallel rank has; returns those that fp16 did not skip."""
+    updates = 0
+    for _ in range(steps):
+        labels = 2 * 31 * resolve_layout(run.args, run.config).dp
+        forward_backward(run.booster, run.model, run.optimizer, [batch()], labels)
+        _, skipped = optimizer_step(run.model, run.optimizer)
+        updates += not skipped
+    return updates
+
+
+def assert_states(run: Boosted, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
+    """Compares all that this rank's optimizer holds with full tensors; returns how many of its shares are empty."""
+    adam = run.optimizer.optim
+    owned = [parameter for group in adam.param_groups for parameter in group["params"]]
+    steps = [adam.state[parameter].get("step", 0) for parameter in owned]
+    assert steps == [adam_steps] * len(owned)  # on a GPU the last one is everybody's
+    empty = 0
+    for shard in shards.local_shards(run.plugin, run.model, run.optimizer):
+        ranks, number = dist.get_world_size(shard.data_group), dist.get_rank(shard.data_group)
+        start, stop = shard.start, shard.stop
+        if isinstance(run.optimizer, LowLevelZeroOptimizer):
+            size = -(-shard.tp_shape.numel() // ranks)
+            assert (start, stop) == tuple(min(place * size, shard.tp_shape.numel()) for place in (number, number + 1))
+        empty += start == stop
+        for key in KEYS if adam_steps else (MASTER,):
+            whole = expected[f"{shard.spec.name}.{key}"]
+            if shard.split_dim is not None:
+                whole = whole.chunk(shard.tp_size, shard.split_dim)[shard.tp_rank]
+            found = shard.storage if key == MASTER else shard.adam_state.get(key, torch.empty(0))
+            wanted = F.pad(whole.flatten()[start:stop], (0, shard.storage.numel() - (stop - start)))
+            assert found.numel() == wanted.numel(), (shard.spec.name, key)
+            error = (found.flatten() - wanted).norm()
+            assert error <= tolerance * wanted.norm(), (shard.spec.name, key, error.item(), wanted.norm().item())
+    return int(empty)
+
+
+# -------------------------------------------------------------------------------------- every layout in every other
+
+
+def layouts(ranks: int) -> st.SearchStrategy[tuple[str, dict]]:
+    """Flags for as many ranks, and what they ask of the model."""
+    one = "--tp 1 --pp 1"
+    found = [
+        st.sampled_from([f"{ZERO} -x {precision}" for precision in ("fp32", "bf16", "fp16")]),
+        st.sampled_from(["-p zero2_cpu -b 2 -x bf16", "-p gemini -b 2 -x bf16", "-p gemini -b 2 -x fp16"]),
+        st.sampled_from([f"{HYBRID} {one} --zero {zero} -x bf16" for zero in (0, 1, 2)]),
+    ]
+    if ranks % 2 == 0:
+        split = [
+            f"{HYBRID} --tp 2 --pp 1 --zero 0",
+            f"{HYBRID} --tp 2 --pp 1 --zero 1",
+            f"{HYBRID} --tp 1 --pp 2 --zero 1",
+        ]
+        split.append(f"{HYBRID} {one} --sp 2 --zero 1")
+        found.append(st.sampled_from([f"{flags} -x bf16" for flags in split]))
+    return st.one_of(found)
+
+
+@st.composite
+def cases(draw, ranks: int, other_ranks: int) -> dict[str, Any]:
+    """A model, a layout to save it in, another to resume it in, and the place where it stops."""
+    model = {
+        "hidden_size": draw(st.sampled_from([4, 8, 20])),
+        "intermediate_size": draw(st.sampled_from([2, 6, 10])),
+        "vocab_size": draw(st.sampled_from([64, 70])),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    flags = [draw(layouts(number)) for number in (ranks, other_ranks)]
+    whole = all("tp 2" not in text and "pp 2" not in text and "sp 2" not in text for text in flags)
+    if whole and not any("gemini" in text for text in flags) and draw(st.booleans()):
+        modules = st.lists(st.sampled_from(MODULES), min_size=1, unique=True)
+        model["lora"] = {"r": draw(st.integers(1, 3)), "target_modules": draw(modules), "task_type": "CAUSAL_LM"}
+    if any("pp 2" in text for text in flags):
+        model["tie_word_embeddings"] = False
+    adam_steps, trained = draw(st.sampled_from([0, 1, 2, 999])), draw(st.integers(0, 2))
+    return {"model": model, "flags": flags, "adam_steps": adam_steps, "trained": trained}
+
+
+@given(st.data())
+@settings(
+    max_examples=4,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # each example takes seconds
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_any_layout_goes_on_from_any_other(tmp_path_factory, data):
+    """Three checkpoints an example, each compared with its files in both layouts."""
+    ranks, other_ranks = (data.draw(st.sampled_from([1, 2, 3, 4, 6]), label=label) for label in ("saved", "resumed"))
+    drawn = data.draw(st.lists(cases(ranks, other_ranks), min_size=3, max_size=3), label="cases")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(ranks, save_cases, folder, drawn)
+    run_ranks(other_ranks, load_cases, folder, drawn)
+
+
+def save_cases(folder, drawn):
+    for number, case in enumerate(drawn):
+        run, steps = tiny(case["flags"][0], case["model"]), case["adam_steps"]
+        restore_random(run, steps)
+        assert_states(run, random_states(run.config), steps)
+        updates = train(run, case["trained"])
+        writer = CheckpointWriter(folder / str(number), run.config)
+        states = {"epoch": 0, "step": 1, "adam_steps": steps + updates, "loss_scaler": None}
+        documents = {RUNNING_STATES: states, LR_SCHEDULER: {}}
+        writer.save(run.plugin, run.model, run.optimizer, documents)
+        writer.wait()
+        assert_states(run, saved_states(writer.latest), steps + updates)
+
+
+def load_cases(folder, drawn):
+    for number, case in enumerate(drawn):
+        checkpoint = folder / str(number) / "epoch0-step1"
+        run = tiny(case["flags"][1], case["model"])
+        reader.load_checkpoint(checkpoint, run.plugin, run.model, run.optimizer, run.config)
+        assert_states(run, saved_states(checkpoint), read_running_states(checkpoint)["adam_steps"])
+
+
+def saved_states(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, as safetensors reads them."""
+    states: dict[str, torch.Tensor] = {}
+    for file in (checkpoint / "optimizer").iterdir():
+        states |= load_file(file)
+    return states
+
+
+# ------------------------------------------------------------------------------------------------------ the next update
+
+LAYOUTS = [
+    (6, f"{ZERO} -x bf16", {"tie_word_embeddings": True}),
+    (3, "-p zero2_cpu -b 2 -x fp32", {}),
+    (3, "-p gemini -b 2 -x bf16", {"tie_word_embeddings": True}),
+    (2, f"{HYBRID} --tp 1 --pp 1 --zero 0 -x bf16", {}),
+    (6, f"{HYBRID} --tp 1 --pp 2 --zero 1 -x bf16", {}),
+    (3, f"{ZERO} -x fp32", {"lora": LORA | {"r": 1, "target_modules": ["q_proj"]}}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "flags", "changes"), LAYOUTS)
+def test_an_update_after_a_resume_is_adamw_at_that_step(ranks, flags, changes):
+    empty = run_ranks(ranks, check_next_update, flags, changes)
+    assert any(empty) or "--zero 0" in flags
+
+
+def check_next_update(flags, changes):
+    run, adam_steps = tiny(flags, changes), 7
+    restore_random(run, adam_steps)
+    empty = assert_states(run, random_states(run.config), adam_steps)
+    train(run, 1)
+    reference = reference_update(run, random_states(run.config), adam_steps)
+    before, tolerance = random_states(run.config), 1e-4 if "fp32" in flags else 0.08
+    assert_states(run, reference, adam_steps + 1, tolerance)
+    # An update is small beside the weights, so it is compared for itself too.
+    for shard in shards.local_shards(run.plugin, run.model, run.optimizer):
+        name = f"{shard.spec.name}.{MASTER}"
+        update, expected = (shard.tensor(MASTER) - shard.read(before[name])), shard.read(reference[name] - before[name])
+        assert (update - expected).norm() <= tolerance * expected.norm(), name
+    return empty
+
+
+def reference_update(run: Boosted, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
+    """The states after one step of plain PyTorch on the whole model in float32."""
+    config, args = run.config, run.args
+    model: Any = build_model(config, torch.device("cpu"))
+    if getattr(config, "lora", None):
+        model = get_peft_model(model, config.lora)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for number, parameter in enumerate(frozen):
+        parameter.data.copy_(random(number, parameter.shape))
+    trained = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    adam = torch.optim.AdamW(trained.values(), args.lr, ADAM_BETAS, eps=1e-8, weight_decay=args.weight_decay)
+    for name, parameter in trained.items():
+        parameter.data.copy_(states[f"{name}.{MASTER}"])
+        adam.state[parameter] = {key: states[f"{name}.{key}"].clone() for key in MOMENTS}
+        adam.state[parameter]["step"] = torch.tensor(float(adam_steps))
+    logits = model(batch()["input_ids"]).logits[:, :-1].flatten(0, 1)
+    F.cross_entropy(logits, batch()["labels"][:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(trained.values(), args.gradient_clipping)
+    adam.step()
+    return {
+        f"{name}.{key}": (parameter if key == MASTER else adam.state[parameter][key]).detach()
+        for name, parameter in trained.items()
+        for key in KEYS
+    }

@@ -1,0 +1,166 @@
+"""Orders against what they promise: every sequence once, the same on any number of ranks, in no memory."""
+
+import argparse
+import functools
+import itertools
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from corpora import error_of
+from corpus.order import LLAMA_WEIGHTS, GlobalOrder, MixedOrder, Permutation, ShardedSampler
+from training.flags import parse_slice_weights
+
+
+class TestOrder:
+    @settings(deadline=None)
+    @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 1000))
+    def test_permutation_is_a_bijection(self, n, seed, epoch):
+        assert sorted(Permutation(n, seed, epoch)) == list(range(n))
+
+    def test_epochs_and_seeds_differ(self):
+        orders = {tuple(Permutation(100, seed, epoch)) for seed in range(10) for epoch in range(10)}
+        assert len(orders) == 100
+
+    def test_every_permutation_of_four_comes_about_equally_often(self):
+        counts = {}
+        for seed in range(4800):
+            order = tuple(Permutation(4, seed, 0))
+            counts[order] = counts.get(order, 0) + 1
+        assert len(counts) == 24
+        assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 49.7  # chi-squared, 23 degrees, p = 0.001
+
+    def test_neighbours_are_scattered(self):
+        n = 100_003
+        permutation = Permutation(n, 1, 0)
+        places = np.array([permutation[index] for index in range(5000)])
+        assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05
+        assert np.histogram(places, 10, (0, n))[0].min() > 400
+
+    def test_takes_no_memory_for_three_hundred_million(self):
+        tracemalloc.start()
+        order = GlobalOrder(300_000_000, seed=1)
+        seen = {order[position] for position in range(299_999_000, 300_001_000)}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert max(seen) < 300_000_000
+        assert len(seen) > 1990
+        assert peak < 1_000_000
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @given(
+        num_sequences=st.integers(1, 40),
+        schedule=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=5),
+        shuffle=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def test_any_schedule_of_world_sizes_follows_one_order(self, num_sequences, schedule, shuffle, seed):
+        dataset, followed, start = range(num_sequences), [], 0
+        for world_size, length in schedule:
+            stop = start + length
+            build = functools.partial(ShardedSampler, seed=seed, start=start, stop=stop)
+            samplers = [build(dataset, num_replicas=world_size, rank=r, shuffle=shuffle) for r in range(world_size)]
+            shares = [list(sampler) for sampler in samplers]
+            assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
+            interleaved = itertools.chain(*itertools.zip_longest(*shares))
+            followed += [index for index in interleaved if index is not None]
+            start = stop
+        order = GlobalOrder(num_sequences, seed, shuffle)
+        assert followed == [order[position] for position in range(start)]
+        whole_epochs = followed[: start - start % num_sequences]
+        for epoch in range(len(whole_epochs) // num_sequences):
+            indices = whole_epochs[epoch * num_sequences : (epoch + 1) * num_sequences]
+            assert sorted(indices) == list(range(num_sequences))
+            assert shuffle or indices == sorted(indices)
+
+
+class SmallBlocks(MixedOrder):
+    BLOCK = 50
+
+
+SLICES = st.dictionaries(
+    st.sampled_from("abcdefg"), st.tuples(st.integers(1, 40), st.floats(1e-3, 1e3)), min_size=1, max_size=7
+)
+
+
+def ranges(sizes):
+    ends = list(itertools.accumulate(sizes.values()))
+    return {name: range(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+class TestMixedOrder:
+    @settings(deadline=None)
+    @given(SLICES, st.integers(0, 99), st.integers(1, 6))
+    def test_every_epoch_of_a_slice_has_each_sequence_once(self, slices, seed, blocks):
+        sequences = ranges({name: size for name, (size, _) in slices.items()})
+        order = SmallBlocks(sequences, {name: weight for name, (_, weight) in slices.items()}, seed)
+        counts = Counter(order[position] for position in range(blocks * order.BLOCK))
+        for name, numbers in sequences.items():
+            drawn = sum(counts[number] for number in numbers)
+            assert drawn >= blocks
+            assert drawn % blocks == 0  # as often in every block
+            assert {counts[number] for number in numbers} <= {drawn // len(numbers), -(-drawn // len(numbers))}, name
+
+    @settings(deadline=None)
+    @given(
+        SLICES,
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=5),
+        st.integers(0, 99),
+    )
+    def test_any_schedule_of_ranks_and_batches_follows_one_order(self, slices, schedule, seed):
+        """Every run of the schedule makes steps of a batch a rank and ends; the next one resumes on other ranks."""
+        sequences = ranges({name: size for name, (size, _) in slices.items()})
+        dataset = range(max(numbers.stop for numbers in sequences.values()))
+        order = SmallBlocks(sequences, {name: weight for name, (_, weight) in slices.items()}, seed)
+        followed, start = [], 0
+        for world_size, batch, steps in schedule:
+            stop = start + world_size * batch * steps
+            shares = [
+                list(
+                    ShardedSampler(
+                        dataset, world_size, rank, seed=seed, start=start, stop=stop, order=lambda seed: order
+                    )
+                )
+                for rank in range(world_size)
+            ]
+            followed += [index for indices in zip(*shares, strict=True) for index in indices]
+            start = stop
+        assert followed == [order[position] for position in range(start)]
+
+    def test_llamas_mixture(self):
+        sequences = ranges(dict.fromkeys(LLAMA_WEIGHTS, 1000))
+        order = MixedOrder(sequences, LLAMA_WEIGHTS, seed=1)
+        numbers = [order[position] for position in range(20_000)]
+        for name, per_cent in LLAMA_WEIGHTS.items():
+            assert sum(number in sequences[name] for number in numbers) == 200 * per_cent
+            assert sum(number in sequences[name] for number in numbers[:2000]) == pytest.approx(20 * per_cent, abs=60)
+        assert "github 4.5% (0.90)" in order.describe(20_000)
+        assert numbers != [MixedOrder(sequences, LLAMA_WEIGHTS, seed=2)[position] for position in range(20_000)]
+
+    def test_takes_no_memory_for_three_hundred_million(self):
+        tokens = dict(common_crawl=878, c4=175, github=59, book=26, arxiv=28, wikipedia=24, stackexchange=20)
+        sequences = ranges({name: billions * 250_000 for name, billions in tokens.items()})
+        tracemalloc.start()
+        order = MixedOrder(sequences, LLAMA_WEIGHTS, seed=1)
+        seen = {order[position] for position in range(299_999_000, 300_001_000)}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(seen) > 1990
+        assert peak < 1_000_000
+
+    def test_weights_of_slices_that_are_not_there(self):
+        message = error_of(MixedOrder, {"a": range(5), "b": range(5, 5)}, {"a": 1, "b": 1, "c": 1}, 0)
+        assert message == (
+            "--slice_weights: the data have no whole sequence of b, c; they have a (5 sequences), b (0 sequences)"
+        )
+
+    def test_parsing(self):
+        assert parse_slice_weights("llama") == LLAMA_WEIGHTS
+        assert parse_slice_weights("a=1,b-c=0.5") == {"a": 1, "b-c": 0.5}
+        for text in ("", "a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,"):
+            with pytest.raises(argparse.ArgumentTypeError, match="NAME=WEIGHT"):
+                parse_slice_weights(text)

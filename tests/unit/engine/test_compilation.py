@@ -1,0 +1,157 @@
+"""The compiled pieces of the model, against transformers' own, and on tensors of the class that Gemini passes on."""
+
+from functools import partialmethod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from colossalai.tensor.colo_tensor import ColoTensor
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+from attn import TORCH_FUSED
+from engine import compilation
+from engine.compilation import Fusion, fuse, summed_cross_entropy
+from engine.recomputation import recompute, recomputed, recomputed_but_attention
+from model_utils import IGNORE_INDEX, build_model, load_config
+
+
+@pytest.fixture(params=[Fusion.NONE, Fusion.PIECES], ids=["as written", "compiled"])
+def stance(request, monkeypatch):
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+    fuse(torch.nn.Module(), request.param)
+    yield request.param
+    fuse(torch.nn.Module(), Fusion.NONE)
+
+
+def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.bfloat16).requires_grad_()
+
+
+def assert_alike(ours, theirs, inputs) -> None:
+    """Value and gradients; one that is compiled rounds less often on the way."""
+    assert ours.dtype == theirs.dtype
+    assert torch.allclose(ours, theirs, rtol=2e-2, atol=2e-3)
+    weights = torch.rand_like(ours)
+    for own, other in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert own.dtype == other.dtype
+        assert (own - other).norm() < 1e-2 * other.norm()
+
+
+def test_norm(stance):
+    norm, hidden = LlamaRMSNorm(64).bfloat16(), bf16(3, 5, 64)
+    assert_alike(compilation._rms_norm(norm, hidden), norm(hidden), (hidden, norm.weight))
+
+
+def test_mlp(stance):
+    mlp, hidden = LlamaMLP(load_config("test")).bfloat16(), bf16(3, 5, 64)
+    assert_alike(compilation._mlp(mlp, hidden), mlp(hidden), (hidden, *mlp.parameters()))
+
+
+def test_rotary(stance):
+    query, key = bf16(2, 4, 5, 16), bf16(2, 2, 5, 16, seed=1)
+    cos, sin = bf16(1, 5, 16, seed=2).detach(), bf16(1, 5, 16, seed=3).detach()
+    for index, rotated in enumerate((query, key)):
+        ours, theirs = (rotary(query, key, cos, sin)[index] for rotary in (compilation._rotary, apply_rotary_pos_emb))
+        assert_alike(ours, theirs, (rotated,))
+
+
+def test_loss_is_that_of_float32_and_leaves_out_what_does_not_count(stance):
+    logits, targets = bf16(7, 50), torch.tensor([3, IGNORE_INDEX, 0, 49, 1, IGNORE_INDEX, 2])
+    loss = summed_cross_entropy(logits, targets)
+    counted = targets != IGNORE_INDEX
+    expected = F.cross_entropy(logits.double()[counted], targets[counted], reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (other,) = torch.autograd.grad(expected, logits)
+    assert torch.allclose(gradient, other.to(gradient.dtype), rtol=1e-2, atol=1e-4)
+
+
+def test_precision_is_kept_on_geminis_tensors(stance):
+    hidden = bf16(3, 5, 64).detach().as_subclass(ColoTensor)
+    assert compilation._rms_norm(LlamaRMSNorm(64).bfloat16(), hidden).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fused_how", [Fusion.PIECES, Fusion.LAYERS])
+def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
+    """For the first length alone, and at the second for all that follow: fine-tuning pads each batch to its longest."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+    config = load_config("test")
+    config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
+    model = build_model(config, torch.device("cpu"))
+    torch._dynamo.reset()
+    counters.clear()
+    fuse(model, fused_how)
+    compiled = []
+    for number in range(30):
+        ids = torch.zeros(2, 8 * (7 * number % 30 + 1), dtype=torch.int64)
+        summed_cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    fuse(torch.nn.Module(), Fusion.NONE)
+    assert 2 <= compiled[0] <= 4
+    assert compiled[-1] <= 2 * compiled[0]
+
+
+PRODUCT = torch.ops.aten.mm.default
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def operations(monkeypatch, how, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
+    """Matrix products and attentions of each graph that is compiled of four recomputed layers; gradients."""
+    found: dict[str, list[tuple[int, int]]] = {"forward": [], "backward": []}
+
+    def counted(of: str):
+        def compiler(module, inputs):
+            nodes = [(node.target, *node.args) for node in module.graph.nodes]  # some operators call one with a seed
+            found[of].append(tuple(sum(operator in node for node in nodes) for operator in (PRODUCT, ATTENTION)))
+            return make_boxed_func(module.forward)
+
+        return compiler
+
+    torch.manual_seed(0)
+    config = load_config("test")
+    config._attn_implementation = TORCH_FUSED
+    model = build_model(config, torch.device("cpu"), torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    recompute(model.train(), {0, 1, 2, 3}, how)
+    backend = aot_autograd(
+        fw_compiler=counted("forward"),
+        bw_compiler=counted("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    if compiled:
+        torch.compiler.set_stance("default")
+        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+        compilation.compile_each_layer(model)
+    model(torch.arange(64).view(2, 32)).logits.square().mean().backward()
+    return found, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("how", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
+def test_a_recomputed_layer_leaves_out_its_last_product_and_what_is_kept(monkeypatch, how, attentions):
+    found, gradients = operations(monkeypatch, how, compiled=True)
+    assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
+    for ours, theirs in zip(gradients, operations(monkeypatch, recomputed, compiled=False)[1], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_or_pieces():
+    model = build_model(load_config("test"), torch.device("meta"))
+    norm, layer = model.model.layers[0].input_layernorm, model.model.layers[0]
+    fuse(model, Fusion.LAYERS)
+    assert layer._compiled_call_impl is not None
+    assert "forward" not in vars(norm)
+    other = build_model(load_config("test"), torch.device("meta"))
+    fuse(other, Fusion.PIECES)
+    assert vars(other.model.layers[0].mlp)["forward"].__func__ is compilation._mlp
+    assert other.model.layers[0]._compiled_call_impl is None
+    fuse(torch.nn.Module(), Fusion.NONE)

@@ -1,0 +1,263 @@
+"""Gemini with its chunks, its norm and its layers as they are helped, beside Gemini as it is."""
+
+import contextlib
+import io
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.memory_tracer import ChunkMemStatsCollector
+from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
+
+import stream_order
+from engine import boost, gemini, shards
+from engine.boost import build_plugin
+from engine.layout import resolve_layout
+from engine.step import forward_backward, forward_loss, optimizer_step
+from model_utils import count_parameters, load_config
+from pretrain import parse_args
+from processes import boosted, run_ranks
+
+OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
+
+
+def trained(flags: str, prepare: str = "") -> list[tuple[float, float, bool]]:
+    """Loss, norm and overflow of three steps; `prepare` does something to the model before."""
+    run = boosted(f"-p gemini -b 2 --lr 1e-3 --gradient_clipping 0.1 {flags}")
+    if prepare == "own norm":
+        Chunk.has_inf_or_nan, Chunk.set_l2_norm = OWN_NORM
+    elif prepare:
+        torch.compiler.set_stance("force_eager" if prepare == "whole layers" else "default")
+        gemini.compile_layers(run.model)
+    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    steps, micro_batches = [], run.args.accumulation_steps
+    for _ in range(3):
+        ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(micro_batches)]
+        batches = [{"input_ids": micro, "labels": micro} for micro in ids]
+        label_tokens = 62 * micro_batches * dist.get_world_size()
+        loss = forward_backward(run.booster, run.model, run.optimizer, batches, label_tokens)
+        steps.append((loss.item(), *optimizer_step(run.model, run.optimizer)))
+    return steps
+
+
+FLAGS = ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("flags", FLAGS)
+class TestLayers:
+    def test_hooked_at_once_are_the_same_to_the_bit(self, ranks, flags):
+        assert run_ranks(ranks, trained, flags, "whole layers") == run_ranks(ranks, trained, flags)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_layers_differ_by_rounding(ranks):
+    compiled = run_ranks(ranks, trained, FLAGS[1], "compiled layers")
+    for ours, theirs in zip(compiled, run_ranks(ranks, trained, FLAGS[1]), strict=True):
+        for (loss, norm, _), (other_loss, other_norm, _) in zip(ours, theirs, strict=True):
+            assert loss == pytest.approx(other_loss, rel=2e-4)
+            assert norm == pytest.approx(other_norm, rel=2e-2)
+
+
+def losses_without_training():
+    run = boosted("-p gemini -b 2", attention_dropout=0.5)
+    torch.compiler.set_stance("force_eager")
+    gemini.compile_layers(run.model)
+    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = []
+    for training in (True, False):
+        run.model.train(training)
+        found.append({forward_loss(run.booster, run.model, {"input_ids": ids, "labels": ids}).item() for _ in range(2)})
+    return found
+
+
+def test_whole_layers_drop_nothing_out_when_they_are_evaluated():
+    training, evaluation = run_ranks(1, losses_without_training)[0]
+    assert len(training) == 2
+    assert len(evaluation) == 1
+
+
+def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
+    """Losses and norms of steps, with passes without gradients around them, and how many chunks were prefetched."""
+    gemini.prefetched_chunks = lambda *_: chunks
+    run = boosted(f"-p gemini -b 2 --lr 1e-2 {flags}")
+    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    fetched, add_work = [], run.model.gemini_manager.add_work
+    run.model.gemini_manager.add_work = lambda *work: (fetched.append(work), add_work(*work))
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    batch, losses = {"input_ids": ids, "labels": ids}, []
+    batches = [batch] * run.args.accumulation_steps
+    for _ in range(4):
+        losses.append(forward_loss(run.booster, run.model, batch).item())
+        losses.append(forward_backward(run.booster, run.model, run.optimizer, batches, 62 * len(batches) * 2).item())
+        losses.append(optimizer_step(run.model, run.optimizer)[0])
+    losses.append(forward_loss(run.booster, run.model, batch).item())
+    return losses, len(fetched)
+
+
+@pytest.mark.parametrize("flags", ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"])
+def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
+    plain = run_ranks(2, with_prefetching, flags, 0)
+    ahead = run_ranks(2, with_prefetching, flags, 3)
+    for (losses, fetched), (other_losses, none_fetched) in zip(ahead, plain, strict=True):
+        assert losses == other_losses
+        assert losses[-1] < losses[0]
+        assert none_fetched == 0 < fetched
+
+
+def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
+    """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
+    memory = stream_order.watch()
+
+    class Plugin(boost.GeminiPlugin):
+        def __init__(self, **options):
+            super().__init__(**options | {"enable_async_reduce": True})
+            self.gemini_config["pin_memory"] = False
+
+    boost.GeminiPlugin = Plugin
+    if not prefetch:
+        gemini.prefetched_chunks = lambda *_: 0
+    if not apart:
+        gemini.keep_memory_apart = lambda model: None
+    run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
+    torch.compiler.set_stance("force_eager")
+    gemini.compile_layers(run.model)
+    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    micro_batches = run.args.accumulation_steps
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(3):
+        batches = [{"input_ids": ids, "labels": ids}] * micro_batches
+        forward_backward(run.booster, run.model, run.optimizer, batches, 62 * micro_batches * 2)
+        optimizer_step(run.model, run.optimizer)
+    return sorted(memory.hazards)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("prefetch", [True, False])
+    @pytest.mark.parametrize("flags", ["", "-g", "-g --keep_attention", "--accumulation_steps 3"])
+    def test_of_a_chunk_is_not_written_while_it_is_read(self, flags, prefetch):
+        assert run_ranks(2, memory_hazards, flags, prefetch, True) == [[], []]
+
+    def test_would_be_in_gemini_as_it_is(self):
+        found = run_ranks(2, memory_hazards, "--accumulation_steps 3", False, False)[0]
+        assert any("does not wait for reduce_scatter_tensor on NCCL" in hazard for hazard in found)
+
+
+def figures_of_operations():
+    """Which operation's memory each one is planned by: in training passes and in passes without gradients between them.
+
+    Without a GPU there is nothing to measure; the operations' numbers stand for what the first pass would have found,
+    less so much that no chunk has to move.
+    """
+    run = boosted("-p gemini -b 2")
+    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    manager, chunks = run.model.gemini_manager, run.model.chunk_manager
+    collector, planned = ChunkMemStatsCollector(chunks), []
+    manager._mem_stats_collector = collector
+    manager._placement_policy = AutoPlacementPolicy(chunks, collector)
+    manager._warmup, manager.pre_iter = False, lambda *_: None
+    collector._step_total, less = 1000, 2**50
+    collector._memstats._non_model_data_cuda_list = [number - less for number in range(1000)]
+    figure = collector.next_period_non_model_data_usage
+    collector.next_period_non_model_data_usage = lambda kind: planned[-1].append(figure(kind) + less) or -less
+    gemini.plan_each_pass_from_its_start(run.model)
+    ids = torch.randint(run.config.vocab_size, (2, 32))
+    batch = {"input_ids": ids, "labels": ids}
+    for training in (True, False, False, True):
+        planned.append([])
+        if training:
+            forward_backward(run.booster, run.model, run.optimizer, [batch], 62)
+            optimizer_step(run.model, run.optimizer)
+            collector._step_total = len(planned[0])
+        else:
+            forward_loss(run.booster, run.model, batch)
+    return planned
+
+
+def test_operations_after_an_evaluation_are_planned_by_their_own_figures():
+    first, *evaluations, later = run_ranks(1, figures_of_operations)[0]
+    assert first == later == list(range(len(first)))
+    for evaluation in evaluations:
+        assert evaluation == first[: len(evaluation)]
+        assert 0 < len(evaluation) < len(first)
+
+
+def reported_collection() -> str:
+    """What is printed at the end of the first pass where Gemini takes down the memory of its operations."""
+    run = boosted("-p gemini -b 2")
+    collector = run.model.gemini_manager._mem_stats_collector = ChunkMemStatsCollector(run.model.chunk_manager)
+    gemini.plan_each_pass_from_its_start(run.model)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        collector.finish_collection()
+    assert not collector._start_flag
+    return printed.getvalue()
+
+
+def test_the_number_of_operations_is_not_printed():
+    assert run_ranks(1, reported_collection) == [""]
+
+
+class TestNorm:
+    @pytest.mark.parametrize("flags", FLAGS)
+    def test_is_what_gemini_takes(self, flags):
+        for ours, theirs in zip(run_ranks(2, trained, flags), run_ranks(2, trained, flags, "own norm"), strict=True):
+            assert ours == [(pytest.approx(loss), pytest.approx(norm), skipped) for loss, norm, skipped in theirs]
+            assert any(norm > 0.1 for _, norm, _ in ours)  # it clips
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_shows_an_overflow(self, value):
+        assert run_ranks(2, overflows, value) == [[False, True], [False, True]]
+
+
+def overflows(value):
+    """Whether a chunk is seen to overflow, without and with one such element."""
+    run = boosted("-p gemini -x fp16 -b 2")
+    chunk = run.model.chunk_manager.get_chunk(next(run.model.unwrap().parameters()))
+    seen = []
+    for element in (1.0, value):
+        chunk.payload.zero_()[0] = element
+        seen.append(bool(chunk.has_inf_or_nan))
+    return seen
+
+
+class TestChunks:
+    def test_a_small_model_is_sharded_as_a_large_one_is(self):
+        for chunks in run_ranks(2, chunk_sizes):
+            assert len(chunks) >= 4
+            assert not any(gathered for _, gathered in chunks)
+            assert sum(size for size, _ in chunks) == pytest.approx(count_parameters(load_config("test")), rel=0.3)
+
+    def test_one_rank_keeps_the_model_whole(self):
+        assert run_ranks(1, chunk_sizes) == [[(count_parameters(load_config("test")), True)]]
+
+    @pytest.mark.parametrize(
+        ("flags", "millions"), [("-p gemini", 202.38), ("-p gemini --tp 2", 101.19), ("-p gemini_auto", 33.55)]
+    )
+    def test_hold_a_layer_of_a_large_model_unless_they_move(self, flags, millions):
+        assert run_ranks(4, chunk_options, flags) == [(pytest.approx(millions, rel=1e-3), flags[-1] != "o")] * 4
+
+    def test_what_is_offloaded_is_not_kept_whole(self):
+        args = parse_args(["-p", "gemini"])
+        assert gemini.keeps_whole(args, data_parallel=1)
+        assert not gemini.keeps_whole(args, data_parallel=2)
+        args.offload_optim_frac = 0.5
+        assert not gemini.keeps_whole(args, data_parallel=1)
+        assert not gemini.keeps_whole(parse_args(["-p", "gemini_auto"]), data_parallel=1)
+
+
+def chunk_sizes():
+    run = boosted("-p gemini")
+    chunks = {run.model.chunk_manager.get_chunk(parameter) for parameter in run.model.unwrap().parameters()}
+    return [(chunk.chunk_size, chunk.keep_gathered) for chunk in chunks]
+
+
+def chunk_options(flags: str) -> tuple[float, int]:
+    """Parameters of a chunk of 7B, in millions, and how many chunks are gathered ahead."""
+    args, config = parse_args(flags.split()), load_config("7b")
+    options = build_plugin(args, resolve_layout(args, config), config).gemini_config
+    return options["min_chunk_size_m"] * 2**20 / 1e6, options["max_prefetch"]

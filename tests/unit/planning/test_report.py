@@ -1,0 +1,98 @@
+"""Dry runs: what they print, what they say would fit, and mistakes in the GPUs that they are for."""
+
+import re
+
+import pytest
+
+import benchmark
+from model_utils import load_config
+from runtime.console import InputError
+
+
+def checked(flags: str) -> None:
+    args = benchmark.parse_args(f"-c tiny -l 128 {flags}".split())
+    benchmark.check_args(args, load_config(args.config))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpus 0", "--gpus: 0 is below the least possible, 1"),
+        ("--gpu V100", "--gpu: 'V100' is none of B200"),
+        (
+            "--gpu A100-40GB",
+            "--gpu: 'A100-40GB' would be taken for A100 with 80 GB; give A100-SXM4-40GB or A100-PCIE-40GB or "
+            "--gpu_memory 40",
+        ),
+        ("--gpu H100-96GB", "--gpu: 'H100-96GB' would be taken for H100 with 80 GB; give --gpu_memory 96"),
+        ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
+        ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
+    ],
+)
+def test_mistakes(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        checked(f"--dry_run {flags}")
+
+
+@pytest.mark.parametrize("card", ["A100-SXM4-80GB", "L40S-48GB", "A100-PCIE-40GB", "A100-40GB --gpu_memory 40"])
+def test_sizes_that_cards_have(card):
+    checked(f"--dry_run --gpu {card}")
+
+
+def test_gpus_that_a_run_does_not_have():
+    with pytest.raises(InputError, match="--gpus: goes with --dry_run alone"):
+        checked("--gpus 8")
+
+
+def dry_run(monkeypatch, flags: str) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *flags.split()])
+    assert benchmark.main() == 0
+
+
+def test_report(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100")
+    out = capsys.readouterr().out
+    assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
+    assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 bytes a parameter; 12 / 32
+    # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs a token
+    assert "2,288,819 steps of 524,288 tokens, 1,200,000,000,000 in all" in out
+    flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+    days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
+    assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
+
+
+def test_a_small_model_is_told_in_one_unit(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c test -l 64 -p zero2 --dry_run")
+    out = capsys.readouterr().out
+    assert "memory of a GPU in MB, of 1 (estimate):" in out
+    assert re.search(r"\nfits: [1-9]\d*\.\d MB at the peak, on H100 with 80 GB\n", out)
+
+
+def test_memory_limit_counts(capsys, monkeypatch):
+    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 -m 20000")
+    assert "does NOT fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedies"),
+    [
+        ("-c 70b -p zero2 -b 4 -g -a --gpus 64", "-p gemini, -p gemini_auto"),  # whatever -b, on whatever number
+        ("-c 7b -p zero2 -b 4 -g -a --gpus 1", "-p zero2_cpu, -p gemini_auto, 2 GPUs"),
+        ("-c 7b -p zero2 -b 16 --gpus 8", "-a -g"),
+        ("-c 7b -p zero2 -b 16 -a --gpus 8", "-g, -b 2"),
+        (
+            "-c 7b -p zero2 -b 8 -a --recompute 0.5 --gpus 1",
+            "--recompute 1 with -p zero2_cpu or -p gemini_auto or 2 GPUs",
+        ),
+        (
+            "-c 7b -p zero2 -b 16 -g -a --keep_attention --gpus 1 --gpu H200 --gpu_memory 138",
+            "-b 8, no --keep_attention, -p zero2_cpu, -p gemini_auto, 2 GPUs",
+        ),
+        ("-c 7b -p zero2 -b 4 -g -a --gpus 32 -m 20000", "-b 2, -p gemini, -p gemini_auto, a larger --memory_limit"),
+        ("-c 70b -p zero2 -g -a --gpus 1", "more GPUs, or larger ones"),
+    ],
+)
+def test_what_helps_fits(flags, remedies, capsys, monkeypatch):
+    dry_run(monkeypatch, f"{flags} --dry_run")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("does NOT fit: "))
+    assert line.partition("; what helps: ")[2] == remedies

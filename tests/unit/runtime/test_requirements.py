@@ -1,0 +1,57 @@
+"""The requirements files and what they say of each dependency."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from launching import ROOT
+
+FILES = ("requirements.txt", "requirements-colossalai.txt", "requirements-dev.txt")
+LINE = re.compile(r"(?P<requirement>[\w.-]+ *[><=]=[^#]*)(#(?P<reason>.*))?")
+LICENCES = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| licence |")[2]
+
+
+def lines() -> list[tuple[str, str, bool]]:
+    """Each file's requirements, with whether a reason stands beside it, or above the only one."""
+    found = []
+    for file in FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        matches = [match for match in map(LINE.fullmatch, text.splitlines()) if match]
+        for match in matches:
+            explained = match["reason"] or (len(matches) == 1 and text.startswith("#"))
+            found.append((file, match["requirement"].strip(), bool(explained)))
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports, without Python's own."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    return {"protobuf" if name == "google" else name for name in packages}  # by the name that pip knows
+
+
+def test_whatever_is_imported_is_listed():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    own = {path.stem for path in files} | {"scripts"}
+    listed = {Requirement(requirement).name for file, requirement, _ in lines() if file != "requirements-dev.txt"}
+    optional = {"flash_attn", "torchtitan"}  # the second for a comparison alone
+    assert set().union(*map(imported, files)) - own <= listed | optional
+
+
+@pytest.mark.parametrize(("file", "requirement", "explained"), lines())
+def test_pinned_installed_explained_and_licensed(file, requirement, explained):
+    parsed = Requirement(requirement)
+    assert parsed.specifier
+    assert explained, f"{file}: {requirement} has no reason beside it"
+    assert re.search(rf"\b{re.escape(parsed.name)}\b", LICENCES), f"CONTRIBUTING.md: no licence of {parsed.name}"
+    assert parsed.specifier.contains(importlib.metadata.version(parsed.name), prereleases=True)

@@ -1,0 +1,166 @@
+"""Packing and documents in packed sequences, on real files and against slow, obvious references."""
+
+import functools
+import itertools
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from corpora import error_of, reference_stream, run_python, stream_of, write_jsonl
+from corpus import units
+from corpus.encoder import TextEncoder
+from corpus.prepare import prepare_dataset
+from data_utils import PackedDataset, mark_documents
+from model_utils import IGNORE_INDEX
+from training.batches import next_batches
+
+
+class TestPacking:
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        files=st.lists(
+            st.lists(st.text(alphabet="aé \n</s>1😀", max_size=40), min_size=1, max_size=8), min_size=1, max_size=3
+        ),
+        max_length=st.integers(1, 40),
+        unit_bytes=st.integers(1, 300),
+        num_workers=st.sampled_from([1, 2]),
+    )
+    def test_equals_the_obvious_reference(
+        self, tokenizer, tmp_path_factory, monkeypatch, files, max_length, unit_bytes, num_workers
+    ):
+        monkeypatch.setattr(units, "MIN_UNIT_BYTES", unit_bytes)
+        folder = tmp_path_factory.mktemp("packing")
+        for number, texts in enumerate(files):
+            write_jsonl(folder / f"{number}.jsonl", [{"text": text} for text in texts])
+        expected = reference_stream(tokenizer, itertools.chain(*files))
+        prepare = functools.partial(prepare_dataset, str(folder), tokenizer, folder / "cache", num_workers)
+        if not expected:
+            assert str(folder) in error_of(prepare)
+            return
+        prepared = prepare()
+        assert stream_of(prepared).dtype == np.uint16
+        assert stream_of(prepared).tolist() == expected
+        if len(expected) < max_length:
+            message = error_of(PackedDataset, prepared, max_length)
+            assert "--max_length" in message
+            assert f" {max_length} " in message
+            assert f" {len(expected)} " in message
+            return
+        dataset = PackedDataset(prepared, max_length)
+        items = [dataset[index] for index in range(len(dataset))]
+        assert [item["input_ids"].tolist() for item in items] == [
+            expected[start : start + max_length] for start in range(0, len(expected) - max_length + 1, max_length)
+        ]
+        assert all(torch.equal(item["input_ids"], item["labels"]) for item in items)
+        assert items[0]["input_ids"].dtype == items[0]["labels"].dtype == torch.int64
+        assert dataset.tail_tokens == len(expected) % max_length
+
+    def test_works_in_loader_processes_and_when_pickled(self, tokenizer, words):
+        dataset = PackedDataset(prepare_dataset(str(words[0]), tokenizer, words[1]), 16)
+        direct = torch.stack([dataset[index]["input_ids"] for index in range(len(dataset))])
+        loader = DataLoader(pickle.loads(pickle.dumps(dataset)), batch_size=4, num_workers=2)
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in loader]), direct)
+        with pytest.raises(IndexError):
+            dataset[len(dataset)]
+
+    def test_fingerprint_follows_the_tokens_not_the_place(self, tokenizer, tmp_path):
+        for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+            (tmp_path / name).mkdir()
+            write_jsonl(tmp_path / name / "x.jsonl", [{"text": text}])
+        a, b, c = (
+            PackedDataset(prepare_dataset(str(tmp_path / name), tokenizer, tmp_path / "cache"), 2).fingerprint
+            for name in "abc"
+        )
+        assert a == b != c
+
+    def test_damaged_folder(self, tokenizer, words, tmp_path):
+        folder = prepare_dataset(str(words[0]), tokenizer, tmp_path)
+        shard = folder / "tokens-00000.bin"
+        os.truncate(shard, shard.stat().st_size - 2)
+        assert f"--dataset: {shard} has {shard.stat().st_size} bytes" in error_of(PackedDataset, folder, 8)
+        shard.unlink()
+        assert str(shard) in error_of(PackedDataset, folder, 8)
+        (folder / "manifest.json").write_text("{")
+        assert str(folder / "manifest.json") in error_of(PackedDataset, folder, 8)
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_folder_that_goes_away_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
+        prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
+        loader = DataLoader(PackedDataset(prepared, 16), batch_size=2, num_workers=num_workers)
+        prepared.rename(tmp_path / "moved")
+        _, gone = next_batches(iter(loader), 1)
+        prepared.mkdir()
+        (prepared / "tokens-00000.bin").write_bytes(b"\0\0")
+        _, cut = next_batches(iter(loader), 1)
+        for reason in (gone, cut):
+            assert reason.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
+            assert "\n" not in reason
+
+    def test_loader_process_ends_with_its_rank_whatever_it_is_doing(self):
+        code = """
+            import os, time
+            from torch.utils.data import DataLoader
+            from runtime.process import follow_rank
+
+            started, starting = os.pipe()
+
+            class Slow:
+                def __len__(self): return 9
+                def __getitem__(self, index):
+                    os.write(starting, b"!")
+                    time.sleep(600)
+
+            loader = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=follow_rank))
+            os.read(started, 1)
+            print("reading", flush=True)
+            os._exit(9)
+        """
+        process = run_python(code)
+        output, error = process.communicate(timeout=60)  # to the end of all that hold its output
+        assert (process.returncode, output) == (9, "reading\n"), error
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
+        """Of a shard too large to be checked when it is opened."""
+        prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
+        dataset = PackedDataset(prepared, 16)
+        shard = prepared / dataset.shards[0]["file"]
+        with open(shard, "r+b") as file:
+            file.write(b"\xff\xff")
+        batches, reason = next_batches(iter(DataLoader(dataset, batch_size=2, num_workers=num_workers)), 1)
+        assert batches == []
+        assert reason.startswith(f"--dataset: {shard} is damaged: it holds the token 65535 of a vocabulary of")
+        assert "\n" not in reason
+
+
+class TestMarkDocuments:
+    @settings(deadline=None)
+    @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 5), st.booleans())
+    def test_positions_restart_and_first_tokens_are_not_predicted(self, lengths, cut, one_token_for_both):
+        """Documents of BOS, `length` tokens and EOS; the sequence starts `cut` tokens into the first."""
+        bos, eos = (1, 1) if one_token_for_both else (1, 2)
+        cut = min(cut, lengths[0] + 1)
+        stream = [[bos, *range(3, 3 + length), eos] for length in lengths]
+        positions = [place for document in stream for place in range(len(document))][cut:]
+        for place in range(len(stream[0]) - cut):
+            positions[place] = place
+        ids = torch.tensor(list(itertools.chain(*stream))[cut:])
+        item = mark_documents({"input_ids": ids, "labels": ids.clone()}, bos, eos)
+        assert item["position_ids"].tolist() == positions
+        assert item["labels"].tolist() == [
+            IGNORE_INDEX if place == 0 else token for place, token in zip(positions, ids.tolist(), strict=True)
+        ]
+
+    def test_a_bos_spelled_out_is_text(self, sample_tokenizer):
+        text = "a <s> b</s><s> c"
+        (ids,) = TextEncoder(sample_tokenizer).encode([text])
+        assert (ids == sample_tokenizer.bos_token_id).sum() == 1
+        assert sample_tokenizer.decode(ids[1:-1]) == text

@@ -1,0 +1,290 @@
+"""The plan of a run, and what a resumed one takes over."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+
+from checkpoints import make_checkpoint
+from data_utils import PackedDataset
+from engine.layout import Layout
+from model_utils import load_config
+from pretrain import parse_args
+from runtime.console import InputError
+from training.plan import TrainState, announce, check_folders, claim_folders, make_plan, resume_state
+
+FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
+
+
+def plan_of(flags, data, **state):
+    """The plan on four ranks for `data` sequences."""
+    args = parse_args(["-s", "0", *flags.split()])
+    return make_plan(args, FOUR_RANKS, PackedStub(data, args.max_length), TrainState(**state))
+
+
+class TestPlan:
+    def test_global_batch_and_end_of_the_data(self):
+        plan = plan_of("-b 3 --accumulation_steps 5 -l 100", data=125)
+        assert (plan.global_batch, plan.tokens_per_step) == (3 * 5 * 4, 6000)
+        assert (plan.total_steps, plan.total_sequences) == (2, 125)
+
+    def test_epochs_share_their_last_batch(self):
+        assert plan_of("-b 1 -e 3", data=10).total_steps == 7  # 30 sequences in batches of 4
+
+    @pytest.mark.parametrize(("max_steps", "total"), [(1, 1), (24, 24), (25, 25), (26, 25)])
+    def test_max_steps(self, max_steps, total):
+        assert plan_of(f"-b 1 --max_steps {max_steps}", data=100).total_steps == total
+
+    @pytest.mark.parametrize(("batch_size", "total"), [(2, 25), (4, 17), (1, 40), (30, 11)])
+    def test_resume_with_another_batch_goes_on_where_the_data_was_left(self, batch_size, total):
+        resumed = dict(step=10, sequences=80)  # ten steps of eight; 120 are left of 200
+        if total == 10:
+            with pytest.raises(InputError, match="checkpoint is at step 10 and the run ends at step 10"):
+                plan_of(f"-b {batch_size}", data=200, **resumed)
+        else:
+            assert plan_of(f"-b {batch_size}", data=200, **resumed).total_steps == total
+
+    def test_a_resume_tells_of_another_global_batch(self, capsys):
+        resumed = dict(step=10, sequences=80, tokens=5120, global_batch=8)
+        same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
+        args = parse_args(["-c", "test", "-s", "0"])
+        announce(args, load_config("test"), PackedStub(200), more, "attention: plain")
+        assert capsys.readouterr().out.splitlines()[-2] == (
+            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are trained"
+        )
+        assert more.total_tokens == 5120 + 7 * 16 * 4096
+        assert same.remaining_tokens == 15 * 8 * 4096
+
+    def test_resume_of_a_finished_run(self):
+        with pytest.raises(InputError, match="at step 10 and the run ends at step 5; raise --max_steps"):
+            plan_of("-b 1 --max_steps 5", 100, step=10)
+
+    def test_too_little_data(self):
+        message = "7 sequences x --num_epochs 1 do not fill one global batch of 8"
+        with pytest.raises(InputError, match=message):
+            plan_of("-b 2", data=7)
+        assert plan_of("-b 2 -e 2", data=7).total_steps == 1
+
+    def test_default_warmup_longer_than_the_run_is_an_error_and_a_chosen_one_is_not(self):
+        args = parse_args(["-b", "1"])
+        with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
+            make_plan(args, FOUR_RANKS, PackedStub(100), TrainState())
+        args = parse_args(["-b", "1", "-s", "2000"])
+        assert make_plan(args, FOUR_RANKS, PackedStub(100), TrainState()).total_steps == 25
+
+    def test_announces_the_global_batch_and_the_layout(self, capsys):
+        flags = "-c test -p hybrid_parallel -b 2 --accumulation_steps 3 -l 64 -x bf16 -s 0"
+        args = parse_args(flags.split())
+        plan = make_plan(args, Layout(2, 1, 1, 4, 1), PackedStub(100), TrainState())
+        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [
+            "model: test, 315,968 parameters, bf16; attention: plain",
+            "data: 100 sequences of 64 tokens; 5 tokens left over",
+            "plugin: hybrid_parallel, 4 data-parallel, tp 2 x pp 1 x sp 1, ZeRO 1",
+            "global batch: 2 x 3 accumulated x 4 data-parallel = 24 sequences x 64 tokens = 1,536 tokens",
+            "length: 4 optimizer steps, 6,144 tokens",
+            "left out: the last 4 of 100 sequences, too few for one more step",
+        ]
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            ("--max_steps 25", []),  # 4 sequences a step
+            ("--max_steps 24", []),
+            (
+                "--max_steps 1000",
+                ["--max_steps: the data end before step 1,000; --num_epochs 40 --max_steps 1000 reaches it"],
+            ),
+            ("--accumulation_steps 15", ["left out: the last 40 of 100 sequences, too few for one more step"]),
+            ("--accumulation_steps 15 -e 2", ["left out: the last 20 of 200 sequences, too few for one more step"]),
+            ("--accumulation_steps 15 -e 3", []),
+        ],
+    )
+    @pytest.mark.parametrize("sequences", [0, 60])
+    def test_tells_what_the_data_do_not_reach_and_what_is_left_out(self, capsys, flags, said, sequences):
+        """From the start, or resumed after steps of four."""
+        args = parse_args(["-c", "test", "-s", "0", "-b", "1", *flags.split()])
+        state = TrainState(step=sequences // 4, sequences=sequences)
+        plan = make_plan(args, FOUR_RANKS, PackedStub(100), state)
+        capsys.readouterr()
+        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[next(place for place, line in enumerate(lines) if line.startswith("length: ")) + 1 :] == said
+
+
+class PackedStub:
+    """The length of a data set and what identifies it."""
+
+    fingerprint, tail_tokens = "abc", 5
+    slice_weights = document_ends = None
+    mean_length, description = PackedDataset.mean_length, PackedDataset.description
+    fix_order = PackedDataset.fix_order
+
+    def __init__(self, sequences, max_length=64):
+        self.sequences, self.max_length = sequences, max_length
+
+    def __len__(self):
+        return self.sequences
+
+
+class TestResumeState:
+    SETTINGS = {  # noqa: RUF012
+        "seed": 42,
+        "max_length": 64,
+        "lr": 3e-4,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "gradient_clipping": 1.0,
+        "schedule_steps": 16,
+        "data": "abc",
+        "slice_weights": None,
+        "document_mask": False,
+    }
+    FLAGS = ("-l", "64", "-s", "0", "-b", "2", "-e", "3")
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        state = TrainState(1, 9, 72, 4608, 2, self.SETTINGS)
+        states = {**asdict(state), "adam_steps": 7, "loss_scaler": None}
+        return make_checkpoint(tmp_path / "epoch1-step9", states), state
+
+    def test_fresh(self):
+        args = parse_args(list(self.FLAGS))
+        assert resume_state(args) == (TrainState(), None)
+        state = TrainState()
+        make_plan(args, FOUR_RANKS, PackedStub(43), state)
+        assert state.settings == self.SETTINGS
+
+    def test_everything_comes_back(self, checkpoint):
+        folder, state = checkpoint
+        for load in ("latest", str(folder)):
+            args = parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", load])
+            assert resume_state(args) == (state, folder)
+        assert state.adam_steps == 7
+        assert make_plan(args, FOUR_RANKS, PackedStub(43), state).total_steps == 16
+
+    def test_damaged(self, checkpoint):
+        folder, _ = checkpoint
+        path = folder / "running_states.json"
+        path.write_bytes(path.read_bytes().replace(b"4608", b"4609"))
+        with pytest.raises(InputError, match=r"running_states.json is damaged; choose another checkpoint"):
+            resume_state(parse_args([*self.FLAGS, "-f", str(folder)]))
+
+    def test_later_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
+        folder, state = checkpoint
+        later = folder.with_name("epoch1-step10")
+        shutil.copytree(folder, later)
+        with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later .* epoch1-step10"):
+            resume_state(parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", str(folder)]))
+        elsewhere = parse_args([*self.FLAGS, "-o", str(tmp_path / "other"), "-f", str(folder)])
+        assert resume_state(elsewhere) == (state, folder)
+
+    def test_another_runs_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
+        """They would be later removed by --keep_checkpoints, or resumed instead of this run's."""
+        folder, _ = checkpoint
+        (tmp_path / "other").mkdir()
+        there = shutil.copytree(folder, tmp_path / "other" / "epoch0-step3")
+        with pytest.raises(
+            InputError, match=f"--save_dir: {there.parent} holds checkpoints of another run than --load"
+        ):
+            resume_state(parse_args([*self.FLAGS, "-o", str(there.parent), "-f", str(folder)]))
+
+    @pytest.mark.parametrize("flags", [(), ("-f", "latest")])
+    def test_a_new_run_does_not_take_the_place_of_a_model(self, tmp_path, flags):
+        (tmp_path / "final").mkdir()
+        with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
+            resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]))
+
+    def test_checkpoints_that_another_run_adds_or_removes_before_the_folder_is_claimed(self, checkpoint, tmp_path):
+        folder, _ = checkpoint
+        flags = [*self.FLAGS, "-o", str(tmp_path), "-t", str(tmp_path / "logs")]
+        latest = parse_args([*flags, "-f", "latest"])
+        state, found = resume_state(latest)
+        later = make_checkpoint(tmp_path / "epoch1-step10", asdict(TrainState(1, 10, 80, 5120, 2, self.SETTINGS)))
+        with pytest.raises(InputError, match=f"resume was {folder} and is {later} now; start again"):
+            claim_folders(latest, state, found)
+        with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later checkpoints"):
+            claim_folders(parse_args([*flags, "-f", str(folder)]), state, found)
+        shutil.rmtree(later)
+        make_plan(latest, FOUR_RANKS, PackedStub(43), state)
+        claim_folders(latest, state, found)
+        shutil.rmtree(folder)
+        with pytest.raises(InputError, match=f"resume was {folder} and is none now; start again"):
+            claim_folders(latest, state, found)
+        claim_folders(parse_args(flags), TrainState(), None)
+        make_checkpoint(folder)
+        with pytest.raises(InputError, match="holds the checkpoints of a run"):
+            claim_folders(parse_args(flags), TrainState(), None)
+
+    def test_a_dry_run_claims_nothing(self, tmp_path):
+        args = parse_args([*self.FLAGS, "-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs"), "--dry_run"])
+        check_folders(args, load_config("test"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
+        """As a job that was killed before its first, and is queued again."""
+        (tmp_path / ".epoch0-step9.incomplete").mkdir()
+        args = parse_args([*self.FLAGS, "-o", str(tmp_path), "-f", "latest"])
+        assert resume_state(args) == (TrainState(), None)
+        assert f"no checkpoint in --save_dir {tmp_path} yet; a new run begins" in capsys.readouterr().out
+        (tmp_path / "epoch0-step9").mkdir()
+        with pytest.raises(InputError, match=r"no complete checkpoint in .*; move the incomplete ones away"):
+            resume_state(args)
+
+    @pytest.mark.parametrize(
+        ("flags", "remedy"),
+        [
+            (("-b", "1"), "is 23 now; --max_steps 16 keeps it"),
+            (("-b", "4"), "is 12 now; --num_epochs 5 --max_steps 16 keeps it"),
+        ],
+    )
+    def test_another_length_is_refused_with_what_keeps_it(self, checkpoint, flags, remedy):
+        args = parse_args([*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"])
+        with pytest.raises(InputError) as caught:
+            make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0])
+        (problem,) = caught.value.problems
+        assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes all the same")
+        args = parse_args(
+            [*self.FLAGS, *flags, *remedy.split("; ")[1].split()[:-2], "-o", str(args.save_dir), "-f", "latest"]
+        )
+        assert make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0]).total_steps == 16
+
+    def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
+        args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
+        saved = TrainState(settings={**self.SETTINGS, "lora_rank": 4, "lora_modules": "q_proj"})
+        for args.lora_rank, args.lora_modules in ((8, "q_proj"), (None, "q_proj,k_proj")):
+            line = f"^--load: --lora_rank was 4 in the checkpoint and is {args.lora_rank} now$"
+            with pytest.raises(InputError, match=line):
+                make_plan(args, FOUR_RANKS, PackedStub(43), saved)
+
+    def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
+        folder, _ = checkpoint
+        dataset = PackedStub(43)
+        dataset.fingerprint = "other"
+        flags = ["-l", "32", "-s", "0", "-b", "2", "-e", "3", "--seed", "1", "--lr", "1e-3", "-f", str(folder)]
+        args = parse_args(flags)
+        state, _ = resume_state(args)
+        with pytest.raises(InputError) as caught:
+            make_plan(args, FOUR_RANKS, dataset, state)
+        lines = [
+            "--load: --seed was 42 in the checkpoint and is 1 now",
+            "--load: --max_length was 64 in the checkpoint and is 32 now",
+            "--load: --lr was 0.0003 in the checkpoint and is 0.001 now",
+            "--load: the data was abc in the checkpoint and is other now",
+        ]
+        assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes all the same")
+
+        args = parse_args([*flags, "--allow_changes"])
+        state, _ = resume_state(args)
+        plan = make_plan(args, FOUR_RANKS, dataset, state)
+        assert state.sequences == 0  # other data are read from their beginning
+        assert plan.total_steps == 9 + 3 * 43 // 8
+        first, *said = capsys.readouterr().out.splitlines()
+        assert first == "--load: the data are read from their beginning, since they have another order now"
+        assert [
+            line.removesuffix(", as --allow_changes allows") for line in said if "length of the run" not in line
+        ] == lines
+        assert (state.settings["lr"], state.settings["data"]) == (1e-3, "other")

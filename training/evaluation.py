@@ -1,0 +1,93 @@
+"""The loss on documents that are held out of training, the same under every plugin and number of ranks."""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from colossalai.accelerator import get_accelerator
+from colossalai.booster import Booster
+from colossalai.booster.plugin.plugin_base import Plugin
+from colossalai.interface import ModelWrapper
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from corpus.order import ShardedSampler
+from engine.layout import Layout
+from engine.step import forward_loss
+from model_utils import IGNORE_INDEX
+from runtime.console import rank, say
+
+
+class MapDataset(Protocol):
+    """A data set of known length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
+
+class Padded(Dataset):
+    """A data set made longer by items whose labels do not count, so that every rank runs as many full batches."""
+
+    def __init__(self, dataset: MapDataset, multiple: int):
+        self.dataset = dataset
+        self.length = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        item = self.dataset[0]
+        return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
+
+
+def evaluation_loader(plugin: Plugin, dataset: MapDataset, layout: Layout, args: argparse.Namespace) -> DataLoader:
+    """This rank's share of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
+    batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
+    padded = Padded(dataset, batch_size * layout.dp)
+    return plugin.prepare_dataloader(
+        padded,
+        batch_size=batch_size,
+        shuffle=False,
+        pin_memory=torch.cuda.is_available(),
+        distributed_sampler_cls=partial(ShardedSampler, seed=0, stop=len(padded)),
+        collate_fn=getattr(dataset, "collate", None),
+    )
+
+
+def evaluate(
+    booster: Booster,
+    model: ModelWrapper,
+    loader: DataLoader,
+    layout: Layout,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
+
+    Collective. Empty where no label counts; None where `stop` has become true on any rank, which is looked at before
+    every batch.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=get_accelerator().get_current_device())
+    model.eval()
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if rank() == 0 else True):
+        stopping = torch.tensor(float(stop()), device=totals.device)
+        dist.all_reduce(stopping)
+        if stopping:
+            break
+        totals[0] += forward_loss(booster, model, batch) / layout.tp
+        totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum() / (layout.tp * layout.pp * layout.sp)
+    model.train()
+    if stopping:
+        return None
+    dist.all_reduce(totals)
+    if not totals[1]:
+        say("evaluation: no label counts in the held-out data, so there is no loss")
+        return {}
+    loss = (totals[0] / totals[1]).item()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}

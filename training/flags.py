@@ -1,0 +1,351 @@
+"""The flags that pretraining and fine-tuning share, and their validation before anything is allocated."""
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from checkpointing.adapters import MODULES
+from corpus.order import LLAMA_WEIGHTS
+from corpus.tokenizer import LLAMA_TOKENIZER
+from engine.layout import PIPELINE_STYLES, PLUGINS
+from engine.recomputation import AUTO
+from runtime.console import InputError
+
+
+def parse_slice_weights(text: str) -> dict[str, float]:
+    """`llama`, or `NAME=WEIGHT,...`, as weights by slice. Raises ArgumentTypeError."""
+    if text == "llama":
+        return LLAMA_WEIGHTS
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        name = name.strip()
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"{name} has two weights; give one")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not name or not 0 < weights[name] < math.inf:
+            raise argparse.ArgumentTypeError(f"{part!r} is neither 'llama' nor NAME=WEIGHT with a weight above 0")
+    if sum(weights.values()) == math.inf:
+        raise argparse.ArgumentTypeError(f"the sum of the weights in {text!r} is above the greatest number; lower them")
+    return weights
+
+
+def add_source_args(parser: argparse._ActionsContainer) -> None:
+    """The flags that go with `--dataset`."""
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: its main)")
+    parser.add_argument(
+        "--dataset_slices",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="read these slices alone, such as arxiv or wikipedia: files or folders, or configurations of the data set "
+        "(default: all)",
+    )
+
+
+def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
+    """The flag of the tokenizer, where a model's own is not at hand."""
+    parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
+
+
+def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
+    """The plugin, one of `plugins`, and the sizes of its parallelism."""
+    group = parser.add_argument_group("parallelism")
+    group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
+    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")
+    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or what divides)")
+    group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
+    group.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2),
+        help="hybrid_parallel: ZeRO stage (default: 1 with several data-parallel ranks, else 0)",
+    )
+    group.add_argument(
+        "--microbatch_size",
+        "--mbs",
+        type=int,
+        default=1,
+        help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
+    )
+    group.add_argument(
+        "--pp_style",
+        choices=PIPELINE_STYLES,
+        default="1f1b",
+        help="hybrid_parallel: interleaved gives a stage several ranges of layers, so it idles less (default: 1f1b)",
+    )
+    group.add_argument("--model_chunks", type=int, help="interleaved: ranges of layers that a stage holds (default: 2)")
+
+
+CLOSE = 0.75  # of two spellings of a flag, as difflib has it
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports mistakes on the command line as InputError, so that one rank prints one line."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Also takes a number such as -1e-3 or -inf for the value of the flag before it, as argparse does -1."""
+        joined: list[str] = []
+        for text in sys.argv[1:] if args is None else args:
+            flag = joined[-1] if joined else ""
+            if flag.startswith("-") and "=" not in flag and NEGATIVE_NUMBER.fullmatch(text):
+                joined[-1] += f"={text}" if flag.startswith("--") else text
+            else:
+                joined.append(text)
+        return super().parse_known_args(joined, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -"):
+            given = message.split()[2].partition("=")[0]
+            known = re.findall(r"--\w+", self.format_help())
+            if close := difflib.get_close_matches(given, known, 1, CLOSE):
+                raise InputError(f"{message}; did you mean {close[0]}? (see --help)")
+        raise InputError(f"{message} (see --help)")
+
+
+def user_name(text: str) -> str:
+    """A path or a hub name on the command line.
+
+    `~` stands for the home folder, which shells leave to the program in `--flag=~/x`. An empty one, where a shell's
+    variable has no value, would mean the working directory.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a path, or leave the flag out")
+    path = os.path.expanduser(text)
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise argparse.ArgumentTypeError(f"{text[:60]}...: {error.strerror}; give another path") from error
+    return path
+
+
+def user_path(text: str) -> Path:
+    """A path on the command line, as `user_name` takes it."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this machine")
+    return Path(user_name(text))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a run's settings by flag, without the marks that parsing leaves."""
+    return {name: value for name, value in vars(args).items() if not name.endswith("_given")}
+
+
+def _share(text: str) -> float | str:
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a number from 0 to 1") from error
+
+
+class Given(argparse.Action):
+    """Stores the value and, in NAME_given, that the user set it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_given", True)
+
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """Flags that pretrain.py and finetune.py share."""
+    batch = parser.add_argument_group("batch and duration")
+    batch.add_argument("-e", "--num_epochs", type=int, default=1, help="passes over the data (default: 1)")
+    batch.add_argument(
+        "-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank and micro-batch (default: 2)"
+    )
+    batch.add_argument(
+        "--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step (default: 1)"
+    )
+    batch.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
+    batch.add_argument("--max_steps", type=int, help="end after this many optimizer steps (default: end of the data)")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    optimization.add_argument("-w", "--weight_decay", type=float, default=0.1, help="decoupled (default: 0.1)")
+    optimization.add_argument(
+        "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0: no clipping (default: 1.0)"
+    )
+    optimization.add_argument("--seed", type=int, default=42, help="of weights and data order (default: 42)")
+
+    add_compute_args(parser, "-x")
+
+    output = parser.add_argument_group("checkpoints and logs")
+    output.add_argument(
+        "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
+    )
+    output.add_argument("-o", "--save_dir", type=user_path, default="checkpoint", help="folder (default: checkpoint)")
+    output.add_argument(
+        "-f",
+        "--load",
+        type=user_name,
+        metavar="PATH|latest",
+        help="checkpoint to resume from; latest: the newest, if any",
+    )
+    output.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="resume with other data, seed, recipe or length than the checkpoint's, and say what is other",
+    )
+    output.add_argument(
+        "--keep_checkpoints", type=int, help="newest checkpoints to keep, with room for one more (default: all)"
+    )
+    output.add_argument("--keep_every", type=int, help="keep also those at multiples of this step (default: none)")
+    output.add_argument(
+        "-t",
+        "--tensorboard_dir",
+        type=user_path,
+        default="tb_logs",
+        help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
+    )
+    output.add_argument(
+        "--log_interval", type=int, default=10, help="optimizer steps between lines in the terminal (default: 10)"
+    )
+    add_dry_run_args(parser)
+
+    for old, new in (("--weigth_decay", "weight_decay"), ("--grad_clip", "gradient_clipping")):
+        parser.add_argument(old, dest=new, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--grad_checkpoint",
+        dest="gradient_checkpoint",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def add_loading_args(parser: argparse._ActionsContainer) -> None:
+    """Flags of where data are kept once tokenized, and of who reads them."""
+    parser.add_argument(
+        "--cache_dir",
+        type=user_path,
+        default="~/.cache/llama-training",
+        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
+    )
+    parser.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+
+
+def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, precision: str = "fp16") -> None:
+    """Flags of precision, recomputation and kernels; in benchmark.py -x is an older name of another flag."""
+    compute = parser.add_argument_group("precision and memory")
+    compute.add_argument(
+        *precision_short,
+        "--mixed_precision",
+        choices=("fp16", "bf16", "fp32"),
+        default=precision,
+        help=f"working precision; master weights are always float32 (default: {precision})",
+    )
+    compute.add_argument(
+        "-g",
+        "--gradient_checkpoint",
+        action="store_true",
+        help="recompute activations in the backward pass (default: off)",
+    )
+    compute.add_argument(
+        "--recompute",
+        type=_share,
+        metavar="SHARE",
+        help="share of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory allows "
+        "(default: 1 with -g, else 0)",
+    )
+    compute.add_argument(
+        "--keep_attention",
+        action="store_true",
+        help="recompute all but attention, whose output is kept: a little faster, for 2 bytes a hidden unit, token and "
+        "layer",
+    )
+    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
+    compute.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the model's element-wise work and, where the plugin allows, its layers (default: on a GPU)",
+    )
+
+
+def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
+    """Flags of the evaluation on held-out data, a fraction chosen here or a split that the data set has."""
+    held_out = parser.add_argument_group("evaluation")
+    held_out.set_defaults(eval_interval_given=False)
+    if by_fraction:
+        held_out.add_argument(
+            "--eval_fraction",
+            type=float,
+            help="share of the documents, chosen by a hash of their text, that is held out of training "
+            "(default: none, or that of a prepared data set)",
+        )
+    held_out.add_argument(
+        "--eval_interval",
+        type=int,
+        default=1000,
+        action=Given,
+        help="optimizer steps between evaluations on held-out data; also at the end (default: 1000)",
+    )
+
+
+def refuse_interval(args: argparse.Namespace, remedy: str) -> None:
+    """Raise InputError for an --eval_interval on the command line where no data are held out."""
+    if args.eval_interval_given:
+        raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
+
+
+def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of plans for GPUs that need not be there."""
+    plan = parser.add_argument_group("plan")
+    plan.set_defaults(mfu_given=False)
+    plan.add_argument(
+        "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
+    )
+    plan.add_argument("--gpus", type=int, help="dry run: plan for this many GPUs (default: the ranks launched)")
+    plan.add_argument("--gpu", help="dry run: their kind, such as A100 (default: this machine's, else H100)")
+    plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: of their kind)")
+    plan.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        action=Given,
+        help="dry run: fraction of their peak that training reaches (default: 0.4)",
+    )
+
+
+def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
+    """The warm-up's flag, of pretraining alone, and whether it was given."""
+    parser.set_defaults(warmup_steps_given=False)
+    parser.add_argument_group("warm-up").add_argument(
+        "-s",
+        "--warmup_steps",
+        type=int,
+        default=2000,
+        action=Given,
+        help="optimizer steps of linear warm-up (default: 2000)",
+    )
+
+
+def add_lora_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of adapters; without --lora_rank all weights are trained."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_rank", type=int, help="train adapters of this rank alone (default: all weights)")
+    group.add_argument("--lora_alpha", type=float, help="adapters count alpha / rank times (default: 2 x rank)")
+    group.add_argument(
+        "--lora_modules",
+        default=",".join(MODULES),
+        help="linear modules that get one, with commas between (default: all seven of a layer)",
+    )

@@ -1,0 +1,242 @@
+"""Reports of a run on rank 0: TensorBoard, metrics.jsonl and the terminal."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from runtime.console import rank, say, world_size
+from runtime.files import write_json
+
+LOG_FILE = "metrics.jsonl"
+OWNER = "run.json"  # where the checkpoints of the run lie whose logs a folder holds, seen from there
+LONGEST_ROW = 4096  # bytes of it, with room to spare
+MEAN_STEPS = 20  # of the loss in the summary
+BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
+_NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
+
+
+class Metrics:
+    """One row an optimizer step. A run that resumes continues the curves without a seam."""
+
+    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int):
+        """
+        Args:
+            save_dir: of the checkpoints, by which the run is told from others.
+            step: the step that the run resumes after; what was logged of later ones is dropped.
+            interval: steps between lines in the terminal, where it shows no progress bar.
+        """
+        self.main = rank() == 0
+        if not self.main:
+            return
+        self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
+        self.run = {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}  # they may move together
+        self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
+        self.last: dict[str, Any] = {}  # row
+        self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
+        self.trained_before = 0  # tokens up to the step logged first
+        self.began = self.start = time.monotonic()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            desc="training",
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self.failing = False
+        self.file: FileIO | None = None
+        self.board: SummaryWriter | None = None
+        try:
+            self._open()
+        except OSError as error:
+            self._complain(step + 1, error)
+
+    def _open(self) -> FileIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.file is None:
+            self._set_aside()
+            write_json(self.folder / OWNER, self.run)
+            self.file = self._open_after(self.folder / LOG_FILE, self.step)
+            self.last = self._last_row(self.folder / LOG_FILE)
+            self.start -= 3600 * self.last.get("hours", 0)
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        return self.file
+
+    def _set_aside(self) -> None:
+        """Moves logs that this run does not go on from into a folder, which TensorBoard shows as a run of its own."""
+        owner, found = self.folder / OWNER, None  # older versions left none
+        with contextlib.suppress(ValueError):  # damaged
+            found = json.loads(owner.read_bytes()) if owner.exists() else None
+        logs = [path for pattern in ("metrics*.jsonl", "events.out.tfevents.*") for path in self.folder.glob(pattern)]
+        if not logs or (self.step and found in (None, self.run)):
+            return
+        numbers = itertools.count(1)
+        aside = next(path for number in numbers if not (path := self.folder / f"earlier-{number}").exists())
+        aside.mkdir()
+        for log in logs:
+            log.rename(aside / log.name)
+        self.note([f"--tensorboard_dir: {self.folder} held the logs of another run, which are now in {aside}"])
+
+    @staticmethod
+    def _open_after(path: Path, step: int) -> FileIO:
+        """Opens the file for appending, less the rows of later steps, which stay in a numbered file beside it.
+
+        They are those that a resumed run repeats.
+        """
+        kept, later = [], []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            try:
+                rows = kept if json.loads(line)["step"] <= step else later
+            except (ValueError, KeyError, TypeError):
+                continue
+            if line.endswith("\n"):
+                rows.append(line)
+        temporary = path.with_suffix(".tmp")
+        if later:
+            taken = [int(number[1]) for file in path.parent.iterdir() if (number := _NUMBERED.fullmatch(file.name))]
+            temporary.write_text("".join(later), encoding="utf-8")
+            temporary.replace(path.with_name(f"metrics.{max(taken, default=0) + 1}.jsonl"))
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        return open(path, "ab", buffering=0)
+
+    @staticmethod
+    def _last_row(path: Path) -> dict:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LONGEST_ROW))
+            rows = file.read().splitlines()
+        return json.loads(rows[-1]) if rows else {}
+
+    def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
+        """Shows in TensorBoard what is run: its settings as hyperparameters and as a table, and further texts.
+
+        Args:
+            step: as in `__init__`; a run that resumes is described anew beside the first description.
+            texts: Markdown by title.
+        """
+        if not self.main or self.board is None:
+            return
+        plain = {
+            name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
+        }
+        for name, value in plain.items():
+            if isinstance(value, str):  # the name of a file may have what UTF-8 has not
+                plain[name] = value.encode(errors="backslashreplace").decode()
+        for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
+            self.board._get_file_writer().add_summary(summary)
+        table = "\n".join(
+            ["| flag | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in plain.items())]
+        )
+        for title, text in {"flags": table, **texts}.items():
+            self.board.add_text(title, text, step)
+
+    def log(self, values: dict) -> None:
+        """Takes one step's values. A disk that is full costs their rows, not the training."""
+        if not self.main:
+            return
+        step, now = values["step"], time.monotonic()
+        self.last = values = {**values, "hours": (now - self.start) / 3600}
+        if values["loss"] is not None:
+            self.losses.append(values["loss"])
+        if self.first is None:
+            self.first, self.trained_before = (step, now), values["tokens"]
+        first = self.first
+        try:
+            self._write(step, values)
+        except OSError as error:
+            self._complain(step, error)
+        else:
+            self.failing = False
+        mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+        norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
+        loss, lr = "loss unknown", f"lr {values['lr']:.2e}"
+        if values["loss"] is None:
+            norm = "no label counts, step skipped"
+        else:
+            loss = f"loss {values['loss']:.4f}"
+        speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
+        line = f"{loss}, {lr}, {norm}, {speed}"
+        self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)  # a narrow terminal cuts the end
+        self.bar.update()
+        if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
+            say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
+        if "eval_loss" in values:
+            loss, perplexity = values["eval_loss"], values["eval_perplexity"]
+            self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
+
+    def _time_left(self, first: tuple[int, float], step: int, now: float) -> str:
+        first_step, first_time = first
+        if first_step == step or step == self.total_steps:
+            return ""
+        seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
+        return f", {tqdm.format_interval(seconds)} left"
+
+    def summary(self) -> list[str]:
+        """Return the run's results and its speed since the start, saves and evaluations included; on rank 0."""
+        if not self.main:
+            return []
+        loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no label has counted, so nothing was learnt"
+        if len(self.losses) == MEAN_STEPS:
+            loss += f" ({sum(self.losses) / MEAN_STEPS:.4f} on average of {MEAN_STEPS} steps)"
+        if "eval_loss" in self.last:
+            loss += f", {self.last['eval_loss']:.4f} on held-out documents"
+        tokens, hours = self.last["tokens"], self.last["hours"]
+        lines = [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
+        if self.first is not None and self.first[0] < self.last["step"]:
+            now, rate = time.monotonic(), self.last["tokens_per_second"]
+            speed = (tokens - self.trained_before) / (now - self.first[1])
+            mfu = "" if self.last["mfu"] is None else f", MFU {self.last['mfu'] * speed / rate:.1%}"
+            line = f"speed: {speed:,.0f} tok/s{mfu} on average, saves and evaluations included"
+            if torch.cuda.is_available():
+                spent = (now - self.began) / 3600
+                line += f"; {world_size()} GPUs x {spent:,.3f} hours = {world_size() * spent:,.3f} GPU-hours"
+            lines.append(line)
+        return lines
+
+    def _complain(self, step: int, error: OSError) -> None:
+        if not self.failing:
+            self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
+        self.failing = True
+
+    def _write(self, step: int, values: dict) -> None:
+        file = self.file or self._open()
+        row, end = f"{json.dumps(values)}\n".encode(), os.fstat(file.fileno()).st_size
+        if file.write(row) != len(row):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.failing or self.board is None:  # TensorBoard's own thread ends at its first error
+            self.board = SummaryWriter(str(self.folder), purge_step=step)
+        for key, value in values.items():
+            if key not in ("step", "epoch") and value is not None:
+                tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+                self.board.add_scalar(tag, value, step)
+
+    def note(self, messages: list[str]) -> None:
+        """Prints lines between the progress bar's updates."""
+        for message in messages if self.main else ():
+            self.bar.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()
+            for sink in (self.board, self.file):
+                with contextlib.suppress(OSError):
+                    if sink is not None:
+                        sink.close()

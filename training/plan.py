@@ -1,0 +1,286 @@
+"""The plan of a run: its position, its length, and the settings that must not change unnoticed."""
+
+import argparse
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from checkpointing.folder import (
+    check_room,
+    check_shared,
+    claim_save_dir,
+    complete_checkpoints,
+    find_checkpoint,
+    read_running_states,
+)
+from data_utils import TrainingData
+from engine.layout import Layout, describe_layout
+from model_utils import count_parameters
+from runtime.collectives import gather
+from runtime.console import InputError, rank, say
+from runtime.files import LOCK, claim_folder
+
+WARMUP_RATIO = 0.03  # of the steps of fine-tuning
+LORA_SIZES = ("lora_rank", "lora_modules")  # what no resume may change, allowed or not: the tensors have their shapes
+LORA_SETTINGS = (*LORA_SIZES, "lora_alpha", "base_weights")
+SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
+
+
+@dataclass
+class TrainState:
+    """Everything that a run carries from one step to the next beside weights and optimizer, saved as one."""
+
+    epoch: int = 0
+    step: int = 0  # optimizer steps since the start of training
+    sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
+    tokens: int = 0
+    skipped_steps: int = 0  # of `step`, those that updated nothing: fp16 gradients overflowed, or no label counted
+    settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
+    stream: dict | None = None  # where a data set that is read as a stream goes on
+    unevaluated: dict | None = None  # the last step's metrics, if a signal came before its evaluation ended
+    global_batch: int = 0  # sequences in the last step; 0 in checkpoints that do not have it
+
+    @property
+    def adam_steps(self) -> int:
+        return self.step - self.skipped_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run: sequences x tokens a step, and where it ends."""
+
+    layout: Layout
+    global_batch: int  # sequences in an optimizer step
+    mean_length: float  # tokens in a sequence; packed ones are all of max_length
+    total_steps: int
+    total_sequences: int  # in all epochs
+    trained_steps: int = 0  # by the checkpoint that is resumed
+    trained_tokens: int = 0
+    trained_sequences: int = 0
+    num_epochs: int = 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return round(self.global_batch * self.mean_length)
+
+    @property
+    def remaining_tokens(self) -> int:
+        return (self.total_steps - self.trained_steps) * self.tokens_per_step
+
+    @property
+    def total_tokens(self) -> int:
+        return self.trained_tokens + self.remaining_tokens
+
+    def sequences_at(self, step: int) -> int:
+        """Position in the data after a step."""
+        return self.trained_sequences + (step - self.trained_steps) * self.global_batch
+
+    def flags_for(self, steps: int) -> str:
+        """Return the flags that make the run so long."""
+        epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
+        return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
+
+
+def resume_state(args: argparse.Namespace, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
+    """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
+
+    Args:
+        tell: is called with each line on checkpoints that are passed over.
+
+    Raises:
+        InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
+    """
+    folder = find_checkpoint(args.load, args.save_dir, tell) if args.load else None
+    newest = next(complete_checkpoints(args.save_dir), None)
+    if folder is None:
+        if newest or (args.save_dir / "final").exists():
+            raise InputError(
+                f"--save_dir: {args.save_dir} holds the {'checkpoints' if newest else 'final model'} of a run; "
+                f"{'resume it with -f latest, or ' if newest else ''}give another folder"
+            )
+        return TrainState(), None
+    saved = read_running_states(folder)
+    state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
+    if newest and folder.resolve().parent != args.save_dir.resolve():
+        raise InputError(
+            f"--save_dir: {args.save_dir} holds checkpoints of another run than --load {folder}; give another folder"
+        )
+    if newest and newest[0] > state.step:
+        raise InputError(
+            f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
+            f"{newest[1].name}, which would be taken for this run's; move them away, or give another --save_dir"
+        )
+    return state, folder
+
+
+def check_folders(args: argparse.Namespace, config: LlamaConfig) -> None:
+    """Refuses, before data are prepared for hours, what `claim_folders` would refuse after; makes no folder.
+
+    Raises:
+        InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
+    """
+    if rank() or args.dry_run:
+        return
+    if (args.save_dir / LOCK).exists():
+        claim_save_dir(args.save_dir)
+    if (args.tensorboard_dir / LOCK).exists():
+        claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+    check_room(args.save_dir, config)
+
+
+def claim_folders(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> None:
+    """Takes the folders of checkpoints and logs for this run alone, until it ends.
+
+    Args:
+        state, checkpoint: those of `resume_state`, by which the run was planned.
+
+    Raises:
+        InputError: as `claim_folder` does, or another run has added or removed checkpoints since.
+    """
+    if rank() != 0:
+        return
+    claim_save_dir(args.save_dir)
+    claim_folder(args.tensorboard_dir, "--tensorboard_dir")
+    now, there = resume_state(args, tell=lambda _: None)
+    if (there, now.step, now.tokens) != (checkpoint, state.step, state.tokens):
+        raise InputError(
+            f"--load: another run has written to --save_dir {args.save_dir} since this one started: the checkpoint to "
+            f"resume was {checkpoint or 'none'} and is {there or 'none'} now; start again"
+        )
+
+
+def _settle_position(args: argparse.Namespace, dataset: TrainingData, state: TrainState) -> None:
+    """Reads data from their beginning where --allow_changes gives them another order than the checkpoint's."""
+    order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
+    order["slice_weights"] = getattr(args, "slice_weights", None)
+    other = [name for name, value in order.items() if state.settings.get(name) != value]
+    if not (state.settings and args.allow_changes and other):
+        return
+    stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
+    if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
+        say("--load: the stream has the same files with other content; it goes on at the row where it stopped")
+    else:
+        say("--load: the data are read from their beginning, since they have another order now")
+        state.sequences, state.stream = 0, None
+
+
+def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, state: TrainState) -> Plan:
+    """Works out the run's length, and takes this run's settings into the state.
+
+    Raises:
+        InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
+            asked for, or settings that differ from the checkpoint's.
+    """
+    _settle_position(args, dataset, state)
+    global_batch = args.batch_size * args.accumulation_steps * layout.dp
+    total_sequences = args.num_epochs * len(dataset)
+    total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch
+    if total_steps == 0:
+        raise InputError(
+            f"--dataset: {len(dataset)} sequences x --num_epochs {args.num_epochs} do not fill one global batch of "
+            f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
+        )
+    if args.max_steps is not None:
+        total_steps = min(total_steps, args.max_steps)
+    if total_steps < state.step:
+        raise InputError(
+            f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
+            "raise --max_steps or --num_epochs"
+        )
+    if args.warmup_steps is not None and args.warmup_steps > total_steps and not args.warmup_steps_given:
+        raise InputError(
+            f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
+            f"give a shorter one, such as -s {max(1, total_steps // 20)}"
+        )
+    if args.warmup_steps is None:
+        args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
+    plan = Plan(
+        layout,
+        global_batch,
+        dataset.mean_length,
+        total_steps,
+        total_sequences,
+        state.step,
+        state.tokens,
+        state.sequences,
+        args.num_epochs,
+    )
+    settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
+    settings |= dataset.fix_order(state.settings, global_batch)
+    changes = {
+        name: f"--load: {_setting(name)} was {state.settings.get(name)} in the checkpoint and is {value} now"
+        for name, value in settings.items()
+        if state.settings and state.settings.get(name) != value
+    }
+    if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
+        raise InputError(sizes[0])  # without a rank, or with another, the modules are not what was meant
+    if state.stream and "shuffle_buffer" in changes:
+        buffer = state.settings["shuffle_buffer"]
+        raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, with which alone the stream goes on exactly")
+    if changes and not args.allow_changes:
+        if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
+            changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
+        *others, last = changes.values()
+        raise InputError(*others, f"{last}; --allow_changes resumes all the same")
+    for change in changes.values():
+        say(f"{change}, as --allow_changes allows")
+    state.settings = settings
+    if state.global_batch not in (0, global_batch) and total_steps > state.step:
+        say(
+            f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "
+            "--batch_size and --accumulation_steps would keep it"
+        )
+    state.global_batch = global_batch
+    return plan
+
+
+def _setting(name: str) -> str:
+    names = {
+        "schedule_steps": "the length of the run, with it of the learning-rate schedule,",
+        "data": "the data",
+        "base_weights": "the model of --model_path, by a sample of its weights,",
+    }
+    return names.get(name, f"--{name}")
+
+
+def check_agreement(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> None:
+    """Refuses to train where ranks do not share --save_dir, or have found other things there or elsewhere. Collective.
+
+    Raises:
+        InputError: on every rank; the line names the first rank that goes by something else than rank 0.
+    """
+    check_shared(args.save_dir)
+    own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
+    own |= {_setting(name): value for name, value in state.settings.items()}
+    views = gather((socket.gethostname(), own))
+    for number, (host, other) in enumerate(views):
+        for name, expected in views[0][1].items():
+            if other.get(name) != expected:
+                raise InputError(
+                    f"{name} is {expected} to rank 0 on {views[0][0]} and {other.get(name)} to rank {number} on "
+                    f"{host}; give all ranks the same flags and files"
+                )
+
+
+def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingData, plan: Plan, attention: str) -> None:
+    """Prints what is about to run, in a few lines on rank 0."""
+    name = getattr(args, "model_path", None) or args.config
+    say(f"model: {name}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
+    say(f"data: {dataset.description}")
+    say(describe_layout(args.plugin, plan.layout))
+    say(
+        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} data-parallel = "
+        f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
+    )
+    done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""
+    say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
+    if args.max_steps and plan.total_steps < args.max_steps:
+        say(f"--max_steps: the data end before step {args.max_steps:,}; {plan.flags_for(args.max_steps)} reaches it")
+    left_out = plan.total_sequences - plan.sequences_at(plan.total_steps)
+    if 0 < left_out < plan.global_batch:
+        say(f"left out: the last {left_out:,} of {plan.total_sequences:,} sequences, too few for one more step")
