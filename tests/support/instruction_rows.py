@@ -3,6 +3,7 @@
 import json
 
 from corpus.instructions import SHAPES, ExampleEncoder
+from corpus.sources import resolve_source
 
 PROMPTED, INSTRUCTED, CHAT = SHAPES
 ROWS = [

@@ -47,7 +47,7 @@ def with_special_tokens(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(sample, byte_level_tokenizer, tmp_path_factory):  # noqa: F811
+def tokenizers(sample, byte_level_tokenizer, tmp_path_factory):
     byte_level_tokenizer.save_pretrained(folder := tmp_path_factory.mktemp("bytes"))
     slow = AutoTokenizer.from_pretrained(sample / "tokenizer", use_fast=False)
     found = {"fast": load_tokenizer(str(sample / "tokenizer")), "slow": slow, "bytes": load_tokenizer(str(folder))}
