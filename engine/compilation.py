@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from engine.job import Job
 from model_utils import IGNORE_INDEX
 
 
@@ -25,9 +26,6 @@ class Fusion(Enum):
     NONE = auto()
     PIECES = auto()
     LAYERS = auto()
-
-
-fusion = Fusion.NONE  # of this process's model
 
 
 def plain(tensor: Any) -> Any:
@@ -79,36 +77,44 @@ class _RecomputedLayer(LlamaDecoderLayer):
     Compiled with both passes in sight torch leaves out of the second what no gradient needs: the layer's last product.
     """
 
-    twice: Callable  # calls what is to be recomputed (recomputation.py)
+    checkpointed: Callable  # calls the layer and recomputes it (recomputation.py)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.twice(super().forward, *args, **kwargs)
+        return self.checkpointed(super().forward, *args, **kwargs)
 
 
-def take_over_recomputation(layer: LlamaDecoderLayer) -> Callable | None:
-    """How the model was to recompute this layer, which what is compiled in its place has to do from now on."""
+def take_checkpoint_function(layer: LlamaDecoderLayer) -> Callable | None:
+    """Return and clear the layer's checkpoint function; the compiled layer calls it instead."""
     if "forward" in vars(layer):
         return None
-    how, layer.recomputed_by = getattr(layer, "recomputed_by", None), None
-    return how
+    function, layer.checkpoint_function = getattr(layer, "checkpoint_function", None), None
+    return function
 
 
-def compile_each_layer(model: nn.Module) -> None:
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer as a whole."""
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
-            if how := take_over_recomputation(module):
-                module.__class__, module.twice = _RecomputedLayer, how
+            if function := take_checkpoint_function(module):
+                module.__class__, module.checkpointed = _RecomputedLayer, function
             module.compile()
 
 
-def fuse(model: nn.Module, fused: Fusion, compile_layers: Callable[[Any], None] = compile_each_layer) -> None:
-    """Compiles a boosted model's layers, or puts the pieces in their place; without fusion all runs as written."""
-    global fusion
-    fusion = fused
-    torch.compiler.set_stance("force_eager" if fused is Fusion.NONE else "default")
-    if fused is Fusion.LAYERS:
+def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
+    """Compile layers where no collective operation stands inside them and nothing hooks into their parameters."""
+    if not (on_gpu if job.compute.compile is None else job.compute.compile):
+        return Fusion.NONE
+    layout = job.layout
+    whole = not layout.plugin.startswith("fsdp") and layout.tp == layout.sp == 1
+    return Fusion.LAYERS if whole else Fusion.PIECES
+
+
+def fuse(model: nn.Module, fusion: Fusion, compile_layers: Callable[[Any], None] = compile_layers) -> None:
+    """Compile a boosted model's layers, or put the fused pieces in their place; without fusion all stays as written."""
+    torch.compiler.set_stance("force_eager" if fusion is Fusion.NONE else "default")
+    if fusion is Fusion.LAYERS:
         compile_layers(model)
-    if fused is not Fusion.PIECES:
+    if fusion is not Fusion.PIECES:
         return
     modeling_llama.apply_rotary_pos_emb = _rotary
     for module in model.modules():

@@ -3,7 +3,6 @@
 Gemini keeps parameters in chunks, and gathers and releases them from hooks that each operation on a parameter calls.
 """
 
-import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
+from colossalai.booster.plugin import GeminiPlugin
 from colossalai.interface import ModelWrapper
+from colossalai.lazy import LazyInitContext
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
@@ -21,57 +22,126 @@ from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from engine.compilation import plain, take_over_recomputation
-from engine.layout import Layout
-from model_utils import count_parameters, parameter_specs
+from engine.compilation import plain, take_checkpoint_function
+from engine.job import Job
+from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
+from model_utils import build_model, count_parameters, parameter_specs
+from runtime.console import say
 
 OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
 
 
-def keeps_whole(args: argparse.Namespace, data_parallel: int) -> bool:
+def build(job: Job) -> GeminiPlugin:
+    """Return GeminiPlugin for `gemini` and `gemini_auto`."""
+    on_host = not torch.cuda.is_available()
+    automatic = job.layout.plugin == "gemini_auto"
+    if automatic and on_host:
+        say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
+    least, placement = chunk_parameters(job), job.placement
+    plugin = GeminiPlugin(
+        placement_policy="auto" if automatic and not on_host else "static",
+        tp_size=job.layout.tp,
+        extra_dp_size=job.layout.extra_dp,
+        min_chunk_size_m=least / 2**20,
+        search_range_m=0 if keeps_whole(job) else least // 8 / 2**20,
+        max_prefetch=prefetched_chunks(job),
+        hidden_dim=job.config.hidden_size,
+        enable_gradient_accumulation=job.batch.accumulation_steps > 1,
+        pin_memory=not on_host,
+        enable_async_reduce=not on_host,
+        shard_param_frac=placement.shard_param_frac,
+        offload_optim_frac=placement.offload_optim_frac,
+        offload_param_frac=placement.offload_param_frac,
+        warmup_non_model_data_ratio=placement.warmup_ratio,
+        **common_options(job),
+    )
+    plugin.shard_config.make_vocab_size_divisible_by = UNPADDED_VOCABULARY
+    return plugin
+
+
+def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
+    """Return the model without memory, which Gemini allocates in its chunks."""
+    return build_model(job.config, LazyInitContext(default_device=device))
+
+
+def prepare(plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
+    """Change Gemini's handling of memory, prefetching and the gradient norm."""
+    keep_norm_on_device(plugin.tp_size)
+    keep_memory_apart(model)
+    prefetch_in_training_alone(model)
+    plan_each_pass_from_its_start(model)
+    if plugin.tp_size > 1:
+        count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+
+
+def gradient_ranks(plugin: GeminiPlugin) -> int:
+    """Return the number of ranks over which gradients are averaged."""
+    return plugin.dp_size
+
+
+def local_part(optimizer: GeminiOptimizer, parameter: torch.nn.Parameter) -> LocalPart:
+    """Return this rank's part of a parameter, and of its optimizer state."""
+    replicated = optimizer.chunk_manager.get_chunk(parameter).keep_gathered
+    number = next(number for number, other in optimizer.id_to_real_params.items() if other is parameter)
+    owner = optimizer.id_to_fake_params.get(number)
+    if owner is None:
+        return LocalPart(0, 0, torch.empty(0), {}, replicated)
+    _, start, size = optimizer.get_offsets(number)
+    begin, end = optimizer.param_to_range[owner]
+    storage = optimizer.param_to_chunk16[owner].paired_chunk.payload[begin:end]
+    return LocalPart(start, start + size, storage, optimizer.optim.state[owner], replicated)
+
+
+def update_working_weights(optimizer: GeminiOptimizer) -> None:
+    """Set the weights that the model computes with from the master weights."""
+    for chunk in optimizer.chunk16_set:
+        chunk.optim_update()
+
+
+def keeps_whole(job: Job) -> bool:
     """Return True if there is one data-parallel rank, so nothing to shard, and nothing is offloaded.
 
-    Then Gemini keeps it in one chunk that is never sharded. Sharded among one rank, each chunk would be copied four
-    times a step.
+    Then Gemini keeps the model in one chunk that is never sharded. Sharded among one rank, each chunk would be copied
+    four times a step.
     """
-    return data_parallel == 1 and not _offloads(args)
+    return job.layout.dp == 1 and not _offloads(job)
 
 
-def _offloads(args: argparse.Namespace) -> bool:
-    fractions = getattr(args, "offload_optim_frac", 0.0) + getattr(args, "offload_param_frac", 0.0)
-    return args.plugin == "gemini_auto" or fractions > 0
+def _offloads(job: Job) -> bool:
+    fractions = job.placement.offload_optim_frac + job.placement.offload_param_frac
+    return job.layout.plugin == "gemini_auto" or fractions > 0
 
 
-def chunk_parameters(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> int:
-    """The least size of chunks, in parameters: as large as a decoder layer, whose parameters are gathered together.
+def chunk_parameters(job: Job) -> int:
+    """Return the least size of chunks, in parameters: that of a decoder layer, whose parameters are gathered together.
 
-    Where chunks move to host memory and back they are smaller. Gemini replicates a model smaller than one chunk, and
-    then counts accumulated gradients once a rank too often: a small model gets small chunks, so that it is sharded as a
-    large one is, unless a rank keeps it whole.
+    Chunks that move to host memory and back are smaller. Gemini replicates a model smaller than one chunk, and then
+    counts accumulated gradients once a rank too often. So a small model gets small chunks and is sharded as a large one
+    is, unless a rank keeps it whole.
     """
-    parameters = count_parameters(config)
-    if keeps_whole(args, layout.dp):
+    parameters = count_parameters(job.config)
+    if keeps_whole(job):
         return parameters + 1
-    least = OFFLOADED_CHUNK_PARAMETERS if _offloads(args) else layer_parameters(config)
-    return min(least, parameters // 8) // layout.tp
+    least = OFFLOADED_CHUNK_PARAMETERS if _offloads(job) else layer_parameters(job.config)
+    return min(least, parameters // 8) // job.layout.tp
 
 
 def layer_parameters(config: LlamaConfig) -> int:
-    """Number of parameters of one decoder layer."""
+    """Return the number of parameters of one decoder layer."""
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
 
 
-def prefetched_chunks(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> int:
+def prefetched_chunks(job: Job) -> int:
     """Return the number of chunks to prefetch while earlier ones compute: as many as a layer has.
 
-    None where a rank has all of them, or where some are in host memory, of which the GPU may not hold more at once.
+    It is 0 where a rank has all of them, or where some are in host memory: the GPU may not have room for more at once.
     """
-    if layout.dp == 1 or _offloads(args):
+    if job.layout.dp == 1 or _offloads(job):
         return 0
-    return math.ceil(layer_parameters(config) / layout.tp / chunk_parameters(args, config, layout))
+    return math.ceil(layer_parameters(job.config) / job.layout.tp / chunk_parameters(job))
 
 
 def keep_memory_apart(model: ModelWrapper) -> None:
@@ -226,11 +296,11 @@ def compile_layers(model: ModelWrapper) -> None:
         empty = LlamaDecoderLayer(model.unwrap().config, layer_idx=0)
 
     @torch.compile
-    def compute(twice: Callable | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        return twice(functional_call, empty, *inputs) if twice else functional_call(empty, *inputs)
+    def compute(checkpointed: Callable | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return checkpointed(functional_call, empty, *inputs) if checkpointed else functional_call(empty, *inputs)
 
     for layer in layers:
-        layer.forward = _hooked_once(layer, empty, partial(compute, take_over_recomputation(layer)))
+        layer.forward = _hooked_once(layer, empty, partial(compute, take_checkpoint_function(layer)))
 
 
 class _Plain(torch.autograd.Function):

@@ -1,15 +1,93 @@
-"""Sequence parallelism of HybridParallelPlugin."""
+"""The plugin `hybrid_parallel`, in benchmark.py `3d` and `3d_cpu` too: tensor, pipeline, sequence parallelism and ZeRO.
+
+B is the batch size, S the sequence length, H heads, D the head dimension, P the sequence-parallel size.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+from colossalai.booster.plugin import HybridParallelPlugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.lazy import LazyInitContext
 from colossalai.shardformer.layer._operation import all_to_all_comm
 from colossalai.shardformer.policies.llama import LlamaForCausalLMPolicy
+from colossalai.zero import LowLevelZeroOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
+from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from engine import zero
+from engine.compilation import compile_layers
+from engine.job import Job
+from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
+from model_utils import build_model
+from runtime.console import world_size
+
+__all__ = ["build", "compile_layers", "empty_model", "gradient_ranks", "local_part", "prepare", "update_working_weights"]
+
+
+def build(job: Job) -> HybridParallelPlugin:
+    """Return HybridParallelPlugin of the job's layout."""
+    on_gpu, layout = torch.cuda.is_available(), job.layout
+    sequence_parallel, interleaved = layout.sp > 1, layout.chunks > 1
+    return HybridParallelPlugin(
+        tp_size=layout.tp,
+        pp_size=layout.pp,
+        sp_size=layout.sp,
+        zero_stage=layout.zero_stage,
+        microbatch_size=layout.microbatch_size,
+        enable_sequence_parallelism=sequence_parallel,
+        sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
+        custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
+        overlap_communication=on_gpu and world_size() > 1,
+        cpu_offload=layout.plugin == "3d_cpu",
+        make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
+        pp_style="interleaved" if interleaved else "1f1b",
+        num_model_chunks=layout.chunks,
+        enable_metadata_cache=interleaved or not job.length_varies,  # see step._begin_batch
+        # The interleaved schedule lets go of its last send before it has ended, which Gloo then gives up.
+        overlap_p2p=on_gpu,
+        **common_options(job),
+    )
+
+
+def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
+    """Return the model without memory, of which the plugin allocates this rank's part."""
+    return build_model(job.config, LazyInitContext(default_device=device))
+
+
+def prepare(plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
+    """Reduce each gradient without ZeRO's buckets, where there is ZeRO."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        zero.prepare(plugin, model, optimizer)
+
+
+def gradient_ranks(plugin: HybridParallelPlugin) -> int:
+    """Return the number of ranks over which gradients are averaged: data-parallel times sequence-parallel."""
+    return dist.get_world_size(plugin.mixed_dp_group)
+
+
+def local_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> LocalPart:
+    """Return this rank's part of a parameter, and of its optimizer state."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        return zero.local_part(optimizer, parameter)
+    mixed = isinstance(optimizer, MixedPrecisionOptimizer)
+    owner = optimizer.working_to_master_map[parameter] if mixed else parameter
+    return LocalPart(0, parameter.numel(), owner.data, optimizer.optim.state[owner], replicated=True)
+
+
+def update_working_weights(optimizer: OptimizerWrapper) -> None:
+    """Set the weights that the model computes with from the master weights; in fp32 they are the same."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        zero.update_working_weights(optimizer)
+    elif isinstance(optimizer, MixedPrecisionOptimizer):
+        for working, master in optimizer.working_to_master_map.items():
+            working.data.copy_(master)
 
 
 def _ulysses_forward(group: ProcessGroup) -> Callable:

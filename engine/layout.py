@@ -1,6 +1,5 @@
 """Division of the ranks among data, tensor, pipeline and sequence parallelism: flags, their defaults, their checks."""
 
-import argparse
 import math
 from dataclasses import dataclass
 
@@ -16,9 +15,48 @@ PIPELINE_STYLES = ("1f1b", "interleaved", "zbv")
 
 
 @dataclass(frozen=True)
+class Parallelism:
+    """The plugin and the sizes that the user asks for; None leaves a size to `resolve_layout`."""
+
+    plugin: str = "gemini"
+    tp: int | None = None
+    pp: int | None = None
+    sp: int = 1
+    zero: int | None = None
+    microbatch_size: int = 1
+    pp_style: str = "1f1b"
+    model_chunks: int | None = None
+    extra_dp: int | None = None  # a flag of benchmark.py alone, whose gemini takes --tp too
+    gpus: int | None = None  # of a dry run; None: the ranks launched
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks to plan for."""
+        return self.gpus or world_size()
+
+    @property
+    def is_hybrid(self) -> bool:
+        return self.plugin in HYBRID_PLUGINS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sizes of an optimizer step on one data-parallel rank."""
+
+    batch_size: int = 2  # sequences in a micro-batch
+    accumulation_steps: int = 1  # micro-batches
+    max_length: int = 4096  # tokens in a sequence
+
+    @property
+    def sequences(self) -> int:
+        return self.batch_size * self.accumulation_steps
+
+
+@dataclass(frozen=True)
 class Layout:
     """Division of the ranks: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
 
+    plugin: str
     tp: int
     pp: int
     sp: int
@@ -26,164 +64,207 @@ class Layout:
     zero_stage: int
     extra_dp: int = 1  # Gemini: copies of the sharded state, each over dp / extra_dp ranks
     chunks: int = 1  # layer ranges that a pipeline stage holds; several where the pipeline is interleaved
+    microbatch_size: int = 1  # sequences in a pipeline microbatch
 
     @property
     def ranks(self) -> int:
         return self.tp * self.pp * self.sp * self.dp
 
+    @property
+    def is_hybrid(self) -> bool:
+        return self.plugin in HYBRID_PLUGINS
 
-def resolve_layout(args: argparse.Namespace, config: LlamaConfig) -> Layout:
-    """The layout that the flags ask for on the ranks of `planned_ranks`, defaults filled in. Not yet checked."""
-    ranks = planned_ranks(args)
-    if args.plugin not in HYBRID_PLUGINS:
-        tp = args.tp or 1
-        stage = 2 if args.plugin.startswith("zero2") else 3
-        return Layout(tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=getattr(args, "extra_dp", 1))
-    chunks = (args.model_chunks or 2) if args.pp_style == "interleaved" else 1
-    if args.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
-        tp, pp = args.tp or 1, args.pp or 1
-        zero_stage = args.zero if args.zero is not None else int(args.plugin == "3d_cpu")
-        dp = ranks // (tp * pp * args.sp)
-        return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage, chunks=chunks)
-    pp_given = args.pp or 1
+
+def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> Layout:
+    """Return the layout asked for on `asked.ranks` ranks, with defaults filled in; `layout_problems` checks it."""
+    ranks = asked.ranks
+    if not asked.is_hybrid:
+        tp = asked.tp or 1
+        stage = 2 if asked.plugin.startswith("zero2") else 3
+        return Layout(
+            asked.plugin, tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=asked.extra_dp or 1
+        )
+    chunks = (asked.model_chunks or 2) if asked.pp_style == "interleaved" else 1
+    if asked.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
+        tp, pp = asked.tp or 1, asked.pp or 1
+    else:
+        tp = asked.tp or _tensor_parallel_size(asked, config)
+        pp = asked.pp or (2 if _divides_in_two_stages(asked, batch, config, tp, chunks) else 1)
+    dp = ranks // (tp * pp * asked.sp)
+    zero_stage = asked.zero
+    if zero_stage is None and asked.plugin == "hybrid_parallel":
+        zero_stage = int(dp * asked.sp > 1 and precision != "fp32")
+    elif zero_stage is None:
+        zero_stage = int(asked.plugin == "3d_cpu")
+    return Layout(
+        asked.plugin,
+        tp=tp,
+        pp=pp,
+        sp=asked.sp,
+        dp=dp,
+        zero_stage=zero_stage,
+        chunks=chunks,
+        microbatch_size=asked.microbatch_size,
+    )
+
+
+def _tensor_parallel_size(asked: Parallelism, config: LlamaConfig) -> int:
+    """Return the largest of 4, 2 and 1 that divides the ranks and the model."""
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
-    tp = args.tp or max(
+    return max(
         n
         for n in (1, 2, 4)
-        if ranks % (n * pp_given * args.sp) == heads % (n * args.sp) == 0
+        if asked.ranks % (n * (asked.pp or 1) * asked.sp) == heads % (n * asked.sp) == 0
         and config.vocab_size % n == config.intermediate_size % n == 0
     )
-    sequences = args.batch_size * args.accumulation_steps
-    microbatches = sequences // args.microbatch_size
-    two_stages = (
-        ranks % (tp * 2) == 0
-        and args.sp == 1
-        and args.zero != 2
+
+
+def _divides_in_two_stages(asked: Parallelism, batch: Batch, config: LlamaConfig, tp: int, chunks: int) -> bool:
+    microbatches, rest = divmod(batch.sequences, asked.microbatch_size)
+    return (
+        asked.ranks % (tp * 2) == 0
+        and asked.sp == 1
+        and asked.zero != 2
         and not config.tie_word_embeddings
         and config.num_hidden_layers % (2 * chunks) == 0
-        and sequences % args.microbatch_size == 0
+        and rest == 0
         and microbatches >= 2
         and (chunks == 1 or microbatches % 2 == 0)
     )
-    pp = args.pp or (2 if two_stages else 1)
-    dp = ranks // (tp * pp * args.sp)
-    sharded = dp * args.sp > 1 and args.mixed_precision != "fp32"
-    zero_stage = args.zero if args.zero is not None else int(sharded)
-    return Layout(tp=tp, pp=pp, sp=args.sp, dp=dp, zero_stage=zero_stage, chunks=chunks)
 
 
-def planned_ranks(args: argparse.Namespace) -> int:
-    """The number of ranks to plan for: `--gpus` of a dry run, else those that were launched."""
-    return getattr(args, "gpus", None) or world_size()
+def layout_problems(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> list[str]:
+    """Return one line for each size that does not divide, and each flag without effect, naming the numbers."""
+    return (
+        _not_positive(asked)
+        or _without_effect(asked, precision)
+        or _not_dividing(asked, config)
+        or (_hybrid_problems(asked, batch, precision, config) if asked.is_hybrid else [])
+    )
 
 
-def layout_problems(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
-    """One line for each size that does not divide, naming the flag and the numbers."""
-    hybrid = args.plugin in HYBRID_PLUGINS
-    extra_dp = getattr(args, "extra_dp", 1)  # a flag of the benchmark, whose gemini takes --tp too
-    takes_tp = hybrid or (hasattr(args, "extra_dp") and args.plugin.startswith("gemini"))
-    sizes = {"--tp": args.tp, "--pp": args.pp, "--sp": args.sp, "--microbatch_size": args.microbatch_size}
-    sizes |= {"--extra_dp": extra_dp, "--model_chunks": args.model_chunks}
-    problems = [
-        f"{flag}: {value} is not a positive number" for flag, value in sizes.items() if value is not None and value < 1
-    ]
-    if problems:
-        return problems
-    given = {
-        "--tp": not takes_tp and args.tp not in (None, 1),
-        "--pp": not hybrid and args.pp not in (None, 1),
-        "--zero": not hybrid and args.zero is not None,
-        "--sp": not hybrid and args.sp != 1,
-        "--pp_style": not hybrid and args.pp_style != "1f1b",
-        "--microbatch_size": not hybrid and args.microbatch_size != 1,
+def _lines(*conditions: tuple[bool, str]) -> list[str]:
+    """Return the messages of the conditions that hold."""
+    return [message for holds, message in conditions if holds]
+
+
+def _not_positive(asked: Parallelism) -> list[str]:
+    names = ("tp", "pp", "sp", "microbatch_size", "extra_dp", "model_chunks")
+    sizes = {name: getattr(asked, name) for name in names}
+    return [f"--{name}: must be at least 1, not {size}" for name, size in sizes.items() if size is not None and size < 1]
+
+
+def _without_effect(asked: Parallelism, precision: str) -> list[str]:
+    hybrid, gemini, plugin = asked.is_hybrid, asked.plugin in GEMINI_PLUGINS, asked.plugin
+    takes_tp = hybrid or (gemini and asked.extra_dp is not None)
+    needs_hybrid = {
+        "--tp": not takes_tp and asked.tp not in (None, 1),
+        "--pp": not hybrid and asked.pp not in (None, 1),
+        "--zero": not hybrid and asked.zero is not None,
+        "--sp": not hybrid and asked.sp != 1,
+        "--pp_style": not hybrid and asked.pp_style != "1f1b",
+        "--microbatch_size": not hybrid and asked.microbatch_size != 1,
     }
-    problems = [
-        f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {args.plugin}"
-        for flag, without_effect in given.items()
-        if without_effect
-    ]
-    if extra_dp > 1 and not args.plugin.startswith("gemini"):
-        problems.append(f"--extra_dp: takes effect with -p gemini alone, not with -p {args.plugin}")
-    if args.mixed_precision == "fp32" and args.plugin.startswith("gemini"):
-        problems.append(f"--mixed_precision: {args.plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2")
-    if args.model_chunks is not None and args.pp_style != "interleaved":
-        problems.append(f"--model_chunks: takes effect with --pp_style interleaved alone, not with {args.pp_style}")
-    if args.pp_style == "zbv":
-        problems.append(
-            "--pp_style: ColossalAI's zero-bubble pipeline, zbv, takes a schedule that is made from measured times "
-            "of each pass, which these programs do not make; use interleaved"
-        )
-    if problems:
-        return problems
-    ranks, launched = planned_ranks(args), "of --gpus" if getattr(args, "gpus", None) else "that were launched"
-    if not hybrid:
-        tp = args.tp or 1
-        if ranks % (tp * extra_dp):
-            problems.append(
-                f"--tp/--extra_dp: {tp} x {extra_dp} = {tp * extra_dp} does not divide the {ranks} ranks {launched}"
-            )
-        return problems + _tensor_parallel_problems(tp, config)
+    return [
+        f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {plugin}"
+        for flag, given in needs_hybrid.items()
+        if given
+    ] + _lines(
+        (
+            (asked.extra_dp or 1) > 1 and not gemini,
+            f"--extra_dp: takes effect with -p gemini alone, not with -p {plugin}",
+        ),
+        (
+            precision == "fp32" and gemini,
+            f"--mixed_precision: {plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2",
+        ),
+        (
+            asked.model_chunks is not None and asked.pp_style != "interleaved",
+            f"--model_chunks: takes effect with --pp_style interleaved alone, not with {asked.pp_style}",
+        ),
+        (
+            asked.pp_style == "zbv",
+            "--pp_style: ColossalAI's zero-bubble pipeline, zbv, needs a schedule made from measured times of each "
+            "pass, which these programs do not make; use interleaved",
+        ),
+    )
 
-    given = (args.tp or 1) * (args.pp or 1) * args.sp
-    if ranks % given:
-        return [
-            f"--tp/--pp/--sp: {args.tp or 1} x {args.pp or 1} x {args.sp} = {given} does not divide "
-            f"the {ranks} ranks {launched}"
-        ]
+
+def _not_dividing(asked: Parallelism, config: LlamaConfig) -> list[str]:
+    """Return a line where the sizes asked for divide neither the ranks nor the heads."""
+    ranks, launched = asked.ranks, "of --gpus" if asked.gpus else "that were launched"
+    tp, pp, sp, extra_dp = asked.tp or 1, asked.pp or 1, asked.sp, asked.extra_dp or 1
+    if not asked.is_hybrid:
+        product = tp * extra_dp
+        divides = ranks % product == 0
+        line = f"--tp/--extra_dp: {tp} x {extra_dp} = {product} does not divide the {ranks} ranks {launched}"
+        return _lines((not divides, line)) + _tensor_parallel_problems(tp, config)
+    product = tp * pp * sp
+    if ranks % product:
+        return [f"--tp/--pp/--sp: {tp} x {pp} x {sp} = {product} does not divide the {ranks} ranks {launched}"]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    split = (args.tp or 1) * args.sp
-    if heads % split or kv_heads % split:
-        return [f"--tp/--sp: {split} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
+    if heads % (tp * sp) or kv_heads % (tp * sp):
+        return [f"--tp/--sp: {tp * sp} does not divide the model's {heads} heads and {kv_heads} key-value heads"]
+    return []
 
-    layout = resolve_layout(args, config)
-    problems = _tensor_parallel_problems(layout.tp, config)
-    if layout.chunks > 1 and layout.pp == 1:
-        problems.append("--pp_style: interleaved needs several stages; give --pp")
-    if args.microbatch_size > 1 and layout.pp == 1:
-        problems.append("--microbatch_size: takes effect with several stages alone; give --pp, or leave it out")
-    if config.num_hidden_layers % (layout.pp * layout.chunks):
-        flag, ranges = ("--pp", layout.pp) if layout.chunks == 1 else ("--model_chunks", layout.pp * layout.chunks)
-        product = "" if layout.chunks == 1 else f"{layout.pp} stages x {layout.chunks} = "
-        problems.append(f"{flag}: {product}{ranges} does not divide the model's {config.num_hidden_layers} layers")
-    if args.max_length % layout.sp:
-        problems.append(f"--sp: {layout.sp} does not divide --max_length {args.max_length}")
+
+def _hybrid_problems(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> list[str]:
+    layout = resolve_layout(asked, batch, precision, config)
+    layers, ranges = config.num_hidden_layers, layout.pp * layout.chunks
+    flag, product = "--pp", ""
+    if layout.chunks > 1:
+        flag, product = "--model_chunks", f"{layout.pp} stages x {layout.chunks} = "
+    problems = _tensor_parallel_problems(layout.tp, config) + _lines(
+        (layout.chunks > 1 and layout.pp == 1, "--pp_style: interleaved needs several stages; give --pp"),
+        (
+            layout.microbatch_size > 1 and layout.pp == 1,
+            "--microbatch_size: takes effect with several stages alone; give --pp, or leave it out",
+        ),
+        (layers % ranges > 0, f"{flag}: {product}{ranges} does not divide the model's {layers} layers"),
+        (batch.max_length % layout.sp > 0, f"--sp: {layout.sp} does not divide --max_length {batch.max_length}"),
+    )
     if layout.pp > 1:
-        sequences = args.batch_size * args.accumulation_steps
-        if sequences % args.microbatch_size:
-            problems.append(
-                f"--microbatch_size: {args.microbatch_size} does not divide "
-                f"--batch_size x --accumulation_steps = {sequences}"
-            )
-        elif sequences // args.microbatch_size < layout.pp:
-            problems.append(
-                f"--pp: {layout.pp} stages need as many microbatches, but --batch_size x --accumulation_steps / "
-                f"--microbatch_size = {sequences // args.microbatch_size}"
-            )
-        elif layout.chunks > 1 and sequences // args.microbatch_size % layout.pp:
-            problems.append(
-                f"--pp_style: interleaved needs a multiple of the {layout.pp} stages as microbatches, but "
-                f"--batch_size x --accumulation_steps / --microbatch_size = {sequences // args.microbatch_size}"
-            )
-        if layout.sp > 1:
-            problems.append("--sp: sequence parallelism does not combine with --pp; use --pp 1")
-        if layout.zero_stage == 2:
-            problems.append("--zero: stage 2 does not combine with --pp; use --zero 1")
-        if config.tie_word_embeddings:
-            problems.append("--pp: the model ties its embeddings, which cannot be split over stages; use --pp 1")
-    if layout.zero_stage and args.mixed_precision == "fp32":
+        problems += _pipeline_problems(layout, batch, config)
+    if layout.zero_stage and precision == "fp32":
         problems.append(f"--zero: stage {layout.zero_stage} needs --mixed_precision fp16 or bf16, not fp32")
     return problems
 
 
-def describe_layout(plugin: str, layout: Layout) -> str:
-    """One line: the plugin and how it divides the ranks."""
+def _pipeline_problems(layout: Layout, batch: Batch, config: LlamaConfig) -> list[str]:
+    stages, size, sequences = layout.pp, layout.microbatch_size, batch.sequences
+    microbatches = sequences // size
+    product = "--batch_size x --accumulation_steps"
+    problems = []
+    if sequences % size:
+        problems = [f"--microbatch_size: {size} does not divide {product} = {sequences}"]
+    elif microbatches < stages:
+        problems = [
+            f"--pp: {stages} stages need as many microbatches, but {product} / --microbatch_size = {microbatches}"
+        ]
+    elif layout.chunks > 1 and microbatches % stages:
+        problems = [
+            f"--pp_style: interleaved needs a multiple of the {stages} stages as microbatches, but {product} / "
+            f"--microbatch_size = {microbatches}"
+        ]
+    return problems + _lines(
+        (layout.sp > 1, "--sp: sequence parallelism does not combine with --pp; use --pp 1"),
+        (layout.zero_stage == 2, "--zero: stage 2 does not combine with --pp; use --zero 1"),
+        (
+            config.tie_word_embeddings,
+            "--pp: the model ties its embeddings, which cannot be split over stages; use --pp 1",
+        ),
+    )
+
+
+def describe_layout(layout: Layout) -> str:
+    """Return one line: the plugin and how it divides the ranks."""
     stages = (
         f"pp {layout.pp}" if layout.chunks == 1 else f"pp {layout.pp} (interleaved, {layout.chunks} ranges a stage)"
     )
     split = f", tp {layout.tp} x {stages} x sp {layout.sp}, ZeRO {layout.zero_stage}"
-    if plugin not in HYBRID_PLUGINS:
+    if not layout.is_hybrid:
         split = f", tp {layout.tp} x {layout.extra_dp} copies" if layout.tp * layout.extra_dp > 1 else ""
-    return f"plugin: {plugin}, {layout.dp} data-parallel{split}"
+    return f"plugin: {layout.plugin}, {layout.dp} data-parallel{split}"
 
 
 def _tensor_parallel_problems(tp: int, config: LlamaConfig) -> list[str]:

@@ -1,39 +1,30 @@
-"""Activation checkpointing (arXiv:1604.06174): which decoder layers keep their input alone and are computed twice."""
+"""Activation checkpointing (arXiv:1604.06174): chosen decoder layers keep their input alone and are computed twice."""
 
-import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from engine.compilation import plain
-from engine.layout import GEMINI_PLUGINS
+from engine.job import Job
+from engine.layout import GEMINI_PLUGINS, Layout
 
-AUTO = "auto"  # as many layers as there is no room for; memory_estimate settles how many
-
-
-def recomputed_share(args: argparse.Namespace) -> float:
-    """Share of the decoder layers whose activations are recomputed in the backward pass."""
-    return float(args.gradient_checkpoint) if args.recompute is None else args.recompute
-
-
-def recomputed_layers(config: LlamaConfig, share: float) -> set[int]:
-    """Which layers these are: spread evenly, so that pipeline stages have as many each."""
-    layers = config.num_hidden_layers
-    count = round(share * layers)
+def recomputed_layers(layers: int, fraction: float) -> set[int]:
+    """Return the layers of a fraction of them, spread evenly, so that pipeline stages have as many each."""
+    count = round(fraction * layers)
     return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
 
 
 def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Keeps the inputs alone, and calls the function once more in the backward pass."""
+    """Keep the inputs alone, and call the function once more in the backward pass."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 def recomputed_but_attention(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The same, but keeps what a fused kernel of attention puts out, so that it runs once."""
+    """Recompute all but the output of a fused attention kernel, which runs once."""
     return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_attention, **kwargs)
 
 
@@ -48,47 +39,48 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 
 
 def recomputed_in_another_pass(function: Callable, *args: Any) -> Any:
-    """As `recomputed`, where the plugin needs a backward pass inside the backward pass; see `reenters`."""
+    """Recompute in a backward pass inside the backward pass, for plugins that need it (see `reenters`)."""
     return checkpoint(function, *args, use_reentrant=True)
 
 
-def reenters(args: argparse.Namespace) -> bool:
-    """Whether the backward pass starts another inside itself for what it recomputes: Gemini with tensor parallelism.
+def reenters(layout: Layout) -> bool:
+    """Return True if the backward pass starts another inside itself to recompute: Gemini with tensor parallelism.
 
-    Its weights are fetched when ColossalAI's linear layers multiply by them in the backward pass, which takes the
-    parameters themselves; torch's other way of recomputing hands out detached ones. And where torch sees Gemini's class
-    in a layer's output, it runs without Gemini's hooks.
+    Gemini fetches weights when ColossalAI's linear layers multiply by the parameters themselves in the backward pass;
+    torch's other way of recomputing hands out detached ones. And where torch sees Gemini's class in a layer's output,
+    it runs without Gemini's hooks.
     """
-    return args.plugin in GEMINI_PLUGINS and (args.tp or 1) > 1
+    return layout.plugin in GEMINI_PLUGINS and layout.tp > 1
 
 
-def recomputed_by(args: argparse.Namespace) -> Callable:
-    """How a layer is called that is recomputed."""
-    if reenters(args):
+def checkpoint_function(job: Job) -> Callable:
+    """Return the function that calls a layer whose activations are recomputed."""
+    if reenters(job.layout):
         return recomputed_in_another_pass
-    return recomputed_but_attention if args.keep_attention else recomputed
+    return recomputed_but_attention if job.compute.keep_attention else recomputed
 
 
-def recompute(model: LlamaForCausalLM, layers: set[int], how: Callable = recomputed) -> None:
-    """Makes these decoder layers keep their input alone, and the model compute the rest of them once more.
+def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Callable = recomputed) -> None:
+    """Checkpoint the activations of these decoder layers: keep each one's input, and compute the rest once more.
 
-    They are marked by `recomputed_by`; where layers are compiled, what is compiled takes that over (compilation.py).
+    Each layer carries the function as `checkpoint_function`; where layers are compiled, the compiled layer takes it
+    over (compilation.py).
 
     Args:
-        how: what calls them, with the function and its inputs.
+        function: calls the layer, with the layer's own function and its inputs.
     """
     if not layers:
         return
     model.gradient_checkpointing_enable()
-    if how is recomputed_in_another_pass:
+    if function is recomputed_in_another_pass:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(plain, outputs)))
     for index, layer in enumerate(model.model.layers):
-        layer.recomputed_by = how if index in layers else None
+        layer.checkpoint_function = function if index in layers else None
 
-    def call_once_or_twice(call: Any, *inputs: Any) -> Any:
+    def call_layer(call: Any, *inputs: Any) -> Any:
         bound: Any = call.func if isinstance(call, partial) else call
-        twice = bound.__self__.recomputed_by
-        return twice(call, *inputs) if twice else call(*inputs)
+        checkpoint_function = bound.__self__.checkpoint_function
+        return checkpoint_function(call, *inputs) if checkpoint_function else call(*inputs)
 
-    model.model._gradient_checkpointing_func = call_once_or_twice
+    model.model._gradient_checkpointing_func = call_layer
