@@ -8,7 +8,6 @@ What it would take, without a GPU:
     python benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -g -a --dry_run --gpus 32
 """
 
-from engine.shards import initialize_weights
 from runtime import console, process, requirements
 
 console.quiet_third_parties()
@@ -43,6 +42,7 @@ from engine.fsdp import FSDPPlugin
 from engine.launch import launch, shut_down
 from engine.layout import BENCHMARK_PLUGINS, Layout, describe_layout, resolve_layout
 from engine.recomputation import recomputed_share
+from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from planning.memory import settle_recomputation

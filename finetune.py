@@ -7,12 +7,7 @@ Eight GPUs of one machine:
         --model_path /path/llama --task_name super_natural_instructions --save_dir /path/output
 """
 
-from checkpointing.reader import load_checkpoint
-from engine.shards import initialize_weights
 from runtime import console, process, requirements
-from training.batches import build_dataloader
-from training.loop import conclude, nothing_left, train
-from training.schedule import build_scheduler
 
 console.quiet_third_parties()
 requirements.require()
@@ -37,7 +32,7 @@ from checkpointing.pretrained import (
     refuse_other_formats,
     weights_fingerprint,
 )
-from checkpointing.reader import LazyTensors
+from checkpointing.reader import LazyTensors, load_checkpoint
 from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder, find_shape
 from corpus.sources import Source, resolve_source
@@ -47,11 +42,13 @@ from data_utils import InstructionDataset
 from engine.boost import DTYPES, boost, build_plugin
 from engine.launch import launch, shut_down
 from engine.layout import Layout, resolve_layout
+from engine.shards import initialize_weights
 from model_utils import load_config
 from planning.memory import settle_recomputation
 from planning.report import say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
+from training.batches import build_dataloader
 from training.checks import validate_args
 from training.evaluation import evaluation_loader
 from training.flags import (
@@ -64,7 +61,9 @@ from training.flags import (
     refuse_interval,
     user_name,
 )
+from training.loop import conclude, nothing_left, train
 from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
+from training.schedule import build_scheduler
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096

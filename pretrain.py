@@ -8,12 +8,7 @@ Several machines:
     colossalai run --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 70b -p gemini -x bf16 -a -g
 """
 
-from checkpointing.reader import load_checkpoint
-from engine.shards import initialize_weights
 from runtime import console, process, requirements
-from training.batches import build_dataloader
-from training.loop import conclude, nothing_left, train
-from training.schedule import build_scheduler
 
 console.quiet_third_parties()
 requirements.require()
@@ -29,6 +24,7 @@ from attn import select_attention
 from checkpointing.export import export_model
 from checkpointing.folder import check_model
 from checkpointing.pretrained import check_pretrained, load_pretrained
+from checkpointing.reader import load_checkpoint
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT
 from corpus.prepare import is_prepared, prepare_dataset
@@ -38,11 +34,13 @@ from data_utils import PackedDataset, StreamedDataset
 from engine.boost import DTYPES, boost, build_plugin
 from engine.launch import launch, shut_down
 from engine.layout import resolve_layout
+from engine.shards import initialize_weights
 from model_utils import MODEL_CONFIGS, load_config
 from planning.memory import settle_recomputation
 from planning.report import say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
+from training.batches import build_dataloader
 from training.checks import validate_args
 from training.evaluation import evaluation_loader
 from training.flags import (
@@ -60,7 +58,9 @@ from training.flags import (
     user_name,
     user_path,
 )
+from training.loop import conclude, nothing_left, train
 from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
+from training.schedule import build_scheduler
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
