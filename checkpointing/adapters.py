@@ -4,9 +4,10 @@
 then gives their parameters, and what initialises, saves and loads the trained parameters needs to know no more.
 """
 
-import argparse
 import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import safe_open
@@ -14,51 +15,74 @@ from transformers import LlamaConfig
 
 from checkpointing.folder import ADAPTER_FILE, PEFT_PREFIX, file_names, write_model_index, write_tensors
 from checkpointing.reader import LazyTensors
-from engine.layout import Layout
+from engine.layout import GEMINI_PLUGINS, Layout
 from model_utils import parameter_specs
+from runtime.console import below
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def fill_lora_args(args: argparse.Namespace) -> None:
-    """Writes out what was left to defaults, so that a resume which says the same in other words is the same run."""
-    if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
-    args.lora_modules = ",".join(sorted(args.lora_modules.split(",")))
-    if args.plugin == "hybrid_parallel":  # which divides no model with adapters
-        args.tp, args.pp = args.tp or 1, args.pp or 1
+@dataclass(frozen=True)
+class Lora:
+    """Adapters beside frozen weights; without a rank all weights are trained.
 
+    Attributes:
+        lora_alpha: adapters count alpha / rank times; None: twice the rank.
+        lora_modules: linear modules that get one, with commas between.
+        base_weights: fingerprint of the frozen weights (pretrained.weights_fingerprint).
+    """
 
-def lora_problems(args: argparse.Namespace, layout: Layout) -> list[str]:
-    """Return one line for each reason that the flags cannot work together."""
-    if args.lora_rank is None:
-        given = {"alpha": args.lora_alpha is not None, "modules": args.lora_modules != ",".join(MODULES)}
-        return [f"--lora_{name}: takes effect with --lora_rank alone; give that too" for name in given if given[name]]
-    problems = []
-    if args.lora_rank < 1:
-        problems.append(f"--lora_rank: {args.lora_rank} is below the least possible, 1")
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
-        problems.append(f"--lora_alpha: {args.lora_alpha} is not a positive number")
-    unknown = [name for name in args.lora_modules.split(",") if name not in MODULES]
-    if unknown:
-        problems.append(f"--lora_modules: {unknown[0]!r} is no linear module of a layer; choose of {','.join(MODULES)}")
-    if args.plugin.startswith("gemini"):
-        problems.append(f"--lora_rank: {args.plugin} has no LoRA; use -p zero2, zero2_cpu or hybrid_parallel")
-    if max(layout.tp, layout.pp, layout.sp) > 1:  # its pipeline looks for layers where peft has put no longer any
-        problems.append("--lora_rank: hybrid_parallel has LoRA for undivided models alone; use --tp 1 --pp 1 --sp 1")
-    return problems
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_modules: str = ",".join(MODULES)
+    base_weights: str | None = None
 
+    @property
+    def resolved(self) -> "Lora":
+        """The same with defaults written out, so that a resume in other words is known for the same run."""
+        if not self.lora_rank:
+            return self
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return replace(self, lora_alpha=alpha, lora_modules=",".join(sorted(self.lora_modules.split(","))))
 
-def lora_config(args: argparse.Namespace) -> LoraConfig:
-    """peft's description of the adapters, which names the model beside them for programs in any working directory."""
-    base = Path(args.model_path)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base.absolute() if base.is_dir() else base),
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=args.lora_modules.split(","),
-    )
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that no resume may change."""
+        return {name: value for name, value in vars(self).items() if name != "base_weights" or value is not None}
+
+    def problems(self, layout: Layout) -> list[str]:
+        """Return a line for each reason that the flags cannot work together."""
+        if self.lora_rank is None:
+            given = {"alpha": self.lora_alpha is not None, "modules": self.lora_modules != ",".join(MODULES)}
+            return [
+                f"--lora_{name}: takes effect with --lora_rank alone; give that too" for name in given if given[name]
+            ]
+        problems = below(1, lora_rank=self.lora_rank)
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            problems.append(f"--lora_alpha: {self.lora_alpha} is not a positive number")
+        unknown = [name for name in self.lora_modules.split(",") if name not in MODULES]
+        if unknown:
+            problems.append(
+                f"--lora_modules: {unknown[0]!r} is no linear module of a layer; choose from {','.join(MODULES)}"
+            )
+        if layout.plugin in GEMINI_PLUGINS:
+            problems.append(f"--lora_rank: {layout.plugin} has no LoRA; use -p zero2, zero2_cpu or hybrid_parallel")
+        if max(layout.tp, layout.pp, layout.sp) > 1:  # its pipeline looks for layers where peft has moved them
+            problems.append(
+                "--lora_rank: hybrid_parallel has LoRA for undivided models alone; use --tp 1 --pp 1 --sp 1"
+            )
+        return problems
+
+    def config(self, model_path: str) -> LoraConfig:
+        """Return peft's description of the adapters, which names the model by an absolute path where it is a folder."""
+        base = Path(model_path)
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(base.absolute() if base.is_dir() else base),
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.lora_modules.split(","),
+        )
 
 
 def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path) -> None:

@@ -20,7 +20,7 @@ def export_model(
     target: Path,
     tokenizer: PreTrainedTokenizerBase,
     model: Path | None = None,
-    documents: dict[str, dict] | None = None,
+    json_files: dict[str, dict] | None = None,
 ) -> None:
     """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
@@ -28,7 +28,7 @@ def export_model(
 
     Args:
         model: the model's folder, where it is not the checkpoint's own.
-        documents: further JSON files, by name.
+        json_files: further JSON files, by name.
 
     Raises:
         RunError: the checkpoint lacks a file.
@@ -45,7 +45,7 @@ def export_model(
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(model, temporary, copy_function=shutil.copyfile)
         tokenizer.save_pretrained(temporary)
-        for name, content in (documents or {}).items():
+        for name, content in (json_files or {}).items():
             write_json(temporary / name, content)
         (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
         replace_folder(temporary, target)
@@ -60,13 +60,13 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase,
     config: LlamaConfig,
     weights: LazyTensors,
-    documents: dict[str, dict],
+    json_files: dict[str, dict],
 ) -> None:
     """The same of a checkpoint's adapters, which `config.lora` describes, merged into the `weights` beside them."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
         merge(checkpoint / "model", weights, config, Path(folder, "model"))
-        export_model(checkpoint, target, tokenizer, Path(folder, "model"), documents)
+        export_model(checkpoint, target, tokenizer, Path(folder, "model"), json_files)
 
 
 def _link_weights(source: str, target: str) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -20,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpointing.folder import check_model
 from checkpointing.reader import LazyTensors, is_safetensors, mapped_tensors
+from engine.boost import Engine
 from engine.shards import first_not_finite, frozen_parameters, is_finite, restore
 from model_utils import parameter_specs
 from runtime import hub
@@ -353,21 +352,15 @@ def weights_fingerprint(weights: LazyTensors) -> str:
     return xxhash.xxh3_64(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def load_pretrained(
-    weights: LazyTensors,
-    plugin: Plugin,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    flag: str = "--init_from",
-) -> None:
-    """Sets the model's weights, each rank reading its own slices, which is all the host memory that it takes.
+def load_pretrained(weights: LazyTensors, engine: Engine, flag: str = "--init_from") -> None:
+    """Set the model's weights, each rank reading its own slices, which is all the host memory that it takes.
 
     Beside adapters, which have no weights here, the frozen ones are set. Collective.
 
     Raises:
         InputError: on every rank, when a weight is a NaN or an infinity on any.
     """
-    frozen, broken = frozen_parameters(model), None
+    frozen, broken = frozen_parameters(engine.model), None
     with torch.no_grad():
         for name, parameter in frozen.items():
             value = weights[name][:]
@@ -376,7 +369,7 @@ def load_pretrained(
     if frozen:
         broken = next(filter(None, gather(broken)), None)
     else:
-        restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
-        broken = first_not_finite(plugin, model, optimizer)
+        restore(engine, lambda name, key: weights[name], adam_steps=0)
+        broken = first_not_finite(engine)
     if broken:
         raise InputError(f"{flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give weights without")

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
 from safetensors import safe_open
-from transformers import LlamaConfig
 
 from checkpointing.folder import damaged_files, file_names, read_running_states
+from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, first_not_finite, restore
-from engine.step import loss_scaler
+from engine.step import restore_loss_scaler
 from model_utils import trained_specs
 from runtime.collectives import gather
 from runtime.console import InputError, rank, world_size
@@ -76,30 +74,23 @@ def refuse_damaged(folder: Path) -> None:
         raise InputError(*problems)
 
 
-def load_checkpoint(
-    folder: Path, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig
-) -> None:
-    """Restores weights, Adam moments and loss scale. Collective.
+def load_checkpoint(folder: Path, engine: Engine) -> None:
+    """Restore weights, Adam moments and loss scale. Collective.
 
     Raises:
         InputError: on every rank, when a file is damaged, or a weight is no number.
     """
     refuse_damaged(folder)
-    files = file_names(config, "optimizer")
+    files = file_names(engine.config, "optimizer")
     tensors = LazyTensors(
         {
             f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
-            for spec in trained_specs(config)
+            for spec in trained_specs(engine.config)
             for key in (MASTER, *MOMENTS)
         }
     )
     states = read_running_states(folder)
-    restore(plugin, model, optimizer, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
-    if name := first_not_finite(plugin, model, optimizer):
+    restore(engine, lambda name, key: tensors[f"{name}.{key}"], states["adam_steps"])
+    if name := first_not_finite(engine):
         raise InputError(f"--load: {name} in {folder} has a NaN or an infinity; choose an earlier checkpoint")
-    scaler, saved = loss_scaler(optimizer), states["loss_scaler"]
-    if scaler is not None and saved is not None:
-        grad_scaler = scaler.grad_scaler
-        grad_scaler._scale.fill_(saved["scale"])
-        grad_scaler._growth_step = saved["growth_step"]
-        grad_scaler._hysteresis_step = saved["hysteresis_step"]
+    restore_loss_scaler(engine, states["loss_scaler"])

@@ -12,14 +12,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import psutil
 import torch
-from colossalai.accelerator import get_accelerator
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
 from checkpointing.folder import (
@@ -35,15 +33,33 @@ from checkpointing.folder import (
     write_model_index,
     write_tensors,
 )
+from engine import device
+from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, LocalShard, local_shards
 from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
-from runtime.console import RunError, rank, say, size_text, world_size
+from runtime.console import RunError, below, rank, say, size_text, world_size
 from runtime.files import checksum, replace_folder, write_json
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
 STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
 SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
 File = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The steps after which checkpoints are saved, and the checkpoints that are kept."""
+
+    save_interval: int = 1000  # optimizer steps
+    keep_checkpoints: int | None = None  # the newest so many; None: all
+    keep_every: int | None = None  # those at multiples of this step too
+
+    def problems(self) -> list[str]:
+        """Return a line for each number that is too small, and for a flag without effect."""
+        problems = below(1, **vars(self))
+        if self.keep_every and not self.keep_checkpoints:
+            problems.append("--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out")
+        return problems
 
 
 class CheckpointWriter:
@@ -53,21 +69,18 @@ class CheckpointWriter:
         self,
         save_dir: Path,
         config: LlamaConfig,
-        keep: int | None = None,
-        keep_every: int | None = None,
+        retention: Retention,
         background: bool = True,
         latest: Path | None = None,
     ):
         """
         Args:
-            keep: newest checkpoints to keep; None keeps all.
-            keep_every: checkpoints at multiples of this step are kept whatever their age.
             background: whether to copy the state to host memory and write it behind the training, where it fits.
             latest: the checkpoint that the run resumes from.
         """
         self.save_dir, self.config = save_dir, config
         self.background = background
-        self.keep, self.keep_every = keep, keep_every
+        self.retention = retention
         self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
         self._positions = {group: number for number, group in enumerate(self.model_files)}
         self.latest = latest
@@ -79,36 +92,34 @@ class CheckpointWriter:
         self._target: Path  # folder of the checkpoint in flight
         self._temporary: Path  # where it is written
 
-    def save(
-        self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, documents: dict[str, dict]
-    ) -> None:
-        """Starts to write a checkpoint, collectively; returns when the weights may change again.
+    def save(self, engine: Engine, json_files: dict[str, dict]) -> None:
+        """Start to write a checkpoint, collectively; return when the weights may change again.
 
         Args:
-            documents: JSON files beside the tensors; `epoch` and `step` in running_states.json name the folder.
+            json_files: files beside the tensors; `epoch` and `step` in running_states.json name the folder.
 
         Raises:
             RunError: on every rank, when the checkpoint before failed on any, or this one has no room.
         """
         started = time.perf_counter()
         self.wait()
-        states = documents[RUNNING_STATES]
+        states = json_files[RUNNING_STATES]
         target = self.save_dir / CHECKPOINT.format(**states)
         temporary = target.with_name(f".{target.name}.incomplete")
         self._target, self._temporary = target, temporary
         on_rank_zero(lambda: self._begin(temporary), self._failure)
-        shards_by_file = self._by_file(plugin, model, optimizer)
+        shards_by_file = self._by_file(engine)
         files: dict[str, dict] = {}
         staged: list[File] = []
         if self.background and self._fits_in_memory(shards_by_file):
             staged = [self._gathered(shards, self._staged) for shards in shards_by_file]
-            get_accelerator().synchronize()
+            device.synchronize()
         else:
             for shards in shards_by_file:  # begun before, the exchange for the next would wait as long as the disk
                 self._start(self._write, *self._gathered(shards, lambda _, tensor: tensor.cpu()), files)
                 self._join()
         stall = time.perf_counter() - started
-        self._start(self._finish, staged, documents, files, started, stall)
+        self._start(self._finish, staged, json_files, files, started, stall)
 
     def wait(self) -> None:
         """Returns when the checkpoint in flight is in its place, on every rank.
@@ -176,12 +187,9 @@ class CheckpointWriter:
         (temporary / "model").mkdir(parents=True)
         (temporary / "optimizer").mkdir()
 
-    def _by_file(self, plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[list[LocalShard]]:
+    def _by_file(self, engine: Engine) -> list[list[LocalShard]]:
         """The shards of each file of this stage, then empty lists up to the number of another stage's. Collective."""
-        files = [
-            list(members)
-            for _, members in groupby(local_shards(plugin, model, optimizer), key=lambda shard: shard.spec.group)
-        ]
+        files = [list(members) for _, members in groupby(local_shards(engine), key=lambda shard: shard.spec.group)]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
     def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
@@ -239,19 +247,19 @@ class CheckpointWriter:
             self.error = f"{type(error).__name__}: {error}"
 
     def _finish(
-        self, staged: list[File], documents: dict, files: dict[str, dict], started: float, stall: float
+        self, staged: list[File], json_files: dict, files: dict[str, dict], started: float, stall: float
     ) -> None:
         for group, tensors in staged:
             self._write(group, tensors, files)
         try:
-            self._conclude(self._temporary, self._target, documents, files, started, stall)
+            self._conclude(self._temporary, self._target, json_files, files, started, stall)
         except RunError as error:
             self.error = self.error or str(error)
         except Exception as error:
             self.error = self.error or f"{type(error).__name__}: {error}"
 
     def _conclude(
-        self, temporary: Path, target: Path, documents: dict, files: dict[str, dict], started: float, stall: float
+        self, temporary: Path, target: Path, json_files: dict, files: dict[str, dict], started: float, stall: float
     ) -> None:
         part = {"error": self.error} if self.error else {"files": files}
         write_json(temporary / f"part-{rank():05d}.json", part)
@@ -260,7 +268,7 @@ class CheckpointWriter:
         all_files = self._wait_for_parts(temporary)
         if all_files is None:
             return
-        for name, content in documents.items():
+        for name, content in json_files.items():
             write_json(temporary / name, content)
         write_rest = write_adapter if getattr(self.config, "lora", None) else write_model_index
         write_rest(temporary / "model", self.config)
@@ -276,7 +284,7 @@ class CheckpointWriter:
             f"training waited {stall * 1000:.0f} ms"
         )
         try:
-            remove_old_checkpoints(self.save_dir, self.keep, self.keep_every)
+            remove_old_checkpoints(self.save_dir, self.retention)
         except OSError as error:
             self._reports.append(f"checkpoint: an old one could not be removed: {error}")
 
@@ -306,12 +314,12 @@ def staging_bytes(shape: torch.Size, pinned: bool) -> int:
     return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
 
 
-def remove_old_checkpoints(save_dir: Path, keep: int | None, keep_every: int | None) -> None:
-    """Removes complete checkpoints older than the newest `keep`, manifest first, so that none is ever half there."""
-    if keep is None:
+def remove_old_checkpoints(save_dir: Path, retention: Retention) -> None:
+    """Remove the checkpoints that are not to be kept, manifest first, so that none is ever half there."""
+    if retention.keep_checkpoints is None:
         return
-    for step, folder in list(complete_checkpoints(save_dir))[keep:]:
-        if not keep_every or step % keep_every:
+    for step, folder in list(complete_checkpoints(save_dir))[retention.keep_checkpoints :]:
+        if not retention.keep_every or step % retention.keep_every:
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder.replace(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""PyTorch's FullyShardedDataParallel as a Booster plugin that does what the others do.
+"""The plugins `fsdp` and `fsdp_cpu` of benchmark.py: PyTorch's FullyShardedDataParallel.
 
 ColossalAI's own plugin for it neither clips gradients, nor scales an fp16 loss, nor runs without a GPU.
 """
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin import TorchFSDPPlugin
 from colossalai.booster.plugin.torch_fsdp_plugin import FSDPOptimizerWrapper
@@ -24,7 +25,62 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_utils import ParameterSpec, initial_weight
+from engine.compilation import compile_layers
+from engine.job import Job, recomputed_layers
+from engine.plugin import LocalPart, common_options
+from engine.recomputation import checkpoint_function
+from model_utils import ParameterSpec, build_model, initial_weight
+from runtime.console import say
+
+__all__ = [
+    "build",
+    "compile_layers",
+    "empty_model",
+    "gradient_ranks",
+    "local_part",
+    "prepare",
+    "update_working_weights",
+]
+
+
+def build(job: Job) -> "FSDPPlugin":
+    """Return FSDPPlugin, which sets the initial weights and checkpoints the layers itself."""
+    on_gpu, common = torch.cuda.is_available(), common_options(job)
+    offload = job.layout.plugin == "fsdp_cpu"
+    if offload and not on_gpu:
+        say("fsdp_cpu: everything is in host memory here, as with fsdp")
+    return FSDPPlugin(
+        job.dtype,
+        max_norm=common["max_norm"],
+        offload=offload and on_gpu,
+        initial_scale=common["initial_scale"],
+        seed=job.seed,
+        recomputed=recomputed_layers(job.config.num_hidden_layers, job.recomputed),
+        checkpointed=checkpoint_function(job),
+    )
+
+
+def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
+    """Return the model on the meta device; the plugin gives each layer its memory when it shards it."""
+    return build_model(job.config, torch.device("meta"))
+
+
+def prepare(plugin: "FSDPPlugin", model: ModelWrapper, optimizer: "FSDPOptimizer") -> None:
+    """Do nothing."""
+
+
+def gradient_ranks(plugin: "FSDPPlugin") -> int:
+    """Return the number of ranks over which gradients are averaged."""
+    return dist.get_world_size()
+
+
+def local_part(optimizer: "FSDPOptimizer", parameter: nn.Parameter) -> LocalPart:
+    """Return an empty part: FSDP has set the weights, and benchmark.py, which alone has it, saves none."""
+    return LocalPart(0, 0, torch.empty(0), {}, replicated=False)
+
+
+def update_working_weights(optimizer: "FSDPOptimizer") -> None:
+    """Do nothing: FSDP casts the weights as it gathers them."""
 
 
 class FSDPOptimizer(FSDPOptimizerWrapper):
@@ -61,7 +117,7 @@ class FSDPPlugin(TorchFSDPPlugin):
         initial_scale: of the loss, in fp16.
         seed: of the weights.
         recomputed: layers whose activations are recomputed.
-        recomputed_by: how they are (recomputation.py).
+        checkpointed: calls such a layer (recomputation.py).
     """
 
     def __init__(
@@ -72,7 +128,7 @@ class FSDPPlugin(TorchFSDPPlugin):
         initial_scale: float,
         seed: int,
         recomputed: set[int],
-        recomputed_by: Callable,
+        checkpointed: Callable,
     ):
         super().__init__(
             cpu_offload=CPUOffload(offload_params=offload),
@@ -80,7 +136,7 @@ class FSDPPlugin(TorchFSDPPlugin):
             mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
         )
         self.max_norm, self.seed, self.recomputed = max_norm, seed, recomputed
-        self.recomputed_by = recomputed_by
+        self.checkpointed = checkpointed
         self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
 
     def supported_devices(self) -> list[str]:
@@ -109,8 +165,8 @@ class FSDPPlugin(TorchFSDPPlugin):
         # Inside the sharded layers, so that recomputing does not gather a layer's weights a third time.
         layers = [module for module in wrapper.modules() if isinstance(module, LlamaDecoderLayer)]
         chosen = [layer for layer in layers if layer.self_attn.layer_idx in self.recomputed]
-        twice = partial(checkpoint_wrapper, checkpoint_fn=self.recomputed_by)
-        apply_activation_checkpointing(wrapper.module, twice, check_fn=lambda module: module in chosen)
+        wrap = partial(checkpoint_wrapper, checkpoint_fn=self.checkpointed)
+        apply_activation_checkpointing(wrapper.module, wrap, check_fn=lambda module: module in chosen)
         optimizer.param_groups.clear()  # of parameters that the shards have replaced
         optimizer.add_param_group({"params": list(wrapper.parameters())})
         scaler = ShardedGradScaler(device.type, **self.scaling)

@@ -28,7 +28,15 @@ from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from model_utils import build_model
 from runtime.console import world_size
 
-__all__ = ["build", "compile_layers", "empty_model", "gradient_ranks", "local_part", "prepare", "update_working_weights"]
+__all__ = [
+    "build",
+    "compile_layers",
+    "empty_model",
+    "gradient_ranks",
+    "local_part",
+    "prepare",
+    "update_working_weights",
+]
 
 
 def build(job: Job) -> HybridParallelPlugin:

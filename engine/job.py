@@ -1,14 +1,31 @@
 """A job of the engine: the model and all that decides its arithmetic, its speed and its memory."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import LlamaConfig
 
-from engine.layout import Batch, Layout, Parallelism, resolve_layout
+from engine.layout import GEMINI_PLUGINS, Batch, Layout, Parallelism, layout_problems, resolve_layout
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def recomputed_layers(layers: int, fraction: float) -> set[int]:
+    """Return the layers of a fraction of them, spread evenly, so that pipeline stages have as many each."""
+    count = round(fraction * layers)
+    return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
+
+
+def reenters(layout: Layout | Parallelism) -> bool:
+    """Return True if the backward pass starts another inside itself to recompute: Gemini with tensor parallelism.
+
+    Gemini fetches weights when ColossalAI's linear layers multiply by the parameters themselves in the backward pass;
+    torch's other way of recomputing hands out detached ones. And where torch sees Gemini's class in a layer's output,
+    it runs without Gemini's hooks.
+    """
+    return layout.plugin in GEMINI_PLUGINS and (layout.tp or 1) > 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,23 @@ class Compute:
     keep_attention: bool = False
     compile: bool | None = None
 
+    def problems(self, layout: Parallelism, layers: int) -> list[str]:
+        """Return a line for each reason that these do not go together in a model of so many layers."""
+        problems = []
+        fraction = 1.0 if self.recompute is None else self.recompute
+        if not 0 <= fraction <= 1:
+            problems.append(f"--recompute: {fraction} is neither auto nor from 0 to 1")
+        if self.keep_attention:
+            if 0 <= fraction <= 1 and not recomputed_layers(layers, fraction):
+                problems.append(
+                    "--keep_attention: nothing is recomputed; give -g or a larger --recompute, or leave it out"
+                )
+            if not self.flash_attention and layout.sp == 1:
+                problems.append("--keep_attention: it keeps the output of a fused kernel; give -a too")
+            if reenters(layout):
+                problems.append(f"--keep_attention: {layout.plugin} cannot recompute so with --tp; leave it out")
+        return problems
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -36,6 +70,15 @@ class Optimization:
     lr: float = 3e-4
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0  # largest norm; 0: no clipping
+
+    def problems(self) -> list[str]:
+        """Return a line for each number that cannot be used."""
+        problems = []
+        for name, value in vars(self).items():
+            kind = "positive" if name == "lr" else "non-negative"
+            if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
+                problems.append(f"--{name}: {value} is not a {kind} number")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -80,3 +123,7 @@ class Job:
         if self.compute.recompute is None:
             raise ValueError("the fraction of recomputed layers is not settled")
         return self.compute.recompute
+
+    def problems(self) -> list[str]:
+        """Return a line for each size that does not divide, and each flag of the layout without effect."""
+        return layout_problems(self.parallelism, self.batch, self.compute.mixed_precision, self.config)

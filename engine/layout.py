@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from runtime.console import world_size
+from runtime.console import below, world_size
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
 BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
@@ -38,6 +38,11 @@ class Parallelism:
     def is_hybrid(self) -> bool:
         return self.plugin in HYBRID_PLUGINS
 
+    def problems(self) -> list[str]:
+        """Return a line for each size that no layout has."""
+        names = ("tp", "pp", "sp", "microbatch_size", "extra_dp", "model_chunks")
+        return below(1, **{name: getattr(self, name) for name in names})
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,6 +55,11 @@ class Batch:
     @property
     def sequences(self) -> int:
         return self.batch_size * self.accumulation_steps
+
+    def problems(self) -> list[str]:
+        """Return a line for each size that no step has."""
+        sizes = below(1, batch_size=self.batch_size, accumulation_steps=self.accumulation_steps)
+        return sizes + below(2, max_length=self.max_length)
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,7 @@ def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: Lla
     if not asked.is_hybrid:
         tp = asked.tp or 1
         stage = 2 if asked.plugin.startswith("zero2") else 3
-        return Layout(
-            asked.plugin, tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=asked.extra_dp or 1
-        )
+        return Layout(asked.plugin, tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=asked.extra_dp or 1)
     chunks = (asked.model_chunks or 2) if asked.pp_style == "interleaved" else 1
     if asked.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
         tp, pp = asked.tp or 1, asked.pp or 1
@@ -136,7 +144,7 @@ def _divides_in_two_stages(asked: Parallelism, batch: Batch, config: LlamaConfig
 def layout_problems(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> list[str]:
     """Return one line for each size that does not divide, and each flag without effect, naming the numbers."""
     return (
-        _not_positive(asked)
+        asked.problems()
         or _without_effect(asked, precision)
         or _not_dividing(asked, config)
         or (_hybrid_problems(asked, batch, precision, config) if asked.is_hybrid else [])
@@ -146,12 +154,6 @@ def layout_problems(asked: Parallelism, batch: Batch, precision: str, config: Ll
 def _lines(*conditions: tuple[bool, str]) -> list[str]:
     """Return the messages of the conditions that hold."""
     return [message for holds, message in conditions if holds]
-
-
-def _not_positive(asked: Parallelism) -> list[str]:
-    names = ("tp", "pp", "sp", "microbatch_size", "extra_dp", "model_chunks")
-    sizes = {name: getattr(asked, name) for name in names}
-    return [f"--{name}: must be at least 1, not {size}" for name, size in sizes.items() if size is not None and size < 1]
 
 
 def _without_effect(asked: Parallelism, precision: str) -> list[str]:

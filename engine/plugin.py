@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.interface import ModelWrapper
 from transformers import LlamaForCausalLM
 
 from engine.job import Job

@@ -9,13 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import LlamaForCausalLM
 
 from engine.compilation import plain
-from engine.job import Job
-from engine.layout import GEMINI_PLUGINS, Layout
-
-def recomputed_layers(layers: int, fraction: float) -> set[int]:
-    """Return the layers of a fraction of them, spread evenly, so that pipeline stages have as many each."""
-    count = round(fraction * layers)
-    return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
+from engine.job import Job, reenters
 
 
 def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -41,16 +35,6 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 def recomputed_in_another_pass(function: Callable, *args: Any) -> Any:
     """Recompute in a backward pass inside the backward pass, for plugins that need it (see `reenters`)."""
     return checkpoint(function, *args, use_reentrant=True)
-
-
-def reenters(layout: Layout) -> bool:
-    """Return True if the backward pass starts another inside itself to recompute: Gemini with tensor parallelism.
-
-    Gemini fetches weights when ColossalAI's linear layers multiply by the parameters themselves in the backward pass;
-    torch's other way of recomputing hands out detached ones. And where torch sees Gemini's class in a layer's output,
-    it runs without Gemini's hooks.
-    """
-    return layout.plugin in GEMINI_PLUGINS and layout.tp > 1
 
 
 def checkpoint_function(job: Job) -> Callable:

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.interface import ModelWrapper
 from colossalai.tensor.d_tensor import get_global_shape, get_sharding_spec, is_distributed_tensor
-from colossalai.zero import GeminiOptimizer, LowLevelZeroOptimizer
-from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from torch.distributed import ProcessGroup
-from transformers import LlamaConfig
 
+from engine.boost import Engine
 from model_utils import ParameterSpec, initial_weight, plain_name
 from runtime.collectives import gather
 
@@ -120,62 +116,24 @@ class LocalShard:
         return torch.cat(parts, dim=self.split_dim) if parts else None
 
 
-def _gemini_part(optimizer: GeminiOptimizer, number: int) -> tuple[int, int, torch.Tensor, dict]:
-    owner = optimizer.id_to_fake_params.get(number)
-    if owner is None:
-        return 0, 0, torch.empty(0), {}
-    _, start, size = optimizer.get_offsets(number)
-    begin, end = optimizer.param_to_range[owner]
-    storage = optimizer.param_to_chunk16[owner].paired_chunk.payload[begin:end]
-    return start, start + size, storage, optimizer.optim.state[owner]
-
-
-def _zero_part(optimizer: LowLevelZeroOptimizer, parameter: torch.nn.Parameter) -> tuple[int, int, torch.Tensor, dict]:
-    storage = optimizer.working_to_master_param[id(parameter)]
-    start = min(dist.get_rank(optimizer.param_to_pg[parameter]) * storage.numel(), parameter.numel())
-    stop = min(start + storage.numel(), parameter.numel())
-    return start, stop, storage, optimizer.optim.state[storage]
-
-
-def _replicated_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> tuple[int, int, torch.Tensor, dict]:
-    mixed = isinstance(optimizer, MixedPrecisionOptimizer)
-    owner = optimizer.working_to_master_map[parameter] if mixed else parameter
-    return 0, parameter.numel(), owner.data, optimizer.optim.state[owner]
-
-
-def local_shards(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> list[LocalShard]:
-    """This rank's part of every trained parameter of its stage, in the model's order, the same on all ranks of it."""
-    if isinstance(optimizer, GeminiOptimizer):
-        numbers = {id(parameter): number for number, parameter in optimizer.id_to_real_params.items()}
-
+def local_shards(engine: Engine) -> list[LocalShard]:
+    """Return this rank's part of every trained parameter of its stage, in the model's order, which its peers share."""
     shards = []
-    for name, parameter in model.unwrap(unwrap_peft=False).named_parameters():
+    for name, parameter in engine.model.unwrap(unwrap_peft=False).named_parameters():
         if not parameter.requires_grad:
             continue
         split_dim, shape = None, parameter.shape
         if is_distributed_tensor(parameter):
             (split_dim,) = get_sharding_spec(parameter).dim_partition_dict
             shape = get_global_shape(parameter)
-        replicated = False
-        if isinstance(optimizer, GeminiOptimizer):
-            start, stop, storage, adam_state = _gemini_part(optimizer, numbers[id(parameter)])
-            replicated = optimizer.chunk_manager.get_chunk(parameter).keep_gathered
-        elif isinstance(optimizer, LowLevelZeroOptimizer):
-            start, stop, storage, adam_state = _zero_part(optimizer, parameter)
-        else:
-            start, stop, storage, adam_state = _replicated_part(optimizer, parameter)
-            replicated = True
+        part = engine.module.local_part(engine.optimizer, parameter)
         shards.append(
             LocalShard(
                 spec=ParameterSpec(plain_name(name), torch.Size(shape)),
                 split_dim=split_dim,
-                tp_group=getattr(plugin, "tp_group", None),
-                data_group=getattr(plugin, "mixed_dp_group", dist.group.WORLD),  # type: ignore[arg-type]  # there is one
-                replicated=replicated,
-                start=start,
-                stop=stop,
-                storage=storage,
-                adam_state=adam_state,
+                tp_group=getattr(engine.plugin, "tp_group", None),
+                data_group=getattr(engine.plugin, "mixed_dp_group", dist.group.WORLD),  # type: ignore[arg-type]
+                **part._asdict(),
             )
         )
     return shards
@@ -187,48 +145,25 @@ def frozen_parameters(model: ModelWrapper) -> dict[str, torch.nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in parameters if not parameter.requires_grad}
 
 
-def update_working_weights(optimizer: OptimizerWrapper) -> None:
-    """Sets the weights that the model computes with from the master weights, as an optimizer step does at its end."""
-    if isinstance(optimizer, GeminiOptimizer):
-        for chunk in optimizer.chunk16_set:
-            chunk.optim_update()
-    elif isinstance(optimizer, LowLevelZeroOptimizer):
-        device = get_accelerator().get_current_device()
-        for working, padded in optimizer._working_param_to_padded_working_param.items():
-            master = optimizer.working_to_master_param[id(working)]
-            all_gather_into_flat_tensor_nd(padded, master.to(device, working.dtype), optimizer.param_to_pg[working])
-    elif isinstance(optimizer, MixedPrecisionOptimizer):
-        for working, master in optimizer.working_to_master_map.items():
-            working.data.copy_(master)
-
-
 @torch.no_grad()
-def initialize_weights(
-    plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper, config: LlamaConfig, seed: int
-) -> None:
-    """Sets every weight to `initial_weight`, each rank its own part."""
+def initialize_weights(engine: Engine) -> None:
+    """Set every weight to its `initial_weight`, each rank its own part."""
     device = torch.device(get_accelerator().get_current_device())
-    for shard in local_shards(plugin, model, optimizer):
+    for shard in local_shards(engine):
         if shard.start < shard.stop:
-            shard.tensor(MASTER).copy_(shard.read(initial_weight(shard.spec, config, seed, device)))
-    update_working_weights(optimizer)
+            shard.tensor(MASTER).copy_(shard.read(initial_weight(shard.spec, engine.config, engine.job.seed, device)))
+    engine.module.update_working_weights(engine.optimizer)
 
 
 @torch.no_grad()
-def restore(
-    plugin: Plugin,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    read: Callable[[str, str], torch.Tensor],
-    adam_steps: int,
-) -> None:
-    """Sets master weights and Adam moments, each rank its own part.
+def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], adam_steps: int) -> None:
+    """Set master weights and Adam moments, each rank its own part.
 
     Args:
         read: gives the full tensor, or a lazy slice of it, for a parameter's name and MASTER or one of MOMENTS.
         adam_steps: number of updates that the moments have seen, for Adam's bias correction; none are read if it is 0.
     """
-    for shard in local_shards(plugin, model, optimizer):
+    for shard in local_shards(engine):
         empty = shard.start >= shard.stop  # the optimizer may still update its padding, and count the steps by it
         if not empty:
             shard.tensor(MASTER).copy_(shard.read(read(shard.spec.name, MASTER)))
@@ -239,7 +174,7 @@ def restore(
             shard.adam_state[key] = torch.zeros_like(shard.storage)
             if not empty:
                 shard.tensor(key).copy_(shard.read(read(shard.spec.name, key)))
-    update_working_weights(optimizer)
+    engine.module.update_working_weights(engine.optimizer)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -247,8 +182,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def first_not_finite(plugin: Plugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> str | None:
-    """The first parameter that has a NaN or an infinity in its master weights, on any rank. Collective."""
-    shards = local_shards(plugin, model, optimizer)
+def first_not_finite(engine: Engine) -> str | None:
+    """Return the first parameter with a NaN or an infinity in its master weights, on any rank. Collective."""
+    shards = local_shards(engine)
     own = next((shard.spec.name for shard in shards if not is_finite(shard.tensor(MASTER))), None)
     return next(filter(None, gather(own)), None)

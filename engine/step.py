@@ -9,20 +9,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
-from colossalai.booster import Booster
-from colossalai.booster.plugin import GeminiPlugin
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.interface import OptimizerWrapper
 from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
 from colossalai.shardformer.layer import cross_entropy_1d
 
 from attn import document_boundaries
 from engine import compilation, update
+from engine.boost import Engine
 from engine.compilation import Fusion
 from model_utils import IGNORE_INDEX
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
     """Cross-entropy of the next token, in float32, summed over the labels that count.
 
     Args:
@@ -30,7 +28,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
         labels: [B, S], unshifted and whole; IGNORE_INDEX does not count.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    shard_config = getattr(plugin, "shard_config", None)
+    shard_config = getattr(engine.plugin, "shard_config", None)
     if shard_config is not None and shard_config.enable_sequence_parallelism:
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
@@ -40,7 +38,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
     tp_group = None
     if shard_config is not None and shard_config.enable_tensor_parallelism:
         tp_group = shard_config.tensor_parallel_process_group
-    if tp_group is not None or compilation.fusion is Fusion.NONE:
+    if tp_group is not None or engine.fusion is Fusion.NONE:
         logits = logits.float()  # and let go of the others
     logits, targets = logits.flatten(0, 1), targets.flatten()
     if tp_group is not None:
@@ -48,13 +46,6 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, plugin: Plugin) -> to
             logits, targets, process_group=tp_group, vocab_size=None, dtype=torch.float32, mode="sum"
         )
     return compilation.summed_cross_entropy(logits, targets)
-
-
-def gradient_ranks(plugin: Plugin) -> int:
-    """Over how many ranks the plugin averages gradients: data-parallel times sequence-parallel peers."""
-    if isinstance(plugin, GeminiPlugin):
-        return plugin.dp_size
-    return dist.get_world_size(getattr(plugin, "mixed_dp_group", None))
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -66,11 +57,11 @@ def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _loss_of(model: ModelWrapper, batch: dict[str, torch.Tensor], plugin: Plugin) -> torch.Tensor:
+def _loss_of(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     device = get_accelerator().get_current_device()
     labels = batch["labels"].to(device, non_blocking=True)
     inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
-    return token_loss(model(**inputs).logits, labels, plugin)
+    return token_loss(engine.model(**inputs).logits, labels, engine)
 
 
 def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -102,14 +93,10 @@ def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> 
 
 
 def _pipeline_loss(
-    booster: Booster,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper | None,
-    micro_batches: list[dict[str, torch.Tensor]],
-    scale: float,
+    engine: Engine, micro_batches: list[dict[str, torch.Tensor]], scale: float, train: bool = True
 ) -> torch.Tensor:
     """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
-    plugin = booster.plugin
+    plugin = engine.plugin
     batch = _as_one(micro_batches)
     _begin_batch(plugin.scheduler, batch)
     # Under the name `labels` the model would compute a loss of its own beside the criterion's.
@@ -118,19 +105,14 @@ def _pipeline_loss(
 
     def criterion(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # The schedule divides by the number of microbatches.
-        return token_loss(outputs.logits, inputs["criterion_labels"], plugin) * scale * microbatches
+        return token_loss(outputs.logits, inputs["criterion_labels"], engine) * scale * microbatches
 
-    loss = booster.execute_pipeline(iter([inputs]), model, criterion, optimizer, return_loss=True)["loss"]
+    optimizer = engine.optimizer if train else None
+    loss = engine.booster.execute_pipeline(iter([inputs]), engine.model, criterion, optimizer, return_loss=True)["loss"]
     return torch.zeros((), device=get_accelerator().get_current_device()) if loss is None else loss.detach()
 
 
-def forward_backward(
-    booster: Booster,
-    model: ModelWrapper,
-    optimizer: OptimizerWrapper,
-    micro_batches: list[dict[str, torch.Tensor]],
-    label_tokens: int,
-) -> torch.Tensor:
+def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]], label_tokens: int) -> torch.Tensor:
     """Accumulates the gradient of the mean loss over one optimizer step's tokens.
 
     Args:
@@ -142,31 +124,35 @@ def forward_backward(
     Returns:
         This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
     """
-    plugin = booster.plugin
-    scale = gradient_ranks(plugin) / label_tokens
+    plugin = engine.plugin
+    scale = engine.module.gradient_ranks(plugin) / label_tokens
 
-    if getattr(plugin, "enable_pipeline_parallelism", False):
-        return _pipeline_loss(booster, model, optimizer, micro_batches, scale) / scale
+    if engine.layout.pp > 1:
+        return _pipeline_loss(engine, micro_batches, scale) / scale
 
     total = torch.zeros((), device=get_accelerator().get_current_device())
     can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
     for index, micro in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
-        deferred = contextlib.nullcontext() if last or not can_defer else booster.no_sync(model, optimizer)
+        deferred = (
+            contextlib.nullcontext()
+            if last or not can_defer
+            else engine.booster.no_sync(engine.model, engine.optimizer)
+        )
         with deferred:
-            loss = _loss_of(model, micro, plugin)
-            booster.backward(loss * scale, optimizer)
+            loss = _loss_of(engine, micro)
+            engine.booster.backward(loss * scale, engine.optimizer)
         total += loss.detach()
     return total
 
 
-def forward_loss(booster: Booster, model: ModelWrapper, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """This rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
+def forward_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return this rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
     with torch.no_grad():
-        if not getattr(booster.plugin, "enable_pipeline_parallelism", False):
-            return _loss_of(model, batch, booster.plugin)
-        with model.no_sync():  # else the plugin would exchange gradients, of which there are none
-            return _pipeline_loss(booster, model, None, [batch], 1.0)
+        if engine.layout.pp == 1:
+            return _loss_of(engine, batch)
+        with engine.model.no_sync():  # else the plugin would exchange gradients, of which there are none
+            return _pipeline_loss(engine, [batch], 1.0, train=False)
 
 
 def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
@@ -178,8 +164,9 @@ def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
     return None
 
 
-def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[float, bool]:
-    """Clips and updates; returns the gradient norm before clipping and whether fp16 overflowed, skipping the update."""
+def optimizer_step(engine: Engine) -> tuple[float, bool]:
+    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+    model, optimizer = engine.model, engine.optimizer
     scaler = loss_scaler(optimizer)
     scale = scaler.loss_scale if scaler else 1.0
     if update.supports(optimizer):
@@ -192,3 +179,25 @@ def optimizer_step(model: ModelWrapper, optimizer: OptimizerWrapper) -> tuple[fl
         model.chunk_manager.accumulating_grads = False
     optimizer.zero_grad()
     return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped
+
+
+def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:
+    """Return the dynamic loss scale and its counters under fp16, else None."""
+    mixin = loss_scaler(engine.optimizer)
+    if mixin is None:
+        return None
+    scaler = mixin.grad_scaler
+    return {
+        "scale": scaler.scale.item(),
+        "growth_step": scaler._growth_step,
+        "hysteresis_step": scaler._hysteresis_step,
+    }
+
+
+def restore_loss_scaler(engine: Engine, state: dict[str, Any] | None) -> None:
+    """Set the loss scale and its counters to what `loss_scaler_state` returned, if both runs have them."""
+    mixin = loss_scaler(engine.optimizer)
+    if mixin is not None and state is not None:
+        scaler = mixin.grad_scaler
+        scaler._scale.fill_(state["scale"])
+        scaler._growth_step, scaler._hysteresis_step = state["growth_step"], state["hysteresis_step"]

@@ -16,7 +16,15 @@ from engine.update import exchange_gradients_directly
 from model_utils import build_model
 from runtime.console import world_size
 
-__all__ = ["build", "compile_layers", "empty_model", "gradient_ranks", "local_part", "prepare", "update_working_weights"]
+__all__ = [
+    "build",
+    "compile_layers",
+    "empty_model",
+    "gradient_ranks",
+    "local_part",
+    "prepare",
+    "update_working_weights",
+]
 
 
 def build(job: Job) -> LowLevelZeroPlugin:

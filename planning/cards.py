@@ -1,6 +1,5 @@
 """GPUs by name: peak speed and memory."""
 
-import argparse
 import math
 import re
 from dataclasses import dataclass, replace
@@ -47,30 +46,41 @@ def peak_tflops(device_name: str) -> float | None:
     return card.peak_tflops if card else None
 
 
-def planned_card(args: argparse.Namespace) -> Card:
-    """The GPU that `--gpu` names, or this machine's, or an H100; with `--gpu_memory`, up to `--memory_limit`."""
-    name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
-    card = find_card(name) or Card(name, math.nan, args.gpu_memory or math.nan)
-    memory = args.gpu_memory or card.memory_gb
-    if getattr(args, "memory_limit", None):
-        memory = min(args.memory_limit * 2**20 / 1e9, memory)
+@dataclass(frozen=True)
+class DryRun:
+    """The GPUs that a dry run plans for."""
+
+    dry_run: bool = False
+    gpu: str | None = None  # kind; None: this machine's, else H100
+    gpu_memory: float | None = None  # GB; None: that of the kind
+    memory_limit: int | None = None  # MB that a process may take of it
+    mfu: float = 0.4  # fraction of the peak that training reaches
+
+
+def planned_card(plan: DryRun) -> Card:
+    """Return the GPU that is planned for; its memory is `gpu_memory` where that is given, up to `memory_limit`."""
+    name = plan.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
+    card = find_card(name) or Card(name, math.nan, plan.gpu_memory or math.nan)
+    memory = plan.gpu_memory or card.memory_gb
+    if plan.memory_limit:
+        memory = min(plan.memory_limit * 2**20 / 1e9, memory)
     return replace(card, memory_gb=memory)
 
 
-def card_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags that describe the GPUs of a dry run."""
+def card_problems(plan: DryRun) -> list[str]:
+    """Return a line for each flag that describes no GPU."""
     problems = []
-    card, size = find_card(args.gpu or ""), re.search(r"(\d+) ?GB", args.gpu or "", re.IGNORECASE)
-    if args.gpu and not card:
-        problems.append(f"--gpu: {args.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
-    elif card and size and args.gpu_memory is None and abs(int(size[1]) - card.memory_gb) > 0.1 * card.memory_gb:
+    card, size = find_card(plan.gpu or ""), re.search(r"(\d+) ?GB", plan.gpu or "", re.IGNORECASE)
+    if plan.gpu and not card:
+        problems.append(f"--gpu: {plan.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
+    elif card and size and plan.gpu_memory is None and abs(int(size[1]) - card.memory_gb) > 0.1 * card.memory_gb:
         others = [other.name for other in CARDS if card.name in other.name and other.memory_gb == int(size[1])]
         problems.append(
-            f"--gpu: {args.gpu!r} would be taken for {card.name} with {card.memory_gb:g} GB; give "
+            f"--gpu: {plan.gpu!r} would be taken for {card.name} with {card.memory_gb:g} GB; give "
             + " or ".join([*others, f"--gpu_memory {size[1]}"])
         )
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
-        problems.append(f"--gpu_memory: {args.gpu_memory} is not a positive number of GB")
-    if not 0 < args.mfu <= 1:
-        problems.append(f"--mfu: {args.mfu} is not above 0 and at most 1")
+    if plan.gpu_memory is not None and not 0 < plan.gpu_memory < math.inf:
+        problems.append(f"--gpu_memory: {plan.gpu_memory} is not a positive number of GB")
+    if not 0 < plan.mfu <= 1:
+        problems.append(f"--mfu: {plan.mfu} is not above 0 and at most 1")
     return problems

@@ -6,7 +6,6 @@ size, V for the vocabulary, P for the parameters on a GPU (split by tensor and p
 over which ZeRO shards. The formulas count what torch keeps in the code that runs; tests compare them with it.
 """
 
-import argparse
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -17,23 +16,22 @@ from transformers import LlamaConfig
 
 from attn import EAGER
 from engine import gemini, update
-from engine.boost import DTYPES, choose_fusion
-from engine.compilation import Fusion
-from engine.layout import HYBRID_PLUGINS, Layout
-from engine.recomputation import AUTO, recomputed_layers, recomputed_share, reenters
+from engine.compilation import Fusion, choose_fusion
+from engine.job import Job, recomputed_layers, reenters
+from engine.layout import GEMINI_PLUGINS, Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
-from planning.cards import planned_card
+from planning.cards import DryRun, planned_card
 from runtime.console import say
 
 FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
-USABLE_SHARE = 0.95  # of a GPU's memory; the rest is lost to fragments
+USABLE_FRACTION = 0.95  # of a GPU's memory; the rest is lost to fragments
 CONTEXT_BYTES = 1.5e9  # of CUDA and NCCL
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a GPU holds at one moment of a step, in bytes."""
+class Phase:
+    """The memory of a GPU in one phase of a step, in bytes."""
 
     name: str
     weights: float = 0
@@ -49,14 +47,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The moments of a step on the fullest GPU, and what is offloaded to host memory, in bytes a GPU."""
+    """The phases of a step on the fullest GPU, and what is offloaded to host memory, in bytes a GPU."""
 
-    moments: tuple[Moment, ...]
+    phases: tuple[Phase, ...]
     host: float
 
     @property
-    def peak(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.total)
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
 
 
 @dataclass(frozen=True)
@@ -113,15 +111,15 @@ def _gemini_chunks(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]
     return chunks
 
 
-def _state(args: argparse.Namespace, config: LlamaConfig, layout: Layout, specs: list[ParameterSpec]) -> _State:
+def _state(job: Job, specs: list[ParameterSpec]) -> _State:
     """What the plugin keeps of these parameters."""
-    width = DTYPES[args.mixed_precision].itemsize
+    width, layout = job.dtype.itemsize, job.layout
     shards = layout.dp * layout.sp // layout.extra_dp
-    if args.plugin.startswith("fsdp"):
-        return _offloaded(_fsdp_state(specs, width, shards), args)
-    if args.plugin.startswith("gemini"):
-        return _offloaded(_gemini_state(args, config, layout, specs, width, shards), args)
-    return _offloaded(_zero_state(args, config, layout, specs, width, shards), args)
+    if layout.plugin.startswith("fsdp"):
+        return _offloaded(_fsdp_state(specs, width, shards), job)
+    if layout.plugin in GEMINI_PLUGINS:
+        return _offloaded(_gemini_state(job, specs, width, shards), job)
+    return _offloaded(_zero_state(job, specs, width, shards), job)
 
 
 def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
@@ -138,51 +136,37 @@ def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
     )
 
 
-def _gemini_state(
-    args: argparse.Namespace,
-    config: LlamaConfig,
-    layout: Layout,
-    specs: list[ParameterSpec],
-    width: int,
-    shards: int,
-) -> _State:
+def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:
     """Chunks of weights and master weights, not quite full, and moments; gathered two chunks, and a layer ahead."""
     sizes = [spec.shape.numel() for spec in specs]
     parameters = sum(sizes)
     chunks = [parameters]
-    if not gemini.keeps_whole(args, layout.dp):
-        chunks = _gemini_chunks(tuple(sizes), gemini.chunk_parameters(args, config, layout), config.hidden_size)
+    if not gemini.keeps_whole(job):
+        chunks = _gemini_chunks(tuple(sizes), gemini.chunk_parameters(job), job.config.hidden_size)
     room, chunk = sum(chunks), max(chunks)
-    whole = 1 - getattr(args, "shard_param_frac", 1.0)
-    ahead = gemini.prefetched_chunks(args, config, layout) * chunk
+    whole = 1 - job.placement.shard_param_frac
+    ahead = gemini.prefetched_chunks(job) * chunk
     return _State(
         weights=width * room * (whole + (1 - whole) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
         # Gradients take the place of the weights that they are of, unless several backward passes add to them.
-        gradients=width * room / shards if args.accumulation_steps > 1 else 0,
+        gradients=width * room / shards if job.batch.accumulation_steps > 1 else 0,
         gathered=width * (chunk + ahead) if shards > 1 else 0,
         gathered_layers=width * chunk if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )
 
 
-def _zero_state(
-    args: argparse.Namespace,
-    config: LlamaConfig,
-    layout: Layout,
-    specs: list[ParameterSpec],
-    width: int,
-    shards: int,
-) -> _State:
+def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:
     """Of LowLevelZeroPlugin and HybridParallelPlugin: whole weights, shards of the rest as the stage says."""
-    parameters = sum(spec.shape.numel() for spec in specs)
+    layout, parameters = job.layout, sum(spec.shape.numel() for spec in specs)
     frozen = 0
-    if getattr(config, "lora", None) is not None:
-        frozen, specs = parameters, trained_specs(config)
+    if getattr(job.config, "lora", None) is not None:
+        frozen, specs = parameters, trained_specs(job.config)
         parameters = sum(spec.shape.numel() for spec in specs)
     largest = max(spec.shape.numel() for spec in specs)
     # HybridParallelPlugin adds torch's DistributedDataParallel, whose buckets are as large as all gradients.
-    replicated = layout.zero_stage == 0 or (args.plugin in HYBRID_PLUGINS and layout.dp == 1)
+    replicated = layout.zero_stage == 0 or (layout.is_hybrid and layout.dp == 1)
     common = dict(
         weights=width * (frozen + parameters),
         buckets=width * parameters if replicated and layout.pp == 1 else 0,
@@ -211,17 +195,17 @@ def _zero_state(
     )
 
 
-def _offloaded(state: _State, args: argparse.Namespace) -> _State:
+def _offloaded(state: _State, job: Job) -> _State:
     """The same state with what the plugin and its flags keep in host memory moved there."""
-    if args.plugin == "fsdp_cpu":
+    if job.layout.plugin == "fsdp_cpu":
         host = state.weights + state.optimizer + state.gradients
         return replace(state, weights=0, optimizer=0, gradients=0, step=0, host=host)
-    if args.plugin in ("zero2_cpu", "3d_cpu"):
+    if job.layout.plugin in ("zero2_cpu", "3d_cpu"):
         return replace(state, optimizer=0, step=0, host=state.optimizer)
-    if args.plugin == "gemini_auto":  # it offloads weights too only where nothing else helps
+    if job.layout.plugin == "gemini_auto":  # it offloads weights too only where nothing else helps
         return replace(state, optimizer=0, step=0, host=state.optimizer)
-    optimizer = state.optimizer * getattr(args, "offload_optim_frac", 0.0)
-    weights = state.weights * getattr(args, "offload_param_frac", 0.0)
+    optimizer = state.optimizer * job.placement.offload_optim_frac
+    weights = state.weights * job.placement.offload_param_frac
     return replace(
         state, weights=state.weights - weights, optimizer=state.optimizer - optimizer, host=optimizer + weights
     )
@@ -246,37 +230,37 @@ def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int,
     return norms + (attention + (4 if fused is Fusion.NONE else 3) * width * ffn) / tp
 
 
-def estimate_memory(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> MemoryEstimate:
-    """Memory of the fullest GPU under the plugin and layout, of ranks that need not exist.
+def estimate_memory(job: Job) -> MemoryEstimate:
+    """Return the memory of the fullest GPU of a job, whose ranks need not exist.
 
-    Reads from `args` what the programs share (plugin, batch, precision, recomputation) and, where they are there, the
-    benchmark's flags of Gemini. Not counted: CUDA's context, NCCL's buffers, and fragmentation.
+    Not counted: CUDA's context, NCCL's buffers, and fragmentation.
     """
-    stages = [_stage_estimate(args, config, layout, stage) for stage in range(layout.pp)]
+    stages = [_stage_estimate(job, stage) for stage in range(job.layout.pp)]
     return max(stages, key=lambda estimate: estimate.peak.total)
 
 
-def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layout, stage: int) -> MemoryEstimate:
-    state = _state(args, config, layout, stage_specs(config, layout, stage))
-    width = DTYPES[args.mixed_precision].itemsize
+def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
+    config, layout, batch, keep_attention = job.config, job.layout, job.batch, job.compute.keep_attention
+    state = _state(job, stage_specs(config, layout, stage))
+    width = job.dtype.itemsize
     hidden, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
 
-    sequences = args.batch_size
+    sequences = batch.batch_size
     in_flight: float = 1
     if layout.pp > 1:  # 1F1B: the first stage has passed on as many microbatches as there are stages
-        sequences = args.microbatch_size
+        sequences = layout.microbatch_size
         ahead: float = layout.pp - stage
         if layout.chunks > 1:  # in passes through one of its ranges of layers (InterleavedSchedule's warm-up)
             ahead = (2 * (layout.pp - stage - 1) + (layout.chunks - 1) * layout.pp + 1) / layout.chunks
-        in_flight = min(ahead, args.batch_size * args.accumulation_steps // sequences)
-    tokens = sequences * args.max_length / layout.sp
+        in_flight = min(ahead, batch.sequences // sequences)
+    tokens = sequences * batch.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
-    fused = choose_fusion(args, layout, on_gpu=True)
-    layer = tokens * layer_activations(config, layout.tp, width, args.max_length, fused)
-    twice = recomputed_layers(config, recomputed_share(args))
+    fused = choose_fusion(job, on_gpu=True)
+    layer = tokens * layer_activations(config, layout.tp, width, batch.max_length, fused)
+    twice = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(twice) // layout.pp
     kept = tokens * width * hidden if twice else layer
-    if args.keep_attention:  # and the logarithms of its sums
+    if keep_attention:  # and the logarithms of its sums
         kept += tokens * (width * hidden + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
@@ -284,9 +268,9 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     # In the backward pass of the last layer: what it recomputes, gradients of its output and of the FFN's inner values.
     working = (layer if twice else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
     if twice and fused is Fusion.LAYERS:  # measured; where attention is kept, its inputs come after the FFN's gradients
-        working += (-3 if args.keep_attention else 2) * tokens * width * hidden
+        working += (-3 if keep_attention else 2) * tokens * width * hidden
     if config._attn_implementation == EAGER:
-        working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * args.max_length
+        working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * batch.max_length
     # Log-probabilities, their gradient and that of the logits, all in float32; the logits themselves are gone by then.
     # Compiled, the logits and their gradient are all that lies in memory; the vocabulary-parallel loss is not compiled.
     each = 3 * FP32 if fused is Fusion.NONE or layout.tp > 1 else 2 * width
@@ -298,46 +282,46 @@ def _stage_estimate(args: argparse.Namespace, config: LlamaConfig, layout: Layou
     optimizer = state.optimizer
     all_gradients = state.buckets + state.gradients
     at_end = all_gradients + state.under_way
-    earlier = state.gradients if args.accumulation_steps > 1 or layout.pp > 1 else 0
+    earlier = state.gradients if batch.accumulation_steps > 1 or layout.pp > 1 else 0
     first = state.buckets + max(earlier, min(head_gradient, state.gradients)) + min(head_gradient, state.under_way)
-    moments = [
-        Moment("the loss", weights, state.buckets + earlier, optimizer, activations + final_norm, logits),
-        Moment("the last layer's backward", backward_weights, first, optimizer, activations + working),
-        Moment("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
+    phases = [
+        Phase("the loss", weights, state.buckets + earlier, optimizer, activations + final_norm, logits),
+        Phase("the last layer's backward", backward_weights, first, optimizer, activations + working),
+        Phase("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
     ]
     if state.exchange:
-        moments.append(Moment("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
-    moments.append(Moment("the optimizer step", state.weights, all_gradients + state.step, optimizer))
-    return MemoryEstimate(tuple(moments), state.host)
+        phases.append(Phase("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
+    phases.append(Phase("the optimizer step", state.weights, all_gradients + state.step, optimizer))
+    return MemoryEstimate(tuple(phases), state.host)
 
 
-def settle_recomputation(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> None:
-    """Puts in the place of `--recompute auto` the least recomputation with which the estimate fits, and says which.
+def settle_recomputation(job: Job, dry_run: DryRun) -> Job:
+    """Return the job with the least recomputation with which the estimate fits, where it is still open; say which.
 
-    As long as there is room for what attention puts out it is kept: another layer that is computed once takes more
-    memory for the time that it saves.
+    As long as there is room for the output of attention it is kept: computing one more layer once takes more memory for
+    the time that it saves.
     """
-    if args.recompute != AUTO:
-        return
-    if torch.cuda.is_available() and not args.dry_run:
+    if job.compute.recompute is not None:
+        return job
+    if dry_run.dry_run:
+        memory = planned_card(dry_run).memory_gb * 1e9
+    elif torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
-    elif args.dry_run:
-        memory = planned_card(args).memory_gb * 1e9
     else:
-        args.recompute = 0.0
         say("recomputation: none, there is no GPU memory to fit into")
-        return
-    room = memory * USABLE_SHARE - CONTEXT_BYTES
-    layers = config.num_hidden_layers
-    keeps = config._attn_implementation != EAGER and not reenters(args)
+        return replace(job, compute=replace(job.compute, recompute=0.0))
+    room = memory * USABLE_FRACTION - CONTEXT_BYTES
+    layers = job.config.num_hidden_layers
+    keeps = job.config._attn_implementation != EAGER and not reenters(job.layout)
     choices = [(count, keeps and count > 0) for count in range(layers + 1)]
-    if keeps and not args.keep_attention:
+    if keeps and not job.compute.keep_attention:
         choices.append((layers, False))
-    for count, args.keep_attention in choices:
-        args.recompute = count / layers
-        peak = estimate_memory(args, config, layout).peak.total
+    for count, keep_attention in choices:
+        job = replace(job, compute=replace(job.compute, recompute=count / layers, keep_attention=keep_attention))
+        peak = estimate_memory(job).peak.total
         if peak <= room:
             break
     fits = "" if peak <= room else ", which will not be enough"
-    which = f"{count} of {layers} layers{' but for attention' if args.keep_attention else ''}"
+    which = f"{count} of {layers} layers{' but for attention' if keep_attention else ''}"
     say(f"recomputation: {which}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{fits}")
+    return job

@@ -50,6 +50,15 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def below(least: int, **values: int | None) -> list[str]:
+    """Return a line for each flag whose value is below the least possible; None is a flag that was left out."""
+    return [
+        f"--{name}: must be at least {least}, not {value}"
+        for name, value in values.items()
+        if value is not None and value < least
+    ]
+
+
 def size_text(size: float) -> str:
     """A number of bytes for people, in units of 10^6 or 10^9."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

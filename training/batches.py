@@ -1,6 +1,5 @@
 """This rank's batches: the loader, the next step's micro-batches, or the reason why there are none."""
 
-import argparse
 import hashlib
 import multiprocessing.connection
 import re
@@ -11,38 +10,36 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
-from colossalai.booster.plugin.plugin_base import Plugin
 from torch.utils.data import DataLoader
 
 from corpus.order import ShardedSampler
 from data_utils import TrainingData
+from engine.boost import Engine
+from engine.device import current_device
 from engine.layout import Layout
 from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
 from runtime.console import InputError, RunError
 from runtime.process import follow_rank
-from training.plan import Plan, TrainState
+from training.plan import Plan, Run, TrainState
 
 PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
 ENDING_SECONDS = 2  # for a loader process
 
 
-def build_dataloader(
-    plugin: Plugin, dataset: TrainingData, args: argparse.Namespace, state: TrainState, plan: Plan
-) -> DataLoader:
-    """This rank's batches from the state's position to the end, in the plugin's own data-parallel coordinate."""
+def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader:
+    """Return this rank's batches from the state's position to the end, in the plugin's data-parallel coordinate."""
     if state.stream is not None:
         dataset.resume(state.stream)  # type: ignore[attr-defined]  # a stream has a position of its own
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
-    sampler = partial(ShardedSampler, seed=args.seed, start=state.sequences, stop=stop, order=dataset.order)
-    loader = plugin.prepare_dataloader(
+    sampler = partial(ShardedSampler, seed=run.job.seed, start=state.sequences, stop=stop, order=dataset.order)
+    loader = engine.plugin.prepare_dataloader(
         dataset,
-        batch_size=args.batch_size,
+        batch_size=run.job.batch.batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=args.num_workers,
-        prefetch_factor=PREFETCHED_BATCHES if args.num_workers else None,
+        num_workers=run.num_workers,
+        prefetch_factor=PREFETCHED_BATCHES if run.num_workers else None,
         pin_memory=torch.cuda.is_available(),
         distributed_sampler_cls=sampler,
         collate_fn=dataset.collate,
@@ -104,7 +101,7 @@ def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -
         positions = batch["input_ids"].numel()
         labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         counts[:3] += torch.tensor([labels, int(batch.get("token_count", positions)), positions])
-    counts = counts.to(get_accelerator().get_current_device())
+    counts = counts.to(current_device())
     dist.all_reduce(counts)
     failed = int(counts[3])
     return *(counts[:3] // (layout.tp * layout.pp * layout.sp)).tolist(), failed

@@ -1,134 +1,90 @@
 """Validation of the flags against one another and the model, before anything is allocated."""
 
-import argparse
-import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import LlamaConfig
-
 from corpus.manifest import MANIFEST_NAME
+from engine.job import Job
 from engine.launch import launch_problems
-from engine.layout import layout_problems
-from engine.recomputation import AUTO, recomputed_layers, recomputed_share, reenters
 from model_utils import mixed_length_problem
-from planning.cards import card_problems
+from planning.cards import DryRun, card_problems
 from runtime import ranks
-from runtime.console import InputError
+from runtime.console import InputError, below
 from runtime.files import existing_part
+from training.plan import Outputs, Run
+
+LARGEST_SEED = 2**32 - 1
 
 
-def validate_args(args: argparse.Namespace, config: LlamaConfig) -> None:
-    """Checks the flags that the program has against one another and the model, before anything is allocated.
+def check_job(
+    job: Job, plan: DryRun, given: frozenset[str], mixed_lengths: bool = True, further: Sequence[str] = ()
+) -> None:
+    """Check the flags that all programs share, against one another and the model.
+
+    Args:
+        given: the names of flags on the command line, where that matters.
+        mixed_lengths: sequences of several lengths share a batch.
+        further: problems of the program's own flags.
 
     Raises:
         InputError: with one line for every problem found.
     """
-    problems = []
-    for name, least in (
-        ("num_epochs", 1),
-        ("batch_size", 1),
-        ("accumulation_steps", 1),
-        ("max_length", 2),
-        ("max_steps", 1),
-        ("save_interval", 1),
-        ("keep_checkpoints", 1),
-        ("keep_every", 1),
-        ("log_interval", 1),
-        ("eval_interval", 1),
-        ("shuffle_buffer", 1),
-        ("warmup_steps", 0),
-        ("num_workers", 0),
-        ("num_steps", 1),
-        ("ignore_steps", 0),
-        ("memory_limit", 1),
-        ("gpus", 1),
-        ("seed", 0),
-    ):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            problems.append(f"--{name}: {value} is below the least possible, {least}")
-    for name, zero_allowed in (("lr", False), ("weight_decay", True), ("gradient_clipping", True)):
-        value = getattr(args, name)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            problems.append(f"--{name}: {value} is not a {'non-negative' if zero_allowed else 'positive'} number")
-    if (fraction := getattr(args, "eval_fraction", None)) is not None and not 0 <= fraction < 1:
-        problems.append(f"--eval_fraction: {fraction} is not at least 0 and below 1")
-    if getattr(args, "streaming", False):
-        if args.max_steps is None:
-            problems.append("--streaming: a stream has no end; give --max_steps")
-        if args.num_epochs > 1:
-            problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
-        for name, value in (("fraction", args.eval_fraction), ("interval", args.eval_interval_given)):
-            if value:
-                problems.append(f"--eval_{name}: documents are held out when a data set is prepared, not from a stream")
-    if args.recompute is not None:
-        if args.recompute != AUTO and not 0 <= args.recompute <= 1:
-            problems.append(f"--recompute: {args.recompute} is neither auto nor from 0 to 1")
-        args.gradient_checkpoint = args.recompute != 0
-    if args.keep_attention:
-        share = 1 if args.recompute == AUTO else recomputed_share(args)
-        if 0 <= share <= 1 and not recomputed_layers(config, share):
-            problems.append("--keep_attention: nothing is recomputed; give -g or a larger --recompute, or leave it out")
-        if not args.flash_attention and args.sp == 1:
-            problems.append("--keep_attention: it keeps what a fused kernel puts out; give -a too")
-        if reenters(args):
-            problems.append(f"--keep_attention: {args.plugin} has no such way of recomputing with --tp; leave it out")
-    if args.seed >= 2**32:
-        problems.append(f"--seed: {args.seed} is above the greatest possible, {2**32 - 1}")
-    if args.max_length > config.max_position_embeddings:
-        problems.append(
-            f"--max_length: {args.max_length} is above the model's context of {config.max_position_embeddings} tokens"
-        )
-    if getattr(args, "document_mask", True):  # fine-tuning has no such flag: its examples always differ in length
-        problems.extend(filter(None, [mixed_length_problem(config, args.max_length)]))
-    if args.dry_run:
-        problems.extend(card_problems(args) + ranks.launch_problems())
-    else:
-        problems.extend(launch_problems())
-        given = {name: getattr(args, name) is not None for name in ("gpus", "gpu", "gpu_memory")}
-        for name, is_given in (given | {"mfu": args.mfu_given}).items():
-            if is_given:
-                problems.append(f"--{name}: goes with --dry_run alone; a launcher sets what a run has")
-    for name in ("save_dir", "tensorboard_dir", "profile"):
-        if getattr(args, name, None) is not None:
-            problems.extend(_folder_problems(f"--{name}", getattr(args, name)))
-    if hasattr(args, "dataset"):
-        problems.extend(_link_problems("--cache_dir", args.cache_dir))
-        problems.extend(_outputs_among_data(args))
-    if not problems:
-        problems = _without_effect(args) + layout_problems(args, config)
-    if problems:
+    config, asked = job.config, job.parallelism
+    problems = [*further] + job.batch.problems() + below(1, gpus=asked.gpus) + below(0, seed=job.seed)
+    problems += job.optimization.problems() + job.compute.problems(asked, config.num_hidden_layers)
+    if job.seed > LARGEST_SEED:
+        problems.append(f"--seed: {job.seed} is above the greatest possible, {LARGEST_SEED}")
+    if job.batch.max_length > config.max_position_embeddings:
+        context = config.max_position_embeddings
+        problems.append(f"--max_length: {job.batch.max_length} is above the model's context of {context} tokens")
+    if mixed_lengths:
+        problems.extend(filter(None, [mixed_length_problem(config, job.batch.max_length)]))
+    problems += _plan_problems(plan, asked.gpus, given)
+    if problems := problems or job.problems():
         raise InputError(*problems)
 
 
-def _without_effect(args: argparse.Namespace) -> list[str]:
-    """One line for each flag that counts only beside another, which is not there."""
-    found = []
-    for name, mark, other in (
-        ("shuffle_buffer", "shuffle_buffer_given", "streaming"),
-        ("keep_every", "keep_every", "keep_checkpoints"),
-        ("allow_changes", "allow_changes", "load"),
-    ):
-        if getattr(args, mark, None) and not getattr(args, other):
-            found.append(f"--{name}: takes effect with --{other} alone; give that too, or leave it out")
-    return found
+def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str]) -> list[str]:
+    if plan.dry_run:
+        return card_problems(plan) + ranks.launch_problems()
+    flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
+    return launch_problems() + [
+        f"--{name}: goes with --dry_run alone; a launcher sets what a run has"
+        for name, value in flags.items()
+        if value is not None
+    ]
 
 
-def _outputs_among_data(args: argparse.Namespace) -> list[str]:
-    """Folders of this run within its data, which a resume would read as more of them."""
-    data = Path(args.dataset, getattr(args, "task_name", None) or "").resolve()
+def run_problems(run: Run, dataset: Path, cache_dir: Path) -> list[str]:
+    """Return a line for each problem with what pretrain.py and finetune.py share beyond the job.
+
+    Args:
+        dataset: the data's file or folder, which need not be there.
+    """
+    outputs = run.outputs
+    return [
+        *run.problems(),
+        *folder_problems("--save_dir", outputs.save_dir),
+        *folder_problems("--tensorboard_dir", outputs.tensorboard_dir),
+        *_link_problems("--cache_dir", cache_dir),
+        *_outputs_among_data(outputs, dataset.resolve()),
+    ]
+
+
+def _outputs_among_data(outputs: Outputs, data: Path) -> list[str]:
+    """Return a line for each folder of this run within its data, which a resume would read as more of them."""
     if not data.is_dir() or (data / MANIFEST_NAME).exists():  # that of a prepared folder says what its data are
         return []
     return [
         f"--{name}: {folder} lies in --dataset {data}, whose files are read as data; give a folder elsewhere"
-        for name, folder in (("save_dir", args.save_dir), ("tensorboard_dir", args.tensorboard_dir))
+        for name, folder in (("save_dir", outputs.save_dir), ("tensorboard_dir", outputs.tensorboard_dir))
         if folder.resolve().is_relative_to(data)
     ]
 
 
-def _folder_problems(flag: str, folder: Path) -> list[str]:
-    """One line for what keeps `folder` from being made or written to, without making it."""
+def folder_problems(flag: str, folder: Path) -> list[str]:
+    """Return a line for what keeps a folder from being made or written to, without making it."""
     if problems := _link_problems(flag, folder):
         return problems
     existing = existing_part(folder)
@@ -140,7 +96,7 @@ def _folder_problems(flag: str, folder: Path) -> list[str]:
 
 
 def _link_problems(flag: str, folder: Path) -> list[str]:
-    """One line for a link to nothing on the way to `folder`, in whose place no folder can be made."""
+    """Return a line for a link to nothing on the way to a folder, which cannot be made in its place."""
     for path in (folder.absolute(), *folder.absolute().parents):
         if path.is_symlink() and not path.exists():
             return [f"{flag}: {path} is a link to {os.readlink(path)}, which is not there; make that, or give a folder"]

@@ -1,6 +1,5 @@
 """The loss on documents that are held out of training, the same under every plugin and number of ranks."""
 
-import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -8,15 +7,12 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
-from colossalai.booster import Booster
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from corpus.order import ShardedSampler
-from engine.layout import Layout
+from engine.boost import Engine
+from engine.device import current_device
 from engine.step import forward_loss
 from model_utils import IGNORE_INDEX
 from runtime.console import rank, say
@@ -47,11 +43,12 @@ class Padded(Dataset):
         return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
 
 
-def evaluation_loader(plugin: Plugin, dataset: MapDataset, layout: Layout, args: argparse.Namespace) -> DataLoader:
-    """This rank's share of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
-    batch_size = args.batch_size * (args.accumulation_steps if layout.pp > 1 else 1)
-    padded = Padded(dataset, batch_size * layout.dp)
-    return plugin.prepare_dataloader(
+def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader:
+    """Return this rank's part of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
+    batch = engine.job.batch
+    batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
+    padded = Padded(dataset, batch_size * engine.layout.dp)
+    return engine.plugin.prepare_dataloader(
         padded,
         batch_size=batch_size,
         shuffle=False,
@@ -61,26 +58,21 @@ def evaluation_loader(plugin: Plugin, dataset: MapDataset, layout: Layout, args:
     )
 
 
-def evaluate(
-    booster: Booster,
-    model: ModelWrapper,
-    loader: DataLoader,
-    layout: Layout,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+def evaluate(engine: Engine, loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
     """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
     Collective. Empty where no label counts; None where `stop` has become true on any rank, which is looked at before
     every batch.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=get_accelerator().get_current_device())
+    totals = torch.zeros(2, dtype=torch.float64, device=current_device())
+    layout, model = engine.layout, engine.model
     model.eval()
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if rank() == 0 else True):
         stopping = torch.tensor(float(stop()), device=totals.device)
         dist.all_reduce(stopping)
         if stopping:
             break
-        totals[0] += forward_loss(booster, model, batch) / layout.tp
+        totals[0] += forward_loss(engine, batch) / layout.tp
         totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum() / (layout.tp * layout.pp * layout.sp)
     model.train()
     if stopping:

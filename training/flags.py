@@ -7,15 +7,20 @@ import math
 import os
 import re
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from checkpointing.adapters import MODULES
+from transformers import LlamaConfig
+
+from checkpointing.adapters import MODULES, Lora
+from checkpointing.writer import Retention
 from corpus.order import LLAMA_WEIGHTS
 from corpus.tokenizer import LLAMA_TOKENIZER
-from engine.layout import PIPELINE_STYLES, PLUGINS
-from engine.recomputation import AUTO
+from engine.job import Compute, Job, Optimization, Placement
+from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
+from training.plan import Length, Outputs, Run
 
 
 def parse_slice_weights(text: str) -> dict[str, float]:
@@ -90,11 +95,16 @@ CLOSE = 0.75  # of two spellings of a flag, as difflib has it
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
 
 
+AUTO = "auto"  # --recompute: as few layers as the memory allows
+Options = TypeVar("Options")
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Reports mistakes on the command line as InputError, so that one rank prints one line."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.set_defaults(given=frozenset())
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Also takes a number such as -1e-3 or -inf for the value of the flag before it, as argparse does -1."""
@@ -140,12 +150,52 @@ def user_path(text: str) -> Path:
     return Path(user_name(text))
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's settings by flag, without the marks that parsing leaves."""
-    return {name: value for name, value in vars(args).items() if not name.endswith("_given")}
+def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """Return a run's settings by flag, with the recomputation that was settled."""
+    values = {name: value for name, value in vars(args).items() if name != "given"}
+    return values | {"recompute": job.compute.recompute, "keep_attention": job.compute.keep_attention}
 
 
-def _share(text: str) -> float | str:
+def take(kind: type[Options], args: argparse.Namespace) -> Options:
+    """Return the dataclass whose fields are flags that the program has; those that it lacks keep their defaults."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = False) -> Job:
+    """Return the engine's part of what the flags say."""
+    if args.recompute == AUTO:
+        recompute = None
+    else:
+        recompute = float(args.gradient_checkpoint) if args.recompute is None else args.recompute
+    return Job(
+        config,
+        take(Parallelism, args),
+        take(Batch, args),
+        replace(take(Compute, args), recompute=recompute),
+        take(Optimization, args),
+        take(Placement, args),
+        args.seed,
+        length_varies,
+    )
+
+
+def run_of(args: argparse.Namespace, job: Job, model: str, lora: Lora | None = None) -> Run:
+    """Return the run that the flags of pretrain.py or finetune.py describe."""
+    length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
+    return Run(
+        model,
+        job,
+        length,
+        take(Outputs, args),
+        take(Retention, args),
+        lora,
+        args.num_workers,
+        settings(args, job),
+    )
+
+
+def _fraction(text: str) -> float | str:
     try:
         return text if text == AUTO else float(text)
     except ValueError as error:
@@ -153,7 +203,7 @@ def _share(text: str) -> float | str:
 
 
 class Given(argparse.Action):
-    """Stores the value and, in NAME_given, that the user set it."""
+    """Store the value, and in `given` that the user has set it."""
 
     def __call__(
         self,
@@ -163,7 +213,7 @@ class Given(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values)
-        setattr(namespace, f"{self.dest}_given", True)
+        namespace.given |= {self.dest}
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
@@ -262,10 +312,10 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
     )
     compute.add_argument(
         "--recompute",
-        type=_share,
-        metavar="SHARE",
-        help="share of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory allows "
-        "(default: 1 with -g, else 0)",
+        type=_fraction,
+        metavar="FRACTION",
+        help="fraction of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory "
+        "allows (default: 1 with -g, else 0)",
     )
     compute.add_argument(
         "--keep_attention",
@@ -284,7 +334,6 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
 def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
     """Flags of the evaluation on held-out data, a fraction chosen here or a split that the data set has."""
     held_out = parser.add_argument_group("evaluation")
-    held_out.set_defaults(eval_interval_given=False)
     if by_fraction:
         held_out.add_argument(
             "--eval_fraction",
@@ -303,14 +352,13 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
 
 def refuse_interval(args: argparse.Namespace, remedy: str) -> None:
     """Raise InputError for an --eval_interval on the command line where no data are held out."""
-    if args.eval_interval_given:
+    if "eval_interval" in args.given:
         raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
 
 
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     """Flags of plans for GPUs that need not be there."""
     plan = parser.add_argument_group("plan")
-    plan.set_defaults(mfu_given=False)
     plan.add_argument(
         "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
     )
@@ -328,7 +376,6 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
     """The warm-up's flag, of pretraining alone, and whether it was given."""
-    parser.set_defaults(warmup_steps_given=False)
     parser.add_argument_group("warm-up").add_argument(
         "-s",
         "--warmup_steps",

@@ -1,14 +1,15 @@
 """The plan of a run: its position, its length, and the settings that must not change unnoticed."""
 
-import argparse
 import math
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
+from checkpointing.adapters import Lora
 from checkpointing.folder import (
     check_room,
     check_shared,
@@ -17,17 +18,86 @@ from checkpointing.folder import (
     find_checkpoint,
     read_running_states,
 )
+from checkpointing.writer import Retention
 from data_utils import TrainingData
+from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather
-from runtime.console import InputError, rank, say
+from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
 
 WARMUP_RATIO = 0.03  # of the steps of fine-tuning
-LORA_SIZES = ("lora_rank", "lora_modules")  # what no resume may change, allowed or not: the tensors have their shapes
-LORA_SETTINGS = (*LORA_SIZES, "lora_alpha", "base_weights")
-SETTINGS = ("seed", "max_length", "lr", "warmup_steps", "weight_decay", "gradient_clipping", *LORA_SETTINGS)
+LORA_SIZES = ("lora_rank", "lora_modules")  # no resume may change them, allowed or not: the tensors have their shapes
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run and of its warm-up."""
+
+    num_epochs: int = 1
+    max_steps: int | None = None  # None: to the end of the data
+    warmup_steps: int | None = None  # None: WARMUP_RATIO of the run
+    warmup_given: bool = False  # on the command line, not by default
+
+    def problems(self) -> list[str]:
+        """Return a line for each number that is too small."""
+        return below(1, num_epochs=self.num_epochs, max_steps=self.max_steps) + below(0, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Folders and intervals of a run's results, and the checkpoint that it goes on from."""
+
+    save_dir: Path = Path("checkpoint")
+    tensorboard_dir: Path = Path("tb_logs")
+    log_interval: int = 10  # steps
+    eval_interval: int = 1000  # steps
+    load: str | None = None  # a checkpoint, or `latest`
+    allow_changes: bool = False  # go on although data, seed, recipe or length have changed
+
+    def problems(self) -> list[str]:
+        """Return a line for each number that is too small, and for a flag without effect."""
+        problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
+        if self.allow_changes and not self.load:
+            problems.append("--allow_changes: takes effect with --load alone; give that too, or leave it out")
+        return problems
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as its user asks for it."""
+
+    model: str  # its name, for people
+    job: Job
+    length: Length = field(default_factory=Length)
+    outputs: Outputs = field(default_factory=Outputs)
+    retention: Retention = field(default_factory=Retention)
+    lora: Lora | None = None  # None: a program without adapters
+    num_workers: int = 1  # loader processes a rank
+    flags: dict[str, Any] = field(default_factory=dict)  # all of them, for TensorBoard
+
+    def settings(self, warmup_steps: int) -> dict[str, Any]:
+        """Return what must not change unnoticed on a resume, by the flag's name, beside the data and the length."""
+        optimization = self.job.optimization
+        return {
+            "seed": self.job.seed,
+            "max_length": self.job.batch.max_length,
+            "lr": optimization.lr,
+            "warmup_steps": warmup_steps,
+            "weight_decay": optimization.weight_decay,
+            "gradient_clipping": optimization.gradient_clipping,
+            **(self.lora.settings if self.lora else {}),
+        }
+
+    def problems(self) -> list[str]:
+        """Return a line for each thing that is wrong with the run's own flags."""
+        return (
+            self.length.problems()
+            + self.outputs.problems()
+            + self.retention.problems()
+            + below(0, num_workers=self.num_workers)
+        )
 
 
 @dataclass
@@ -62,6 +132,7 @@ class Plan:
     trained_tokens: int = 0
     trained_sequences: int = 0
     num_epochs: int = 1
+    warmup_steps: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -85,7 +156,7 @@ class Plan:
         return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
 
 
-def resume_state(args: argparse.Namespace, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
+def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
     """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
 
     Args:
@@ -94,45 +165,45 @@ def resume_state(args: argparse.Namespace, tell: Callable[[str], None] = say) ->
     Raises:
         InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
     """
-    folder = find_checkpoint(args.load, args.save_dir, tell) if args.load else None
-    newest = next(complete_checkpoints(args.save_dir), None)
+    folder = find_checkpoint(outputs.load, outputs.save_dir, tell) if outputs.load else None
+    newest = next(complete_checkpoints(outputs.save_dir), None)
     if folder is None:
-        if newest or (args.save_dir / "final").exists():
+        if newest or (outputs.save_dir / "final").exists():
             raise InputError(
-                f"--save_dir: {args.save_dir} holds the {'checkpoints' if newest else 'final model'} of a run; "
+                f"--save_dir: {outputs.save_dir} holds the {'checkpoints' if newest else 'final model'} of a run; "
                 f"{'resume it with -f latest, or ' if newest else ''}give another folder"
             )
         return TrainState(), None
     saved = read_running_states(folder)
     state = TrainState(**{name: saved[name] for name in asdict(TrainState()) if name in saved})
-    if newest and folder.resolve().parent != args.save_dir.resolve():
+    if newest and folder.resolve().parent != outputs.save_dir.resolve():
         raise InputError(
-            f"--save_dir: {args.save_dir} holds checkpoints of another run than --load {folder}; give another folder"
+            f"--save_dir: {outputs.save_dir} holds checkpoints of another run than --load {folder}; give another folder"
         )
     if newest and newest[0] > state.step:
         raise InputError(
-            f"--load: {folder} is at step {state.step}, and --save_dir {args.save_dir} holds later checkpoints, up to "
-            f"{newest[1].name}, which would be taken for this run's; move them away, or give another --save_dir"
+            f"--load: {folder} is at step {state.step}, and --save_dir {outputs.save_dir} holds later checkpoints, up "
+            f"to {newest[1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
     return state, folder
 
 
-def check_folders(args: argparse.Namespace, config: LlamaConfig) -> None:
+def check_folders(outputs: Outputs, config: LlamaConfig) -> None:
     """Refuses, before data are prepared for hours, what `claim_folders` would refuse after; makes no folder.
 
     Raises:
         InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
     """
-    if rank() or args.dry_run:
+    if rank():
         return
-    if (args.save_dir / LOCK).exists():
-        claim_save_dir(args.save_dir)
-    if (args.tensorboard_dir / LOCK).exists():
-        claim_folder(args.tensorboard_dir, "--tensorboard_dir")
-    check_room(args.save_dir, config)
+    if (outputs.save_dir / LOCK).exists():
+        claim_save_dir(outputs.save_dir)
+    if (outputs.tensorboard_dir / LOCK).exists():
+        claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
+    check_room(outputs.save_dir, config)
 
 
-def claim_folders(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> None:
+def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) -> None:
     """Takes the folders of checkpoints and logs for this run alone, until it ends.
 
     Args:
@@ -143,22 +214,22 @@ def claim_folders(args: argparse.Namespace, state: TrainState, checkpoint: Path 
     """
     if rank() != 0:
         return
-    claim_save_dir(args.save_dir)
-    claim_folder(args.tensorboard_dir, "--tensorboard_dir")
-    now, there = resume_state(args, tell=lambda _: None)
+    claim_save_dir(outputs.save_dir)
+    claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
+    now, there = resume_state(outputs, tell=lambda _: None)
     if (there, now.step, now.tokens) != (checkpoint, state.step, state.tokens):
         raise InputError(
-            f"--load: another run has written to --save_dir {args.save_dir} since this one started: the checkpoint to "
-            f"resume was {checkpoint or 'none'} and is {there or 'none'} now; start again"
+            f"--load: another run has written to --save_dir {outputs.save_dir} since this one started: the "
+            f"checkpoint to resume was {checkpoint or 'none'} and is {there or 'none'} now; start again"
         )
 
 
-def _settle_position(args: argparse.Namespace, dataset: TrainingData, state: TrainState) -> None:
+def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None:
     """Reads data from their beginning where --allow_changes gives them another order than the checkpoint's."""
-    order = {"data": dataset.fingerprint, "seed": args.seed, "max_length": args.max_length}
-    order["slice_weights"] = getattr(args, "slice_weights", None)
+    order = {"data": dataset.fingerprint, "seed": run.job.seed, "max_length": run.job.batch.max_length}
+    order["slice_weights"] = getattr(dataset, "slice_weights", None)
     other = [name for name, value in order.items() if state.settings.get(name) != value]
-    if not (state.settings and args.allow_changes and other):
+    if not (state.settings and run.outputs.allow_changes and other):
         return
     stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
     if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
@@ -168,36 +239,36 @@ def _settle_position(args: argparse.Namespace, dataset: TrainingData, state: Tra
         state.sequences, state.stream = 0, None
 
 
-def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, state: TrainState) -> Plan:
+def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
     """Works out the run's length, and takes this run's settings into the state.
 
     Raises:
         InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
             asked for, or settings that differ from the checkpoint's.
     """
-    _settle_position(args, dataset, state)
-    global_batch = args.batch_size * args.accumulation_steps * layout.dp
-    total_sequences = args.num_epochs * len(dataset)
+    _settle_position(run, dataset, state)
+    length, layout = run.length, run.job.layout
+    global_batch = run.job.batch.sequences * layout.dp
+    total_sequences = length.num_epochs * len(dataset)
     total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch
     if total_steps == 0:
         raise InputError(
-            f"--dataset: {len(dataset)} sequences x --num_epochs {args.num_epochs} do not fill one global batch of "
+            f"--dataset: {len(dataset)} sequences x --num_epochs {length.num_epochs} do not fill one global batch of "
             f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
         )
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
+    if length.max_steps is not None:
+        total_steps = min(total_steps, length.max_steps)
     if total_steps < state.step:
         raise InputError(
             f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
             "raise --max_steps or --num_epochs"
         )
-    if args.warmup_steps is not None and args.warmup_steps > total_steps and not args.warmup_steps_given:
+    if length.warmup_steps is not None and length.warmup_steps > total_steps and not length.warmup_given:
         raise InputError(
-            f"--warmup_steps: the default of {args.warmup_steps} is longer than the run of {total_steps} steps; "
+            f"--warmup_steps: the default of {length.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
-    if args.warmup_steps is None:
-        args.warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
+    warmup_steps = math.ceil(WARMUP_RATIO * total_steps) if length.warmup_steps is None else length.warmup_steps
     plan = Plan(
         layout,
         global_batch,
@@ -207,10 +278,10 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
         state.step,
         state.tokens,
         state.sequences,
-        args.num_epochs,
+        length.num_epochs,
+        warmup_steps,
     )
-    settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    settings |= {"schedule_steps": total_steps, "data": dataset.fingerprint}
+    settings = run.settings(warmup_steps) | {"schedule_steps": total_steps, "data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
     changes = {
         name: f"--load: {_setting(name)} was {state.settings.get(name)} in the checkpoint and is {value} now"
@@ -222,7 +293,7 @@ def make_plan(args: argparse.Namespace, layout: Layout, dataset: TrainingData, s
     if state.stream and "shuffle_buffer" in changes:
         buffer = state.settings["shuffle_buffer"]
         raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, with which alone the stream goes on exactly")
-    if changes and not args.allow_changes:
+    if changes and not run.outputs.allow_changes:
         if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
             changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
         *others, last = changes.values()
@@ -248,13 +319,13 @@ def _setting(name: str) -> str:
     return names.get(name, f"--{name}")
 
 
-def check_agreement(args: argparse.Namespace, state: TrainState, checkpoint: Path | None) -> None:
+def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None) -> None:
     """Refuses to train where ranks do not share --save_dir, or have found other things there or elsewhere. Collective.
 
     Raises:
         InputError: on every rank; the line names the first rank that goes by something else than rank 0.
     """
-    check_shared(args.save_dir)
+    check_shared(save_dir)
     own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
     own |= {_setting(name): value for name, value in state.settings.items()}
     views = gather((socket.gethostname(), own))
@@ -267,20 +338,22 @@ def check_agreement(args: argparse.Namespace, state: TrainState, checkpoint: Pat
                 )
 
 
-def announce(args: argparse.Namespace, config: LlamaConfig, dataset: TrainingData, plan: Plan, attention: str) -> None:
+def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> None:
     """Prints what is about to run, in a few lines on rank 0."""
-    name = getattr(args, "model_path", None) or args.config
-    say(f"model: {name}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
+    job, max_steps = run.job, run.length.max_steps
+    parameters = count_parameters(job.config)
+    say(f"model: {run.model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
     say(f"data: {dataset.description}")
-    say(describe_layout(args.plugin, plan.layout))
+    say(describe_layout(plan.layout))
     say(
-        f"global batch: {args.batch_size} x {args.accumulation_steps} accumulated x {plan.layout.dp} data-parallel = "
+        f"global batch: {job.batch.batch_size} x {job.batch.accumulation_steps} accumulated x "
+        f"{plan.layout.dp} data-parallel = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
-    if args.max_steps and plan.total_steps < args.max_steps:
-        say(f"--max_steps: the data end before step {args.max_steps:,}; {plan.flags_for(args.max_steps)} reaches it")
+    if max_steps and plan.total_steps < max_steps:
+        say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")
     left_out = plan.total_sequences - plan.sequences_at(plan.total_steps)
     if 0 < left_out < plan.global_batch:
         say(f"left out: the last {left_out:,} of {plan.total_sequences:,} sequences, too few for one more step")

@@ -1,0 +1,45 @@
+"""The device that this rank computes on: its GPU, or host memory (see cpu.py)."""
+
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
+
+MB = 2**20  # as in ColossalAI's published figures
+
+
+def current_device() -> torch.device:
+    return torch.device(get_accelerator().get_current_device())
+
+
+def device_name() -> str:
+    return get_accelerator().get_device_name()
+
+
+def synchronize() -> None:
+    """Wait until the device has done everything that was submitted."""
+    get_accelerator().synchronize()
+
+
+def is_idle() -> bool:
+    """Return True if the device has done everything that was submitted."""
+    event = get_accelerator().Event()
+    event.record()
+    return event.query()
+
+
+def peak_memory() -> int:
+    """Return the largest number of bytes that torch has allocated on the device; without a GPU the process's peak."""
+    return get_accelerator().max_memory_allocated()
+
+
+def limit_memory(megabytes: int) -> bool:
+    """Limit what this process may allocate on its GPU, which Gemini's automatic placement then plans with.
+
+    Returns:
+        False without a GPU, where nothing is limited.
+    """
+    if not torch.cuda.is_available():
+        return False
+    total = torch.cuda.get_device_properties(current_device()).total_memory
+    colo_set_process_memory_fraction(min(1.0, megabytes * MB / total))
+    return True
