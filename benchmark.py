@@ -28,41 +28,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
-from colossalai.booster import Booster
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
-from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
-from transformers import LlamaConfig
 
 from attn import select_attention
 from data_utils import RandomDataset
-from engine.boost import boost, build_plugin
-from engine.fsdp import FSDPPlugin
+from engine import device
+from engine.boost import Engine, boost
+from engine.device import MB
+from engine.job import Job, Placement
 from engine.launch import launch, shut_down
-from engine.layout import BENCHMARK_PLUGINS, Layout, describe_layout, resolve_layout
-from engine.recomputation import recomputed_share
+from engine.layout import BENCHMARK_PLUGINS, describe_layout
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
+from planning.cards import DryRun
 from planning.memory import settle_recomputation
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
-from runtime.console import InputError, RunError, say
+from runtime.console import RunError, below, say
 from runtime.files import write_json
-from training.checks import validate_args
+from training.checks import check_job, folder_problems
 from training.flags import (
     ArgumentParser,
     add_compute_args,
     add_dry_run_args,
     add_plugin_args,
+    job_of,
     settings,
+    take,
     user_name,
     user_path,
 )
 
 REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
-MB = 2**20  # as in ColossalAI's published figures
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -114,44 +111,48 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_args(args: argparse.Namespace, config: LlamaConfig) -> None:
-    """Checks what only the benchmark's flags have, then all that they share with the other programs'."""
-    problems = [
-        f"--{name}: {getattr(args, name)} is not between 0 and 1"
-        for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "warmup_ratio")
-        if not 0 <= getattr(args, name) <= 1
-    ]
-    if not problems:
-        problems = gemini_problems(args)
+def check(args: argparse.Namespace, job: Job) -> None:
+    """Check every flag before a GPU is touched. Raises InputError with one line a problem."""
+    problems = placement_problems(job)
+    problems += below(1, num_steps=args.num_steps, memory_limit=args.memory_limit)
+    problems += below(0, ignore_steps=args.ignore_steps)
     if args.num_steps <= args.ignore_steps:
         problems.append(
             f"--num_steps: {args.num_steps} leaves no step to count after --ignore_steps {args.ignore_steps}"
         )
-    if args.json and not args.json.absolute().parent.is_dir():
-        problems.append(f"--json: there is no folder {args.json.absolute().parent}")
-    elif args.json and args.json.is_dir():
-        problems.append(f"--json: {args.json} is a folder; give a file")
-    elif args.json and not os.access(args.json.absolute().parent, os.W_OK | os.X_OK):
-        problems.append(f"--json: no permission to write in {args.json.absolute().parent}; give another folder")
-    if problems:
-        raise InputError(*problems)
-    validate_args(args, config)
+    if args.json:
+        problems += json_problems(args.json.absolute())
+    if args.profile:
+        problems += folder_problems("--profile", args.profile)
+    check_job(job, take(DryRun, args), args.given, further=problems)
 
 
-def gemini_problems(args: argparse.Namespace) -> list[str]:
-    """One line for each flag of Gemini that has no effect beside the others."""
-    effects = (
-        ("shard_param_frac", "gemini", 1),
-        ("offload_optim_frac", "gemini", 0),
-        ("offload_param_frac", "gemini", 0),
-        ("warmup_ratio", "gemini_auto", 0.8),
-    )
+def json_problems(file: Path) -> list[str]:
+    """Return a line for what keeps a file from being written."""
+    if not file.parent.is_dir():
+        return [f"--json: there is no folder {file.parent}"]
+    if file.is_dir():
+        return [f"--json: {file} is a folder; give a file"]
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        return [f"--json: no permission to write in {file.parent}; give another folder"]
+    return []
+
+
+def placement_problems(job: Job) -> list[str]:
+    """Return a line for each flag of Gemini that is no fraction, or has no effect beside the others."""
+    placement, plugin = job.placement, job.parallelism.plugin
     problems = [
-        f"--{name}: takes effect with -p {plugin} alone, not with -p {args.plugin}"
-        for name, plugin, default in effects
-        if args.plugin != plugin and getattr(args, name) != default
+        f"--{name}: {value} is not between 0 and 1" for name, value in vars(placement).items() if not 0 <= value <= 1
     ]
-    if not problems and args.offload_param_frac and (args.shard_param_frac, args.offload_optim_frac) != (1, 1):
+    if problems:
+        return problems
+    default = Placement()
+    for name, value in vars(placement).items():
+        wanted = "gemini_auto" if name == "warmup_ratio" else "gemini"
+        if plugin != wanted and value != getattr(default, name):
+            problems.append(f"--{name}: takes effect with -p {wanted} alone, not with -p {plugin}")
+    whole = (placement.shard_param_frac, placement.offload_optim_frac) == (1, 1)
+    if not problems and placement.offload_param_frac and not whole:
         problems.append(
             "--offload_param_frac: takes effect where all weights are sharded and all optimizer state is offloaded; "
             "give --offload_optim_frac 1 and leave --shard_param_frac out"
@@ -159,38 +160,23 @@ def gemini_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def gemini_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of Gemini as GeminiPlugin's arguments."""
-    return dict(
-        shard_param_frac=args.shard_param_frac,
-        offload_optim_frac=args.offload_optim_frac,
-        offload_param_frac=args.offload_param_frac,
-        warmup_non_model_data_ratio=args.warmup_ratio,
-    )
+def batches(engine: Engine, num_steps: int) -> Iterator[dict]:
+    """Return this rank's random batches in the plugin's own data-parallel coordinate, one for each step."""
+    batch, vocabulary = engine.job.batch, engine.config.vocab_size
+    sequences = num_steps * batch.batch_size * engine.layout.dp
+    dataset = RandomDataset(sequences, batch.max_length, vocabulary, engine.job.seed)
+    return iter(engine.plugin.prepare_dataloader(dataset, batch.batch_size, shuffle=False, drop_last=True))
 
 
-def limit_memory(megabytes: int) -> None:
-    """Caps what this process may allocate on its GPU; Gemini's automatic placement then plans with that much."""
-    if not torch.cuda.is_available():
-        say("--memory_limit: there is no GPU whose memory it would limit")
-        return
-    total = torch.cuda.get_device_properties(get_accelerator().get_current_device()).total_memory
-    colo_set_process_memory_fraction(min(1.0, megabytes * MB / total))
-
-
-def batches(args: argparse.Namespace, config: LlamaConfig, layout: Layout, plugin: Plugin) -> Iterator[dict]:
-    """This rank's random batches in the plugin's own data-parallel coordinate, one for each step."""
-    dataset = RandomDataset(args.num_steps * args.batch_size * layout.dp, args.max_length, config.vocab_size, args.seed)
-    return iter(plugin.prepare_dataloader(dataset, args.batch_size, shuffle=False, drop_last=True))
-
-
-def announce(args: argparse.Namespace, config: LlamaConfig, layout: Layout, attention: str) -> None:
-    say(f"model: {args.config}, {count_parameters(config):,} parameters, {args.mixed_precision}; {attention}")
-    say(describe_layout(args.plugin, layout))
-    sequences = args.batch_size * layout.dp
+def announce(model: str, job: Job, attention: str) -> None:
+    """Print what is about to be measured."""
+    parameters, batch, layout = count_parameters(job.config), job.batch, job.layout
+    say(f"model: {model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
+    say(describe_layout(layout))
+    sequences = batch.batch_size * layout.dp
     say(
-        f"global batch: {args.batch_size} x {layout.dp} data-parallel = {sequences} sequences x {args.max_length} "
-        f"tokens = {sequences * args.max_length:,} tokens"
+        f"global batch: {batch.batch_size} x {layout.dp} data-parallel = {sequences} sequences x {batch.max_length} "
+        f"tokens = {sequences * batch.max_length:,} tokens"
     )
 
 
@@ -200,56 +186,44 @@ def trace(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profile:
         yield
-        get_accelerator().synchronize()
+        device.synchronize()
     profile.export_chrome_trace(str(folder / f"rank{dist.get_rank()}.json"))
 
 
-def train_step(
-    booster: Booster, model: ModelWrapper, optimizer: OptimizerWrapper, batch: dict, label_tokens: int
-) -> tuple[torch.Tensor, float]:
-    """One optimizer step, as in training; returns this rank's sum of token losses, and the gradient norm.
+def train_step(engine: Engine, batch: dict, label_tokens: int) -> tuple[torch.Tensor, float]:
+    """Run one optimizer step, as in training; return this rank's sum of token losses, and the gradient norm.
 
     Raises:
         RunError: the gradient is not finite, so that the figures would be of no model that trains.
     """
-    loss_sum = forward_backward(booster, model, optimizer, [batch], label_tokens)
-    grad_norm, skipped = optimizer_step(model, optimizer)
+    loss_sum = forward_backward(engine, [batch], label_tokens)
+    grad_norm, skipped = optimizer_step(engine)
     if not (skipped or math.isfinite(grad_norm)):
         raise RunError(f"the gradient norm is {grad_norm}: what was timed is not training")
     return loss_sum, grad_norm
 
 
 def total(per_rank: torch.Tensor) -> float:
-    """The sum over all ranks. Collective."""
+    """Return the sum over all ranks. Collective."""
     summed = per_rank.detach().clone()
     dist.all_reduce(summed)
     return summed.item()
 
 
 def slowest(step_seconds: list[float]) -> list[float]:
-    """Each step's time on the rank that took longest. Collective."""
-    device = get_accelerator().get_current_device()
-    times = torch.tensor(step_seconds, dtype=torch.float64, device=device)
+    """Return each step's time on the rank that took longest. Collective."""
+    times = torch.tensor(step_seconds, dtype=torch.float64, device=device.current_device())
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return times.tolist()
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes of the rank that took most: allocated by torch on the device, and resident on the host. Collective."""
-    accelerator = get_accelerator()
+    """Return bytes on the rank that took most: allocated by torch on the device, resident on the host. Collective."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks = torch.tensor([accelerator.max_memory_allocated(), host], device=accelerator.get_current_device())
+    peaks = torch.tensor([device.peak_memory(), host], device=device.current_device())
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    device, host = peaks.tolist()
-    return {"peak_device_memory_bytes": device, "peak_host_memory_bytes": host}
-
-
-def out_of_memory(args: argparse.Namespace, config: LlamaConfig) -> str:
-    """One line: what the GPU held, and what would take less by the estimate."""
-    return (
-        f"out of GPU memory after {get_accelerator().max_memory_allocated() / MB:.2f} MB at the peak; what helps: "
-        f"{memory_remedies(args, config)}; --dry_run shows what takes how much"
-    )
+    on_device, host = peaks.tolist()
+    return {"peak_device_memory_bytes": on_device, "peak_host_memory_bytes": host}
 
 
 def environment() -> dict[str, Any]:
@@ -257,7 +231,7 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "device": get_accelerator().get_device_name(),
+        "device": device.device_name(),
         "commit": commit or None,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -265,12 +239,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report(args: argparse.Namespace, layout: Layout, results: dict) -> None:
-    """Writes `--json`, and prints what was measured, the line of ColossalAI's published figures last."""
+def report(args: argparse.Namespace, job: Job, results: dict) -> None:
+    """Write `--json`, and print what was measured, the line of ColossalAI's published figures last."""
     if console.rank() == 0 and args.json:
-        inputs = {name: str(value) if isinstance(value, Path) else value for name, value in settings(args).items()}
-        document = {"inputs": inputs, "layout": asdict(layout) | {"gpus": layout.ranks}, **results}
-        write_json(args.json, document)
+        values = settings(args) | asdict(job.compute)
+        inputs = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        layout = asdict(job.layout) | {"gpus": job.layout.ranks}
+        write_json(args.json, {"inputs": inputs, "layout": layout, **results})
     mfu = "" if results["mfu"] is None else f", MFU {results['mfu']:.1%}"
     say(
         f"step: median {results['step_seconds_median']:.3f} s, p10 {results['step_seconds_p10']:.3f}, "
@@ -285,56 +260,57 @@ def report(args: argparse.Namespace, layout: Layout, results: dict) -> None:
 
 def main() -> int:
     args = parse_args()
-    config = load_config(args.config)
-    check_args(args, config)
-    layout = resolve_layout(args, config)
-    attention = select_attention(config, args.flash_attention, sequence_parallel=layout.sp > 1)
-    settle_recomputation(args, config, layout)
-    announce(args, config, layout, attention)
+    config, plan = load_config(args.config), take(DryRun, args)
+    job = job_of(args, config)
+    check(args, job)
+    attention = select_attention(config, args.flash_attention, sequence_parallel=job.layout.sp > 1)
+    job = settle_recomputation(job, plan)
+    announce(args.config, job, attention)
     if args.dry_run:
-        say_plan(args, config, layout, args.batch_size * layout.dp * args.max_length, REDPAJAMA_TOKENS)
+        say_plan(job, plan, job.batch.batch_size * job.layout.dp * job.batch.max_length, REDPAJAMA_TOKENS)
         return 0
     try:
-        measure(args, config, layout)
+        measure(args, job)
     except torch.OutOfMemoryError as error:
-        raise RunError(out_of_memory(args, config)) from error
+        raise RunError(
+            f"out of GPU memory after {device.peak_memory() / MB:.2f} MB at the peak; what helps: "
+            f"{memory_remedies(job, plan)}; --dry_run shows what takes how much"
+        ) from error
     return 0
 
 
-def measure(args: argparse.Namespace, config: LlamaConfig, layout: Layout) -> None:
-    """Builds the model, times its steps, and reports."""
-    launch(args.seed)
-    if args.memory_limit:
-        limit_memory(args.memory_limit)
-    plugin = build_plugin(args, layout, config, **gemini_options(args))
-    booster, model, optimizer = boost(args, config, plugin)
-    if not isinstance(plugin, FSDPPlugin):
-        initialize_weights(plugin, model, optimizer, config, args.seed)
+def measure(args: argparse.Namespace, job: Job) -> None:
+    """Build the model, time its steps, and report."""
+    launch(job.seed)
+    if args.memory_limit and not device.limit_memory(args.memory_limit):
+        say("--memory_limit: there is no GPU whose memory it would limit")
+    engine = boost(job)
+    initialize_weights(engine)
 
-    timer = StepTimer()
-    label_tokens = args.batch_size * layout.dp * (args.max_length - 1)
-    for batch in batches(args, config, layout, plugin):
+    timer, sequences = StepTimer(), job.batch.batch_size * job.layout.dp
+    label_tokens = sequences * (job.batch.max_length - 1)
+    for batch in batches(engine, args.num_steps):
         with timer.step():
-            loss_sum, grad_norm = train_step(booster, model, optimizer, batch, label_tokens)
-        loss = total(loss_sum) / layout.tp / label_tokens
+            loss_sum, grad_norm = train_step(engine, batch, label_tokens)
+        loss = total(loss_sum) / job.layout.tp / label_tokens
         counted = "" if len(timer.seconds) > args.ignore_steps else ", not counted"
         say(f"step {len(timer.seconds)}/{args.num_steps}: {timer.seconds[-1]:.3f} s, loss {loss:.4f}{counted}")
     results = environment() | {"loss": loss, "grad_norm": grad_norm} | peak_memory()
     results |= benchmark_figures(
-        config,
+        job.config,
         slowest(timer.seconds[args.ignore_steps :]),
-        sequences=args.batch_size * layout.dp,
-        seq_length=args.max_length,
-        gpus=layout.ranks,
-        recomputation=recomputed_share(args),
+        sequences=sequences,
+        seq_length=job.batch.max_length,
+        gpus=job.layout.ranks,
+        recomputation=job.recomputed,
         device_name=results["device"],
     )
     if args.profile:
         with trace(args.profile):
-            train_step(booster, model, optimizer, batch, label_tokens)
+            train_step(engine, batch, label_tokens)
 
-    report(args, layout, results)
-    shut_down(plugin)
+    report(args, job, results)
+    shut_down(engine.plugin)
 
 
 if __name__ == "__main__":

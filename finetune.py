@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from attn import select_attention
-from checkpointing.adapters import fill_lora_args, lora_config, lora_problems
+from checkpointing.adapters import Lora
 from checkpointing.export import export_merged, export_model
 from checkpointing.folder import check_model
 from checkpointing.pretrained import (
@@ -39,18 +39,16 @@ from corpus.sources import Source, resolve_source
 from corpus.splits import NotFound
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import InstructionDataset
-from engine.boost import DTYPES, boost, build_plugin
-from engine.launch import launch, shut_down
-from engine.layout import Layout, resolve_layout
+from engine.boost import Engine
+from engine.job import Job
 from engine.shards import initialize_weights
 from model_utils import load_config
+from planning.cards import DryRun
 from planning.memory import settle_recomputation
 from planning.report import say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
-from training.batches import build_dataloader
-from training.checks import validate_args
-from training.evaluation import evaluation_loader
+from training.checks import check_job, run_problems
 from training.flags import (
     ArgumentParser,
     add_evaluation_args,
@@ -58,12 +56,14 @@ from training.flags import (
     add_lora_args,
     add_plugin_args,
     add_training_args,
+    job_of,
     refuse_interval,
+    run_of,
+    take,
     user_name,
 )
-from training.loop import conclude, nothing_left, train
-from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
-from training.schedule import build_scheduler
+from training.plan import Run, announce, check_folders, make_plan, resume_state
+from training.session import execute
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -94,7 +94,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_training_args(parser)
     add_evaluation_args(parser, by_fraction=False)
     add_lora_args(parser)
-    parser.set_defaults(max_length=None, warmup_steps=None, warmup_steps_given=False)
+    parser.set_defaults(max_length=None)
     return parser.parse_args(arguments)
 
 
@@ -125,8 +125,20 @@ def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
     return None if set(test.files) & set(train.files) else test
 
 
+def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
+    """Return the engine's part of the flags: by default the model's context, and no division of adapters."""
+    job = job_of(args, config, length_varies=True)
+    if args.max_length is None:
+        max_length = min(MAX_LENGTH, config.max_position_embeddings)
+        job = replace(job, batch=replace(job.batch, max_length=max_length))
+    if args.lora_rank and args.plugin == "hybrid_parallel":  # which divides no model with adapters
+        asked = job.parallelism
+        job = replace(job, parallelism=replace(asked, tp=asked.tp or 1, pp=asked.pp or 1))
+    return job
+
+
 def open_data(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, layout: Layout
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
     """The data to train on, and those of the split `test` if there is one.
 
@@ -136,30 +148,38 @@ def open_data(
     def prepare() -> list[str]:
         folders, train = [], find_source(args, "train")
         for source in filter(None, (train, find_test_source(args, train))):
-            encoder = ExampleEncoder(tokenizer, find_shape(source, tokenizer), args.max_length, args.train_on_prompt)
+            encoder = ExampleEncoder(
+                tokenizer, find_shape(source, tokenizer), job.batch.max_length, args.train_on_prompt
+            )
             folders.append(str(prepare_examples(source, encoder, args.cache_dir)))
         return folders
 
-    dataset, *held_out = (InstructionDataset(Path(folder), args.pack, layout.sp) for folder in once_per_node(prepare))
+    dataset, *held_out = (
+        InstructionDataset(Path(folder), args.pack, job.layout.sp) for folder in once_per_node(prepare)
+    )
     if not held_out:
         refuse_interval(args, "give a data set with a split `test`")
     return dataset, held_out[0] if held_out else None
 
 
-def export_final(
-    args: argparse.Namespace,
-    config: LlamaConfig,
-    weights: LazyTensors,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: dict[str, dict],
-    checkpoint: Path,
-) -> None:
-    """Makes the folder `final` of a checkpoint, its adapters merged into the weights that they were trained beside."""
-    target = args.save_dir / "final"
-    if args.lora_rank:
-        export_merged(checkpoint, target, tokenizer, config, weights, documents)
-    else:
-        export_model(checkpoint, target, tokenizer, documents=documents)
+def check(args: argparse.Namespace, run: Run, lora: Lora) -> None:
+    """Check every flag before data or a GPU is touched. Raises InputError with one line a problem."""
+    data = Path(args.dataset, args.task_name or "")
+    check_job(run.job, take(DryRun, args), args.given, further=run_problems(run, data, args.cache_dir))
+    if problems := lora.problems(run.job.layout):
+        raise InputError(*problems)
+
+
+def set_weights(engine: Engine, checkpoint: Path | None, pretrained: LazyTensors, folder: Path) -> None:
+    """Give the engine the model's weights, and a checkpoint's; with adapters, both."""
+    adapted = getattr(engine.config, "lora", None) is not None
+    if adapted or not checkpoint:
+        load_pretrained(pretrained, engine, "--model_path")
+        say(f"initial weights: {folder}")
+    if checkpoint:
+        load_checkpoint(checkpoint, engine)
+    elif adapted:
+        initialize_weights(engine)
 
 
 def main() -> int:
@@ -169,68 +189,43 @@ def main() -> int:
     folder = find_model(args.model_path, "--model_path")
     refuse_other_formats(folder, "--model_path")
     config = load_config(str(folder), "--model_path")
-    if args.max_length is None:
-        args.max_length = min(MAX_LENGTH, config.max_position_embeddings)
-    if args.lora_rank:
-        fill_lora_args(args)
-    validate_args(args, config)
-    layout = resolve_layout(args, config)
-    if problems := lora_problems(args, layout):
-        raise InputError(*problems)
+    lora = take(Lora, args)
+    run = run_of(args, finetuning_job(args, config), args.model_path, lora.resolved)
+    check(args, run, lora)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
-    weights = check_pretrained(folder, config, "--model_path")
-    documents = generation_config(folder, tokenizer, "--model_path")
-    if args.lora_rank:
-        args.base_weights = once_per_node(lambda: weights_fingerprint(weights))
-    state, checkpoint = resume_state(args)
+    pretrained = check_pretrained(folder, config, "--model_path")
+    json_files = generation_config(folder, tokenizer, "--model_path")
+    if lora.lora_rank:
+        fingerprint = once_per_node(lambda: weights_fingerprint(pretrained))
+        run = replace(run, lora=replace(lora.resolved, base_weights=fingerprint))
+    state, checkpoint = resume_state(run.outputs)
     if checkpoint:
         check_model(checkpoint / "model", config, "--load")
-    if args.lora_rank:
-        config.lora = lora_config(args)
-    config.torch_dtype = DTYPES[args.mixed_precision]
+    if lora.lora_rank:
+        config.lora = lora.resolved.config(args.model_path)
+    config.torch_dtype = run.job.dtype
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    check_folders(args, config)
-    dataset, held_out = open_data(args, tokenizer, layout)
-    plan = make_plan(args, layout, dataset, state)
-    attention = select_attention(config, args.flash_attention, layout.sp > 1, args.pack)
-    settle_recomputation(args, config, layout)
-    announce(args, config, dataset, plan, attention)
+    if not args.dry_run:
+        check_folders(run.outputs, config)
+    dataset, held_out = open_data(args, tokenizer, run.job)
+    plan = make_plan(run, dataset, state)
+    attention = select_attention(config, args.flash_attention, plan.layout.sp > 1, args.pack)
+    run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
+    announce(run, dataset, plan, attention)
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
-        if not args.pack:
-            args.max_length = dataset.longest
-        say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
+        longest = run.job.batch.max_length if args.pack else dataset.longest
+        job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
+        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    claim_folders(args, state, checkpoint)
-    export = partial(export_final, args, config, weights, tokenizer, documents)
-    launch(args.seed)
-    check_agreement(args, state, checkpoint)
-    if nothing_left(args, state, plan, checkpoint, export):
-        return 0
-    plugin = build_plugin(args, layout, config, length_varies=True)
-    booster, model, optimizer = boost(args, config, plugin)
-    lr_scheduler = build_scheduler(optimizer, args, state, plan)
-    if args.lora_rank or not checkpoint:
-        load_pretrained(weights, plugin, model, optimizer, "--model_path")
-        say(f"initial weights: {folder}")
-    if checkpoint:
-        load_checkpoint(checkpoint, plugin, model, optimizer, config)
-        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-    elif args.lora_rank:
-        initialize_weights(plugin, model, optimizer, config, args.seed)
-    loader = build_dataloader(plugin, dataset, args, state, plan)
-    evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
-
-    checkpoint, interrupted = train(
-        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
-    )
-
-    status = conclude(args, checkpoint, export, interrupted)
-    shut_down(plugin)
-    return status
+    weights = partial(set_weights, checkpoint=checkpoint, pretrained=pretrained, folder=folder)
+    export = partial(export_model, tokenizer=tokenizer, json_files=json_files)
+    if lora.lora_rank:
+        export = partial(export_merged, tokenizer=tokenizer, config=config, weights=pretrained, json_files=json_files)
+    return execute(run, plan, state, checkpoint, (dataset, held_out), weights, export)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ requirements.require()
 requirements.start_cuda()
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,25 +25,22 @@ from attn import select_attention
 from checkpointing.export import export_model
 from checkpointing.folder import check_model
 from checkpointing.pretrained import check_pretrained, load_pretrained
-from checkpointing.reader import load_checkpoint
+from checkpointing.reader import LazyTensors, load_checkpoint
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT
 from corpus.prepare import is_prepared, prepare_dataset
 from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import PackedDataset, StreamedDataset
-from engine.boost import DTYPES, boost, build_plugin
-from engine.launch import launch, shut_down
-from engine.layout import resolve_layout
+from engine.boost import Engine
 from engine.shards import initialize_weights
 from model_utils import MODEL_CONFIGS, load_config
+from planning.cards import DryRun
 from planning.memory import settle_recomputation
 from planning.report import say_plan
-from runtime.console import InputError, say
+from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
-from training.batches import build_dataloader
-from training.checks import validate_args
-from training.evaluation import evaluation_loader
+from training.checks import check_job, run_problems
 from training.flags import (
     ArgumentParser,
     Given,
@@ -53,14 +51,16 @@ from training.flags import (
     add_tokenizer_arg,
     add_training_args,
     add_warmup_arg,
+    job_of,
     parse_slice_weights,
     refuse_interval,
+    run_of,
+    take,
     user_name,
     user_path,
 )
-from training.loop import conclude, nothing_left, train
-from training.plan import announce, check_agreement, check_folders, claim_folders, make_plan, resume_state
-from training.schedule import build_scheduler
+from training.plan import Run, announce, check_folders, make_plan, resume_state
+from training.session import execute
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +97,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read the data set as training goes on, without preparing it; needs --max_steps (default: off)",
     )
-    model.set_defaults(shuffle_buffer_given=False)
     model.add_argument(
         "--shuffle_buffer",
         type=int,
@@ -144,63 +143,70 @@ def open_data(
     return dataset, PackedDataset(folder, args.max_length, document_ends, split=HELD_OUT)
 
 
+def check(args: argparse.Namespace, run: Run) -> None:
+    """Check every flag before data or a GPU is touched. Raises InputError with one line a problem."""
+    problems = run_problems(run, Path(args.dataset), args.cache_dir) + below(1, shuffle_buffer=args.shuffle_buffer)
+    if args.eval_fraction is not None and not 0 <= args.eval_fraction < 1:
+        problems.append(f"--eval_fraction: {args.eval_fraction} is not at least 0 and below 1")
+    if args.streaming:
+        if args.max_steps is None:
+            problems.append("--streaming: a stream has no end; give --max_steps")
+        if args.num_epochs > 1:
+            problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
+        for name, given in (("fraction", args.eval_fraction), ("interval", "eval_interval" in args.given)):
+            if given:
+                problems.append(f"--eval_{name}: documents are held out when a data set is prepared, not from a stream")
+    elif "shuffle_buffer" in args.given:
+        problems.append("--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out")
+    if args.init_from and args.load not in (None, "latest"):
+        problems.append("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
+    check_job(run.job, take(DryRun, args), args.given, args.document_mask, problems)
+
+
+def set_weights(
+    engine: Engine, checkpoint: Path | None, init_from: Path | None, pretrained: LazyTensors | None
+) -> None:
+    """Give the engine the weights of a checkpoint, or of the model at `init_from`, or initial ones."""
+    if checkpoint:
+        load_checkpoint(checkpoint, engine)
+    elif pretrained:
+        load_pretrained(pretrained, engine)
+        say(f"initial weights: {init_from}")
+    else:
+        initialize_weights(engine)
+
+
 def main() -> int:
     args = parse_args()
 
     # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
     config = load_config(args.config)
-    validate_args(args, config)
-    layout = resolve_layout(args, config)
+    run = run_of(args, job_of(args, config), args.config)
+    check(args, run)
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
-    if args.init_from and args.load not in (None, "latest"):
-        raise InputError("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
-    if args.init_from:
-        initial_weights = check_pretrained(args.init_from, config)
-    state, checkpoint = resume_state(args)
+    pretrained = check_pretrained(args.init_from, config) if args.init_from else None
+    state, checkpoint = resume_state(run.outputs)
     if checkpoint:
         check_model(checkpoint / "model", config, "--load")
-    config.torch_dtype = DTYPES[args.mixed_precision]
+    config.torch_dtype = run.job.dtype
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    check_folders(args, config)
+    if not args.dry_run:
+        check_folders(run.outputs, config)
     dataset, held_out = open_data(args, tokenizer)
-    plan = make_plan(args, layout, dataset, state)
-    attention = select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
-    settle_recomputation(args, config, layout)
-    announce(args, config, dataset, plan, attention)
+    plan = make_plan(run, dataset, state)
+    attention = select_attention(config, args.flash_attention, plan.layout.sp > 1, args.document_mask)
+    run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
+    announce(run, dataset, plan, attention)
     if held_out:
         say(f"held out: {held_out.description}")
     if args.dry_run:
-        say_plan(args, config, layout, plan.tokens_per_step, plan.remaining_tokens)
+        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    claim_folders(args, state, checkpoint)
-    export = partial(export_model, target=args.save_dir / "final", tokenizer=tokenizer)
-    launch(args.seed)
-    check_agreement(args, state, checkpoint)
-    if nothing_left(args, state, plan, checkpoint, export):
-        return 0
-    plugin = build_plugin(args, layout, config)
-    booster, model, optimizer = boost(args, config, plugin)
-    lr_scheduler = build_scheduler(optimizer, args, state, plan)
-    if checkpoint:
-        load_checkpoint(checkpoint, plugin, model, optimizer, config)
-        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-    elif args.init_from:
-        load_pretrained(initial_weights, plugin, model, optimizer)
-        say(f"initial weights: {args.init_from}")
-    else:
-        initialize_weights(plugin, model, optimizer, config, args.seed)
-    loader = build_dataloader(plugin, dataset, args, state, plan)
-    evaluation = evaluation_loader(plugin, held_out, layout, args) if held_out else None
-
-    checkpoint, interrupted = train(
-        args, config, booster, model, optimizer, lr_scheduler, loader, state, plan, checkpoint, evaluation
-    )
-
-    status = conclude(args, checkpoint, export, interrupted)
-    shut_down(plugin)
-    return status
+    weights = partial(set_weights, checkpoint=checkpoint, init_from=args.init_from, pretrained=pretrained)
+    export = partial(export_model, tokenizer=tokenizer)
+    return execute(run, plan, state, checkpoint, (dataset, held_out), weights, export)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The device that this rank computes on: its GPU, or host memory (see cpu.py)."""
 
+from collections.abc import Callable
+
 import torch
 from colossalai.accelerator import get_accelerator
 from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
@@ -20,11 +22,11 @@ def synchronize() -> None:
     get_accelerator().synchronize()
 
 
-def is_idle() -> bool:
-    """Return True if the device has done everything that was submitted."""
+def when_idle() -> Callable[[], bool]:
+    """Return a function that is True once the device has done everything that was submitted until now."""
     event = get_accelerator().Event()
     event.record()
-    return event.query()
+    return event.query
 
 
 def peak_memory() -> int:

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from colossalai.accelerator import get_accelerator
 from transformers import LlamaConfig
 
+from engine.device import synchronize
 from model_utils import count_parameters, model_flops_per_token
 from planning.cards import peak_tflops
 
 
 @dataclass(frozen=True)
 class Throughput:
+    seconds: float
     tokens_per_second: float  # over all GPUs
     tflops: float  # model TFLOPS of one GPU
     mfu: float | None  # fraction of the device's peak
@@ -37,10 +38,10 @@ class PerformanceEvaluator:
     def lap(self, tokens: int) -> Throughput:
         """Throughput over `tokens` of all GPUs since the last lap."""
         now = time.perf_counter()
-        tokens_per_second = tokens / (now - self.last)
-        self.last = now
+        seconds, self.last = now - self.last, now
+        tokens_per_second = tokens / seconds
         tflops = tokens_per_second * self.flops_per_token / self.gpus / 1e12
-        return Throughput(tokens_per_second, tflops, tflops / self.peak if self.peak else None)
+        return Throughput(seconds, tokens_per_second, tflops, tflops / self.peak if self.peak else None)
 
 
 class StepTimer:
@@ -51,11 +52,10 @@ class StepTimer:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        accelerator = get_accelerator()
-        accelerator.synchronize()
+        synchronize()
         start = time.perf_counter()
         yield
-        accelerator.synchronize()
+        synchronize()
         self.seconds.append(time.perf_counter() - start)
 
 

@@ -1,11 +1,14 @@
 """This rank's batches: the loader, the next step's micro-batches, or the reason why there are none."""
 
 import hashlib
+import json
 import multiprocessing.connection
 import re
 import signal
+import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +18,7 @@ from torch.utils.data import DataLoader
 from corpus.order import ShardedSampler
 from data_utils import TrainingData
 from engine.boost import Engine
-from engine.device import current_device
+from engine.device import current_device, when_idle
 from engine.layout import Layout
 from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
@@ -60,27 +63,6 @@ def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_pa
         raise AssertionError(f"{len(by_share)} shares of the data are read by {data_parallel} data-parallel ranks")
 
 
-def next_batches(batches: Iterator[dict], number: int) -> tuple[list[dict], str | None]:
-    """The micro-batches of a step, or none and the reason, whatever it is: the other ranks wait for this one."""
-    try:
-        return [next(batches) for _ in range(number)], None
-    except Exception as error:
-        processes = getattr(batches, "_workers", ())
-        # One that is killed loses its connections, which may be what is reported, a moment before it has ended.
-        sentinels = [process.sentinel for process in processes]
-        ending = multiprocessing.connection.wait(sentinels, timeout=ENDING_SECONDS)
-        for process in processes:
-            if process.sentinel in ending:
-                process.join()
-            if process.exitcode:
-                return [], f"a loader process, {process.pid}, {_end_of(process.exitcode)}"
-        if not isinstance(error, InputError | RunError | OSError):
-            traceback.print_exc()
-        # A loader process puts its traceback before it.
-        last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        return [], re.sub(r"^runtime\.console\.\w+: ", "", last_line)
-
-
 def _end_of(status: int) -> str:
     """Describe the end of a process by its exit status, as `multiprocessing` has it."""
     if status > 0:
@@ -90,18 +72,95 @@ def _end_of(status: int) -> str:
     return f"was killed by {number.name}; {causes.get(number, 'see its own message')}"
 
 
-def count_tokens(micro_batches: list[dict[str, torch.Tensor]], layout: Layout) -> tuple[int, int, int, int]:
-    """In one optimizer step, over all ranks: labels that count, tokens, positions with padding; ranks without a batch.
+@dataclass
+class StepBatch:
+    """The data of an optimizer step.
 
-    Collective.
+    Attributes:
+        micro_batches: this rank's, on the host; none if they could not be read.
+        stream: the position after them in a data set that is read as a stream.
+        error: the reason why this rank has none.
+        label_tokens, tokens, positions: labels that count, tokens, and tokens with padding, over all ranks.
+        ranks_without: ranks that have none.
     """
-    counts = torch.zeros(4, dtype=torch.int64)
-    counts[3] = not micro_batches
-    for batch in micro_batches:
-        positions = batch["input_ids"].numel()
-        labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        counts[:3] += torch.tensor([labels, int(batch.get("token_count", positions)), positions])
-    counts = counts.to(current_device())
-    dist.all_reduce(counts)
-    failed = int(counts[3])
-    return *(counts[:3] // (layout.tp * layout.pp * layout.sp)).tolist(), failed
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    stream: dict | None = None
+    error: str | None = None
+    label_tokens: int = 0
+    tokens: int = 0
+    positions: int = 0
+    ranks_without: int = 0
+
+    @property
+    def padding(self) -> float:
+        """Fraction of the positions that hold padding."""
+        return 1 - self.tokens / self.positions
+
+
+class Batches:
+    """One step's batches after the other; the next ones are fetched while the device computes."""
+
+    def __init__(self, loader: DataLoader, accumulation_steps: int, layout: Layout):
+        self.loader, self.accumulation_steps, self.layout = loader, accumulation_steps, layout
+        self.iterator = iter(loader)
+        self.fetched: StepBatch | None = None
+        self.checked = False
+        self.waited = 0.0  # seconds that the device was idle for the last fetch
+        # torch's handler would raise anywhere, inside a collective operation too; `_fetch` sees that a process is gone.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def prefetch(self) -> None:
+        """Fetch the next step's batches while the device works on what was submitted."""
+        idle, start = when_idle(), time.perf_counter()
+        self.fetched = self._fetch()
+        self.waited = time.perf_counter() - start if idle() else 0.0
+
+    def take(self) -> StepBatch:
+        """Return the next step's batches, counted over all ranks. Collective."""
+        batch, self.fetched = self.fetched or self._fetch(), None
+        self._count(batch)
+        if not self.checked and not batch.ranks_without:
+            check_same_batch(self.loader, batch.micro_batches[0], self.layout.dp)
+            self.checked = True
+        return batch
+
+    def _fetch(self) -> StepBatch:
+        """Return the micro-batches of a step, or the error whatever it is: the other ranks wait for this one."""
+        try:
+            micro_batches = [next(self.iterator) for _ in range(self.accumulation_steps)]
+        except Exception as error:
+            return StepBatch([], error=_reason(self.iterator, error))
+        positions = [json.loads(batch.pop("stream")) for batch in micro_batches if "stream" in batch]
+        return StepBatch(micro_batches, positions[-1] if positions else None)
+
+    def _count(self, batch: StepBatch) -> None:
+        counts = torch.zeros(4, dtype=torch.int64)
+        counts[3] = not batch.micro_batches
+        for micro_batch in batch.micro_batches:
+            positions = micro_batch["input_ids"].numel()
+            labels = int((micro_batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            counts[:3] += torch.tensor([labels, int(micro_batch.get("token_count", positions)), positions])
+        counts = counts.to(current_device())
+        dist.all_reduce(counts)
+        batch.ranks_without = int(counts[3])
+        peers = self.layout.tp * self.layout.pp * self.layout.sp  # which read the same
+        batch.label_tokens, batch.tokens, batch.positions = (counts[:3] // peers).tolist()
+
+
+def _reason(iterator: Iterator[dict], error: Exception) -> str:
+    """Return in one line why a loader failed: what became of its process, or its error."""
+    processes = getattr(iterator, "_workers", ())
+    # A killed process loses its connections, which may be reported, a moment before it has ended.
+    sentinels = [process.sentinel for process in processes]
+    ending = multiprocessing.connection.wait(sentinels, timeout=ENDING_SECONDS)
+    for process in processes:
+        if process.sentinel in ending:
+            process.join()
+        if process.exitcode:
+            return f"a loader process, {process.pid}, {_end_of(process.exitcode)}"
+    if not isinstance(error, InputError | RunError | OSError):
+        traceback.print_exc()
+    # A loader process puts its traceback before its error.
+    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(r"^runtime\.console\.\w+: ", "", last_line)

@@ -31,7 +31,7 @@ def check_job(
         InputError: with one line for every problem found.
     """
     config, asked = job.config, job.parallelism
-    problems = [*further] + job.batch.problems() + below(1, gpus=asked.gpus) + below(0, seed=job.seed)
+    problems = [*further, *job.batch.problems(), *below(1, gpus=asked.gpus), *below(0, seed=job.seed)]
     problems += job.optimization.problems() + job.compute.problems(asked, config.num_hidden_layers)
     if job.seed > LARGEST_SEED:
         problems.append(f"--seed: {job.seed} is above the greatest possible, {LARGEST_SEED}")

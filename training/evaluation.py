@@ -44,7 +44,7 @@ class Padded(Dataset):
 
 
 def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader:
-    """Return this rank's part of a held-out data set, in its order, in micro-batches; with a pipeline in whole steps."""
+    """Return this rank's part of a held-out data set, in order: in micro-batches, or with a pipeline in whole steps."""
     batch = engine.job.batch
     batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
     padded = Padded(dataset, batch_size * engine.layout.dp)

@@ -150,10 +150,9 @@ def user_path(text: str) -> Path:
     return Path(user_name(text))
 
 
-def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """Return a run's settings by flag, with the recomputation that was settled."""
-    values = {name: value for name, value in vars(args).items() if name != "given"}
-    return values | {"recompute": job.compute.recompute, "keep_attention": job.compute.keep_attention}
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a run's settings by flag."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
 
 
 def take(kind: type[Options], args: argparse.Namespace) -> Options:
@@ -191,7 +190,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: Lora | None = N
         take(Retention, args),
         lora,
         args.num_workers,
-        settings(args, job),
+        settings(args),
     )
 
 

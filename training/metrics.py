@@ -11,15 +11,18 @@ import time
 from collections import deque
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from engine.device import peak_memory
+from planning.throughput import Throughput
 from runtime.console import rank, say, world_size
 from runtime.files import write_json
+from training.plan import TrainState
 
 LOG_FILE = "metrics.jsonl"
 OWNER = "run.json"  # where the checkpoints of the run lie whose logs a folder holds, seen from there
@@ -27,6 +30,49 @@ LONGEST_ROW = 4096  # bytes of it, with room to spare
 MEAN_STEPS = 20  # of the loss in the summary
 BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
+
+
+class StepResult(NamedTuple):
+    """The outcome of an optimizer step.
+
+    Attributes:
+        loss: mean over the labels that count; None if none does.
+        grad_norm: before clipping.
+        skipped: nothing was updated: fp16 gradients overflowed, or no label counts.
+    """
+
+    loss: float | None
+    lr: float
+    grad_norm: float
+    skipped: bool
+    loss_scale: float
+
+
+def step_row(
+    state: TrainState, result: StepResult, throughput: Throughput, waited: float, padding: float
+) -> dict[str, Any]:
+    """Return what is logged of a step.
+
+    Args:
+        waited: seconds that the device waited for data.
+        padding: fraction of the positions that hold padding.
+    """
+    return {
+        "step": state.step,
+        "epoch": state.epoch,
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_norm": None if result.skipped else result.grad_norm,
+        "tokens": state.tokens,
+        "tokens_per_second": throughput.tokens_per_second,
+        "tflops": throughput.tflops,
+        "mfu": throughput.mfu,
+        "data_wait": waited / throughput.seconds,
+        "padding": padding,
+        "memory_gb": peak_memory() / 1e9,
+        "loss_scale": result.loss_scale,
+        "skipped_steps": state.skipped_steps,
+    }
 
 
 class Metrics:

@@ -118,6 +118,16 @@ class TrainState:
     def adam_steps(self) -> int:
         return self.step - self.skipped_steps
 
+    def advance(self, plan: "Plan", tokens: int, stream: dict | None, skipped: bool) -> None:
+        """Count a step that has ended."""
+        self.step += 1
+        self.sequences += plan.global_batch
+        self.tokens += tokens
+        self.epoch = (self.sequences - 1) // plan.epoch_sequences
+        self.skipped_steps += skipped
+        if stream is not None:
+            self.stream = stream
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -133,6 +143,10 @@ class Plan:
     trained_sequences: int = 0
     num_epochs: int = 1
     warmup_steps: int = 0
+
+    @property
+    def epoch_sequences(self) -> int:
+        return self.total_sequences // self.num_epochs
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,0 +1,69 @@
+"""A run from its plan to its final model, as pretrain.py and finetune.py share it."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpointing.reader import refuse_damaged
+from data_utils import TrainingData
+from engine.boost import Engine, boost
+from engine.launch import launch, shut_down
+from runtime.collectives import on_rank_zero
+from runtime.console import say
+from runtime.process import INTERRUPTED
+from training.batches import build_dataloader
+from training.evaluation import MapDataset, evaluation_loader
+from training.loop import train
+from training.plan import Plan, Run, TrainState, check_agreement, claim_folders
+
+GENERATE = Path("scripts", "generate.py")
+
+
+def execute(
+    run: Run,
+    plan: Plan,
+    state: TrainState,
+    checkpoint: Path | None,
+    data: tuple[TrainingData, MapDataset | None],
+    set_weights: Callable[[Engine], None],
+    export: Callable[[Path, Path], None],
+) -> int:
+    """Launch, build, train and export; return the exit status of the run.
+
+    Args:
+        checkpoint: the one to resume from.
+        data: to train on, and held out.
+        set_weights: gives the engine its weights, the checkpoint's or initial ones.
+        export: makes of a checkpoint the folder that is its second argument, on rank 0.
+    """
+    dataset, held_out = data
+    outputs = run.outputs
+    claim_folders(outputs, state, checkpoint)
+    launch(run.job.seed)
+    check_agreement(outputs.save_dir, state, checkpoint)
+    if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
+        say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
+        refuse_damaged(checkpoint)
+        return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
+    engine = boost(run.job)
+    set_weights(engine)
+    if checkpoint:
+        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
+    loader = build_dataloader(engine, dataset, run, state, plan)
+    evaluation = evaluation_loader(engine, held_out) if held_out else None
+    last, interrupted = train(engine, run, plan, state, loader, evaluation, checkpoint)
+    status = _conclude(outputs.save_dir, last, export, interrupted)
+    shut_down(engine.plugin)
+    return status
+
+
+def _conclude(save_dir: Path, checkpoint: Path, export: Callable[[Path, Path], None], interrupted: bool) -> int:
+    """Make the folder `final` of the last checkpoint, and say how to go on. Collective."""
+    final = save_dir / "final"
+    on_rank_zero(lambda: export(checkpoint, final), f"{final} could not be made of {checkpoint}; make room and resume")
+    say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
+    if interrupted:
+        say(f"interrupted: the same command with -f latest goes on from {checkpoint}")
+    else:
+        say(f'try it: {shlex.join(["python", str(GENERATE), "--model", str(final), "--prompt"])} "Once upon a time"')
+    return INTERRUPTED if interrupted else 0
