@@ -14,7 +14,6 @@ from corpus.manifest import HELD_OUT, TRAIN, is_held_out
 from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from engine import shards
-from engine.layout import resolve_layout
 from engine.shards import MASTER
 from engine.step import forward_backward, optimizer_step
 from model_utils import IGNORE_INDEX, build_model, load_config
@@ -76,24 +75,24 @@ def evaluate_while_training(flags):
     states, results = random_states(load_config("test")), []
     for evaluating in (True, False):
         run = boosted(flags + " -x bf16 --microbatch_size 1")
-        shards.restore(run.plugin, run.model, run.optimizer, lambda name, key: states[name, key], adam_steps=0)
-        layout = resolve_layout(run.args, run.config)
+        shards.restore(run, lambda name, key: states[name, key], adam_steps=0)
+        layout = run.layout
         loader = evaluation_loader(run.plugin, held_out(), layout, run.args)
         batch = next(iter(loader))
         micro_batch = {name: value[: run.args.batch_size] for name, value in batch.items()}
         micro_batches = [micro_batch] * run.args.accumulation_steps
         norms = []
         if evaluating:
-            results.append(evaluate(run.booster, run.model, loader, layout))
+            results.append(evaluate(run, loader, layout))
             unlabelled = [item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} for item in held_out()]
             others = evaluation_loader(run.plugin, unlabelled, layout, run.args)
-            results.append(evaluate(run.booster, run.model, others, layout))
+            results.append(evaluate(run, others, layout))
         for step in range(2):
-            forward_backward(run.booster, run.model, run.optimizer, micro_batches, 500)
-            norms.append(optimizer_step(run.model, run.optimizer)[0])
+            forward_backward(run, micro_batches, 500)
+            norms.append(optimizer_step(run)[0])
             if evaluating and step == 0:
                 told = dist.get_rank() == dist.get_world_size() - 1
-                results.append(evaluate(run.booster, run.model, loader, layout, lambda told=told: told))
+                results.append(evaluate(run, loader, layout, lambda told=told: told))
         results.append(norms)
     return results
 

@@ -3,26 +3,22 @@
 import multiprocessing
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
-from colossalai.booster import Booster
-from colossalai.booster.plugin.plugin_base import Plugin
-from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
-from engine.boost import DTYPES, boost, build_plugin
+from engine.boost import Engine, boost
+from engine.job import Job
 from engine.launch import launch
-from engine.layout import layout_problems, resolve_layout
 from engine.shards import MASTER, MOMENTS
 from launching import free_port
 from model_utils import ParameterSpec, initial_weight, load_config, parameter_specs
 from pretrain import parse_args
+from training.flags import job_of
 
 # Ranks fork from a server that has imported the modules once, which takes longer than most of these tests.
 multiprocessing.set_forkserver_preload(["pretrain"])
@@ -49,27 +45,20 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
     os._exit(0)  # as console.run does, and for the same reason
 
 
-@dataclass
-class Boosted:
-    """The model `test` inside a plugin, its weights not yet set."""
-
-    args: Namespace
-    config: LlamaConfig
-    plugin: Plugin
-    booster: Booster
-    model: ModelWrapper
-    optimizer: OptimizerWrapper
-
-
-def boosted(flags: str, **changes: Any) -> Boosted:
-    """Build what pretrain.py builds from these flags; `changes` are made to the configuration."""
+def job(flags: str, **changes: Any) -> Job:
+    """Return the job of these flags of pretrain.py for the model `test`; `changes` are made to the configuration."""
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
-    config = load_config("test")
+    config = load_config(args.config)
     config.update(changes)
-    config.torch_dtype = DTYPES[args.mixed_precision]
-    assert layout_problems(args, config) == []
-    plugin = build_plugin(args, resolve_layout(args, config), config)
-    return Boosted(args, config, plugin, *boost(args, config, plugin))
+    asked = job_of(args, config)
+    config.torch_dtype = asked.dtype
+    assert asked.problems() == []
+    return asked
+
+
+def boosted(flags: str, **changes: Any) -> Engine:
+    """Build what pretrain.py builds from these flags, its weights not yet set."""
+    return boost(job(flags, **changes))
 
 
 def random_states(config: LlamaConfig) -> dict[tuple[str, str], torch.Tensor]:

@@ -63,9 +63,9 @@ LAYOUTS = [
 def save(run, folder, states):
     """Writes a checkpoint, waits for it and returns its folder."""
     writer = CheckpointWriter(folder, run.config)
-    running_states = {**states, "loss_scaler": loss_scaler_state(run.optimizer)}
+    running_states = {**states, "loss_scaler": loss_scaler_state(run)}
     documents = {"running_states.json": running_states, "lr_scheduler": {"last_epoch": states["step"]}}
-    writer.save(run.plugin, run.model, run.optimizer, documents)
+    writer.save(run, documents)
     writer.wait()
     return writer.latest
 
@@ -74,7 +74,7 @@ def save_random(folder, flags, states=STATES):
     """Saves random state as at step 6 and returns the checkpoint's folder."""
     run = boosted(flags + " -b 2")
     values = random_states(run.config)
-    shards.restore(run.plugin, run.model, run.optimizer, lambda name, key: values[name, key], states["adam_steps"])
+    shards.restore(run, lambda name, key: values[name, key], states["adam_steps"])
     return save(run, folder, states)
 
 
@@ -267,8 +267,8 @@ def save_and_lose(folder, file, change):
     checkpointing.writer.write_model_index = lose_and_write
     writer = CheckpointWriter(folder, run.config, keep=1, latest=earlier)
     states = {**STATES, "step": 7, "loss_scaler": None}
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
-    writer.save(run.plugin, run.model, run.optimizer, {"running_states.json": states, "lr_scheduler": {}})
+    shards.initialize_weights(run)
+    writer.save(run, {"running_states.json": states, "lr_scheduler": {}})
     with pytest.raises(RunError) as caught:
         writer.wait()
     return str(caught.value)
@@ -331,7 +331,7 @@ class TestLoad:
 
 def gather_all(run):
     gathered = {}
-    for shard in shards.local_shards(run.plugin, run.model, run.optimizer):
+    for shard in shards.local_shards(run):
         for key in (MASTER, *MOMENTS):
             if (full := shard.gather(key, writer=0)) is not None:
                 gathered[shard.spec.name, key] = full.detach().clone()
@@ -339,7 +339,7 @@ def gather_all(run):
 
 
 def load_into(run, folder):
-    reader.load_checkpoint(folder, run.plugin, run.model, run.optimizer, run.config)
+    reader.load_checkpoint(folder, run)
 
 
 def load_and_gather(folder, flags):
@@ -350,7 +350,7 @@ def load_and_gather(folder, flags):
 
 def load_weights_alone(folder, flags):
     run = boosted(flags)
-    load_pretrained(check_pretrained(folder, run.config), run.plugin, run.model, run.optimizer)
+    load_pretrained(check_pretrained(folder, run.config), run)
     return gather_all(run)
 
 
@@ -360,7 +360,7 @@ def grad_scaler_of(run):
 
 def save_and_load_loss_scale(folder, flags):
     run = boosted(flags + " -x fp16")
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     scaler = grad_scaler_of(run)
     scaler._scale.fill_(512.0)
     scaler._growth_step, scaler._hysteresis_step = 77, 1

@@ -54,10 +54,10 @@ def loaded(folder, flags):
     changes = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "dtype"}
     changes.pop("torch_dtype")
     run = boosted(flags + " -b 2", **changes)
-    load_pretrained(check(folder, run.config), run.plugin, run.model, run.optimizer)
+    load_pretrained(check(folder, run.config), run)
     return [
         (shard.spec.name, shard.start, shard.stop, shard.split_dim, shard.tp_rank, shard.tensor(MASTER).clone())
-        for shard in local_shards(run.plugin, run.model, run.optimizer)
+        for shard in local_shards(run)
     ]
 
 
@@ -176,7 +176,7 @@ class TestLoading:
 
 def logits_of(folder, changes):
     run = boosted("-p zero2 -x fp32", **changes)
-    load_pretrained(check(folder, run.config), run.plugin, run.model, run.optimizer)
+    load_pretrained(check(folder, run.config), run)
     with torch.no_grad():
         return run.model(input_ids=torch.arange(128)[None]).logits
 

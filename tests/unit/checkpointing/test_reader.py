@@ -22,11 +22,10 @@ from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES, read_running_stat
 from checkpointing.writer import CheckpointWriter
 from engine import shards
 from engine.boost import ADAM_BETAS
-from engine.layout import resolve_layout
 from engine.shards import MASTER, MOMENTS
 from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, plain_name, trained_specs
-from processes import Boosted, boosted, run_ranks
+from processes import Engine, boosted, run_ranks
 
 KEYS = (MASTER, *MOMENTS)
 ZERO, HYBRID = "-p zero2 -b 2", "-p hybrid_parallel -b 2"
@@ -43,7 +42,7 @@ TINY = {
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
-def tiny(flags: str, changes: dict[str, Any]) -> Boosted:
+def tiny(flags: str, changes: dict[str, Any]) -> Engine:
     changes = TINY | changes
     if "lora" in changes:
         changes["lora"] = LoraConfig(**changes["lora"], base_model_name_or_path="tiny")
@@ -67,7 +66,7 @@ def random_states(config) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore_random(run: Boosted, adam_steps: int) -> None:
+def restore_random(run: Engine, adam_steps: int) -> None:
     states = random_states(run.config)
     parts = run.plugin, run.model, run.optimizer
     shards.restore(*parts, lambda name, key: states[f"{name}.{key}"], adam_steps)
@@ -78,25 +77,25 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def train(run: Boosted, steps: int) -> int:
+def train(run: Engine, steps: int) -> int:
     """Takes steps on the same batch, which every data-parallel rank has; returns those that fp16 did not skip."""
     updates = 0
     for _ in range(steps):
-        labels = 2 * 31 * resolve_layout(run.args, run.config).dp
-        forward_backward(run.booster, run.model, run.optimizer, [batch()], labels)
-        _, skipped = optimizer_step(run.model, run.optimizer)
+        labels = 2 * 31 * run.layout.dp
+        forward_backward(run, [batch()], labels)
+        _, skipped = optimizer_step(run)
         updates += not skipped
     return updates
 
 
-def assert_states(run: Boosted, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
+def assert_states(run: Engine, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
     """Compares all that this rank's optimizer holds with full tensors; returns how many of its shares are empty."""
     adam = run.optimizer.optim
     owned = [parameter for group in adam.param_groups for parameter in group["params"]]
     steps = [adam.state[parameter].get("step", 0) for parameter in owned]
     assert steps == [adam_steps] * len(owned)  # on a GPU the last one is everybody's
     empty = 0
-    for shard in shards.local_shards(run.plugin, run.model, run.optimizer):
+    for shard in shards.local_shards(run):
         ranks, number = dist.get_world_size(shard.data_group), dist.get_rank(shard.data_group)
         start, stop = shard.start, shard.stop
         if isinstance(run.optimizer, LowLevelZeroOptimizer):
@@ -182,7 +181,7 @@ def save_cases(folder, drawn):
         writer = CheckpointWriter(folder / str(number), run.config)
         states = {"epoch": 0, "step": 1, "adam_steps": steps + updates, "loss_scaler": None}
         documents = {RUNNING_STATES: states, LR_SCHEDULER: {}}
-        writer.save(run.plugin, run.model, run.optimizer, documents)
+        writer.save(run, documents)
         writer.wait()
         assert_states(run, saved_states(writer.latest), steps + updates)
 
@@ -191,7 +190,7 @@ def load_cases(folder, drawn):
     for number, case in enumerate(drawn):
         checkpoint = folder / str(number) / "epoch0-step1"
         run = tiny(case["flags"][1], case["model"])
-        reader.load_checkpoint(checkpoint, run.plugin, run.model, run.optimizer, run.config)
+        reader.load_checkpoint(checkpoint, run)
         assert_states(run, saved_states(checkpoint), read_running_states(checkpoint)["adam_steps"])
 
 
@@ -230,14 +229,14 @@ def check_next_update(flags, changes):
     before, tolerance = random_states(run.config), 1e-4 if "fp32" in flags else 0.08
     assert_states(run, reference, adam_steps + 1, tolerance)
     # An update is small beside the weights, so it is compared for itself too.
-    for shard in shards.local_shards(run.plugin, run.model, run.optimizer):
+    for shard in shards.local_shards(run):
         name = f"{shard.spec.name}.{MASTER}"
         update, expected = (shard.tensor(MASTER) - shard.read(before[name])), shard.read(reference[name] - before[name])
         assert (update - expected).norm() <= tolerance * expected.norm(), name
     return empty
 
 
-def reference_update(run: Boosted, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
+def reference_update(run: Engine, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
     """The states after one step of plain PyTorch on the whole model in float32."""
     config, args = run.config, run.args
     model: Any = build_model(config, torch.device("cpu"))

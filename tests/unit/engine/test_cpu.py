@@ -119,7 +119,7 @@ class TestChunks:
 def chunk_places():
     """Number of sharded chunks, and of those that hold a part in the place for offloading; each usable and restored."""
     run = boosted("-p gemini")
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     model = run.model
     chunks = {model.chunk_manager.get_chunk(parameter) for parameter in model.unwrap().parameters()}
     for chunk in chunks:

@@ -31,15 +31,15 @@ def trained(flags: str, prepare: str = "") -> list[tuple[float, float, bool]]:
     elif prepare:
         torch.compiler.set_stance("force_eager" if prepare == "whole layers" else "default")
         gemini.compile_layers(run.model)
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     generator = torch.Generator().manual_seed(dist.get_rank())
     steps, micro_batches = [], run.args.accumulation_steps
     for _ in range(3):
         ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(micro_batches)]
         batches = [{"input_ids": micro, "labels": micro} for micro in ids]
         label_tokens = 62 * micro_batches * dist.get_world_size()
-        loss = forward_backward(run.booster, run.model, run.optimizer, batches, label_tokens)
-        steps.append((loss.item(), *optimizer_step(run.model, run.optimizer)))
+        loss = forward_backward(run, batches, label_tokens)
+        steps.append((loss.item(), *optimizer_step(run)))
     return steps
 
 
@@ -66,12 +66,12 @@ def losses_without_training():
     run = boosted("-p gemini -b 2", attention_dropout=0.5)
     torch.compiler.set_stance("force_eager")
     gemini.compile_layers(run.model)
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     found = []
     for training in (True, False):
         run.model.train(training)
-        found.append({forward_loss(run.booster, run.model, {"input_ids": ids, "labels": ids}).item() for _ in range(2)})
+        found.append({forward_loss(run, {"input_ids": ids, "labels": ids}).item() for _ in range(2)})
     return found
 
 
@@ -85,17 +85,17 @@ def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
     """Losses and norms of steps, with passes without gradients around them, and how many chunks were prefetched."""
     gemini.prefetched_chunks = lambda *_: chunks
     run = boosted(f"-p gemini -b 2 --lr 1e-2 {flags}")
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     fetched, add_work = [], run.model.gemini_manager.add_work
     run.model.gemini_manager.add_work = lambda *work: (fetched.append(work), add_work(*work))
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
     batch, losses = {"input_ids": ids, "labels": ids}, []
     batches = [batch] * run.args.accumulation_steps
     for _ in range(4):
-        losses.append(forward_loss(run.booster, run.model, batch).item())
-        losses.append(forward_backward(run.booster, run.model, run.optimizer, batches, 62 * len(batches) * 2).item())
-        losses.append(optimizer_step(run.model, run.optimizer)[0])
-    losses.append(forward_loss(run.booster, run.model, batch).item())
+        losses.append(forward_loss(run, batch).item())
+        losses.append(forward_backward(run, batches, 62 * len(batches) * 2).item())
+        losses.append(optimizer_step(run)[0])
+    losses.append(forward_loss(run, batch).item())
     return losses, len(fetched)
 
 
@@ -126,13 +126,13 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
     torch.compiler.set_stance("force_eager")
     gemini.compile_layers(run.model)
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     micro_batches = run.args.accumulation_steps
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
     for _ in range(3):
         batches = [{"input_ids": ids, "labels": ids}] * micro_batches
-        forward_backward(run.booster, run.model, run.optimizer, batches, 62 * micro_batches * 2)
-        optimizer_step(run.model, run.optimizer)
+        forward_backward(run, batches, 62 * micro_batches * 2)
+        optimizer_step(run)
     return sorted(memory.hazards)
 
 
@@ -154,7 +154,7 @@ def figures_of_operations():
     less so much that no chunk has to move.
     """
     run = boosted("-p gemini -b 2")
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     manager, chunks = run.model.gemini_manager, run.model.chunk_manager
     collector, planned = ChunkMemStatsCollector(chunks), []
     manager._mem_stats_collector = collector
@@ -170,11 +170,11 @@ def figures_of_operations():
     for training in (True, False, False, True):
         planned.append([])
         if training:
-            forward_backward(run.booster, run.model, run.optimizer, [batch], 62)
-            optimizer_step(run.model, run.optimizer)
+            forward_backward(run, [batch], 62)
+            optimizer_step(run)
             collector._step_total = len(planned[0])
         else:
-            forward_loss(run.booster, run.model, batch)
+            forward_loss(run, batch)
     return planned
 
 

@@ -30,16 +30,16 @@ def test_layers_are_spread_evenly(share, expected):
 def passes(flags: str, **changes) -> tuple[float, float, int]:
     """Loss, norm, and how often decoder layers were entered in one step."""
     run = boosted(f"{flags} -b 2", **changes)
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     entered = []
     for layer in run.model.modules():
         if isinstance(layer, LlamaDecoderLayer):
             layer.register_forward_pre_hook(lambda *_: entered.append(1))
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    loss = forward_backward(run.booster, run.model, run.optimizer, [{"input_ids": ids, "labels": ids}], 62)
+    loss = forward_backward(run, [{"input_ids": ids, "labels": ids}], 62)
     total = torch.tensor([loss.item(), len(entered)])
     dist.all_reduce(total)
-    return total[0].item(), optimizer_step(run.model, run.optimizer)[0], int(total[1])
+    return total[0].item(), optimizer_step(run)[0], int(total[1])
 
 
 @pytest.mark.parametrize(

@@ -148,20 +148,20 @@ def set_gather_and_forward(flags, changes):
                 assert full.dtype == torch.float32
                 assert torch.equal(full, states[shard.spec.name, key]), f"{shard.spec.name}.{key}"
     micro_batches = [{"input_ids": tokens(), "labels": tokens()}]
-    loss = forward_backward(run.booster, run.model, run.optimizer, micro_batches, label_tokens=126)
+    loss = forward_backward(run, micro_batches, label_tokens=126)
     return [shard.spec.name for shard in shards], loss.item()
 
 
 def initial_weights(flags):
     run = boosted(flags + " -b 2")
-    initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=5)
-    shards = local_shards(run.plugin, run.model, run.optimizer)
+    initialize_weights(run)
+    shards = local_shards(run)
     fulls = {shard.spec.name: shard.gather(MASTER, writer=0) for shard in shards}
     return {name: full for name, full in fulls.items() if full is not None}
 
 
 def held_ranges(flags):
     run = boosted(flags)
-    shards = local_shards(run.plugin, run.model, run.optimizer)
+    shards = local_shards(run)
     assert not any(shard.replicated for shard in shards)
     return {shard.spec.name: (shard.start, shard.stop) for shard in shards}

@@ -144,14 +144,14 @@ def tokens():
 def prepared(flags, **changes):
     run = boosted(flags + " -b 2", **changes)
     states = random_states(run.config)
-    restore(run.plugin, run.model, run.optimizer, lambda name, key: states[name, key], adam_steps=0)
+    restore(run, lambda name, key: states[name, key], adam_steps=0)
     return run
 
 
 def batches(run, data=None):
     """This rank's share of the two sequences, in micro-batches."""
     data = data or {"input_ids": tokens(), "labels": tokens()}
-    sequences = range(2) if resolve_layout(run.args, run.config).dp == 1 else [dist.get_rank()]
+    sequences = range(2) if run.layout.dp == 1 else [dist.get_rank()]
     size = len(sequences) // run.args.accumulation_steps
     shares = [sequences[start : start + size] for start in range(0, len(sequences), size)]
     return [{name: value[list(share)] for name, value in data.items()} for share in shares]
@@ -164,8 +164,8 @@ def steps(flags, precision):
     norms, skipped, scales = [], [], []
     for label_tokens in (1e-6, 1e-6, LABEL_TOKENS) if scaler else (LABEL_TOKENS,):
         scales.append(scaler.loss_scale if scaler else None)
-        loss = forward_backward(run.booster, run.model, run.optimizer, batches(run), label_tokens)
-        for results, value in zip((norms, skipped), optimizer_step(run.model, run.optimizer), strict=True):
+        loss = forward_backward(run, batches(run), label_tokens)
+        for results, value in zip((norms, skipped), optimizer_step(run), strict=True):
             results.append(value)
     return loss.item(), norms, skipped, scales
 
@@ -175,9 +175,9 @@ def first_moments(flags):
     norms = {}
     for clipping in ("--gradient_clipping 0", "--gradient_clipping 1e9", "--gradient_clipping 0.001"):
         run = prepared(f"{flags} -x bf16 {clipping}")
-        forward_backward(run.booster, run.model, run.optimizer, batches(run), LABEL_TOKENS)
-        optimizer_step(run.model, run.optimizer)
-        shards = local_shards(run.plugin, run.model, run.optimizer)
+        forward_backward(run, batches(run), LABEL_TOKENS)
+        optimizer_step(run)
+        shards = local_shards(run)
         norms[clipping] = torch.cat([shard.tensor("exp_avg").float() for shard in shards]).norm().item()
     return norms
 
@@ -223,8 +223,8 @@ def document_step(flags, kernel):
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS])
     labels = tokens().masked_fill(positions == 0, IGNORE_INDEX)
     data = {"input_ids": tokens(), "labels": labels, "position_ids": positions}
-    loss = forward_backward(run.booster, run.model, run.optimizer, batches(run, data), 128 - 6)
-    return loss.item(), optimizer_step(run.model, run.optimizer)[0]
+    loss = forward_backward(run, batches(run, data), 128 - 6)
+    return loss.item(), optimizer_step(run)[0]
 
 
 class TestLossScaler:

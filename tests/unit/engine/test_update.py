@@ -26,14 +26,14 @@ def stepped(flags: str, ours: bool, small: int = update.SMALL):
     assert update.supports(run.optimizer)
     if not ours:
         update.supports = lambda optimizer: False
-    initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    initialize_weights(run)
     generator = torch.Generator().manual_seed(dist.get_rank() // (run.args.tp or 1))
     ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(2)]
     label_tokens = 2 * 62 * dist.get_world_size() // (run.args.tp or 1)
     micro_batches = [{"input_ids": micro, "labels": micro} for micro in ids]
-    forward_backward(run.booster, run.model, run.optimizer, micro_batches, label_tokens)
-    norm, skipped = optimizer_step(run.model, run.optimizer)
-    shards = local_shards(run.plugin, run.model, run.optimizer)
+    forward_backward(run, micro_batches, label_tokens)
+    norm, skipped = optimizer_step(run)
+    shards = local_shards(run)
     states = [shard.tensor(key).clone() for shard in shards for key in (MASTER, *MOMENTS)]
     weights = [parameter.detach().clone() for parameter in run.model.unwrap().parameters()]
     return norm, skipped, states, weights
@@ -89,11 +89,11 @@ def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
 
 def overflowed():
     run = boosted("-p zero2 -x fp16 -b 2")
-    initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    initialize_weights(run)
     before = [parameter.detach().clone() for parameter in run.model.unwrap().parameters()]
     ids = torch.randint(run.config.vocab_size, (2, 32))
-    forward_backward(run.booster, run.model, run.optimizer, [{"input_ids": ids, "labels": ids}], 1e-4)
-    skipped = optimizer_step(run.model, run.optimizer)[1]
+    forward_backward(run, [{"input_ids": ids, "labels": ids}], 1e-4)
+    skipped = optimizer_step(run)[1]
     after = [parameter.detach() for parameter in run.model.unwrap().parameters()]
     return skipped, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -135,7 +135,7 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
     found = []
     for clipping, moments in zip(clippings, references, strict=True):
         run = boosted(f"{flags} -x fp16 --lr 1e-3 --gradient_clipping {clipping}")
-        initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+        initialize_weights(run)
         scaler = loss_scaler(run.optimizer).grad_scaler
         scaler._growth_step = scaler._growth_interval - 1
         replicas = dist.get_world_size() // ((run.args.tp or 1) * (run.args.pp or 1))
@@ -145,12 +145,12 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
             # The last rank's loss alone is too large for fp16.
             labels = 1e-4 if overflows and dist.get_rank() == dist.get_world_size() - 1 else 4 * 31
             micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine]
-            forward_backward(run.booster, run.model, run.optimizer, micro_batches, labels)
-            norm, skipped = optimizer_step(run.model, run.optimizer)
+            forward_backward(run, micro_batches, labels)
+            norm, skipped = optimizer_step(run)
             assert skipped == overflows
             norms += [] if skipped else [norm]
             scales.append(scaler.scale.item())
-        shards = [shard for shard in local_shards(run.plugin, run.model, run.optimizer) if shard.start < shard.stop]
+        shards = [shard for shard in local_shards(run) if shard.start < shard.stop]
         rights = [shard.read(moments[shard.spec.name]) for shard in shards]
         pairs = [(shard.tensor("exp_avg"), right) for shard, right in zip(shards, rights, strict=True)]
         found.append((norms, scales, max(((own - right).norm() / right.norm()).item() for own, right in pairs)))

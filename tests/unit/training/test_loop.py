@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from corpus.order import GlobalOrder
 from data_utils import PackedDataset
-from engine.layout import Layout, resolve_layout
+from engine.layout import Layout
 from pretrain import parse_args
 from processes import boosted, run_ranks
 from training.batches import build_dataloader, check_same_batch, next_batches
@@ -129,7 +129,7 @@ class NumberedSequences(list):
 def loader_of(flags):
     run = boosted(flags + " -b 2 -s 0 --num_workers 0 -e 2")
     dataset = NumberedSequences({"input_ids": torch.tensor([number])} for number in range(50))
-    layout = resolve_layout(run.args, run.config)
+    layout = run.layout
     state = TrainState(step=5, sequences=20)
     plan = Plan(layout, 2 * layout.dp, 64.0, total_steps=5 + 16 // layout.dp, total_sequences=100)
     return build_dataloader(run.plugin, dataset, run.args, state, plan)
