@@ -99,7 +99,9 @@ def _variable_length_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention inside the documents of `attention_mask`, int32 [B, 1, 1, N + 1], by torch's flash kernel.
+    """Return causal attention inside documents, by torch's flash kernel.
+
+    `attention_mask` is int32 [B, 1, 1, N + 1], from `document_boundaries`.
 
     Query, key and value are [B, H, S, D], key and value perhaps with fewer heads; the output is [B, S, H, D]. Documents
     that pad a sequence's number to N are empty. Looking up the longest would wait for the GPU, so S is the bound; it

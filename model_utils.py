@@ -448,5 +448,5 @@ def restore_rotary_precision(model: nn.Module, device: torch.device) -> None:
     """
     for module in model.modules():
         if hasattr(module, "inv_freq"):
-            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, device)  # type:
-            ignore[operator] module.original_inv_freq = module.inv_freq
+            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, device)  # type: ignore[operator]
+            module.original_inv_freq = module.inv_freq
