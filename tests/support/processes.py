@@ -48,6 +48,7 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
 def job(flags: str, **changes: Any) -> Job:
     """Return the job of these flags of pretrain.py for the model `test`; `changes` are made to the configuration."""
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
+    args.extra_dp = 1  # as in benchmark.py, whose gemini takes --tp
     config = load_config(args.config)
     config.update(changes)
     asked = job_of(args, config)

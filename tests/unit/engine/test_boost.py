@@ -13,6 +13,7 @@ from colossalai.nn.optimizer import HybridAdam
 
 from engine import cpu
 from engine.boost import ADAM_BETAS, build_optimizer
+from engine.job import Optimization
 from engine.launch import gpu, launch, launch_problems
 from launching import ROOT
 from processes import run_ranks
@@ -186,7 +187,7 @@ def adam_updates():
 
     options = dict(lr=0.1, betas=ADAM_BETAS, weight_decay=0.1)
     return (
-        updated(lambda module: build_optimizer(module, lr=0.1, weight_decay=0.1), scaled=False),
+        updated(lambda module: build_optimizer(module, Optimization(lr=0.1, weight_decay=0.1)), scaled=False),
         updated(lambda module: HybridAdam(module.parameters(), adamw_mode=True, **options), scaled=False),
         updated(lambda module: torch.optim.AdamW(module.parameters(), **options), scaled=True),
     )
