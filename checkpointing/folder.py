@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from engine.step import loss_scaler
 from model_utils import load_config, trained_specs
 from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, rank, say, size_text

@@ -6,7 +6,6 @@ size, V for the vocabulary, P for the parameters on a GPU (split by tensor and p
 over which ZeRO shards. The formulas count what torch keeps in the code that runs; tests compare them with it.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,6 +1,7 @@
 """Layouts and their problems, as tables."""
 
 import re
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,7 @@ from pretrain import parse_args
 from training.flags import job_of
 
 HYBRID = "-p hybrid_parallel"
+hybrid = partial(Layout, "hybrid_parallel")
 
 
 def layout_of(ranks, flags, monkeypatch, model="7b", **changes):
@@ -55,14 +57,16 @@ class TestLayout:
 
     def test_interleaved(self, monkeypatch):
         interleaved = f"{HYBRID} --pp_style interleaved"
-        assert layout_of(8, interleaved, monkeypatch) == Layout("hybrid_parallel", 4, 2, 1, 1, 0, chunks=2)
+        assert layout_of(8, interleaved, monkeypatch) == hybrid(4, 2, 1, 1, 0, chunks=2)
         assert layout_of(16, f"{interleaved} --pp 4 --model_chunks 8 -b 4", monkeypatch).chunks == 8
 
     def test_default_divides_the_model(self, monkeypatch):
-        assert layout_of(8, f"{HYBRID} -l 64", monkeypatch, "test") == Layout("hybrid_parallel", 2, 2, 1, 2, 1)  # two key-value heads
-        assert layout_of(8, HYBRID, monkeypatch, num_hidden_layers=31) == Layout("hybrid_parallel", 4, 1, 1, 2, 1)
-        assert layout_of(8, HYBRID, monkeypatch, tie_word_embeddings=True) == Layout("hybrid_parallel", 4, 1, 1, 2, 1)
-        assert layout_of(8, HYBRID, monkeypatch, vocab_size=32002) == Layout("hybrid_parallel", 2, 2, 1, 2, 1)
+        assert layout_of(8, f"{HYBRID} -l 64", monkeypatch, "test") == Layout(
+            "hybrid_parallel", 2, 2, 1, 2, 1
+        )  # two key-value heads
+        assert layout_of(8, HYBRID, monkeypatch, num_hidden_layers=31) == hybrid(4, 1, 1, 2, 1)
+        assert layout_of(8, HYBRID, monkeypatch, tie_word_embeddings=True) == hybrid(4, 1, 1, 2, 1)
+        assert layout_of(8, HYBRID, monkeypatch, vocab_size=32002) == hybrid(2, 2, 1, 2, 1)
 
     @pytest.mark.parametrize(
         ("ranks", "flags", "problem"),
