@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up training, written in the foreground and behind the training, side by side.
+"""Measures how long a checkpoint holds up training, written in the foreground and in the background.
 
     python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o stall
 

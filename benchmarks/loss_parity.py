@@ -30,10 +30,10 @@ from training.flags import job_of
 
 
 def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.ndarray:
-    """Loss of each step of a run.
+    """Return the loss of each step of a run.
 
     Raises:
-        InputError: the step's sequences do not go into its micro-batches.
+        InputError: the step's sequences are not divisible by its micro-batches.
         RunError: the run failed.
     """
     gpus, plugin, *flags = layout.split()

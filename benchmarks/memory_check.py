@@ -1,4 +1,4 @@
-"""What dry runs predict of memory beside what one GPU measures, for a model of 7B's width with few layers.
+"""Compares the memory that dry runs predict with what one GPU measures, for a model of 7B's width with few layers.
 
     python benchmarks/memory_check.py    # zero2 and gemini, with and without -g, on this machine's GPU
     python benchmarks/memory_check.py --plugins hybrid_parallel fsdp --layers 8 --batch_size 1

@@ -137,7 +137,7 @@ def layer_parameters(config: LlamaConfig) -> int:
 
 @functools.cache
 def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
-    """Return the sizes of Gemini's chunks for parameters of these sizes, as ColossalAI searches and fills them in order.
+    """Return the sizes of Gemini's chunks for parameters of these sizes, as ColossalAI finds and fills them in order.
 
     It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
     (search_chunk_configuration); one that is larger than a chunk has one by itself (ChunkManager.register_tensor).

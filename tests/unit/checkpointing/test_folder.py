@@ -1,4 +1,4 @@
-"""Which folders are taken for checkpoints, found, and removed."""
+"""Checkpoint folders: recognised as complete, found, and removed."""
 
 import json
 from pathlib import Path
