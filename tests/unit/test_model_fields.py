@@ -392,7 +392,7 @@ def initial_deviation(folder: str) -> float:
 def test_frequencies_of_the_longest_sequence_are_refused_for_documents(tmp_path, document_mask, length, problem):
     fields = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}
     asked = job(f"-c {write_config(tmp_path, fields)} -p zero2 -l {length}")
-    refused = pytest.raises(InputError, match="--max_length: 32 is above 16, from where on rope_scaling longrope")
+    refused = pytest.raises(InputError, match="--max_length: 32 is above 16, beyond which rope_scaling longrope")
     with refused if problem else contextlib.nullcontext():
         check_job(asked, DryRun(), given=frozenset(), mixed_lengths=document_mask)
 
