@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ class TestLaunch:
     def test_leaves_colossalai_as_it_is_where_there_is_a_gpu(self, monkeypatch):
         installed, launched = [], []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Namespace(uuid=f"GPU-{index}"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
         monkeypatch.setattr(cpu, "install", lambda: installed.append(True))
         monkeypatch.setattr(
             "engine.launch.colossalai_launch", lambda *place, **options: launched.append((place, options))
