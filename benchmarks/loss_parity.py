@@ -41,7 +41,9 @@ def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.n
     args = pretrain.parse_args([*flags, "--dry_run", "--gpus", gpus])
     parts = job_of(args, load_config(args.config)).layout.dp * args.accumulation_steps
     if sequences % parts:
-        raise InputError(f"--sequences: {sequences} is not divisible by the {parts} micro-batches of a step of '{layout}'")
+        raise InputError(
+            f"--sequences: {sequences} is not divisible by the {parts} micro-batches of a step of '{layout}'"
+        )
     flags += ["-b", str(sequences // parts), "-o", str(folder / "checkpoint"), "-t", str(folder / "logs")]
     done = launched("pretrain.py", int(gpus), flags)
     if done.returncode:
