@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up training, written in the foreground and behind the training, side by side.
+"""Measures how long a checkpoint holds up training, written in the foreground and in the background.
 
     python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o stall
 
@@ -26,15 +26,14 @@ from colossalai.accelerator import get_accelerator
 
 from attn import select_attention
 from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES
-from checkpointing.writer import CheckpointWriter
-from engine import shards
-from engine.boost import DTYPES, boost, build_plugin
+from checkpointing.writer import CheckpointWriter, Retention
+from engine.boost import boost
 from engine.launch import launch, shut_down
-from engine.layout import resolve_layout
+from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import count_parameters, load_config
 from runtime.console import say
-from training.flags import ArgumentParser, add_plugin_args, add_training_args
+from training.flags import ArgumentParser, add_plugin_args, add_training_args, job_of
 
 
 def main() -> int:
@@ -46,13 +45,12 @@ def main() -> int:
     add_training_args(parser)
     args = parser.parse_args()
     config = load_config(args.config)
-    layout = resolve_layout(args, config)
-    config.torch_dtype = DTYPES[args.mixed_precision]
-    say(select_attention(config, args.flash_attention, layout.sp > 1))
+    job = job_of(args, config)
+    config.torch_dtype = job.dtype
+    say(select_attention(config, args.flash_attention, job.layout.sp > 1))
     launch(args.seed)
-    plugin = build_plugin(args, layout, config)
-    booster, model, optimizer = boost(args, config, plugin)
-    shards.initialize_weights(plugin, model, optimizer, config, args.seed)
+    engine = boost(job)
+    initialize_weights(engine)
     accelerator = get_accelerator()
 
     def train_step() -> float:
@@ -60,24 +58,25 @@ def main() -> int:
         started = time.perf_counter()
         ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length))
         batch = {"input_ids": ids, "labels": ids}
-        label_tokens = layout.dp * args.batch_size * (args.max_length - 1)
-        forward_backward(booster, model, optimizer, [batch], label_tokens)
-        optimizer_step(model, optimizer)
+        label_tokens = job.layout.dp * args.batch_size * (args.max_length - 1)
+        forward_backward(engine, [batch], label_tokens)
+        optimizer_step(engine)
         accelerator.synchronize()
         dist.barrier()
         return time.perf_counter() - started
 
     def save(writer: CheckpointWriter, number: int) -> None:
         states = {"epoch": 0, "step": number, "adam_steps": 1, "loss_scaler": None}
-        writer.save(plugin, model, optimizer, {RUNNING_STATES: states, LR_SCHEDULER: {}})
+        writer.save(engine, {RUNNING_STATES: states, LR_SCHEDULER: {}})
 
     for _ in range(3):
         train_step()
     accelerator.reset_peak_memory_stats()
     quiet = [train_step() for _ in range(args.steps)]
     peak_before = accelerator.max_memory_allocated()
-    foreground = CheckpointWriter(args.save_dir, config, keep=1, background=False)
-    background = CheckpointWriter(args.save_dir, config, keep=1)
+    keep_one = Retention(keep_checkpoints=1)
+    foreground = CheckpointWriter(args.save_dir, config, keep_one, background=False)
+    background = CheckpointWriter(args.save_dir, config, keep_one)
     rows = {"waited for": [], "in the background": []}
     during, number = [], 0
     gigabytes = count_parameters(config) * (config.torch_dtype.itemsize + 12) / 1e9
@@ -109,7 +108,7 @@ def main() -> int:
         f"{statistics.median(during or [float('nan')]) * 1000:.0f} ms; "
         f"peak device memory {peak_before / 1e9:.3f} GB before, {peak_after / 1e9:.3f} GB with saves"
     )
-    shut_down(plugin)
+    shut_down(engine.plugin)
     if console.rank() == 0:
         shutil.rmtree(args.save_dir)
     return 0

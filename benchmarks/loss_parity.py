@@ -24,24 +24,26 @@ import numpy as np
 from several_gpus import launched
 
 import pretrain
-from engine.layout import resolve_layout
 from model_utils import load_config
 from runtime.console import InputError, RunError
+from training.flags import job_of
 
 
 def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.ndarray:
-    """Loss of each step of a run.
+    """Return the loss of each step of a run.
 
     Raises:
-        InputError: the step's sequences do not go into its micro-batches.
+        InputError: the step's sequences are not divisible by its micro-batches.
         RunError: the run failed.
     """
     gpus, plugin, *flags = layout.split()
     flags = [*common, "-p", plugin, *flags]
     args = pretrain.parse_args([*flags, "--dry_run", "--gpus", gpus])
-    parts = resolve_layout(args, load_config(args.config)).dp * args.accumulation_steps
+    parts = job_of(args, load_config(args.config)).layout.dp * args.accumulation_steps
     if sequences % parts:
-        raise InputError(f"--sequences: {sequences} do not go into {parts} micro-batches of a step of '{layout}'")
+        raise InputError(
+            f"--sequences: {sequences} is not divisible by the {parts} micro-batches of a step of '{layout}'"
+        )
     flags += ["-b", str(sequences // parts), "-o", str(folder / "checkpoint"), "-t", str(folder / "logs")]
     done = launched("pretrain.py", int(gpus), flags)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What dry runs predict of memory beside what one GPU measures, for a model of 7B's width with few layers.
+"""Compares the memory that dry runs predict with what one GPU measures, for a model of 7B's width with few layers.
 
     python benchmarks/memory_check.py    # zero2 and gemini, with and without -g, on this machine's GPU
     python benchmarks/memory_check.py --plugins hybrid_parallel fsdp --layers 8 --batch_size 1
@@ -24,9 +24,9 @@ import torch
 
 import benchmark
 from attn import select_attention
-from engine.layout import resolve_layout
 from model_utils import load_config
 from planning.memory import estimate_memory
+from training.flags import job_of
 
 
 def main() -> int:
@@ -52,9 +52,8 @@ def main() -> int:
         for plugin in options.plugins:
             for recompute in ([], ["-g"]):
                 flags = ["-c", folder, "-p", plugin, "-b", str(options.batch_size), "-a", *recompute]
-                args = benchmark.parse_args(flags)
-                select_attention(config, args.flash_attention)
-                peak = estimate_memory(args, config, resolve_layout(args, config)).peak
+                select_attention(config, flash_attention=True)
+                peak = estimate_memory(job_of(benchmark.parse_args(flags), config)).peak
                 result = Path(folder, "result.json")
                 subprocess.run(
                     [sys.executable, ROOT / "benchmark.py", *flags, "--json", result],

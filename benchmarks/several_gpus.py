@@ -3,8 +3,8 @@
     python benchmarks/several_gpus.py --gpus 1 2 4 8
     python benchmarks/several_gpus.py "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8" --gpus 2
 
-Each layout is a plugin and flags of benchmark.py; what follows `--` are flags of it for all of them. `share` is
-tokens/s a GPU beside the same layout's on the fewest.
+Each layout is a plugin and flags of benchmark.py; flags after `--` go to all of them. `efficiency` is tokens/s a GPU
+relative to the same layout's on the fewest GPUs.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from model_utils import load_config
 
 
 def launched(program: str, gpus: int, flags: list[str]) -> subprocess.CompletedProcess:
-    """A run of one of the programs on that many GPUs, ended; its output and errors are in `stdout`."""
+    """Run one of the programs on that many GPUs to its end; its output and errors are in `stdout`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
     command = [sys.executable, *launcher, str(ROOT / program), *flags]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def measure(gpus: int, flags: list[str], folder: Path) -> dict | str:
-    """What benchmark.py writes to --json, or the last line of what it said instead."""
+    """Return what benchmark.py writes to --json, or else the last line that it printed."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     done = launched("benchmark.py", gpus, [*flags, "--json", str(result)])
@@ -55,7 +55,7 @@ def main() -> None:
         own, further = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
 
-    print("| GPUs | layout | tokens/s | a GPU | share | MFU | median step, ms | peak GPU memory, GB |")
+    print("| GPUs | layout | tokens/s | a GPU | efficiency | MFU | median step, ms | peak GPU memory, GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -71,11 +71,11 @@ def main() -> None:
                     print(f"| {gpus} | {layout} | {result} | | | | | |", flush=True)
                     continue
                 tokens = result["tokens_per_second"]
-                share = tokens / gpus / first.setdefault(layout, tokens / gpus)
+                efficiency = tokens / gpus / first.setdefault(layout, tokens / gpus)
                 mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
                 step, peak = result["step_seconds_median"] * 1000, result["peak_device_memory_bytes"] / 1e9
                 print(
-                    f"| {gpus} | {layout} | {tokens:,.0f} | {tokens / gpus:,.0f} | {share:.1%} | {mfu} "
+                    f"| {gpus} | {layout} | {tokens:,.0f} | {tokens / gpus:,.0f} | {efficiency:.1%} | {mfu} "
                     f"| {step:.0f} | {peak:.1f} |",
                     flush=True,
                 )

@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from colossalai.interface import OptimizerWrapper
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from engine.step import loss_scaler
 from model_utils import load_config, trained_specs
 from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, rank, say, size_text
@@ -164,19 +162,6 @@ def write_adapter(folder: Path, config: LlamaConfig) -> None:
     write_model_index(folder, config)
     for name in (MODEL_INDEX, *files.values()):
         (folder / name).unlink()
-
-
-def loss_scaler_state(optimizer: OptimizerWrapper) -> dict | None:
-    """Dynamic loss scale and its counters under fp16, else None."""
-    scaler = loss_scaler(optimizer)
-    if scaler is None:
-        return None
-    grad_scaler = scaler.grad_scaler
-    return {
-        "scale": grad_scaler.scale.item(),
-        "growth_step": grad_scaler._growth_step,
-        "hysteresis_step": grad_scaler._hysteresis_step,
-    }
 
 
 def _manifest(folder: Path) -> dict[str, dict] | None:

@@ -4,9 +4,9 @@ Gemini keeps parameters in chunks, and gathers and releases them from hooks that
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
@@ -132,6 +133,28 @@ def chunk_parameters(job: Job) -> int:
 def layer_parameters(config: LlamaConfig) -> int:
     """Return the number of parameters of one decoder layer."""
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
+
+
+@functools.cache
+def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
+    """Return the sizes of Gemini's chunks for parameters of these sizes, as ColossalAI finds and fills them in order.
+
+    It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
+    (search_chunk_configuration); one that is larger than a chunk has one by itself (ChunkManager.register_tensor).
+    """
+    mean = sum(sizes) / len(sizes)
+    bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
+    packed = [size for size in sizes if size <= bound]
+    start = math.ceil(max(least, *packed) / hidden) * hidden
+    candidates = range(start, start + least // 8 + 1, hidden)
+    best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
+    chunks, left = [], 0
+    for size in sizes:
+        if size > left:
+            left = max(best, size)
+            chunks.append(left)
+        left -= size
+    return chunks
 
 
 def prefetched_chunks(job: Job) -> int:
@@ -300,7 +323,7 @@ def compile_layers(model: ModelWrapper) -> None:
         return checkpointed(functional_call, empty, *inputs) if checkpointed else functional_call(empty, *inputs)
 
     for layer in layers:
-        layer.forward = _hooked_once(layer, empty, partial(compute, take_checkpoint_function(layer)))
+        layer.forward = _hooked_once(layer, empty, functools.partial(compute, take_checkpoint_function(layer)))
 
 
 class _Plain(torch.autograd.Function):

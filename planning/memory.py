@@ -6,12 +6,9 @@ size, V for the vocabulary, P for the parameters on a GPU (split by tensor and p
 over which ZeRO shards. The formulas count what torch keeps in the code that runs; tests compare them with it.
 """
 
-import functools
-import math
 from dataclasses import dataclass, replace
 
 import torch
-from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from transformers import LlamaConfig
 
 from attn import EAGER
@@ -89,28 +86,6 @@ def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[Paramet
     return specs
 
 
-@functools.cache
-def _gemini_chunks(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
-    """Sizes of Gemini's chunks for parameters of these sizes, in order, as ColossalAI searches and fills them.
-
-    It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
-    (search_chunk_configuration); one that is larger than a chunk has one by itself (ChunkManager.register_tensor).
-    """
-    mean = sum(sizes) / len(sizes)
-    bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
-    packed = [size for size in sizes if size <= bound]
-    start = math.ceil(max(least, *packed) / hidden) * hidden
-    candidates = range(start, start + least // 8 + 1, hidden)
-    best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
-    chunks, left = [], 0
-    for size in sizes:
-        if size > left:
-            left = max(best, size)
-            chunks.append(left)
-        left -= size
-    return chunks
-
-
 def _state(job: Job, specs: list[ParameterSpec]) -> _State:
     """What the plugin keeps of these parameters."""
     width, layout = job.dtype.itemsize, job.layout
@@ -142,7 +117,7 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
     parameters = sum(sizes)
     chunks = [parameters]
     if not gemini.keeps_whole(job):
-        chunks = _gemini_chunks(tuple(sizes), gemini.chunk_parameters(job), job.config.hidden_size)
+        chunks = gemini.chunk_sizes(tuple(sizes), gemini.chunk_parameters(job), job.config.hidden_size)
     room, chunk = sum(chunks), max(chunks)
     whole = 1 - job.placement.shard_param_frac
     ahead = gemini.prefetched_chunks(job) * chunk

@@ -76,8 +76,8 @@ def main() -> int:
     if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
         config.lora = LoraConfig.from_pretrained(args.checkpoint / "model")
         base, weights = find_base(args, config)
-        documents = generation_config(base, tokenizer, "--base_model")
-        make = partial(export_merged, config=config, weights=weights, documents=documents)
+        json_files = generation_config(base, tokenizer, "--base_model")
+        make = partial(export_merged, config=config, weights=weights, json_files=json_files)
     elif args.base_model:
         raise InputError(f"--base_model: {args.checkpoint} holds no adapters that it would go with; leave the flag out")
     try:

@@ -42,12 +42,13 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
     launch(seed=0)
     torch.save(function(*arguments), Path(folder, str(rank)))
     torch.distributed.barrier()
-    os._exit(0)  # as console.run does, and for the same reason
+    os._exit(0)  # as process.run does, and for the same reason
 
 
 def job(flags: str, **changes: Any) -> Job:
     """Return the job of these flags of pretrain.py for the model `test`; `changes` are made to the configuration."""
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
+    args.extra_dp = 1  # as in benchmark.py, whose gemini takes --tp
     config = load_config(args.config)
     config.update(changes)
     asked = job_of(args, config)

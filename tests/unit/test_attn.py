@@ -20,11 +20,9 @@ from attn import (
     select_attention,
 )
 from engine import shards
-from engine.boost import boost, build_plugin
-from engine.layout import resolve_layout
+from engine.boost import boost
 from model_utils import build_model, initial_weight, load_config, parameter_specs, restore_rotary_precision
-from pretrain import parse_args
-from processes import run_ranks
+from processes import job, run_ranks
 
 CPU = torch.device("cpu")
 VOCAB = 1024
@@ -260,14 +258,11 @@ class TestSequenceParallel:
 
 def sequence_parallel_pass(kv_heads):
     """Logits [B, S, V] and gradients of the sum of their squares, each summed over the ranks' positions."""
-    config = load_config("test")
-    config.num_key_value_heads = kv_heads
-    args = parse_args(["-p", "hybrid_parallel", "--tp", "1", "--pp", "1", "--sp", "2", "-x", "fp32", "-l", "64"])
-    select_attention(config, flash_attention=False, sequence_parallel=True)
-    plugin = build_plugin(args, resolve_layout(args, config), config)
-    _, model, optimizer = boost(args, config, plugin)
-    weights = weights_of(config)
-    shards.restore(plugin, model, optimizer, lambda name, key: weights[name], adam_steps=0)
+    asked = job("-p hybrid_parallel --tp 1 --pp 1 --sp 2 -x fp32", num_key_value_heads=kv_heads)
+    select_attention(asked.config, flash_attention=False, sequence_parallel=True)
+    engine = boost(asked)
+    model, weights = engine.model, weights_of(engine.config)
+    shards.restore(engine, lambda name, key: weights[name], adam_steps=0)
 
     def all_positions(logits):
         parts = [torch.empty_like(logits) for _ in range(2)]
@@ -277,6 +272,6 @@ def sequence_parallel_pass(kv_heads):
     assert_causal(lambda tokens: all_positions(model(input_ids=tokens).logits))
     logits = model(input_ids=random_tokens(2, 64)).logits
     assert logits.shape == (2, 32, VOCAB)
-    optimizer.backward(logits.square().sum() * 2)  # the plugin averages over the two ranks
+    engine.optimizer.backward(logits.square().sum() * 2)  # the plugin averages over the two ranks
     gradients = {name: parameter.grad for name, parameter in model.unwrap().named_parameters()}
     return all_positions(logits), gradients

@@ -19,8 +19,14 @@ from corpus import units
 from corpus.encoder import TextEncoder
 from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset, mark_documents
+from engine.layout import Layout
 from model_utils import IGNORE_INDEX
-from training.batches import next_batches
+from training.batches import Batches, StepBatch
+
+
+def first_batch(loader: DataLoader) -> StepBatch:
+    """Return what a run of one rank reads first."""
+    return Batches(loader, accumulation_steps=1, layout=Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2))._fetch()
 
 
 class TestPacking:
@@ -96,13 +102,13 @@ class TestPacking:
         prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
         loader = DataLoader(PackedDataset(prepared, 16), batch_size=2, num_workers=num_workers)
         prepared.rename(tmp_path / "moved")
-        _, gone = next_batches(iter(loader), 1)
+        gone = first_batch(loader)
         prepared.mkdir()
         (prepared / "tokens-00000.bin").write_bytes(b"\0\0")
-        _, cut = next_batches(iter(loader), 1)
-        for reason in (gone, cut):
-            assert reason.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
-            assert "\n" not in reason
+        cut = first_batch(loader)
+        for batch in (gone, cut):
+            assert batch.error.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
+            assert "\n" not in batch.error
 
     def test_loader_process_ends_with_its_rank_whatever_it_is_doing(self):
         code = """
@@ -135,10 +141,10 @@ class TestPacking:
         shard = prepared / dataset.shards[0]["file"]
         with open(shard, "r+b") as file:
             file.write(b"\xff\xff")
-        batches, reason = next_batches(iter(DataLoader(dataset, batch_size=2, num_workers=num_workers)), 1)
-        assert batches == []
-        assert reason.startswith(f"--dataset: {shard} is damaged: it holds the token 65535 of a vocabulary of")
-        assert "\n" not in reason
+        batch = first_batch(DataLoader(dataset, batch_size=2, num_workers=num_workers))
+        assert batch.micro_batches == []
+        assert batch.error.startswith(f"--dataset: {shard} is damaged: it holds the token 65535 of a vocabulary of")
+        assert "\n" not in batch.error
 
 
 class TestMarkDocuments:

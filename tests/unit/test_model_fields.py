@@ -1,5 +1,6 @@
 """Every field of LlamaConfig, in every layout: trained as plain transformers computes it in float32, or refused."""
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -17,13 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from attn import select_attention
 from checkpointing.folder import write_model_index
 from engine import shards
-from engine.boost import DTYPES, boost, build_plugin
-from engine.layout import layout_problems, resolve_layout
+from engine.boost import boost
 from engine.step import forward_backward, forward_loss, optimizer_step
 from model_utils import IGNORE_INDEX, NEUTRAL, load_config, parameter_specs
+from planning.cards import DryRun
 from pretrain import parse_args
-from processes import run_ranks
+from processes import boosted, job, run_ranks
 from runtime.console import InputError
+from training.checks import check_job
+from training.flags import job_of
 
 BASE = {
     "model_type": "llama",
@@ -251,32 +254,31 @@ def trained(folders: list[str], flags: list[str]) -> list:
 
 def trained_one(folder: str, flags: str) -> tuple[float, float, float] | str:
     args = parse_args(["-c", folder, "-l", str(LENGTH), "--gradient_clipping", "0", *flags.split()])
-    config = load_config(folder)
-    if problems := layout_problems(args, config):
+    asked = job_of(args, load_config(folder))
+    if problems := asked.problems():
         return problems[0]
-    config.torch_dtype = DTYPES[args.mixed_precision]
-    layout = resolve_layout(args, config)
-    select_attention(config, args.flash_attention, layout.sp > 1, args.document_mask)
-    plugin = build_plugin(args, layout, config)
-    booster, model, optimizer = boost(args, config, plugin)
+    config, layout, size = asked.config, asked.layout, asked.batch.batch_size
+    config.torch_dtype = asked.dtype
+    select_attention(config, asked.compute.flash_attention, layout.sp > 1, args.document_mask)
+    engine = boost(asked)
     shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
     restore = lambda name, key: weight_of(name, shapes[name])  # noqa: E731
-    shards.restore(plugin, model, optimizer, restore, adam_steps=0)
+    shards.restore(engine, restore, adam_steps=0)
     whole = batch()
     if not args.document_mask:
         del whole["position_ids"]
-    share = dist.get_rank() if layout.dp > 1 else 0
-    mine = {name: value.chunk(layout.dp)[share] for name, value in whole.items()}
+    number = dist.get_rank() if layout.dp > 1 else 0
+    mine = {name: value.chunk(layout.dp)[number] for name, value in whole.items()}
     micro_batches = [
-        {name: value[start : start + args.batch_size] for name, value in mine.items()}
-        for start in range(0, SEQUENCES // layout.dp, args.batch_size)
+        {name: value[start : start + size] for name, value in mine.items()}
+        for start in range(0, SEQUENCES // layout.dp, size)
     ]
     counted = int((whole["labels"][:, 1:] != IGNORE_INDEX).sum())
-    losses = [forward_backward(booster, model, optimizer, micro_batches, counted)]
-    norm = optimizer_step(model, optimizer)[0]
-    shards.restore(plugin, model, optimizer, restore, adam_steps=0)
-    model.eval()
-    losses.append(sum(forward_loss(booster, model, micro) for micro in micro_batches))
+    losses = [forward_backward(engine, micro_batches, counted)]
+    norm = optimizer_step(engine)[0]
+    shards.restore(engine, restore, adam_steps=0)
+    engine.model.eval()
+    losses.append(sum(forward_loss(engine, micro) for micro in micro_batches))
     for loss in losses:
         dist.all_reduce(loss)
     training, evaluation = (loss.item() / layout.tp / counted for loss in losses)
@@ -379,27 +381,20 @@ def test_initializer_range(tmp_path):
 
 
 def initial_deviation(folder: str) -> float:
-    args = parse_args(["-c", folder, "-p", "zero2", "-x", "fp32"])
-    config = load_config(folder)
-    plugin = build_plugin(args, resolve_layout(args, config), config)
-    _, model, optimizer = boost(args, config, plugin)
-    shards.initialize_weights(plugin, model, optimizer, config, 0)
-    return model.unwrap().lm_head.weight.std().item()
+    engine = boosted(f"-c {folder} -p zero2 -x fp32")
+    shards.initialize_weights(engine)
+    return engine.model.unwrap().lm_head.weight.std().item()
 
 
 @pytest.mark.parametrize(
     ("document_mask", "length", "problem"), [(True, 32, True), (True, 16, False), (False, 32, False)]
 )
 def test_frequencies_of_the_longest_sequence_are_refused_for_documents(tmp_path, document_mask, length, problem):
-    from training.checks import validate_args
-
     fields = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}
-    folder = str(write_config(tmp_path, fields))
-    args = parse_args(["-c", folder, "-p", "zero2", "-l", str(length), *["--document_mask"] * document_mask])
-    if not problem:
-        return validate_args(args, load_config(folder))
-    with pytest.raises(InputError, match="--max_length: 32 is above 16, beyond which rope_scaling longrope"):
-        validate_args(args, load_config(folder))
+    asked = job(f"-c {write_config(tmp_path, fields)} -p zero2 -l {length}")
+    refused = pytest.raises(InputError, match="--max_length: 32 is above 16, beyond which rope_scaling longrope")
+    with refused if problem else contextlib.nullcontext():
+        check_job(asked, DryRun(), given=frozenset(), mixed_lengths=document_mask)
 
 
 JSON = st.one_of(

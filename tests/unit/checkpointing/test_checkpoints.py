@@ -9,7 +9,6 @@ import shutil
 import socket
 import tempfile
 import time
-from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import checkpointing.folder
 import checkpointing.writer
-from checkpointing import reader
 from checkpointing.export import export_model
 from checkpointing.folder import (
     MODEL_KEYS,
@@ -33,21 +31,21 @@ from checkpointing.folder import (
     claim_save_dir,
     find_checkpoint,
     is_complete,
-    loss_scaler_state,
 )
 from checkpointing.pretrained import check_pretrained, load_pretrained
-from checkpointing.writer import CheckpointWriter, host_memory, staging_bytes
+from checkpointing.reader import load_checkpoint
+from checkpointing.writer import CheckpointWriter, Retention, host_memory, staging_bytes
 from checkpoints import make_checkpoint
 from corpora import error_of
 from engine import shards
 from engine.shards import MASTER, MOMENTS
-from engine.step import loss_scaler
+from engine.step import loss_scaler, loss_scaler_state
 from model_utils import load_config, parameter_specs
 from processes import boosted, random_states, run_ranks
 from runtime.collectives import on_rank_zero
 from runtime.console import InputError, RunError
 from runtime.files import checksum
-from training import plan
+from training.plan import TrainState, check_agreement
 
 NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
 STATES = {"epoch": 0, "step": 6, "adam_steps": 5, "tokens": 96, "settings": {"schedule_steps": 20, "seed": 3}}
@@ -60,22 +58,21 @@ LAYOUTS = [
 ]
 
 
-def save(run, folder, states):
+def save(engine, folder, states):
     """Writes a checkpoint, waits for it and returns its folder."""
-    writer = CheckpointWriter(folder, run.config)
-    running_states = {**states, "loss_scaler": loss_scaler_state(run)}
-    documents = {"running_states.json": running_states, "lr_scheduler": {"last_epoch": states["step"]}}
-    writer.save(run, documents)
+    writer = CheckpointWriter(folder, engine.config, Retention())
+    running_states = {**states, "loss_scaler": loss_scaler_state(engine)}
+    writer.save(engine, {"running_states.json": running_states, "lr_scheduler": {"last_epoch": states["step"]}})
     writer.wait()
     return writer.latest
 
 
 def save_random(folder, flags, states=STATES):
     """Saves random state as at step 6 and returns the checkpoint's folder."""
-    run = boosted(flags + " -b 2")
-    values = random_states(run.config)
-    shards.restore(run, lambda name, key: values[name, key], states["adam_steps"])
-    return save(run, folder, states)
+    engine = boosted(flags + " -b 2")
+    values = random_states(engine.config)
+    shards.restore(engine, lambda name, key: values[name, key], states["adam_steps"])
+    return save(engine, folder, states)
 
 
 def save_short_of_memory(folder, flags):
@@ -256,7 +253,7 @@ def save_twice_and_fail(folder, flags, failing, size):
 
 def save_and_lose(folder, file, change):
     """Keeps one checkpoint, and changes a file of the second when all ranks have written theirs."""
-    run, earlier = boosted("-p zero2 -b 2"), save_random(folder, "-p zero2")
+    engine, earlier = boosted("-p zero2 -b 2"), save_random(folder, "-p zero2")
     write_model_index = checkpointing.writer.write_model_index
 
     def lose_and_write(model, config):
@@ -265,10 +262,10 @@ def save_and_lose(folder, file, change):
         write_model_index(model, config)
 
     checkpointing.writer.write_model_index = lose_and_write
-    writer = CheckpointWriter(folder, run.config, keep=1, latest=earlier)
+    writer = CheckpointWriter(folder, engine.config, Retention(keep_checkpoints=1), latest=earlier)
     states = {**STATES, "step": 7, "loss_scaler": None}
-    shards.initialize_weights(run)
-    writer.save(run, {"running_states.json": states, "lr_scheduler": {}})
+    shards.initialize_weights(engine)
+    writer.save(engine, {"running_states.json": states, "lr_scheduler": {}})
     with pytest.raises(RunError) as caught:
         writer.wait()
     return str(caught.value)
@@ -329,52 +326,48 @@ class TestLoad:
         assert run_ranks(1, load_in_fp16, saved) == [2.0**16]
 
 
-def gather_all(run):
+def gather_all(engine):
     gathered = {}
-    for shard in shards.local_shards(run):
+    for shard in shards.local_shards(engine):
         for key in (MASTER, *MOMENTS):
             if (full := shard.gather(key, writer=0)) is not None:
                 gathered[shard.spec.name, key] = full.detach().clone()
     return gathered
 
 
-def load_into(run, folder):
-    reader.load_checkpoint(folder, run)
-
-
 def load_and_gather(folder, flags):
-    run = boosted(flags + " -b 2")
-    load_into(run, folder)
-    return gather_all(run)
+    engine = boosted(flags + " -b 2")
+    load_checkpoint(folder, engine)
+    return gather_all(engine)
 
 
 def load_weights_alone(folder, flags):
-    run = boosted(flags)
-    load_pretrained(check_pretrained(folder, run.config), run)
-    return gather_all(run)
+    engine = boosted(flags)
+    load_pretrained(check_pretrained(folder, engine.config), engine)
+    return gather_all(engine)
 
 
-def grad_scaler_of(run):
-    return loss_scaler(run.optimizer).grad_scaler
+def grad_scaler_of(engine):
+    return loss_scaler(engine.optimizer).grad_scaler
 
 
 def save_and_load_loss_scale(folder, flags):
-    run = boosted(flags + " -x fp16")
-    shards.initialize_weights(run)
-    scaler = grad_scaler_of(run)
+    engine = boosted(flags + " -x fp16")
+    shards.initialize_weights(engine)
+    scaler = grad_scaler_of(engine)
     scaler._scale.fill_(512.0)
     scaler._growth_step, scaler._hysteresis_step = 77, 1
-    saved = save(run, folder, {"epoch": 0, "step": 3, "adam_steps": 0})
+    saved = save(engine, folder, {"epoch": 0, "step": 3, "adam_steps": 0})
     other = boosted(flags + " -x fp16")
-    load_into(other, saved)
+    load_checkpoint(saved, other)
     scaler = grad_scaler_of(other)
     return scaler.scale.item(), scaler._growth_step, scaler._hysteresis_step
 
 
 def load_in_fp16(folder):
-    run = boosted("-p zero2 -x fp16")
-    load_into(run, folder)
-    return loss_scaler(run.optimizer).loss_scale
+    engine = boosted("-p zero2 -x fp16")
+    load_checkpoint(folder, engine)
+    return loss_scaler(engine.optimizer).loss_scale
 
 
 class TestCheckModel:
@@ -531,7 +524,7 @@ def objection_to_folders(folders):
 def objection_to_findings(folder):
     checkpoint = None if dist.get_rank() else Path("epoch0-step1")
     with pytest.raises(InputError) as caught:
-        plan.check_agreement(Namespace(save_dir=folder), plan.TrainState(), checkpoint)
+        check_agreement(folder, TrainState(), checkpoint)
     return str(caught.value)
 
 

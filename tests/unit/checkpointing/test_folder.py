@@ -1,4 +1,4 @@
-"""Which folders are taken for checkpoints, found, and removed."""
+"""Checkpoint folders: recognised as complete, found, and removed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from checkpointing import writer
 from checkpointing.folder import damaged_files, file_names, find_checkpoint, is_complete, required_files
-from checkpointing.writer import remove_old_checkpoints
+from checkpointing.writer import Retention, remove_old_checkpoints
 from checkpoints import make_checkpoint, write_manifest
 from corpora import error_of
 from model_utils import load_config, trained_specs
@@ -127,7 +127,7 @@ def test_removal_leaves_the_last_checkpoint_that_is_whole(tmp_path, damage):
     for step in (1, 2, 3):
         make_checkpoint(tmp_path / f"epoch0-step{step}")
     damage(tmp_path / "epoch0-step3" / "manifest.json")
-    remove_old_checkpoints(tmp_path, keep=1, keep_every=None)
+    remove_old_checkpoints(tmp_path, Retention(keep_checkpoints=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch0-step2", "epoch0-step3"]
     assert is_complete(tmp_path / "epoch0-step2")
 
@@ -136,6 +136,6 @@ def test_removal_that_is_cut_off_leaves_nothing_under_a_checkpoints_name(tmp_pat
     for step in (1, 2, 3):
         make_checkpoint(tmp_path / f"epoch0-step{step}")
     monkeypatch.setattr(writer.shutil, "rmtree", lambda *arguments, **options: None)
-    remove_old_checkpoints(tmp_path, keep=1, keep_every=2)
+    remove_old_checkpoints(tmp_path, Retention(keep_checkpoints=1, keep_every=2))
     visible = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".")
     assert visible == ["epoch0-step2", "epoch0-step3"]

@@ -53,11 +53,11 @@ def loaded(folder, flags):
     """This rank's master weights, by name: full where the rank has all of a parameter, else its range of it."""
     changes = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "dtype"}
     changes.pop("torch_dtype")
-    run = boosted(flags + " -b 2", **changes)
-    load_pretrained(check(folder, run.config), run)
+    engine = boosted(flags + " -b 2", **changes)
+    load_pretrained(check(folder, engine.config), engine)
     return [
         (shard.spec.name, shard.start, shard.stop, shard.split_dim, shard.tp_rank, shard.tensor(MASTER).clone())
-        for shard in local_shards(run)
+        for shard in local_shards(engine)
     ]
 
 
@@ -175,10 +175,10 @@ class TestLoading:
 
 
 def logits_of(folder, changes):
-    run = boosted("-p zero2 -x fp32", **changes)
-    load_pretrained(check(folder, run.config), run)
+    engine = boosted("-p zero2 -x fp32", **changes)
+    load_pretrained(check(folder, engine.config), engine)
     with torch.no_grad():
-        return run.model(input_ids=torch.arange(128)[None]).logits
+        return engine.model(input_ids=torch.arange(128)[None]).logits
 
 
 class TestRefused:

@@ -1,4 +1,4 @@
-"""Optimizer states that are restored, compared whole on every rank: padding and empty shares too, and the next update.
+"""Optimizer states that are restored, compared whole on every rank: padding and empty parts too, and the next update.
 
 The models are so small that many a rank has no element of many a parameter.
 """
@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from checkpointing import reader
 from checkpointing.adapters import MODULES
 from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES, read_running_states
-from checkpointing.writer import CheckpointWriter
+from checkpointing.reader import load_checkpoint
+from checkpointing.writer import CheckpointWriter, Retention
 from engine import shards
-from engine.boost import ADAM_BETAS
+from engine.boost import ADAM_BETAS, Engine
 from engine.shards import MASTER, MOMENTS
 from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, plain_name, trained_specs
-from processes import Engine, boosted, run_ranks
+from processes import boosted, run_ranks
 
 KEYS = (MASTER, *MOMENTS)
 ZERO, HYBRID = "-p zero2 -b 2", "-p hybrid_parallel -b 2"
@@ -46,10 +46,10 @@ def tiny(flags: str, changes: dict[str, Any]) -> Engine:
     changes = TINY | changes
     if "lora" in changes:
         changes["lora"] = LoraConfig(**changes["lora"], base_model_name_or_path="tiny")
-    run = boosted(f"{flags} --lr 1e-2", **changes)
-    for number, parameter in enumerate(shards.frozen_parameters(run.model).values()):
+    engine = boosted(f"{flags} --lr 1e-2", **changes)
+    for number, parameter in enumerate(shards.frozen_parameters(engine.model).values()):
         parameter.data.copy_(random(number, parameter.shape))
-    return run
+    return engine
 
 
 def random(seed: int, shape: torch.Size) -> torch.Tensor:
@@ -66,10 +66,9 @@ def random_states(config) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore_random(run: Engine, adam_steps: int) -> None:
-    states = random_states(run.config)
-    parts = run.plugin, run.model, run.optimizer
-    shards.restore(*parts, lambda name, key: states[f"{name}.{key}"], adam_steps)
+def restore_random(engine: Engine, adam_steps: int) -> None:
+    states = random_states(engine.config)
+    shards.restore(engine, lambda name, key: states[f"{name}.{key}"], adam_steps)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -77,28 +76,27 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def train(run: Engine, steps: int) -> int:
+def train(engine: Engine, steps: int) -> int:
     """Takes steps on the same batch, which every data-parallel rank has; returns those that fp16 did not skip."""
     updates = 0
     for _ in range(steps):
-        labels = 2 * 31 * run.layout.dp
-        forward_backward(run, [batch()], labels)
-        _, skipped = optimizer_step(run)
+        forward_backward(engine, [batch()], label_tokens=2 * 31 * engine.layout.dp)
+        _, skipped = optimizer_step(engine)
         updates += not skipped
     return updates
 
 
-def assert_states(run: Engine, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
-    """Compares all that this rank's optimizer holds with full tensors; returns how many of its shares are empty."""
-    adam = run.optimizer.optim
+def assert_states(engine: Engine, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
+    """Compares all that this rank's optimizer holds with full tensors; returns how many of its parts are empty."""
+    adam = engine.optimizer.optim
     owned = [parameter for group in adam.param_groups for parameter in group["params"]]
     steps = [adam.state[parameter].get("step", 0) for parameter in owned]
     assert steps == [adam_steps] * len(owned)  # on a GPU the last one is everybody's
     empty = 0
-    for shard in shards.local_shards(run):
+    for shard in shards.local_shards(engine):
         ranks, number = dist.get_world_size(shard.data_group), dist.get_rank(shard.data_group)
         start, stop = shard.start, shard.stop
-        if isinstance(run.optimizer, LowLevelZeroOptimizer):
+        if isinstance(engine.optimizer, LowLevelZeroOptimizer):
             size = -(-shard.tp_shape.numel() // ranks)
             assert (start, stop) == tuple(min(place * size, shard.tp_shape.numel()) for place in (number, number + 1))
         empty += start == stop
@@ -174,24 +172,23 @@ def test_any_layout_goes_on_from_any_other(tmp_path_factory, data):
 
 def save_cases(folder, drawn):
     for number, case in enumerate(drawn):
-        run, steps = tiny(case["flags"][0], case["model"]), case["adam_steps"]
-        restore_random(run, steps)
-        assert_states(run, random_states(run.config), steps)
-        updates = train(run, case["trained"])
-        writer = CheckpointWriter(folder / str(number), run.config)
+        engine, steps = tiny(case["flags"][0], case["model"]), case["adam_steps"]
+        restore_random(engine, steps)
+        assert_states(engine, random_states(engine.config), steps)
+        updates = train(engine, case["trained"])
+        writer = CheckpointWriter(folder / str(number), engine.config, Retention())
         states = {"epoch": 0, "step": 1, "adam_steps": steps + updates, "loss_scaler": None}
-        documents = {RUNNING_STATES: states, LR_SCHEDULER: {}}
-        writer.save(run, documents)
+        writer.save(engine, {RUNNING_STATES: states, LR_SCHEDULER: {}})
         writer.wait()
-        assert_states(run, saved_states(writer.latest), steps + updates)
+        assert_states(engine, saved_states(writer.latest), steps + updates)
 
 
 def load_cases(folder, drawn):
     for number, case in enumerate(drawn):
         checkpoint = folder / str(number) / "epoch0-step1"
-        run = tiny(case["flags"][1], case["model"])
-        reader.load_checkpoint(checkpoint, run)
-        assert_states(run, saved_states(checkpoint), read_running_states(checkpoint)["adam_steps"])
+        engine = tiny(case["flags"][1], case["model"])
+        load_checkpoint(checkpoint, engine)
+        assert_states(engine, saved_states(checkpoint), read_running_states(checkpoint)["adam_steps"])
 
 
 def saved_states(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -221,24 +218,24 @@ def test_an_update_after_a_resume_is_adamw_at_that_step(ranks, flags, changes):
 
 
 def check_next_update(flags, changes):
-    run, adam_steps = tiny(flags, changes), 7
-    restore_random(run, adam_steps)
-    empty = assert_states(run, random_states(run.config), adam_steps)
-    train(run, 1)
-    reference = reference_update(run, random_states(run.config), adam_steps)
-    before, tolerance = random_states(run.config), 1e-4 if "fp32" in flags else 0.08
-    assert_states(run, reference, adam_steps + 1, tolerance)
+    engine, adam_steps = tiny(flags, changes), 7
+    restore_random(engine, adam_steps)
+    empty = assert_states(engine, random_states(engine.config), adam_steps)
+    train(engine, 1)
+    reference = reference_update(engine, random_states(engine.config), adam_steps)
+    before, tolerance = random_states(engine.config), 1e-4 if "fp32" in flags else 0.08
+    assert_states(engine, reference, adam_steps + 1, tolerance)
     # An update is small beside the weights, so it is compared for itself too.
-    for shard in shards.local_shards(run):
+    for shard in shards.local_shards(engine):
         name = f"{shard.spec.name}.{MASTER}"
         update, expected = (shard.tensor(MASTER) - shard.read(before[name])), shard.read(reference[name] - before[name])
         assert (update - expected).norm() <= tolerance * expected.norm(), name
     return empty
 
 
-def reference_update(run: Engine, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
+def reference_update(engine: Engine, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
     """The states after one step of plain PyTorch on the whole model in float32."""
-    config, args = run.config, run.args
+    config, optimization = engine.config, engine.job.optimization
     model: Any = build_model(config, torch.device("cpu"))
     if getattr(config, "lora", None):
         model = get_peft_model(model, config.lora)
@@ -246,14 +243,14 @@ def reference_update(run: Engine, states: dict[str, torch.Tensor], adam_steps: i
     for number, parameter in enumerate(frozen):
         parameter.data.copy_(random(number, parameter.shape))
     trained = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
-    adam = torch.optim.AdamW(trained.values(), args.lr, ADAM_BETAS, eps=1e-8, weight_decay=args.weight_decay)
+    adam = torch.optim.AdamW(trained.values(), optimization.lr, ADAM_BETAS, weight_decay=optimization.weight_decay)
     for name, parameter in trained.items():
         parameter.data.copy_(states[f"{name}.{MASTER}"])
         adam.state[parameter] = {key: states[f"{name}.{key}"].clone() for key in MOMENTS}
         adam.state[parameter]["step"] = torch.tensor(float(adam_steps))
     logits = model(batch()["input_ids"]).logits[:, :-1].flatten(0, 1)
     F.cross_entropy(logits, batch()["labels"][:, 1:].flatten()).backward()
-    torch.nn.utils.clip_grad_norm_(trained.values(), args.gradient_clipping)
+    torch.nn.utils.clip_grad_norm_(trained.values(), optimization.gradient_clipping)
     adam.step()
     return {
         f"{name}.{key}": (parameter if key == MASTER else adam.state[parameter][key]).detach()

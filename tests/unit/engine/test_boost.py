@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from colossalai.nn.optimizer import HybridAdam
 
 from engine import cpu
 from engine.boost import ADAM_BETAS, build_optimizer
+from engine.job import Optimization
 from engine.launch import gpu, launch, launch_problems
 from launching import ROOT
 from processes import run_ranks
@@ -96,7 +97,7 @@ class TestLaunch:
     def test_leaves_colossalai_as_it_is_where_there_is_a_gpu(self, monkeypatch):
         installed, launched = [], []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Namespace(uuid=f"GPU-{index}"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
         monkeypatch.setattr(cpu, "install", lambda: installed.append(True))
         monkeypatch.setattr(
             "engine.launch.colossalai_launch", lambda *place, **options: launched.append((place, options))
@@ -186,7 +187,7 @@ def adam_updates():
 
     options = dict(lr=0.1, betas=ADAM_BETAS, weight_decay=0.1)
     return (
-        updated(lambda module: build_optimizer(module, lr=0.1, weight_decay=0.1), scaled=False),
+        updated(lambda module: build_optimizer(module, Optimization(lr=0.1, weight_decay=0.1)), scaled=False),
         updated(lambda module: HybridAdam(module.parameters(), adamw_mode=True, **options), scaled=False),
         updated(lambda module: torch.optim.AdamW(module.parameters(), **options), scaled=True),
     )

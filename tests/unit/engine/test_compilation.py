@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 from attn import TORCH_FUSED
 from engine import compilation
 from engine.compilation import Fusion, fuse, summed_cross_entropy
-from engine.recomputation import recompute, recomputed, recomputed_but_attention
+from engine.recomputation import checkpoint_layers, recomputed, recomputed_but_attention
 from model_utils import IGNORE_INDEX, build_model, load_config
 
 
@@ -80,8 +80,8 @@ def test_precision_is_kept_on_geminis_tensors(stance):
     assert compilation._rms_norm(LlamaRMSNorm(64).bfloat16(), hidden).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fused_how", [Fusion.PIECES, Fusion.LAYERS])
-def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
+@pytest.mark.parametrize("fusion", [Fusion.PIECES, Fusion.LAYERS])
+def test_lengths_that_differ_compile_twice_at_most(fusion, monkeypatch):
     """For the first length alone, and at the second for all that follow: fine-tuning pads each batch to its longest."""
     monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
     config = load_config("test")
@@ -89,7 +89,7 @@ def test_lengths_that_differ_compile_twice_at_most(fused_how, monkeypatch):
     model = build_model(config, torch.device("cpu"))
     torch._dynamo.reset()
     counters.clear()
-    fuse(model, fused_how)
+    fuse(model, fusion)
     compiled = []
     for number in range(30):
         ids = torch.zeros(2, 8 * (7 * number % 30 + 1), dtype=torch.int64)
@@ -104,7 +104,7 @@ PRODUCT = torch.ops.aten.mm.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def operations(monkeypatch, how, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
+def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
     """Matrix products and attentions of each graph that is compiled of four recomputed layers; gradients."""
     found: dict[str, list[tuple[int, int]]] = {"forward": [], "backward": []}
 
@@ -122,7 +122,7 @@ def operations(monkeypatch, how, compiled: bool) -> tuple[dict[str, list[tuple[i
     model = build_model(config, torch.device("cpu"), torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    recompute(model.train(), {0, 1, 2, 3}, how)
+    checkpoint_layers(model.train(), {0, 1, 2, 3}, function)
     backend = aot_autograd(
         fw_compiler=counted("forward"),
         bw_compiler=counted("backward"),
@@ -131,14 +131,14 @@ def operations(monkeypatch, how, compiled: bool) -> tuple[dict[str, list[tuple[i
     if compiled:
         torch.compiler.set_stance("default")
         monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
-        compilation.compile_each_layer(model)
+        compilation.compile_layers(model)
     model(torch.arange(64).view(2, 32)).logits.square().mean().backward()
     return found, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize(("how", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
-def test_a_recomputed_layer_leaves_out_its_last_product_and_what_is_kept(monkeypatch, how, attentions):
-    found, gradients = operations(monkeypatch, how, compiled=True)
+@pytest.mark.parametrize(("function", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
+def test_a_recomputed_layer_leaves_out_its_last_product_and_what_is_kept(monkeypatch, function, attentions):
+    found, gradients = operations(monkeypatch, function, compiled=True)
     assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
     for ours, theirs in zip(gradients, operations(monkeypatch, recomputed, compiled=False)[1], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,12 @@ from colossalai.zero.gemini.memory_tracer import ChunkMemStatsCollector
 from colossalai.zero.gemini.placement_policy import AutoPlacementPolicy
 
 import stream_order
-from engine import boost, gemini, shards
-from engine.boost import build_plugin
-from engine.layout import resolve_layout
+from engine import gemini, shards
+from engine.job import Placement
+from engine.layout import Parallelism
 from engine.step import forward_backward, forward_loss, optimizer_step
 from model_utils import count_parameters, load_config
-from pretrain import parse_args
-from processes import boosted, run_ranks
+from processes import boosted, job, run_ranks
 
 OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
 
@@ -33,7 +33,7 @@ def trained(flags: str, prepare: str = "") -> list[tuple[float, float, bool]]:
         gemini.compile_layers(run.model)
     shards.initialize_weights(run)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    steps, micro_batches = [], run.args.accumulation_steps
+    steps, micro_batches = [], run.job.batch.accumulation_steps
     for _ in range(3):
         ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(micro_batches)]
         batches = [{"input_ids": micro, "labels": micro} for micro in ids]
@@ -90,7 +90,7 @@ def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
     run.model.gemini_manager.add_work = lambda *work: (fetched.append(work), add_work(*work))
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
     batch, losses = {"input_ids": ids, "labels": ids}, []
-    batches = [batch] * run.args.accumulation_steps
+    batches = [batch] * run.job.batch.accumulation_steps
     for _ in range(4):
         losses.append(forward_loss(run, batch).item())
         losses.append(forward_backward(run, batches, 62 * len(batches) * 2).item())
@@ -113,12 +113,12 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
     memory = stream_order.watch()
 
-    class Plugin(boost.GeminiPlugin):
+    class Plugin(gemini.GeminiPlugin):
         def __init__(self, **options):
             super().__init__(**options | {"enable_async_reduce": True})
             self.gemini_config["pin_memory"] = False
 
-    boost.GeminiPlugin = Plugin
+    gemini.GeminiPlugin = Plugin
     if not prefetch:
         gemini.prefetched_chunks = lambda *_: 0
     if not apart:
@@ -127,7 +127,7 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     torch.compiler.set_stance("force_eager")
     gemini.compile_layers(run.model)
     shards.initialize_weights(run)
-    micro_batches = run.args.accumulation_steps
+    micro_batches = run.job.batch.accumulation_steps
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
     for _ in range(3):
         batches = [{"input_ids": ids, "labels": ids}] * micro_batches
@@ -242,12 +242,11 @@ class TestChunks:
         assert run_ranks(4, chunk_options, flags) == [(pytest.approx(millions, rel=1e-3), flags[-1] != "o")] * 4
 
     def test_what_is_offloaded_is_not_kept_whole(self):
-        args = parse_args(["-p", "gemini"])
-        assert gemini.keeps_whole(args, data_parallel=1)
-        assert not gemini.keeps_whole(args, data_parallel=2)
-        args.offload_optim_frac = 0.5
-        assert not gemini.keeps_whole(args, data_parallel=1)
-        assert not gemini.keeps_whole(parse_args(["-p", "gemini_auto"]), data_parallel=1)
+        whole = job("-p gemini")
+        assert gemini.keeps_whole(whole)
+        assert not gemini.keeps_whole(replace(whole, parallelism=Parallelism("gemini", gpus=2)))
+        assert not gemini.keeps_whole(replace(whole, placement=Placement(offload_optim_frac=0.5)))
+        assert not gemini.keeps_whole(job("-p gemini_auto"))
 
 
 def chunk_sizes():
@@ -258,6 +257,5 @@ def chunk_sizes():
 
 def chunk_options(flags: str) -> tuple[float, int]:
     """Parameters of a chunk of 7B, in millions, and how many chunks are gathered ahead."""
-    args, config = parse_args(flags.split()), load_config("7b")
-    options = build_plugin(args, resolve_layout(args, config), config).gemini_config
+    options = gemini.build(job(f"-c 7b {flags}")).gemini_config
     return options["min_chunk_size_m"] * 2**20 / 1e6, options["max_prefetch"]

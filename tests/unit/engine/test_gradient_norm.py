@@ -9,13 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine import shards
-from engine.boost import DTYPES, boost, build_plugin
-from engine.layout import layout_problems, resolve_layout
 from engine.shards import MASTER
 from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, load_config
-from pretrain import parse_args
-from processes import random_states, run_ranks
+from processes import boosted, random_states, run_ranks
 
 HYBRID = "-p hybrid_parallel"
 LAYOUTS = [
@@ -72,17 +69,11 @@ def test_each_element_counts_once(expected, ranks, flags):
 
 def norm_of_a_step(flags):
     tied, flags = "-tied" in flags, flags.replace("-tied", "")
-    args, config = parse_args(["-c", "test", "-l", "64", "-x", "bf16", "-b", "4", *flags.split()]), model_config(tied)
-    args.extra_dp = 1  # as in benchmark.py, whose gemini takes --tp
-    config.torch_dtype = DTYPES[args.mixed_precision]
-    assert layout_problems(args, config) == []
-    layout = resolve_layout(args, config)
-    plugin = build_plugin(args, layout, config)
-    booster, model, optimizer = boost(args, config, plugin)
-    values = weights(config)
-    shards.restore(plugin, model, optimizer, lambda name, key: values[name], adam_steps=0)
-    group = getattr(plugin, "zero_group" if "gemini" in flags else "dp_group", None)
-    share = dist.get_rank(group) if layout.dp > 1 else 0
-    batches = tokens().chunk(layout.dp)[share].chunk(args.accumulation_steps)
-    forward_backward(booster, model, optimizer, [{"input_ids": ids, "labels": ids} for ids in batches], LABELS)
-    return optimizer_step(model, optimizer)[0]
+    engine = boosted(f"-b 4 {flags}", tie_word_embeddings=tied)
+    values = weights(engine.config)
+    shards.restore(engine, lambda name, key: values[name], adam_steps=0)
+    group = getattr(engine.plugin, "zero_group" if "gemini" in flags else "dp_group", None)
+    number = dist.get_rank(group) if engine.layout.dp > 1 else 0
+    batches = tokens().chunk(engine.layout.dp)[number].chunk(engine.job.batch.accumulation_steps)
+    forward_backward(engine, [{"input_ids": ids, "labels": ids} for ids in batches], LABELS)
+    return optimizer_step(engine)[0]

@@ -1,23 +1,25 @@
 """Layouts and their problems, as tables."""
 
 import re
+from functools import partial
 
 import pytest
 
-from engine.layout import Layout, layout_problems, resolve_layout
+from engine.layout import Layout
 from model_utils import load_config
 from pretrain import parse_args
+from training.flags import job_of
 
 HYBRID = "-p hybrid_parallel"
+hybrid = partial(Layout, "hybrid_parallel")
 
 
 def layout_of(ranks, flags, monkeypatch, model="7b", **changes):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     config = load_config(model)
     config.update(changes)
-    args = parse_args(flags.split())
-    problems = layout_problems(args, config)
-    return problems or resolve_layout(args, config)
+    asked = job_of(parse_args(flags.split()), config)
+    return asked.problems() or asked.layout
 
 
 class TestLayout:
@@ -50,19 +52,21 @@ class TestLayout:
         ],
     )
     def test_defaults_and_flags(self, monkeypatch, ranks, flags, tp, pp, sp, dp, zero_stage):
-        assert layout_of(ranks, flags, monkeypatch) == Layout(tp, pp, sp, dp, zero_stage)
+        assert layout_of(ranks, flags, monkeypatch) == Layout(flags.split()[1], tp, pp, sp, dp, zero_stage)
         assert ranks == tp * pp * sp * dp
 
     def test_interleaved(self, monkeypatch):
         interleaved = f"{HYBRID} --pp_style interleaved"
-        assert layout_of(8, interleaved, monkeypatch) == Layout(4, 2, 1, 1, 0, chunks=2)
+        assert layout_of(8, interleaved, monkeypatch) == hybrid(4, 2, 1, 1, 0, chunks=2)
         assert layout_of(16, f"{interleaved} --pp 4 --model_chunks 8 -b 4", monkeypatch).chunks == 8
 
     def test_default_divides_the_model(self, monkeypatch):
-        assert layout_of(8, f"{HYBRID} -l 64", monkeypatch, "test") == Layout(2, 2, 1, 2, 1)  # two key-value heads
-        assert layout_of(8, HYBRID, monkeypatch, num_hidden_layers=31) == Layout(4, 1, 1, 2, 1)
-        assert layout_of(8, HYBRID, monkeypatch, tie_word_embeddings=True) == Layout(4, 1, 1, 2, 1)
-        assert layout_of(8, HYBRID, monkeypatch, vocab_size=32002) == Layout(2, 2, 1, 2, 1)
+        assert layout_of(8, f"{HYBRID} -l 64", monkeypatch, "test") == Layout(
+            "hybrid_parallel", 2, 2, 1, 2, 1
+        )  # two key-value heads
+        assert layout_of(8, HYBRID, monkeypatch, num_hidden_layers=31) == hybrid(4, 1, 1, 2, 1)
+        assert layout_of(8, HYBRID, monkeypatch, tie_word_embeddings=True) == hybrid(4, 1, 1, 2, 1)
+        assert layout_of(8, HYBRID, monkeypatch, vocab_size=32002) == hybrid(2, 2, 1, 2, 1)
 
     @pytest.mark.parametrize(
         ("ranks", "flags", "problem"),
@@ -70,10 +74,10 @@ class TestLayout:
             (8, "-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
             (8, "-p gemini --sp 2", "--sp: takes effect with -p hybrid_parallel alone, not with -p gemini"),
             (1, "-p gemini -x fp32", "--mixed_precision: gemini trains in fp16 or bf16 alone; fp32 goes with -p zero2"),
-            (8, f"{HYBRID} --tp 0", "--tp: 0 is not a positive number"),
-            (8, f"{HYBRID} --pp -2", "--pp: -2 is not a positive number"),
-            (8, f"{HYBRID} --sp 0", "--sp: 0 is not a positive number"),
-            (8, f"{HYBRID} --microbatch_size 0", "--microbatch_size: 0 is not a positive number"),
+            (8, f"{HYBRID} --tp 0", "--tp: must be at least 1, not 0"),
+            (8, f"{HYBRID} --pp -2", "--pp: must be at least 1, not -2"),
+            (8, f"{HYBRID} --sp 0", "--sp: must be at least 1, not 0"),
+            (8, f"{HYBRID} --microbatch_size 0", "--microbatch_size: must be at least 1, not 0"),
             (8, f"{HYBRID} --tp 3", "--tp/--pp/--sp: 3 x 1 x 1 = 3 does not divide the 8 ranks that were launched"),
             (8, f"{HYBRID} --tp 4 --pp 4", "4 x 4 x 1 = 16 does not divide the 8 ranks that were launched"),
             (12, f"{HYBRID} --tp 12", "--tp/--sp: 12 does not divide the model's 32 heads and 32 key-value heads"),

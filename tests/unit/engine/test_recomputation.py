@@ -1,4 +1,6 @@
-"""Which layers are computed twice, that the result does not depend on it, and how many `auto` chooses."""
+"""Activation checkpointing: the layers it recomputes, its unchanged results, and the fraction that `auto` chooses."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,38 +10,37 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from attn import TORCH_FUSED, select_attention
 from engine import shards
-from engine.layout import resolve_layout
-from engine.recomputation import recomputed_layers
+from engine.job import Job, recomputed_layers
 from engine.step import forward_backward, optimizer_step
-from model_utils import load_config
-from planning.memory import CONTEXT_BYTES, USABLE_SHARE, estimate_memory, settle_recomputation
+from planning.cards import DryRun
+from planning.memory import CONTEXT_BYTES, USABLE_FRACTION, estimate_memory, settle_recomputation
 from pretrain import parse_args
-from processes import boosted, run_ranks
+from processes import boosted, job, run_ranks
 from runtime.console import InputError
-from training.checks import validate_args
+from training.checks import check_job
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
+    ("fraction", "expected"),
     [(0, []), (0.25, [3]), (0.5, [1, 3]), (0.75, [1, 2, 3]), (0.9, [0, 1, 2, 3]), (1, [0, 1, 2, 3])],
 )
-def test_layers_are_spread_evenly(share, expected):
-    assert recomputed_layers(load_config("test"), share) == set(expected)
+def test_layers_are_spread_evenly(fraction, expected):
+    assert recomputed_layers(4, fraction) == set(expected)
 
 
 def passes(flags: str, **changes) -> tuple[float, float, int]:
     """Loss, norm, and how often decoder layers were entered in one step."""
-    run = boosted(f"{flags} -b 2", **changes)
-    shards.initialize_weights(run)
+    engine = boosted(f"{flags} -b 2", **changes)
+    shards.initialize_weights(engine)
     entered = []
-    for layer in run.model.modules():
+    for layer in engine.model.modules():
         if isinstance(layer, LlamaDecoderLayer):
             layer.register_forward_pre_hook(lambda *_: entered.append(1))
-    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    loss = forward_backward(run, [{"input_ids": ids, "labels": ids}], 62)
+    ids = torch.randint(engine.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    loss = forward_backward(engine, [{"input_ids": ids, "labels": ids}], 62)
     total = torch.tensor([loss.item(), len(entered)])
     dist.all_reduce(total)
-    return total[0].item(), optimizer_step(run)[0], int(total[1])
+    return total[0].item(), optimizer_step(engine)[0], int(total[1])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,9 @@ def passes(flags: str, **changes) -> tuple[float, float, int]:
 )
 def test_changes_the_work_and_not_the_result(ranks, flags):
     whole = run_ranks(ranks, passes, flags)[0]
-    for share in (0.5, 1):
-        assert run_ranks(ranks, passes, f"{flags} --recompute {share}")[0] == (*whole[:2], (1 + share) * whole[2])
+    for fraction in (0.5, 1):
+        found = run_ranks(ranks, passes, f"{flags} --recompute {fraction}")[0]
+        assert found == (*whole[:2], (1 + fraction) * whole[2])
 
 
 class Attentions(TorchDispatchMode):
@@ -87,36 +89,36 @@ def test_attention_that_is_kept_runs_once(ranks, flags):
 
 
 def settled(batch_size: int) -> tuple[float, bool, float, float]:
-    """What `auto` takes on one H200, the share and whether attention is kept; memory that it and the next better need.
+    """Fraction that `auto` recomputes of 7B on one H200, True if attention is kept, and memory over the room there is.
 
-    Memory is over the room there is; better is one layer less, or where attention is not kept to keep it.
+    The last is the memory of the next better choice: one layer less, or where attention is not kept to keep it.
     """
-    flags = f"-p zero2 -b {batch_size} -a --dry_run --gpus 1 --gpu H200 --recompute auto"
-    args, config = parse_args(flags.split()), load_config("7b")
-    validate_args(args, config)
-    select_attention(config, args.flash_attention)
-    layout = resolve_layout(args, config)
-    settle_recomputation(args, config, layout)
-    room = 141e9 * USABLE_SHARE - CONTEXT_BYTES
-    needed = estimate_memory(args, config, layout).peak.total / room
-    share, kept = args.recompute, args.keep_attention
-    if kept:
-        args.recompute -= 1 / config.num_hidden_layers
-    args.keep_attention = True
-    return share, kept, needed, estimate_memory(args, config, layout).peak.total / room
+    asked = job(f"-c 7b -l 4096 -p zero2 -b {batch_size} -a --gpus 1 --recompute auto")
+    dry_run = DryRun(dry_run=True, gpu="H200")
+    check_job(asked, dry_run, given=frozenset())
+    select_attention(asked.config, flash_attention=True)
+    found = settle_recomputation(asked, dry_run)
+    fraction, kept = found.recomputed, found.compute.keep_attention
+    less = fraction - 1 / found.config.num_hidden_layers if kept else fraction
+    better = replace(found, compute=replace(found.compute, recompute=less, keep_attention=True))
+    return fraction, kept, over_the_room(found), over_the_room(better)
+
+
+def over_the_room(planned: Job) -> float:
+    return estimate_memory(planned).peak.total / (141e9 * USABLE_FRACTION - CONTEXT_BYTES)
 
 
 class TestAuto:
     def test_recomputes_no_more_than_it_must(self):
         for batch_size in (3, 4, 8):
-            share, kept, needed, with_less = settled(batch_size)
-            assert 0 < share < 1
+            fraction, kept, needed, with_less = settled(batch_size)
+            assert 0 < fraction < 1
             assert kept
             assert needed <= 1 < with_less
 
     def test_attention_too_where_it_must(self):
-        share, kept, needed, with_less = settled(16)
-        assert (share, kept) == (1, False)
+        fraction, kept, needed, with_less = settled(16)
+        assert (fraction, kept) == (1, False)
         assert needed <= 1 < with_less
 
     def test_nothing_where_all_fits(self):
@@ -127,13 +129,13 @@ class TestAuto:
         assert "will not be enough" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("share", ["1.5", "-1", "nan"])
-def test_a_share_is_from_0_to_1(share):
-    args = parse_args(["-c", "test", "-l", "64", "--recompute", share])
+@pytest.mark.parametrize("fraction", ["1.5", "-1", "nan"])
+def test_a_fraction_is_from_0_to_1(fraction):
+    asked = job(f"--recompute {fraction}")
     with pytest.raises(InputError, match=r"--recompute: .* is neither auto nor from 0 to 1"):
-        validate_args(args, load_config("test"))
+        check_job(asked, DryRun(), given=frozenset())
 
 
-def test_a_word_is_no_share():
+def test_a_word_is_no_fraction():
     with pytest.raises(InputError, match="--recompute: 'much' is neither auto nor a number"):
         parse_args(["--recompute", "much"])

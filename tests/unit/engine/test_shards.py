@@ -17,7 +17,7 @@ from model_utils import ParameterSpec, build_model, initial_weight, load_config,
 from processes import boosted, random_states, run_ranks
 
 CPU = torch.device("cpu")
-ADAM_STEPS = 7
+ADAM_STEPS, SEED = 7, 5
 
 LAYOUTS = [
     (1, "-p zero2"),
@@ -96,7 +96,7 @@ class TestEveryLayout:
                 weights.update(part)
             assert len(weights) == len(parameter_specs(config))
             for spec in parameter_specs(config):
-                assert torch.equal(weights[spec.name], initial_weight(spec, config, 5, CPU)), spec.name
+                assert torch.equal(weights[spec.name], initial_weight(spec, config, SEED, CPU)), spec.name
 
     def test_gemini_is_sharded_and_a_shard_may_be_empty(self):
         first, second = run_ranks(2, held_ranges, "-p gemini")
@@ -131,11 +131,10 @@ def total_loss(results, flags):
 
 def set_gather_and_forward(flags, changes):
     """Names of the parameters found here and the sum of token losses, after restoring random state."""
-    run = boosted(flags + " -b 2", **changes)
-    parts = (run.plugin, run.model, run.optimizer)
-    states = random_states(run.config)
-    restore(*parts, lambda name, key: states[name, key], ADAM_STEPS)
-    shards = local_shards(*parts)
+    engine = boosted(flags + " -b 2", **changes)
+    states = random_states(engine.config)
+    restore(engine, lambda name, key: states[name, key], ADAM_STEPS)
+    shards = local_shards(engine)
     for number, shard in enumerate(shards):
         if shard.start < shard.stop:
             assert shard.adam_state["step"] == ADAM_STEPS
@@ -148,20 +147,20 @@ def set_gather_and_forward(flags, changes):
                 assert full.dtype == torch.float32
                 assert torch.equal(full, states[shard.spec.name, key]), f"{shard.spec.name}.{key}"
     micro_batches = [{"input_ids": tokens(), "labels": tokens()}]
-    loss = forward_backward(run, micro_batches, label_tokens=126)
+    loss = forward_backward(engine, micro_batches, label_tokens=126)
     return [shard.spec.name for shard in shards], loss.item()
 
 
 def initial_weights(flags):
-    run = boosted(flags + " -b 2")
-    initialize_weights(run)
-    shards = local_shards(run)
+    engine = boosted(f"{flags} -b 2 --seed {SEED}")
+    initialize_weights(engine)
+    shards = local_shards(engine)
     fulls = {shard.spec.name: shard.gather(MASTER, writer=0) for shard in shards}
     return {name: full for name, full in fulls.items() if full is not None}
 
 
 def held_ranges(flags):
-    run = boosted(flags)
-    shards = local_shards(run)
+    engine = boosted(flags)
+    shards = local_shards(engine)
     assert not any(shard.replicated for shard in shards)
     return {shard.spec.name: (shard.start, shard.stop) for shard in shards}

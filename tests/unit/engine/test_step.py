@@ -1,6 +1,8 @@
 """Loss, gradient norm and loss scale of a step in real processes, against plain PyTorch."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +11,15 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from attn import EAGER, TORCH_FUSED
-from engine.boost import build_plugin
-from engine.layout import resolve_layout
+from engine.boost import Engine
+from engine.compilation import Fusion
 from engine.shards import MASTER, local_shards, restore
 from engine.step import forward_backward, loss_scaler, optimizer_step, token_loss
 from model_utils import IGNORE_INDEX, build_model, load_config
-from pretrain import parse_args
 from processes import boosted, random_states, run_ranks
 
 HYBRID = "-p hybrid_parallel"
+UNDIVIDED: Any = SimpleNamespace(plugin=None, fusion=Fusion.NONE)  # an engine without tensor or sequence parallelism
 
 
 class TestTokenLoss:
@@ -35,19 +37,19 @@ class TestTokenLoss:
         return total
 
     def test_is_the_sum_over_the_labels_that_count(self):
-        assert torch.allclose(token_loss(self.logits(), self.LABELS, None), self.expected())
+        assert torch.allclose(token_loss(self.logits(), self.LABELS, UNDIVIDED), self.expected())
         none = torch.full_like(self.LABELS, IGNORE_INDEX)
-        assert token_loss(self.logits(), none, None) == 0
+        assert token_loss(self.logits(), none, UNDIVIDED) == 0
 
     def test_is_computed_in_float32(self):
         logits = self.logits().bfloat16()
-        loss = token_loss(logits, self.LABELS, None)
+        loss = token_loss(logits, self.LABELS, UNDIVIDED)
         assert loss.dtype == torch.float32
-        assert torch.equal(loss, token_loss(logits.float(), self.LABELS, None))
+        assert torch.equal(loss, token_loss(logits.float(), self.LABELS, UNDIVIDED))
 
     def test_over_a_split_vocabulary_and_a_split_sequence(self):
         logits = self.logits().requires_grad_()
-        token_loss(logits, self.LABELS, None).backward()
+        token_loss(logits, self.LABELS, UNDIVIDED).backward()
         for losses, gradient in run_ranks(2, split_loss, "--tp 2"):
             assert losses == pytest.approx([self.expected().item()] * 2, rel=1e-6)
             assert torch.allclose(gradient, logits.grad, atol=1e-6)
@@ -58,12 +60,10 @@ class TestTokenLoss:
 
 def split_loss(flags):
     """Both ranks' losses, and the gradient of the whole logits put together again."""
-    args = parse_args([*HYBRID.split(), *flags.split(), "-x", "fp32"])
-    config = load_config("test")
-    plugin = build_plugin(args, resolve_layout(args, config), config)
-    dim = 2 if args.tp == 2 else 1
+    engine = boosted(f"{HYBRID} {flags} -b 2 -x fp32")
+    dim = 2 if engine.layout.tp == 2 else 1
     part = TestTokenLoss.logits().chunk(2, dim)[dist.get_rank()].contiguous().requires_grad_()
-    loss = token_loss(part, TestTokenLoss.LABELS, plugin)
+    loss = token_loss(part, TestTokenLoss.LABELS, engine)
     loss.backward()
     results = [None, None]
     dist.all_gather_object(results, (loss.item(), part.grad))
@@ -142,30 +142,30 @@ def tokens():
 
 
 def prepared(flags, **changes):
-    run = boosted(flags + " -b 2", **changes)
-    states = random_states(run.config)
-    restore(run, lambda name, key: states[name, key], adam_steps=0)
-    return run
+    engine = boosted(flags + " -b 2", **changes)
+    states = random_states(engine.config)
+    restore(engine, lambda name, key: states[name, key], adam_steps=0)
+    return engine
 
 
-def batches(run, data=None):
-    """This rank's share of the two sequences, in micro-batches."""
+def batches(engine: Engine, data=None):
+    """This rank's part of the two sequences, in micro-batches."""
     data = data or {"input_ids": tokens(), "labels": tokens()}
-    sequences = range(2) if run.layout.dp == 1 else [dist.get_rank()]
-    size = len(sequences) // run.args.accumulation_steps
-    shares = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-    return [{name: value[list(share)] for name, value in data.items()} for share in shares]
+    sequences = range(2) if engine.layout.dp == 1 else [dist.get_rank()]
+    size = len(sequences) // engine.job.batch.accumulation_steps
+    parts = [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+    return [{name: value[part] for name, value in data.items()} for part in parts]
 
 
 def steps(flags, precision):
     """A measured step, under fp16 after two whose gradients overflow (the scale is halved at the second)."""
-    run = prepared(f"{flags} -x {precision}")
-    scaler = loss_scaler(run.optimizer)
+    engine = prepared(f"{flags} -x {precision}")
+    scaler = loss_scaler(engine.optimizer)
     norms, skipped, scales = [], [], []
     for label_tokens in (1e-6, 1e-6, LABEL_TOKENS) if scaler else (LABEL_TOKENS,):
         scales.append(scaler.loss_scale if scaler else None)
-        loss = forward_backward(run, batches(run), label_tokens)
-        for results, value in zip((norms, skipped), optimizer_step(run), strict=True):
+        loss = forward_backward(engine, batches(engine), label_tokens)
+        for results, value in zip((norms, skipped), optimizer_step(engine), strict=True):
             results.append(value)
     return loss.item(), norms, skipped, scales
 
@@ -174,10 +174,10 @@ def first_moments(flags):
     """Norm of Adam's first moment, which is 0.1 of the clipped gradient, after one step under three bounds."""
     norms = {}
     for clipping in ("--gradient_clipping 0", "--gradient_clipping 1e9", "--gradient_clipping 0.001"):
-        run = prepared(f"{flags} -x bf16 {clipping}")
-        forward_backward(run, batches(run), LABEL_TOKENS)
-        optimizer_step(run)
-        shards = local_shards(run)
+        engine = prepared(f"{flags} -x bf16 {clipping}")
+        forward_backward(engine, batches(engine), LABEL_TOKENS)
+        optimizer_step(engine)
+        shards = local_shards(engine)
         norms[clipping] = torch.cat([shard.tensor("exp_avg").float() for shard in shards]).norm().item()
     return norms
 
@@ -219,12 +219,12 @@ class TestDocuments:
 
 
 def document_step(flags, kernel):
-    run = prepared(f"{flags} -x bf16", _attn_implementation=kernel)
+    engine = prepared(f"{flags} -x bf16", _attn_implementation=kernel)
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in DOCUMENTS])
     labels = tokens().masked_fill(positions == 0, IGNORE_INDEX)
     data = {"input_ids": tokens(), "labels": labels, "position_ids": positions}
-    loss = forward_backward(run, batches(run, data), 128 - 6)
-    return loss.item(), optimizer_step(run)[0]
+    loss = forward_backward(engine, batches(engine, data), 128 - 6)
+    return loss.item(), optimizer_step(engine)[0]
 
 
 class TestLossScaler:

@@ -27,9 +27,9 @@ def stepped(flags: str, ours: bool, small: int = update.SMALL):
     if not ours:
         update.supports = lambda optimizer: False
     initialize_weights(run)
-    generator = torch.Generator().manual_seed(dist.get_rank() // (run.args.tp or 1))
+    generator = torch.Generator().manual_seed(dist.get_rank() // run.layout.tp)
     ids = [torch.randint(run.config.vocab_size, (2, 32), generator=generator) for _ in range(2)]
-    label_tokens = 2 * 62 * dist.get_world_size() // (run.args.tp or 1)
+    label_tokens = 2 * 62 * dist.get_world_size() // run.layout.tp
     micro_batches = [{"input_ids": micro, "labels": micro} for micro in ids]
     forward_backward(run, micro_batches, label_tokens)
     norm, skipped = optimizer_step(run)
@@ -138,10 +138,10 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
         initialize_weights(run)
         scaler = loss_scaler(run.optimizer).grad_scaler
         scaler._growth_step = scaler._growth_interval - 1
-        replicas = dist.get_world_size() // ((run.args.tp or 1) * (run.args.pp or 1))
+        replicas = dist.get_world_size() // (run.layout.tp * run.layout.pp)
         norms, scales = [], []
         for step, overflows in enumerate(STEPS):
-            mine = sequences(step).chunk(replicas)[dist.get_rank() % replicas].split(run.args.batch_size)
+            mine = sequences(step).chunk(replicas)[dist.get_rank() % replicas].split(run.job.batch.batch_size)
             # The last rank's loss alone is too large for fp16.
             labels = 1e-4 if overflows and dist.get_rank() == dist.get_world_size() - 1 else 4 * 31
             micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine]

@@ -9,15 +9,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import benchmark
 from attn import select_attention
-from engine import shards
-from engine.boost import boost, build_plugin
-from engine.fsdp import FSDPPlugin
-from engine.layout import resolve_layout
+from engine.boost import boost
+from engine.job import Job
+from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
-from model_utils import LlamaConfig, count_parameters, load_config, trained_specs
+from model_utils import count_parameters, load_config, trained_specs
+from planning.cards import DryRun
 from planning.memory import MemoryEstimate, estimate_memory
 from processes import run_ranks
-from training.checks import validate_args
+from training.checks import check_job
+from training.flags import job_of, take
 
 SMALL = "--no-compile -c tiny -b 4 -l 128"
 
@@ -40,37 +41,35 @@ class TensorMemory(TorchDispatchMode):
         return out
 
 
-def parsed(flags: str) -> tuple:
+def planned(flags: str, layers: int | None = None) -> Job:
+    """Return benchmark.py's job of these flags, with fewer layers than the model has."""
     args = benchmark.parse_args(flags.split())
     config = load_config(args.config)
-    validate_args(args, config)
-    layout = resolve_layout(args, config)
-    select_attention(config, args.flash_attention, layout.sp > 1)
-    return args, config, layout
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    job = job_of(args, config)
+    check_job(job, take(DryRun, args), args.given)
+    select_attention(config, args.flash_attention, job.layout.sp > 1)
+    return job
 
 
 def measured_peaks(flags: str) -> tuple[float, float]:
     """Peak of this rank's tensors in the model's passes and in the optimizer step, in the second step of training."""
-    args, config, layout = parsed(flags)
+    job = planned(flags)
+    label_tokens = job.batch.batch_size * job.layout.dp * (job.batch.max_length - 1)
     with TensorMemory() as memory:
-        plugin = build_plugin(args, layout, config, **benchmark.gemini_options(args))
-        booster, model, optimizer = boost(args, config, plugin)
-        if not isinstance(plugin, FSDPPlugin):
-            shards.initialize_weights(plugin, model, optimizer, config, args.seed)
-        for batch in list(benchmark.batches(args, config, layout, plugin))[:2]:
+        engine = boost(job)
+        initialize_weights(engine)
+        for batch in benchmark.batches(engine, num_steps=2):
             memory.peak = 0
-            forward_backward(booster, model, optimizer, [batch], args.batch_size * layout.dp * (args.max_length - 1))
+            forward_backward(engine, [batch], label_tokens)
             passes, memory.peak = memory.peak, 0
-            optimizer_step(model, optimizer)
-            optimizer.optim._scratch = torch.empty(0)  # what Adam keeps on the host; on a GPU it needs none
+            optimizer_step(engine)
+            engine.optimizer.optim._scratch = torch.empty(0)  # what Adam keeps on the host; on a GPU it needs none
     return passes, memory.peak
 
 
-def estimate(flags: str, config: LlamaConfig | None = None) -> MemoryEstimate:
-    args, named, layout = parsed(flags)
-    if config:
-        select_attention(config, args.flash_attention)
-    return estimate_memory(args, config or named, layout)
+def estimate(flags: str, layers: int | None = None) -> MemoryEstimate:
+    return estimate_memory(planned(flags, layers))
 
 
 @pytest.mark.parametrize(
@@ -105,22 +104,22 @@ def test_estimate_is_what_the_tensors_take(ranks, flags):
     peaks = run_ranks(ranks, measured_peaks, flags)
     predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
     fullest = max(passes for passes, _ in peaks)
-    assert max(moment.total for moment in predicted.moments[:-1]) == pytest.approx(fullest, rel=0.03)
+    assert max(phase.total for phase in predicted.phases[:-1]) == pytest.approx(fullest, rel=0.03)
 
 
 def test_adapters_beside_frozen_weights():
-    args, config, layout = parsed("-c tiny -l 128 -p zero2 -a --dry_run --gpus 1")
-    config.lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
-    trained = sum(spec.shape.numel() for spec in trained_specs(config))
-    first = estimate_memory(args, config, layout).moments[0]
-    assert first.weights == 2 * (count_parameters(config) + trained)
+    job = planned("-c tiny -l 128 -p zero2 -a --dry_run --gpus 1")
+    job.config.lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    trained = sum(spec.shape.numel() for spec in trained_specs(job.config))
+    first = estimate_memory(job).phases[0]
+    assert first.weights == 2 * (count_parameters(job.config) + trained)
     assert first.optimizer == 12 * trained
 
 
 # GB that torch allocated at the peak on an H100: width of 7B, 4 layers, 2 sequences of 4096, no recomputation. The
 # logits were still held then, 2 bytes each.
 MEASURED = {"zero2": 25.4, "hybrid_parallel": 27.5, "zero2_cpu": 12.5, "gemini_auto": 12.7}
-# Compiled, on an H100 or H200: layers, flags, GB, and by what share the estimate is above.
+# Compiled, on an H100 or H200: layers, flags, GB, and the fraction by which the estimate may be above.
 MEASURED_COMPILED = [
     (8, "-p zero2 -b 4", 47.38, 0.01),
     (8, "-p gemini -b 4", 47.38, 0.01),
@@ -162,34 +161,28 @@ MEASURED_ON_TWO = [
 
 @pytest.mark.parametrize("plugin", MEASURED)
 def test_measured_on_a_gpu(plugin):
-    config = load_config("7b")
-    config.num_hidden_layers = 4
-    predicted = estimate(f"-c 7b -p {plugin} -b 2 -a --no-compile", config).peak.total + 2 * 2 * 4096 * 32000
+    predicted = estimate(f"-c 7b -p {plugin} -b 2 -a --no-compile", layers=4).peak.total + 2 * 2 * 4096 * 32000
     assert predicted / 1e9 == pytest.approx(MEASURED[plugin], rel=0.01)
 
 
 @pytest.mark.parametrize(("layers", "flags", "measured", "off"), MEASURED_COMPILED)
 def test_measured_compiled(layers, flags, measured, off):
-    config = load_config("7b")
-    config.num_hidden_layers = layers
-    predicted = estimate(f"-c 7b -a {flags}", config).peak.total / 1e9
+    predicted = estimate(f"-c 7b -a {flags}", layers).peak.total / 1e9
     assert measured * 0.99 <= predicted <= measured * (1 + off)
 
 
 @pytest.mark.parametrize(("layers", "flags", "measured"), MEASURED_ON_TWO)
 def test_measured_on_two_gpus(layers, flags, measured):
-    config = load_config("7b")
-    config.num_hidden_layers = layers
-    predicted = estimate(f"-c 7b -a --compile {flags} --dry_run --gpus 2", config).peak.total / 1e9
+    predicted = estimate(f"-c 7b -a --compile {flags} --dry_run --gpus 2", layers).peak.total / 1e9
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
 def test_layouts_that_were_not_launched():
     """70B on 512 GPUs: 14 bytes a parameter, with next to no room left in chunks; tp 4 x pp 2 with ZeRO over 64."""
     flags = "-c 70b -b 8 -g -a --dry_run --gpus 512"
-    step = estimate(f"{flags} -p gemini").moments[-1]
+    step = estimate(f"{flags} -p gemini").phases[-1]
     assert step.weights + step.optimizer == pytest.approx(14 * 68.98e9 / 512, rel=0.02)
-    step = estimate(f"{flags} -p 3d --tp 4 --pp 2 --zero 1").moments[-1]
+    step = estimate(f"{flags} -p 3d --tp 4 --pp 2 --zero 1").phases[-1]
     assert step.weights == pytest.approx(2 * 68.98e9 / 8, rel=0.01)
     assert step.optimizer == pytest.approx(12 * 68.98e9 / 8 / 64, rel=0.01)
 

@@ -7,17 +7,18 @@ import pytest
 import benchmark
 from model_utils import load_config
 from runtime.console import InputError
+from training.flags import job_of
 
 
 def checked(flags: str) -> None:
     args = benchmark.parse_args(f"-c tiny -l 128 {flags}".split())
-    benchmark.check_args(args, load_config(args.config))
+    benchmark.check(args, job_of(args, load_config(args.config)))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--gpus 0", "--gpus: 0 is below the least possible, 1"),
+        ("--gpus 0", "--gpus: must be at least 1, not 0"),
         ("--gpu V100", "--gpu: 'V100' is none of B200"),
         (
             "--gpu A100-40GB",
