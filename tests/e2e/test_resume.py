@@ -16,7 +16,7 @@ from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from launching import optimizer_states
 from model_utils import load_config
-from training.loop import INTERRUPTED
+from runtime.process import INTERRUPTED
 
 GLOBAL_BATCH = 8
 EPOCHS = 3
