@@ -169,7 +169,7 @@ def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = 
         InputError: -g and --recompute 0 contradict each other.
     """
     if args.gradient_checkpoint and args.recompute == 0:
-        raise InputError("--recompute: 0 recomputes nothing and -g all layers; leave one of them out")
+        raise InputError("--recompute: 0 recomputes nothing and -g all layers; leave one out")
     if args.recompute == AUTO:
         recompute = None
     else:

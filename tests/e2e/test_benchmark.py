@@ -1,6 +1,5 @@
 """benchmark.py: its flags, its arithmetic, and every plugin in two processes on the CPU."""
 
-import ast
 import json
 import re
 import subprocess
@@ -98,9 +97,10 @@ def test_flag(flags, name, value):
 )
 def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_rank_0):
     become_rank_0(8)
+    args = benchmark.parse_args(["--dry_run", *flags.split()])
+    job = job_of(args, load_config("7b"))
     with pytest.raises(InputError, match=re.escape(message)):
-        args = benchmark.parse_args(["--dry_run", *flags.split()])
-        benchmark.check(args, job_of(args, load_config("7b")))
+        benchmark.check(args, job)
 
 
 @pytest.mark.parametrize(("megabytes", "capacity"), [(20_000, 20_000 * 2**20), (10**9, 80 * 10**9)])
@@ -214,11 +214,9 @@ def test_random_sequences_are_a_function_of_seed_and_position():
 
 
 def test_the_benchmark_does_without_training():
-    program = (
-        "import sys, benchmark; print([name for name in sys.modules if name.startswith(('checkpointing', 'training'))])"
-    )
+    program = "import sys, benchmark; print(*(name for name in sys.modules if name[:8] in ('training', 'checkpoi')))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(ast.literal_eval(done.stdout)) == {"training", "training.checks", "training.flags"}
+    assert set(done.stdout.split()) == {"training", "training.checks", "training.flags"}
 
 
 OUT_OF_MEMORY = """\

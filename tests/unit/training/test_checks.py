@@ -4,6 +4,8 @@ import pytest
 
 from runs import problems_of
 
+HYBRID = "-p hybrid_parallel"
+
 
 class TestValidate:
     def test_defaults_are_valid(self):
@@ -87,3 +89,38 @@ class TestValidate:
         (problem,) = problems_of(f"-o {locked_folder}/a -t {allowed}/a")
         assert problem == f"--save_dir: no permission to write in {locked_folder}; give another folder"
         assert problems_of(f"-o {allowed}/a -t {allowed}/b") == []
+
+    @pytest.mark.parametrize(
+        ("flags", "ranks", "expected"),
+        [
+            ("--keep_attention -a", 1, ["--keep_attention", "nothing is recomputed", "-g"]),
+            ("--keep_attention -a --recompute 0.1", 1, ["--keep_attention", "nothing is recomputed"]),  # of 4 layers
+            ("--keep_attention -g", 1, ["--keep_attention", "give -a"]),
+            ("-b -2", 1, ["--batch_size", "-2"]),
+            ("--lr -0.1", 1, ["--lr", "-0.1"]),
+            ("--lr -1e-3", 1, ["--lr", "-0.001 is not a positive number"]),
+            ("--lr -inf", 1, ["--lr", "-inf is not a positive number"]),
+            ("--lr -.5E2", 1, ["--lr", "-50.0"]),
+            ("--lr 1e400", 1, ["--lr", "inf"]),
+            ("-w -1e-3", 1, ["--weight_decay", "-0.001"]),
+            ("--gradient_clipping -1", 1, ["--gradient_clipping", "-1"]),
+            ("-p gemini -x fp32", 1, ["--mixed_precision", "gemini", "zero2"]),
+            (f"{HYBRID} --tp 8", 8, ["--tp", "8", "4 heads", "2 key-value heads"]),
+            (f"{HYBRID} --tp 1 --pp 3 -b 4", 3, ["--pp", "3", "4 layers"]),
+            (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
+            (f"{HYBRID} --tp 0", 1, ["--tp", "0"]),
+            (f"{HYBRID} --pp -1", 1, ["--pp", "-1"]),
+            (f"{HYBRID} --microbatch_size 0", 1, ["--microbatch_size", "0"]),
+            (f"{HYBRID} --tp 1 --pp 2 -b 4 --microbatch_size 3", 2, ["--microbatch_size", "3", "4"]),
+            (f"{HYBRID} --tp 1 --pp 2 -b 1", 2, ["--pp", "2", "1"]),
+            (f"{HYBRID} --tp 1 --pp 2 --zero 2", 2, ["--zero", "2", "--pp"]),
+            (f"{HYBRID} --tp 1 --pp 2 --sp 2 -b 4", 4, ["--sp", "--pp"]),
+            (f"{HYBRID} --tp 1 --pp 1 --sp 2 -l 63", 2, ["--sp", "2", "63"]),
+            (f"{HYBRID} --tp 1 --pp 1 --zero 1 -x fp32", 2, ["--zero", "1", "fp32"]),
+        ],
+    )
+    def test_one_line_names_the_flag_and_the_numbers(self, become_rank_0, flags, ranks, expected):
+        if ranks > 1:
+            become_rank_0(ranks)
+        (problem,) = problems_of(f"-p zero2 -l 64 {flags}")
+        assert all(part in problem for part in expected), problem

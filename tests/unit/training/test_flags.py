@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
+import finetune
+import pretrain
+from model_utils import load_config
 from pretrain import parse_args
 from runtime.console import InputError
+from training.flags import job_of
 
 
 class TestFlags:
@@ -66,3 +71,59 @@ class TestFlags:
         with pytest.raises(InputError) as caught:
             parse_args(arguments)
         assert str(caught.value).startswith(message)
+
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ("-p ddp", ["--plugin", "ddp", "hybrid_parallel"]),
+            ("-x fp8", ["--mixed_precision", "fp8"]),
+            ("-b many", ["--batch_size", "many"]),
+            ("--learning_rate 1", ["--learning_rate"]),
+            ("--max_step 1", ["--max_step ", "did you mean --max_steps?"]),  # no guessing from the beginning of a flag
+            ("--batchsize 2", ["--batchsize", "did you mean --batch_size?"]),
+            ("--max_steps 1e3", ["--max_steps", "1e3"]),
+            ("-d=", ["--dataset", "empty"]),  # as a shell's variable without a value leaves it
+            ("--tokenizer=", ["--tokenizer", "empty"]),
+            ("--save_dir=", ["--save_dir", "empty"]),
+            ("--tensorboard_dir=", ["--tensorboard_dir", "empty"]),
+            ("--cache_dir=", ["--cache_dir", "empty"]),
+            ("--load=", ["--load", "empty"]),
+            ("--config=", ["--config", "empty"]),
+            (f"-o {'x' * 300}", ["--save_dir", "xxx", "File name too long"]),
+            ("-o s3://bucket/run", ["--save_dir", "is a URL", "path on this machine"]),
+            ("--init_from https://huggingface.co/a/b", ["--init_from", "is a URL"]),
+            ("--slice_weights c4=1,c4=2", ["--slice_weights", "c4 has two weights"]),
+            ("--slice_weights c4=0", ["--slice_weights", "above 0"]),
+            ("--slice_weights c4=1,github=-1e-3", ["--slice_weights", "github=-1e-3"]),
+            ("--slice_weights c4=nan", ["--slice_weights", "c4=nan"]),
+            ("--slice_weights c4=1e400", ["--slice_weights", "c4=1e400"]),
+            ("--slice_weights c4=1e308,github=1e308", ["--slice_weights", "lower them"]),
+            ("--max_steps -1e3", ["--max_steps", "-1e3"]),
+            ("-s -5.", ["--warmup_steps", "-5."]),
+        ],
+    )
+    def test_mistakes_name_the_flag(self, flags, expected):
+        with pytest.raises(InputError) as caught:
+            parse_args(flags.split())
+        (problem,) = caught.value.problems
+        assert all(part in problem for part in expected), problem
+        assert "\n" not in problem
+
+
+def test_home_folder_in_flags(monkeypatch, tmp_path):
+    """A shell leaves `~` behind `=` as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ("dataset", "cache_dir", "save_dir", "tensorboard_dir", "load", "init_from")
+    args = vars(parse_args([f"--{flag}=~/x" for flag in flags]))
+    assert {str(args[flag]) for flag in flags} == {str(tmp_path / "x")}
+    assert parse_args([]).cache_dir == tmp_path / ".cache" / "llama-training"
+
+
+@pytest.mark.parametrize("program", [pretrain, finetune, benchmark])
+def test_recomputing_all_and_nothing(program):
+    model = ["--model_path", "model"] if program is finetune else []
+    for flags, recomputed in (("-g --recompute 0.5", 0.5), ("-g --recompute 1", 1.0), ("--recompute 0", 0.0)):
+        assert job_of(program.parse_args([*model, *flags.split()]), load_config("test")).recomputed == recomputed
+    args = program.parse_args([*model, "-g", "--recompute", "0"])
+    with pytest.raises(InputError, match=r"^--recompute: 0 recomputes nothing and -g all layers; leave one out$"):
+        job_of(args, load_config("test"))
