@@ -53,7 +53,7 @@ def whole_run(pretrain, few_data):
     def whole_run(layout: str):
         if layout not in runs:
             # A resumed fp16 run starts with the scale that it finds, not with this or its own initial one.
-            change = "engine.boost.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
+            change = "engine.plugin.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
             runs[layout] = train(pretrain, few_data, layout, change=change)
         return runs[layout]
 
