@@ -299,7 +299,8 @@ def test_quickstart_and_its_printed_command(tmp_path):
     """In a copy of the repository, as a newcomer runs it; then the command that it shows, copied."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for room in (ROOT / "scripts", *(path.parent for path in ROOT.glob("*/__init__.py"))):
+        shutil.copytree(room, tmp_path / room.name, dirs_exist_ok=True)
     env = {"LLAMA_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     with Run(["bash", tmp_path / "scripts" / "quickstart.sh"], tmp_path / "output", env, cwd=tmp_path.parent) as run:
         assert run.wait(timeout=800) == 0, run.output()  # minutes, and more on a busy machine
