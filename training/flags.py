@@ -152,8 +152,11 @@ def user_path(text: str) -> Path:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's settings by flag."""
-    return {name: value for name, value in vars(args).items() if name != "given"}
+    """Return a run's settings by flag; `gradient_checkpoint` is true where any layer is recomputed."""
+    values = {name: value for name, value in vars(args).items() if name != "given"}
+    if args.recompute is not None:
+        values["gradient_checkpoint"] = args.recompute != 0
+    return values
 
 
 def take(kind: type[Options], args: argparse.Namespace) -> Options:

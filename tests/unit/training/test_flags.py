@@ -10,7 +10,7 @@ import pretrain
 from model_utils import load_config
 from pretrain import parse_args
 from runtime.console import InputError
-from training.flags import job_of
+from training.flags import job_of, settings
 
 
 class TestFlags:
@@ -122,8 +122,15 @@ def test_home_folder_in_flags(monkeypatch, tmp_path):
 @pytest.mark.parametrize("program", [pretrain, finetune, benchmark])
 def test_recomputing_all_and_nothing(program):
     model = ["--model_path", "model"] if program is finetune else []
-    for flags, recomputed in (("-g --recompute 0.5", 0.5), ("-g --recompute 1", 1.0), ("--recompute 0", 0.0)):
-        assert job_of(program.parse_args([*model, *flags.split()]), load_config("test")).recomputed == recomputed
+    for flags, recomputed in (
+        ("-g", 1.0),
+        ("-g --recompute 0.5", 0.5),
+        ("--recompute 0.5", 0.5),
+        ("--recompute 0", 0.0),
+    ):
+        args = program.parse_args([*model, *flags.split()])
+        assert job_of(args, load_config("test")).recomputed == recomputed
+        assert settings(args)["gradient_checkpoint"] == (recomputed > 0)
     args = program.parse_args([*model, "-g", "--recompute", "0"])
     with pytest.raises(InputError, match=r"^--recompute: 0 recomputes nothing and -g all layers; leave one out$"):
         job_of(args, load_config("test"))
