@@ -1,12 +1,11 @@
-"""Attention: which kernel the model calls, attention inside documents, and attention under sequence parallelism.
+"""Attention: the choice of a kernel, and attention inside documents.
 
-Shapes: B batch, S sequence, H heads, D head dimension, N documents in the sequence that has most, P sequence-parallel
-size.
+Shapes: B batch, S sequence, H heads, D head dimension, N documents in the sequence that has most.
 
-A batch whose sequences hold several documents carries `position_ids` [B, S], which restart at 0 where a document does.
-`document_boundaries` turns them, on the host, into the `attention_mask` of the batch. It has four dimensions, so both
-transformers and Shardformer hand it unaltered to every layer: kernels of whole matrices get it made into a mask, once a
-forward pass, by `attend_inside_documents`; the kernel VARIABLE_LENGTH reads it as it is.
+A batch whose sequences hold several documents carries `position_ids` [B, S], which restart at 0 with each document.
+`document_boundaries` turns them, on the host, into the batch's `attention_mask`. It has four dimensions, so
+transformers and Shardformer pass it unchanged to every layer. For kernels that take a whole mask,
+`attend_inside_documents` expands it once a forward pass; the kernel VARIABLE_LENGTH reads it as it is.
 """
 
 import importlib.util
@@ -28,13 +27,13 @@ VARIABLE_LENGTH = "variable_length"
 def select_attention(
     config: LlamaConfig, flash_attention: bool, sequence_parallel: bool = False, inside_documents: bool = False
 ) -> str:
-    """Sets the attention kernel in `config` and returns one line that says which and why.
+    """Set the attention kernel in `config`, and return one line that says which and why.
 
-    Without `flash_attention` the plain product of matrices is used, [B, H, S, S] in memory. With it, the flash-attn
-    package where it is installed beside a GPU, else torch's scaled_dot_product_attention, whose flash kernel takes
-    the same causal inputs. With `inside_documents` every batch has to carry `position_ids`; the flash kernel is then
-    torch's for sequences of differing length, which takes `config.torch_dtype` float16 and bfloat16 and has no
-    dropout.
+    Args:
+        flash_attention: use a fused kernel: the flash-attn package's where it is installed beside a GPU, else torch's
+            scaled_dot_product_attention. Without it attention is a plain matrix product, [B, H, S, S] in memory.
+        inside_documents: every batch carries `position_ids`. The fused kernel on a GPU is then torch's for sequences of
+            several lengths, which takes float16 and bfloat16 (`config.torch_dtype`) and has no dropout.
     """
     if inside_documents:
         half = config.torch_dtype in (torch.float16, torch.bfloat16)
@@ -76,7 +75,7 @@ def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def attend_inside_documents(model: LlamaForCausalLM) -> None:
-    """Makes the model read an `attention_mask` of `document_boundaries`; without one, nothing changes."""
+    """Have the model read an `attention_mask` from `document_boundaries`; without a mask nothing changes."""
     model.register_forward_pre_hook(_mask_documents, with_kwargs=True)
 
 
@@ -100,11 +99,13 @@ def _variable_length_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside the documents of `attention_mask`, int32 [B, 1, 1, N + 1], by torch's flash kernel.
+    """Return causal attention inside documents, by torch's flash kernel.
 
-    Query, key and value are [B, H, S, D], key and value perhaps of fewer heads; the output is [B, S, H, D]. Documents
-    that only fill up a sequence's number to N have no token. The longest is not looked up, which would wait for the
-    GPU: the bound S costs blocks that end at once.
+    `attention_mask` is int32 [B, 1, 1, N + 1], from `document_boundaries`.
+
+    Query, key and value are [B, H, S, D], key and value perhaps with fewer heads; the output is [B, S, H, D]. Documents
+    that pad a sequence's number to N are empty. Looking up the longest would wait for the GPU, so S is the bound; it
+    costs blocks that end at once.
     """
     batch, heads, length, _ = query.shape
     starts = (

@@ -1,7 +1,7 @@
-"""Fields of a config.json: those that make the model, those that are refused, and those that are left out.
+"""LLaMA models: the table of sizes, config.json, construction, initial weights, parameter and FLOP counts.
 
-The rest of LlamaConfig, such as the defaults of `generate`, changes no training and is kept for whoever loads the
-trained model.
+A config.json's fields either make the model, or are refused, or are left out and named. The rest of LlamaConfig, such
+as the defaults of `generate`, does not change training and is kept for users of the trained model.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from runtime.console import InputError, first_line, say
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # a label that the loss leaves out, as in PyTorch
 COUNTS = (  # whole numbers of at least 1
     "num_hidden_layers",
     "hidden_size",
@@ -110,7 +110,7 @@ ROPE_FIELDS = {  # of rope_scaling, beside its type: those that transformers rea
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-# Of files that were saved otherwise than those of the trained model are, or of how they are to be loaded.
+# Fields about how the file was saved or is to be loaded, which do not hold for the trained model.
 _LEFT_OUT = {
     "quantization_config": "the trained weights are not quantized",
     "compression_config": "the trained weights are not quantized",
@@ -122,9 +122,10 @@ _say_once = functools.cache(say)
 
 
 def used_fields(values: dict, file: object) -> dict:
-    """The fields of `values`, which `field_problems` finds nothing wrong with, that LlamaConfig has a use for.
+    """Return the fields that LlamaConfig uses, and say once which others `file` has.
 
-    Says once which others `file` has.
+    Args:
+        values: fields in which `field_problems` finds no problem.
     """
     values = {name: value for name, value in values.items() if name not in (*NEUTRAL, *_WRITTEN_ANEW)}
     for name in _LEFT_OUT.keys() & values.keys():
@@ -143,10 +144,10 @@ def used_fields(values: dict, file: object) -> dict:
 
 
 def field_problems(values: dict) -> list[str]:
-    """One line for each field whose value is none that it can have, or that no layout trains."""
+    """Return a line for each field whose value is impossible, or which no layout trains."""
     problems = _range_problems(values)
     for name in (name for name in SWITCHES if values.get(name) not in (None, True, False)):
-        problems.append(f"{name} is {json.dumps(values[name])}; it has to be true or false")
+        problems.append(f"{name} is {json.dumps(values[name])}; it must be true or false")
     for name, neutral in NEUTRAL.items():
         value = values.get(name)
         if name == "sliding_window" and values.get("use_sliding_window") is False:
@@ -159,7 +160,7 @@ def field_problems(values: dict) -> list[str]:
             )
     activation = values.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2CLS:
-        problems.append(f"hidden_act is {json.dumps(activation)}; choose of {', '.join(sorted(ACT2CLS))}")
+        problems.append(f"hidden_act is {json.dumps(activation)}; choose from {', '.join(sorted(ACT2CLS))}")
     elif list(ACT2FN[activation].parameters()):
         problems.append(f"hidden_act is {json.dumps(activation)}, which has weights of its own; choose another")
     return problems + _rope_problems(values)
@@ -174,7 +175,7 @@ def _range_problems(values: dict) -> list[str]:
         if type(value) not in ((int,) if name in COUNTS else (int, float)) or not least <= value <= greatest:
             kind = "a whole number" if name in COUNTS else "a number"
             upwards = "upwards" if greatest == math.inf else f"to {greatest}"
-            problems.append(f"{name} is {json.dumps(value)}; it has to be {kind} from {least} {upwards}")
+            problems.append(f"{name} is {json.dumps(value)}; it must be {kind} from {least} {upwards}")
     return problems
 
 
@@ -189,10 +190,10 @@ def _rope_problems(values: dict) -> list[str]:
         return []
     kinds = ", ".join(ROPE_FIELDS)
     if not isinstance(scaling, dict):
-        return [f"rope_scaling is {json.dumps(scaling)}; it has to be null, or have a rope_type of {kinds}"]
+        return [f"rope_scaling is {json.dumps(scaling)}; it must be null, or have a rope_type of {kinds}"]
     kind = rope_type(scaling)
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        return [f"rope_scaling has the rope_type {json.dumps(kind)}; choose of {kinds}"]
+        return [f"rope_scaling has the rope_type {json.dumps(kind)}; choose from {kinds}"]
     others = {"type": kind, "rope_theta": values.get("rope_theta", 10000.0), "truncate": True}
     others["partial_rotary_factor"] = 1  # of transformers 5, which reads them here too
     return [
@@ -204,11 +205,13 @@ def _rope_problems(values: dict) -> list[str]:
 
 
 def shape_problems(config: LlamaConfig) -> list[str]:
-    """One line for each pair of sizes that do not fit together, or where rotary embeddings are no numbers."""
+    """Return a line for each pair of sizes that do not fit, and for rotary frequencies that are no numbers."""
     problems = []
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if hidden % heads or heads % kv_heads:
-        problems.append(f"hidden size {hidden}, {heads} heads and {kv_heads} key-value heads do not divide one another")
+    if hidden % heads:
+        problems.append(f"hidden size {hidden} is not divisible by {heads} heads")
+    elif heads % kv_heads:
+        problems.append(f"{heads} heads are not divisible by {kv_heads} key-value heads")
     elif config.head_dim % 2:
         problems.append(f"heads of {config.head_dim} numbers each; rotary embeddings need an even number")
     padding, vocabulary = config.pad_token_id, config.vocab_size
@@ -226,16 +229,16 @@ def shape_problems(config: LlamaConfig) -> list[str]:
 
 
 def mixed_length_problem(config: LlamaConfig, max_length: int) -> str | None:
-    """The problem of rotary frequencies that depend on the longest sequence of a batch, where lengths differ.
+    """Return a line if rotary frequencies depend on the longest sequence of a batch, for batches of several lengths.
 
-    A sequence would then be trained otherwise beside a longer one, and no two layouts alike.
+    A sequence would be trained differently beside a longer one, and differently in each layout.
     """
     least = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
     if (config.rope_scaling or {}).get("rope_type") != "longrope" or max_length <= least:
         return None
     return (
-        f"--max_length: {max_length} is above {least}, from where on rope_scaling longrope has other frequencies for a "
-        f"whole batch; with documents or examples of several lengths give at most {least}"
+        f"--max_length: {max_length} is above {least}, beyond which rope_scaling longrope changes the frequencies of "
+        f"the whole batch; with documents or examples of several lengths give at most {least}"
     )
 
 
@@ -297,7 +300,7 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != "llama":
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-            raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains 'llama' alone")
+            raise InputError(f"{flag}: {path} describes model_type {found!r}; this program trains only 'llama'")
         values = _as_transformers_4(values)
         problems = field_problems(values)
         if not problems:
@@ -313,10 +316,10 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
 
 
 def _as_transformers_4(values: dict) -> dict:
-    """Rename the fields that transformers 5 names otherwise, which this version would pass over.
+    """Rename the fields that transformers 5 renamed, which this version would ignore.
 
-    `rope_parameters` holds the base and, but for the type `default`, the scaling; `dtype` was `torch_dtype`. A dtype
-    that no weights are trained in, such as `auto` or one of 8 bits, is dropped: --mixed_precision decides.
+    `rope_parameters` holds the base and, except for the type `default`, the scaling; `dtype` was `torch_dtype`. A dtype
+    in which no weights are trained, such as `auto` or one of 8 bits, is dropped: --mixed_precision decides.
     """
     values = dict(values)
     if rope := values.pop("rope_parameters", None):
@@ -348,43 +351,43 @@ class ParameterSpec:
 
     @property
     def group(self) -> str:
-        """The part of the model it belongs to: 'model.layers.7', or the module's own name outside the layers."""
+        """Part of the model that it belongs to: 'model.layers.7', or the module's own name outside the layers."""
         parts = self.name.split(".")
         return ".".join(parts[:3]) if parts[:2] == ["model", "layers"] else self.name.removesuffix(".weight")
 
 
 def parameter_specs(config: LlamaConfig) -> list[ParameterSpec]:
-    """Every parameter of the model, in the model's order, without allocating any."""
+    """Return every parameter of the model, in the model's order, without allocating any."""
     model = build_model(config, torch.device("meta"))
     return [ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters()]
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what peft puts into it: `PREFIX.MODULE.lora_A.weight` for that of an adapter."""
+    """Return a parameter's name without peft's additions: `PREFIX.MODULE.lora_A.weight` for an adapter."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def trained_specs(config: LlamaConfig) -> list[ParameterSpec]:
-    """The parameters that training changes: all, or those of the adapters that `config.lora` describes."""
+    """Return the parameters that training changes: all, or those of the adapters that `config.lora` describes."""
     if getattr(config, "lora", None) is None:
         return parameter_specs(config)
-    # A copy, for peft writes into it the name of the model that it is given, and this one has none.
+    # A copy, because peft writes the name of its model into it, and this model has none.
     model = get_peft_model(build_model(config, torch.device("meta")), copy.deepcopy(config.lora))
     parameters = model.named_parameters()
     return [ParameterSpec(plain_name(name), value.shape) for name, value in parameters if value.requires_grad]
 
 
 def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
-    """Number of parameters; without the input embedding, unless it is tied to the output, when asked so."""
+    """Return the number of parameters, without the input embedding if asked and if it is not tied to the output."""
     skipped = "" if input_embedding or config.tie_word_embeddings else "model.embed_tokens.weight"
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.name != skipped)
 
 
 def model_flops_per_token(config: LlamaConfig, seq_length: int) -> int:
-    """Forward and backward FLOPs a token: 6 N + 12 L H S, N without the input embedding; 4 N where N is frozen (LoRA).
+    """Return the FLOPs of a token, forward and backward: 6 N + 12 L H S, N without the input embedding.
 
-    The convention of PaLM (arXiv:2204.02311, appendix B) and torchtitan: attention is counted in full, not halved for
-    causality, and recomputation is not counted.
+    With LoRA it is 4 N, since the weights are frozen. As in PaLM (arXiv:2204.02311, appendix B) and torchtitan,
+    attention counts in full, not halved for causality, and recomputation does not count.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
     passes = 4 if getattr(config, "lora", None) else 6
@@ -404,7 +407,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def build_model(
     config: LlamaConfig, context: contextlib.AbstractContextManager, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """The model with its weights not yet set (see `initial_weight`), made inside `context`.
+    """Return the model, made inside `context`, its weights not yet set (see `initial_weight`).
 
     Args:
         context: decides where parameters are allocated, a torch.device or ColossalAI's LazyInitContext.
@@ -412,18 +415,17 @@ def build_model(
     """
     with no_init_weights(), _default_dtype(dtype), context:
         model = LlamaForCausalLM(config)
-        # torch gives the row of padding no gradient, which is often EOS's; no label here counts after padding.
+        # torch gives the padding row no gradient, and it is often EOS's; no label here counts after padding.
         model.model.embed_tokens.padding_idx = None
-        model.tie_weights()  # which no_init_weights leaves out; it does so only where the configuration ties them
+        model.tie_weights()  # no_init_weights leaves it out; it ties only where the configuration says so
     return model
 
 
 def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: torch.device) -> torch.Tensor:
-    """The initial value of one parameter, float32 and full: normal with std 0.02, ones for norms, zeros for biases.
+    """Return the initial value of one parameter, full and float32: normal (std 0.02), ones for norms, zeros for biases.
 
-    Adapters start as zero: their first matrix is uniform, their second zeros.
-
-    A pure function of seed and name, so that every plugin, layout and number of ranks starts from the same weights.
+    An adapter starts as zero: its first matrix is uniform, its second zeros. The value depends on seed and name alone,
+    so every plugin, layout and number of ranks starts from the same weights.
     """
     if spec.name.endswith("norm.weight"):
         return torch.ones(spec.shape, dtype=torch.float32, device=device)
@@ -439,10 +441,10 @@ def initial_weight(spec: ParameterSpec, config: LlamaConfig, seed: int, device: 
 
 
 def restore_rotary_precision(model: nn.Module, device: torch.device) -> None:
-    """Recomputes the rotary frequencies in float32 on `device`.
+    """Recompute the rotary frequencies in float32 on `device`.
 
     Plugins cast a model's buffers to fp16 or bf16 with the rest. Rounded to bf16, a frequency is off by up to 2**-9 of
-    itself, five radians at position 4096, and the trained model would not be the one that Hugging Face runs.
+    itself, five radians at position 4096, and the trained model would differ from the one that Hugging Face runs.
     """
     for module in model.modules():
         if hasattr(module, "inv_freq"):

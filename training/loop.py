@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,12 +86,9 @@ def train(
             row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding)
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
-            evaluates = last or state.step % run.outputs.eval_interval == 0
-            if held_out is not None and evaluates and engine.may_evaluate:
-                evaluation = None if stopping else evaluate(engine, held_out, stop)
-                stopping = evaluation is None
-                state.unevaluated = row if stopping else None
-                row |= evaluation or {}
+            due = last or state.step % run.outputs.eval_interval == 0
+            if held_out is not None and due and engine.may_evaluate:
+                stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
                 speed.restart()
             metrics.log(row)
             metrics.note(writer.take_reports())
@@ -178,6 +175,23 @@ def _update(
     grad_norm, skipped = optimizer_step(engine)
     guard.check_update(grad_norm, skipped, step, lr)
     return StepResult(loss, lr, grad_norm, skipped, loss_scale)
+
+
+def _evaluate(
+    engine: Engine, held_out: DataLoader, state: TrainState, row: dict[str, Any], stop: StopRequest | None
+) -> bool:
+    """Add the loss on held-out data to a step's row.
+
+    Args:
+        stop: None if the run is stopping already.
+
+    Returns:
+        False if a signal came first; the state then keeps the row, for a resume to evaluate.
+    """
+    evaluation = evaluate(engine, held_out, stop) if stop else None
+    state.unevaluated = row if evaluation is None else None
+    row |= evaluation or {}
+    return evaluation is not None
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -239,7 +239,7 @@ class Metrics:
             return []
         loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no label has counted, so nothing was learnt"
         if len(self.losses) == MEAN_STEPS:
-            loss += f" ({sum(self.losses) / MEAN_STEPS:.4f} on average of {MEAN_STEPS} steps)"
+            loss += f" (mean of the last {MEAN_STEPS} steps: {sum(self.losses) / MEAN_STEPS:.4f})"
         if "eval_loss" in self.last:
             loss += f", {self.last['eval_loss']:.4f} on held-out documents"
         tokens, hours = self.last["tokens"], self.last["hours"]

@@ -398,7 +398,7 @@ def test_frequencies_of_the_longest_sequence_are_refused_for_documents(tmp_path,
     args = parse_args(["-c", folder, "-p", "zero2", "-l", str(length), *["--document_mask"] * document_mask])
     if not problem:
         return validate_args(args, load_config(folder))
-    with pytest.raises(InputError, match="--max_length: 32 is above 16, from where on rope_scaling longrope"):
+    with pytest.raises(InputError, match="--max_length: 32 is above 16, beyond which rope_scaling longrope"):
         validate_args(args, load_config(folder))
 
 

@@ -185,11 +185,11 @@ class TestLoadConfig:
             (b"\xff\xfe\x00", "cannot be read as a LLaMA config.json"),
             (
                 '{"model_type": "llama", "rope_scaling": {"rope_type": 7}}',
-                "rope_scaling has the rope_type 7; choose of",
+                "rope_scaling has the rope_type 7; choose from",
             ),
-            ('{"model_type": "llama", "hidden_act": "none"}', 'hidden_act is "none"; choose of'),
-            ('{"model_type": "llama", "hidden_size": 100}', "100, 32 heads and 32 key-value heads do not divide"),
-            ('{"model_type": "llama", "num_key_value_heads": 5}', "32 heads and 5 key-value heads do not divide"),
+            ('{"model_type": "llama", "hidden_act": "none"}', 'hidden_act is "none"; choose from'),
+            ('{"model_type": "llama", "hidden_size": 100}', "hidden size 100 is not divisible by 32 heads"),
+            ('{"model_type": "llama", "num_key_value_heads": 5}', "32 heads are not divisible by 5 key-value heads"),
         ],
     )
     def test_unusable_file_is_one_line_that_names_it(self, tmp_path, content, message):
@@ -203,7 +203,7 @@ class TestLoadConfig:
     @pytest.mark.parametrize(
         ("changes", "problems"),
         [
-            ({"hidden_size": "4096"}, ['hidden_size is "4096"; it has to be a whole number from 1 upwards']),
+            ({"hidden_size": "4096"}, ['hidden_size is "4096"; it must be a whole number from 1 upwards']),
             ({"num_attention_heads": 0}, ["num_attention_heads is 0; "]),
             ({"num_hidden_layers": 0}, ["num_hidden_layers is 0; "]),
             ({"num_hidden_layers": True}, ["num_hidden_layers is true; "]),
@@ -211,7 +211,7 @@ class TestLoadConfig:
             ({"intermediate_size": 172.5}, ["intermediate_size is 172.5; "]),
             ({"max_position_embeddings": None}, ["max_position_embeddings is null; "]),
             ({"max_position_embeddings": "128"}, ['max_position_embeddings is "128"; ']),
-            ({"attention_dropout": 2.0}, ["attention_dropout is 2.0; it has to be a number from 0 to 1"]),
+            ({"attention_dropout": 2.0}, ["attention_dropout is 2.0; it must be a number from 0 to 1"]),
             ({"rope_theta": math.nan}, ["rope_theta is NaN; "]),
             ({"initializer_range": -1, "rms_norm_eps": None}, ["rms_norm_eps is null; ", "initializer_range is -1; "]),
             ({"pad_token_id": 1024}, ["pad_token_id 1024 is outside the vocabulary of 1024; give another, or null"]),

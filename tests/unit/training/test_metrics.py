@@ -238,7 +238,7 @@ class TestTime:
             metrics.log({**values_of(step, loss=step), "mfu": 0.4})
         clock[0] += 200
         assert metrics.summary() == [
-            "trained: 21 steps, 21,000 tokens, 0.525 hours in all; loss 21.0000 (11.5000 on average of 20 steps)",
+            "trained: 21 steps, 21,000 tokens, 0.525 hours in all; loss 21.0000 (mean of the last 20 steps: 11.5000)",
             "speed: 10 tok/s, MFU 0.4% on average, saves and evaluations included; "
             "8 GPUs x 0.581 hours = 4.644 GPU-hours",
         ]
