@@ -114,7 +114,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace, job: Job) -> None:
     """Check every flag before a GPU is touched. Raises InputError with one line a problem."""
     problems = placement_problems(job)
-    problems += below(1, num_steps=args.num_steps, memory_limit=args.memory_limit)
+    problems += below(1, memory_limit=args.memory_limit)
     problems += below(0, ignore_steps=args.ignore_steps)
     if args.num_steps <= args.ignore_steps:
         problems.append(

@@ -156,7 +156,7 @@ def check(args: argparse.Namespace, run: Run) -> None:
         for name, given in (("fraction", args.eval_fraction), ("interval", "eval_interval" in args.given)):
             if given:
                 problems.append(f"--eval_{name}: documents are held out when a data set is prepared, not from a stream")
-    elif "shuffle_buffer" in args.given:
+    elif "shuffle_buffer" in args.given and not problems:
         problems.append("--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out")
     if args.init_from and args.load not in (None, "latest"):
         problems.append("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")

@@ -57,7 +57,7 @@ class Retention:
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, **vars(self))
-        if self.keep_every and not self.keep_checkpoints:
+        if not problems and self.keep_every and not self.keep_checkpoints:
             problems.append("--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out")
         return problems
 

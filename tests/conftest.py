@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed import TCPStore
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import benchmark
+import pretrain as pretrain_program
 from corpora import write_jsonl
 from corpus.order import GlobalOrder
 from corpus.prepare import prepare_dataset
@@ -31,7 +34,9 @@ from data_utils import PackedDataset
 from instruction_rows import ROWS
 from launching import ROOT, Run, free_port, start_pretrain
 from runtime import ranks
+from runtime.console import InputError
 from scripts.make_sample_data import train_tokenizer
+from training import session
 
 SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`
@@ -97,6 +102,37 @@ def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
 
     yield become_rank_0
     ranks.meeting.cache_clear()
+
+
+@pytest.fixture
+def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]:
+    """Return the problems that a program's main() finds before it launches, given flags and a number of ranks."""
+
+    def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+        for owner in (benchmark, session):
+            monkeypatch.setattr(owner, "launch", lambda seed: pytest.fail("nothing was objected to"))
+        if ranks > 1:
+            become_rank_0(ranks)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError) as raised:
+            program.main()
+        assert sorted(tmp_path.rglob("*")) == before
+        assert all("\n" not in problem for problem in raised.value.problems)
+        return list(raised.value.problems)
+
+    return objections
+
+
+@pytest.fixture
+def problems(objections, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
+    """Return the problems that pretrain.py finds."""
+
+    def problems(*args, ranks: int = 1) -> list[str]:
+        folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
+        return objections(pretrain_program, [*sample_flags, "-p", "zero2", *folders, *args], ranks)
+
+    return problems
 
 
 @pytest.fixture(scope="session")

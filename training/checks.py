@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corpus.manifest import MANIFEST_NAME
 from engine.job import Job
@@ -12,7 +13,9 @@ from planning.cards import DryRun, card_problems
 from runtime import ranks
 from runtime.console import InputError, below
 from runtime.files import existing_part
-from training.plan import Outputs, Run
+
+if TYPE_CHECKING:  # benchmark.py, which checks a job, does without checkpoints
+    from training.plan import Outputs, Run
 
 LARGEST_SEED = 2**32 - 1
 
@@ -56,7 +59,7 @@ def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str]) -> lis
     ]
 
 
-def run_problems(run: Run, dataset: Path, cache_dir: Path) -> list[str]:
+def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
     """Return a line for each problem with what pretrain.py and finetune.py share beyond the job.
 
     Args:
@@ -72,7 +75,7 @@ def run_problems(run: Run, dataset: Path, cache_dir: Path) -> list[str]:
     ]
 
 
-def _outputs_among_data(outputs: Outputs, data: Path) -> list[str]:
+def _outputs_among_data(outputs: "Outputs", data: Path) -> list[str]:
     """Return a line for each folder of this run within its data, which a resume would read as more of them."""
     if not data.is_dir() or (data / MANIFEST_NAME).exists():  # that of a prepared folder says what its data are
         return []

@@ -9,18 +9,19 @@ import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from transformers import LlamaConfig
 
-from checkpointing.adapters import MODULES, Lora
-from checkpointing.writer import Retention
 from corpus.order import LLAMA_WEIGHTS
 from corpus.tokenizer import LLAMA_TOKENIZER
 from engine.job import Compute, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
-from training.plan import Length, Outputs, Run
+
+if TYPE_CHECKING:
+    from checkpointing.adapters import Lora
+    from training.plan import Run
 
 
 def parse_slice_weights(text: str) -> dict[str, float]:
@@ -151,8 +152,11 @@ def user_path(text: str) -> Path:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's settings by flag."""
-    return {name: value for name, value in vars(args).items() if name != "given"}
+    """Return a run's settings by flag; `gradient_checkpoint` is true where any layer is recomputed."""
+    values = {name: value for name, value in vars(args).items() if name != "given"}
+    if args.recompute is not None:
+        values["gradient_checkpoint"] = args.recompute != 0
+    return values
 
 
 def take(kind: type[Options], args: argparse.Namespace) -> Options:
@@ -162,7 +166,13 @@ def take(kind: type[Options], args: argparse.Namespace) -> Options:
 
 
 def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = False) -> Job:
-    """Return the engine's part of what the flags say."""
+    """Return the engine's part of what the flags say.
+
+    Raises:
+        InputError: -g and --recompute 0 contradict each other.
+    """
+    if args.gradient_checkpoint and args.recompute == 0:
+        raise InputError("--recompute: 0 recomputes nothing and -g all layers; leave one out")
     if args.recompute == AUTO:
         recompute = None
     else:
@@ -179,8 +189,11 @@ def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = 
     )
 
 
-def run_of(args: argparse.Namespace, job: Job, model: str, lora: Lora | None = None) -> Run:
+def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None) -> "Run":
     """Return the run that the flags of pretrain.py or finetune.py describe."""
+    from checkpointing.writer import Retention  # here, since benchmark.py does without checkpoints
+    from training.plan import Length, Outputs, Run
+
     length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
     return Run(
         model,
@@ -387,6 +400,8 @@ def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
 
 def add_lora_args(parser: argparse.ArgumentParser) -> None:
     """Flags of adapters; without --lora_rank all weights are trained."""
+    from checkpointing.adapters import MODULES
+
     group = parser.add_argument_group("LoRA")
     group.add_argument("--lora_rank", type=int, help="train adapters of this rank alone (default: all weights)")
     group.add_argument("--lora_alpha", type=float, help="adapters count alpha / rank times (default: 2 x rank)")

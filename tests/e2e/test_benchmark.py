@@ -12,12 +12,14 @@ from colossalai.legacy.utils import memory
 
 import benchmark
 from data_utils import RandomDataset
-from engine.layout import Layout, resolve_layout
+from engine import device
+from engine.layout import Layout
 from launching import ROOT, Run
 from model_utils import load_config
 from planning import throughput
 from planning.throughput import StepTimer, benchmark_figures
 from runtime.console import InputError
+from training.flags import job_of
 
 CLOSING_LINE = re.compile(
     r"max memory usage:  (\d+\.\d\d) MB, throughput:  (\d+\.\d\d) samples/s, TFLOPS/GPU:  (\d+\.\d\d)"
@@ -95,8 +97,10 @@ def test_flag(flags, name, value):
 )
 def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_rank_0):
     become_rank_0(8)
+    args = benchmark.parse_args(["--dry_run", *flags.split()])
+    job = job_of(args, load_config("7b"))
     with pytest.raises(InputError, match=re.escape(message)):
-        benchmark.check_args(benchmark.parse_args(["--dry_run", *flags.split()]), load_config("7b"))
+        benchmark.check(args, job)
 
 
 @pytest.mark.parametrize(("megabytes", "capacity"), [(20_000, 20_000 * 2**20), (10**9, 80 * 10**9)])
@@ -105,19 +109,20 @@ def test_memory_limit_binds_torch_and_is_what_gemini_plans_with(monkeypatch, meg
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
-    device = Namespace(get_current_device=lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(benchmark, "get_accelerator", lambda: device)
-    monkeypatch.setattr(memory, "get_accelerator", lambda: device)
+    accelerator = Namespace(get_current_device=lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(device, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(memory, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(memory, "_GLOBAL_CUDA_MEM_FRACTION", 1.0)
-    benchmark.limit_memory(megabytes)
+    assert device.limit_memory(megabytes)
     assert fractions == [pytest.approx(capacity / (80 * 10**9))]
     assert memory.colo_device_memory_capacity(torch.device("cuda", 0)) == pytest.approx(capacity)
 
 
-def test_memory_limit_without_a_gpu_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    benchmark.limit_memory(20_000)
-    assert capsys.readouterr().out == "--memory_limit: there is no GPU whose memory it would limit\n"
+def test_memory_limit_without_a_gpu_is_said(tmp_path):
+    flags = "-c test -p zero2 -l 64 -s 1 -i 0 -m 20000"
+    with Run([sys.executable, ROOT / "benchmark.py", *flags.split()], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    assert "--memory_limit: there is no GPU whose memory it would limit\n" in run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -126,21 +131,21 @@ def test_memory_limit_without_a_gpu_is_said(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "layout"),
     [
-        ("-p zero2", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=2)),
-        ("-p fsdp_cpu", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
-        ("-p gemini", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
-        ("-p gemini --tp 4", Layout(tp=4, pp=1, sp=1, dp=4, zero_stage=3)),
-        ("-p gemini_auto --tp 2 --extra_dp 4", Layout(tp=2, pp=1, sp=1, dp=8, zero_stage=3, extra_dp=4)),
-        ("-p 3d", Layout(tp=1, pp=1, sp=1, dp=16, zero_stage=0)),
-        ("-p 3d --tp 4 --pp 2 --zero 1", Layout(tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
-        ("-p 3d --sp 4 --tp 2", Layout(tp=2, pp=1, sp=4, dp=2, zero_stage=0)),
-        ("-p 3d_cpu --tp 8", Layout(tp=8, pp=1, sp=1, dp=2, zero_stage=1)),
-        ("-p hybrid_parallel", Layout(tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
+        ("-p zero2", Layout("zero2", tp=1, pp=1, sp=1, dp=16, zero_stage=2)),
+        ("-p fsdp_cpu", Layout("fsdp_cpu", tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
+        ("-p gemini", Layout("gemini", tp=1, pp=1, sp=1, dp=16, zero_stage=3)),
+        ("-p gemini --tp 4", Layout("gemini", tp=4, pp=1, sp=1, dp=4, zero_stage=3)),
+        ("-p gemini_auto --tp 2 --extra_dp 4", Layout("gemini_auto", tp=2, pp=1, sp=1, dp=8, zero_stage=3, extra_dp=4)),
+        ("-p 3d", Layout("3d", tp=1, pp=1, sp=1, dp=16, zero_stage=0)),
+        ("-p 3d --tp 4 --pp 2 --zero 1", Layout("3d", tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
+        ("-p 3d --sp 4 --tp 2", Layout("3d", tp=2, pp=1, sp=4, dp=2, zero_stage=0)),
+        ("-p 3d_cpu --tp 8", Layout("3d_cpu", tp=8, pp=1, sp=1, dp=2, zero_stage=1)),
+        ("-p hybrid_parallel", Layout("hybrid_parallel", tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
     ],
 )
 def test_samples_are_those_of_data_parallel_ranks(flags, layout, become_rank_0):
     become_rank_0(16)
-    assert resolve_layout(benchmark.parse_args(flags.split()), load_config("7b")) == layout
+    assert job_of(benchmark.parse_args(flags.split()), load_config("7b")).layout == layout
     assert layout.ranks == 16
 
 
@@ -182,15 +187,15 @@ class Device:
 
 
 def test_a_step_is_timed_to_the_end_of_its_work_and_not_of_what_came_before(monkeypatch):
-    device = Device()
-    monkeypatch.setattr(throughput, "get_accelerator", lambda: device)
-    monkeypatch.setattr(throughput.time, "perf_counter", device.perf_counter)
+    clock = Device()
+    monkeypatch.setattr(throughput, "synchronize", clock.synchronize)
+    monkeypatch.setattr(throughput.time, "perf_counter", clock.perf_counter)
     timer = StepTimer()
     for work in (2.0, 3.0):
-        device.pending += 100.0
+        clock.pending += 100.0
         with timer.step():
-            device.now += 0.5
-            device.pending += work
+            clock.now += 0.5
+            clock.pending += work
     assert timer.seconds == [2.5, 3.5]
 
 
@@ -209,17 +214,19 @@ def test_random_sequences_are_a_function_of_seed_and_position():
 
 
 def test_the_benchmark_does_without_training():
-    program = "import sys, benchmark; print({'train_utils', 'checkpoint_utils'} & set(sys.modules))"
+    program = "import sys, benchmark; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    loaded = {name for name in done.stdout.split() if name.partition(".")[0] in ("training", "checkpointing")}
+    assert loaded == {"training", "training.checks", "training.flags"}
 
 
 OUT_OF_MEMORY = """\
-import benchmark, console, torch
+import benchmark, torch
+from runtime import process
 def allocate(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee documentation")
 benchmark.{where} = allocate
-console.run(benchmark.main, "benchmark.py")
+process.run(benchmark.main, "benchmark.py")
 """
 
 

@@ -19,8 +19,8 @@ from engine.step import forward_backward, optimizer_step
 from model_utils import IGNORE_INDEX, build_model, load_config
 from processes import boosted, random_states, run_ranks
 from runtime.console import InputError
+from runtime.process import INTERRUPTED
 from training.evaluation import evaluate, evaluation_loader
-from training.loop import INTERRUPTED
 
 HYBRID = "-p hybrid_parallel --tp 1"
 SEQUENCES = 5  # which no number of ranks and no batch divides
@@ -74,25 +74,25 @@ def evaluate_while_training(flags):
     """Two optimizer steps with evaluations around them, then two from the same weights without."""
     states, results = random_states(load_config("test")), []
     for evaluating in (True, False):
-        run = boosted(flags + " -x bf16 --microbatch_size 1")
-        shards.restore(run, lambda name, key: states[name, key], adam_steps=0)
-        layout = run.layout
-        loader = evaluation_loader(run.plugin, held_out(), layout, run.args)
+        engine = boosted(flags + " -x bf16 --microbatch_size 1")
+        shards.restore(engine, lambda name, key: states[name, key], adam_steps=0)
+        sizes = engine.job.batch
+        loader = evaluation_loader(engine, held_out())
         batch = next(iter(loader))
-        micro_batch = {name: value[: run.args.batch_size] for name, value in batch.items()}
-        micro_batches = [micro_batch] * run.args.accumulation_steps
+        micro_batch = {name: value[: sizes.batch_size] for name, value in batch.items()}
+        micro_batches = [micro_batch] * sizes.accumulation_steps
         norms = []
         if evaluating:
-            results.append(evaluate(run, loader, layout))
+            results.append(evaluate(engine, loader))
             unlabelled = [item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} for item in held_out()]
-            others = evaluation_loader(run.plugin, unlabelled, layout, run.args)
-            results.append(evaluate(run, others, layout))
+            others = evaluation_loader(engine, unlabelled)
+            results.append(evaluate(engine, others))
         for step in range(2):
-            forward_backward(run, micro_batches, 500)
-            norms.append(optimizer_step(run)[0])
+            forward_backward(engine, micro_batches, 500)
+            norms.append(optimizer_step(engine)[0])
             if evaluating and step == 0:
                 told = dist.get_rank() == dist.get_world_size() - 1
-                results.append(evaluate(run, loader, layout, lambda told=told: told))
+                results.append(evaluate(engine, loader, lambda told=told: told))
         results.append(norms)
     return results
 
@@ -189,12 +189,12 @@ def test_an_evaluation_that_a_signal_ended_is_made_up(pretrain, tmp_path):
 
 # What gemini_auto is on a GPU: chunks move, by a plan made in the first training pass.
 AUTO = """
-boost = pretrain.boost
-def boost_with_moving_chunks(*args):
-    boosted = boost(*args)
-    boosted[1].gemini_manager.policy_name = "auto"
-    return boosted
-pretrain.boost = boost_with_moving_chunks
+boost = training.session.boost
+def boost_with_moving_chunks(job):
+    engine = boost(job)
+    engine.model.gemini_manager.policy_name = "auto"
+    return engine
+training.session.boost = boost_with_moving_chunks
 """
 
 

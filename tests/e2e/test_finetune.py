@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune as program
-from checkpointing.adapters import lora_config
+from checkpointing.adapters import Lora
 from corpora import error_of
 from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder
@@ -33,6 +33,7 @@ from model_utils import ParameterSpec, initial_weight, load_config, plain_name
 from runtime.console import InputError
 from runtime.process import USAGE_ERROR
 from scripts import export_hf, generate
+from training import session
 
 EXAMPLES = 24
 GLOBAL_BATCH = 8
@@ -355,8 +356,7 @@ def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(ada
 def test_adapters_name_their_model_for_any_working_directory(model_folder, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     for given, named in ((model_folder.name, str(model_folder)), ("meta-llama/some", "meta-llama/some")):
-        args = program.parse_args(["--model_path", given, "--lora_rank", "4"])
-        assert lora_config(args).base_model_name_or_path == named
+        assert Lora(4).resolved.config(given).base_model_name_or_path == named
 
 
 def test_adapters_resume(adapted, finetune):
@@ -414,7 +414,7 @@ def problem(monkeypatch, tmp_path, model_folder, instructions):
         flags = ["-p", "zero2", "-x", "bf16", "-d", dataset, *folders, *args]
         flags += ["--model_path", model] if model else []
         monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        monkeypatch.setattr(program, "launch", lambda seed: pytest.fail("nothing was objected to"))
+        monkeypatch.setattr(session, "launch", lambda seed: pytest.fail("nothing was objected to"))
         with pytest.raises(InputError) as raised:
             program.main()
         (line,) = raised.value.problems
@@ -498,7 +498,7 @@ class TestRefused:
 
     def test_adapters(self, problem):
         for flags, words in (
-            ("--lora_rank 0", "--lora_rank: 0 is below the least possible, 1"),
+            ("--lora_rank 0", "--lora_rank: must be at least 1, not 0"),
             ("--lora_rank 4 --lora_modules q_proj,attn", "--lora_modules: 'attn' is no linear module of a layer"),
             ("--lora_rank 4 -p gemini", "--lora_rank: gemini has no LoRA; use -p zero2"),
             ("--lora_modules q_proj", "--lora_modules: takes effect with --lora_rank alone"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launching import ROOT, Run
+from runtime.process import INTERRUPTED
 from scripts.run_on_hosts import Host, read_hostfile
-from training.loop import INTERRUPTED
 
 COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]

@@ -191,7 +191,7 @@ def test_fp16_overflow(train, plain_training, layout):
 
     Seen: 2.7e-5 and 1.7e-3.
     """
-    run = train("fp16", layout, change="engine.boost.INITIAL_LOSS_SCALE = 2.0**20")
+    run = train("fp16", layout, change="engine.plugin.INITIAL_LOSS_SCALE = 2.0**20")
     skipped = [norm is None for norm in run.column("grad_norm")]
     assert all(skipped[:2])
     assert sum(skipped) < STEPS / 2

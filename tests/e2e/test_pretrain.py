@@ -23,6 +23,7 @@ from launching import ROOT, Run, optimizer_states
 from model_utils import IGNORE_INDEX, load_config, parameter_specs
 from runtime.process import RUN_FAILED
 from scripts import plot_run
+from training import session
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
@@ -228,7 +229,7 @@ def test_dry_run_only_prints(monkeypatch, become_rank_0, capsys, tmp_path, sampl
     flags = ["-p", "zero2", "-b", 3, "--accumulation_steps", 2, "--dry_run", *folders]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*sample_flags, *flags])])
     become_rank_0(8)
-    monkeypatch.setattr(program, "launch", None)
+    monkeypatch.setattr(session, "launch", None)
     assert program.main() == 0
     assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -298,7 +299,8 @@ def test_quickstart_and_its_printed_command(tmp_path):
     """In a copy of the repository, as a newcomer runs it; then the command that it shows, copied."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for room in (ROOT / "scripts", *(path.parent for path in ROOT.glob("*/__init__.py"))):
+        shutil.copytree(room, tmp_path / room.name, dirs_exist_ok=True)
     env = {"LLAMA_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     with Run(["bash", tmp_path / "scripts" / "quickstart.sh"], tmp_path / "output", env, cwd=tmp_path.parent) as run:
         assert run.wait(timeout=800) == 0, run.output()  # minutes, and more on a busy machine
@@ -325,14 +327,16 @@ def said(function):
         print("called:", function.__name__, flush=True)
         return function(*args)
     return call
-for function in (training.loop.next_batches, training.loop.forward_backward, training.loop.optimizer_step):
-    setattr(training.loop, function.__name__, said(function))
+for owner, name in (
+    (training.batches.Batches, "_fetch"), (training.loop, "forward_backward"), (training.loop, "optimizer_step")
+):
+    setattr(owner, name, said(getattr(owner, name)))
 """
 
 
 def test_next_steps_data_are_fetched_while_the_device_works_and_none_beyond_the_end(pretrain):
     run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=SAID)
     calls = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("called:")]
-    fetch, compute, update = "next_batches", "forward_backward", "optimizer_step"
+    fetch, compute, update = "_fetch", "forward_backward", "optimizer_step"
     assert calls == [fetch, *[compute, fetch, update] * 2, compute, update]
     assert all(0 <= row["data_wait"] < 1 for row in run.metrics)

@@ -16,7 +16,7 @@ from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from launching import optimizer_states
 from model_utils import load_config
-from training.loop import INTERRUPTED
+from runtime.process import INTERRUPTED
 
 GLOBAL_BATCH = 8
 EPOCHS = 3
@@ -53,7 +53,7 @@ def whole_run(pretrain, few_data):
     def whole_run(layout: str):
         if layout not in runs:
             # A resumed fp16 run starts with the scale that it finds, not with this or its own initial one.
-            change = "engine.boost.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
+            change = "engine.plugin.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
             runs[layout] = train(pretrain, few_data, layout, change=change)
         return runs[layout]
 

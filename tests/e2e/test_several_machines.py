@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from launching import ROOT
 from machines import INTERFACE, NAMES, machines  # noqa: F401
-from training.loop import INTERRUPTED
+from runtime.process import INTERRUPTED
 
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 1, "--nnodes", 2]

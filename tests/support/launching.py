@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, {root!r})
 import pretrain
 import os, signal
-import checkpointing.writer, engine.boost, training.batches, training.loop
+import checkpointing.writer, engine.plugin, training.batches, training.loop, training.session
 from runtime import console, process
 from training import metrics
 {change}

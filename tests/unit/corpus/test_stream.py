@@ -27,9 +27,9 @@ from corpus.order import Permutation, ShardedSampler, splitmix64
 from corpus.rows import read_rows
 from corpus.sources import Source, SourceFile, resolve_source
 from data_utils import StreamedDataset
-from engine.layout import Layout
 from model_utils import IGNORE_INDEX
 from pretrain import parse_args
+from runs import run_from
 from runtime.console import InputError
 from training.plan import TrainState, make_plan
 
@@ -333,11 +333,12 @@ def test_settings_that_a_resume_may_change(source, encoder, change, expected):
     """Those that the position depends on are refused where it would be another one, allowed or not."""
 
     def plan(state, flags):
-        args = parse_args(["-s", "0", "-b", "2", "--max_steps", "9", "--streaming", *flags.split()])
+        flags = ["-p", "zero2", "--gpus", "4", "-s", "0", "-b", "2", "--max_steps", "9", "--streaming", *flags.split()]
+        args = parse_args(flags)
         document_ends = (1, 2) if args.document_mask else None
         order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
         data = StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order)
-        make_plan(args, Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2), data, state)
+        make_plan(run_from(*flags), data, state)
         return data
 
     first = "-l 16 --seed 1 --shuffle_buffer 8 "

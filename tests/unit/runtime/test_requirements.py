@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from launching import ROOT
+from runtime import requirements
+from runtime.process import USAGE_ERROR
 
 FILES = ("requirements.txt", "requirements-colossalai.txt", "requirements-dev.txt")
 LINE = re.compile(r"(?P<requirement>[\w.-]+ *[><=]=[^#]*)(#(?P<reason>.*))?")
@@ -55,3 +58,22 @@ def test_pinned_installed_explained_and_licensed(file, requirement, explained):
     assert explained, f"{file}: {requirement} has no reason beside it"
     assert re.search(rf"\b{re.escape(parsed.name)}\b", LICENCES), f"CONTRIBUTING.md: no licence of {parsed.name}"
     assert parsed.specifier.contains(importlib.metadata.version(parsed.name), prereleases=True)
+
+
+def test_remedy_is_the_environment_that_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(requirements, "ROOT", tmp_path)
+    assert requirements._remedy("requirements.txt") == "pip install -r requirements.txt"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    assert requirements._remedy("requirements.txt").startswith(f"start it with {tmp_path}/.venv/bin/python, or: pip ")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert requirements._remedy("requirements.txt") == "pip install -r requirements.txt"
+
+
+def test_older_python(monkeypatch, capsys):
+    monkeypatch.setattr(requirements, "MINIMUM_PYTHON", (99, 0))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match=str(USAGE_ERROR)):
+        requirements.require()
+    assert "99.0 or later is needed" in capsys.readouterr().err

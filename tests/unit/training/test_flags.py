@@ -1,13 +1,16 @@
-"""Flags, their defaults and their validation."""
+"""Flags, their short forms and their defaults."""
 
 from pathlib import Path
 
 import pytest
 
+import benchmark
+import finetune
+import pretrain
 from model_utils import load_config
 from pretrain import parse_args
 from runtime.console import InputError
-from training.checks import validate_args
+from training.flags import job_of, settings
 
 
 class TestFlags:
@@ -69,94 +72,60 @@ class TestFlags:
             parse_args(arguments)
         assert str(caught.value).startswith(message)
 
-
-def problems_of(flags, model="test"):
-    try:
-        validate_args(parse_args(["-l", "128", *flags.split()]), load_config(model))
-    except InputError as error:
-        return list(error.problems)
-    return []
-
-
-class TestValidate:
-    def test_defaults_are_valid(self):
-        validate_args(parse_args([]), load_config("7b"))
-
     @pytest.mark.parametrize(
-        ("flags", "problem"),
+        ("flags", "expected"),
         [
-            ("-e 0", "--num_epochs: 0 is below the least possible, 1"),
-            ("-b 0", "--batch_size: 0 is below the least possible, 1"),
-            ("--accumulation_steps -1", "--accumulation_steps: -1 is below the least possible, 1"),
-            ("-l 1", "--max_length: 1 is below the least possible, 2"),
-            ("-l 129", "--max_length: 129 is above the model's context of 128 tokens"),
-            ("--max_steps 0", "--max_steps: 0 is below the least possible, 1"),
-            ("-i 0", "--save_interval: 0 is below the least possible, 1"),
-            ("--log_interval 0", "--log_interval: 0 is below the least possible, 1"),
-            ("-s -1", "--warmup_steps: -1 is below the least possible, 0"),
-            ("--num_workers -1", "--num_workers: -1 is below the least possible, 0"),
-            ("--seed -1", "--seed: -1 is below the least possible, 0"),
-            ("--lr 0", "--lr: 0.0 is not a positive number"),
-            ("--lr nan", "--lr: nan is not a positive number"),
-            ("--lr inf", "--lr: inf is not a positive number"),
-            ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
-            ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
-            ("--eval_interval 0", "--eval_interval: 0 is below the least possible, 1"),
-            ("--eval_fraction 1", "--eval_fraction: 1.0 is not at least 0 and below 1"),
-            ("--shuffle_buffer 0", "--shuffle_buffer: 0 is below the least possible, 1"),
-            ("--streaming", "--streaming: a stream has no end; give --max_steps"),
-            (
-                "--streaming --max_steps 9 -e 2",
-                "--num_epochs: a stream has no end, so it has no epochs; leave the flag out",
-            ),
-            (
-                "--streaming --max_steps 9 --eval_interval 1000",
-                "--eval_interval: documents are held out when a data set is prepared, not from a stream",
-            ),
-            (
-                "--shuffle_buffer 2048",
-                "--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out",
-            ),
-            (
-                "--keep_every 4",
-                "--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out",
-            ),
-            ("--allow_changes", "--allow_changes: takes effect with --load alone; give that too, or leave it out"),
-            ("--mfu 0.4", "--mfu: goes with --dry_run alone; a launcher sets what a run has"),
-            (
-                "--streaming --max_steps 9 --eval_fraction 0.1",
-                "--eval_fraction: documents are held out when a data set is prepared, not from a stream",
-            ),
-            ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
+            ("-p ddp", ["--plugin", "ddp", "hybrid_parallel"]),
+            ("-x fp8", ["--mixed_precision", "fp8"]),
+            ("-b many", ["--batch_size", "many"]),
+            ("--learning_rate 1", ["--learning_rate"]),
+            ("--max_step 1", ["--max_step ", "did you mean --max_steps?"]),  # no guessing from the beginning of a flag
+            ("--batchsize 2", ["--batchsize", "did you mean --batch_size?"]),
+            ("--max_steps 1e3", ["--max_steps", "1e3"]),
+            ("-d=", ["--dataset", "empty"]),  # as a shell's variable without a value leaves it
+            ("--save_dir=", ["--save_dir", "empty"]),
+            ("--tensorboard_dir=", ["--tensorboard_dir", "empty"]),
+            ("--cache_dir=", ["--cache_dir", "empty"]),
+            ("--load=", ["--load", "empty"]),
+            ("--config=", ["--config", "empty"]),
+            (f"-o {'x' * 300}", ["--save_dir", "xxx", "File name too long"]),
+            ("-o s3://bucket/run", ["--save_dir", "is a URL", "path on this machine"]),
+            ("--init_from https://huggingface.co/a/b", ["--init_from", "is a URL"]),
+            ("--slice_weights c4=1,c4=2", ["--slice_weights", "c4 has two weights"]),
+            ("--slice_weights c4=0", ["--slice_weights", "above 0"]),
+            ("--slice_weights c4=1,github=-1e-3", ["--slice_weights", "github=-1e-3"]),
+            ("--slice_weights c4=nan", ["--slice_weights", "c4=nan"]),
+            ("--slice_weights c4=1e400", ["--slice_weights", "c4=1e400"]),
+            ("--slice_weights c4=1e308,github=1e308", ["--slice_weights", "lower them"]),
+            ("--max_steps -1e3", ["--max_steps", "-1e3"]),
+            ("-s -5.", ["--warmup_steps", "-5."]),
         ],
     )
-    def test_each_problem(self, flags, problem):
-        assert problems_of(flags) == [problem]
+    def test_mistakes_name_the_flag(self, flags, expected):
+        with pytest.raises(InputError) as caught:
+            parse_args(flags.split())
+        (problem,) = caught.value.problems
+        assert all(part in problem for part in expected), problem
+        assert "\n" not in problem
 
-    @pytest.mark.parametrize("flags", ["-s 0", "-w 0 --gradient_clipping 0", "--no-compile", "-l 2"])
-    def test_least_values_are_allowed(self, flags):
-        assert problems_of(flags) == []
 
-    def test_all_problems_at_once(self):
-        flags = "-e 0 -b 0 --lr -1 -l 4096 -o /dev/null -t /dev/null/logs"
-        names = [problem.split(":")[0] for problem in problems_of(flags)]
-        assert names == [
-            "--num_epochs",
-            "--batch_size",
-            "--lr",
-            "--max_length",
-            "--save_dir",
-            "--tensorboard_dir",
-        ]
+def test_home_folder_in_flags(monkeypatch, tmp_path):
+    """A shell leaves `~` behind `=` as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ("dataset", "cache_dir", "save_dir", "tensorboard_dir", "load", "init_from")
+    args = vars(parse_args([f"--{flag}=~/x" for flag in flags]))
+    assert {str(args[flag]) for flag in flags} == {str(tmp_path / "x")}
+    assert parse_args([]).cache_dir == tmp_path / ".cache" / "llama-training"
 
-    def test_folders_are_checked_and_not_made(self, tmp_path):
-        assert problems_of(f"-o {tmp_path}/a/b -t {tmp_path}/c") == []
-        assert list(tmp_path.iterdir()) == []
-        (tmp_path / "file").touch()
-        assert problems_of(f"-o {tmp_path}/file/b") == [f"--save_dir: {tmp_path}/file is a file; give a folder"]
 
-    def test_folder_without_permission(self, locked_folder):
-        allowed = locked_folder.with_name("open")
-        (problem,) = problems_of(f"-o {locked_folder}/a -t {allowed}/a")
-        assert problem == f"--save_dir: no permission to write in {locked_folder}; give another folder"
-        assert problems_of(f"-o {allowed}/a -t {allowed}/b") == []
+@pytest.mark.parametrize("program", [pretrain, finetune, benchmark])
+def test_recomputing_all_and_nothing(program):
+    model = ["--model_path", "model"] if program is finetune else []
+    fractions = {"-g": 1.0, "-g --recompute 0.5": 0.5, "--recompute 0.5": 0.5, "--recompute 0": 0.0}
+    for flags, recomputed in fractions.items():
+        args = program.parse_args([*model, *flags.split()])
+        assert job_of(args, load_config("test")).recomputed == recomputed
+        assert settings(args)["gradient_checkpoint"] == (recomputed > 0)
+    args = program.parse_args([*model, "-g", "--recompute", "0"])
+    with pytest.raises(InputError, match=r"^--recompute: 0 recomputes nothing and -g all layers; leave one out$"):
+        job_of(args, load_config("test"))

@@ -1,25 +1,26 @@
 """The plan of a run, and what a resumed one takes over."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
+from checkpointing.adapters import Lora
 from checkpoints import make_checkpoint
 from data_utils import PackedDataset
-from engine.layout import Layout
 from model_utils import load_config
-from pretrain import parse_args
+from runs import run_from
 from runtime.console import InputError
 from training.plan import TrainState, announce, check_folders, claim_folders, make_plan, resume_state
 
-FOUR_RANKS = Layout(tp=1, pp=1, sp=1, dp=4, zero_stage=2)
+FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
 
 
 def plan_of(flags, data, **state):
-    """The plan on four ranks for `data` sequences."""
-    args = parse_args(["-s", "0", *flags.split()])
-    return make_plan(args, FOUR_RANKS, PackedStub(data, args.max_length), TrainState(**state))
+    """Return the plan on four ranks for `data` sequences."""
+    run = run_from(*FOUR_RANKS, "-s", "0", *flags.split())
+    return make_plan(run, PackedStub(data, run.job.batch.max_length), TrainState(**state))
 
 
 class TestPlan:
@@ -49,8 +50,7 @@ class TestPlan:
         same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
-        args = parse_args(["-c", "test", "-s", "0"])
-        announce(args, load_config("test"), PackedStub(200), more, "attention: plain")
+        announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain")
         assert capsys.readouterr().out.splitlines()[-2] == (
             "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are trained"
         )
@@ -68,17 +68,17 @@ class TestPlan:
         assert plan_of("-b 2 -e 2", data=7).total_steps == 1
 
     def test_default_warmup_longer_than_the_run_is_an_error_and_a_chosen_one_is_not(self):
-        args = parse_args(["-b", "1"])
+        run = run_from(*FOUR_RANKS, "-b", "1")
         with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
-            make_plan(args, FOUR_RANKS, PackedStub(100), TrainState())
-        args = parse_args(["-b", "1", "-s", "2000"])
-        assert make_plan(args, FOUR_RANKS, PackedStub(100), TrainState()).total_steps == 25
+            make_plan(run, PackedStub(100), TrainState())
+        run = run_from(*FOUR_RANKS, "-b", "1", "-s", "2000")
+        assert make_plan(run, PackedStub(100), TrainState()).total_steps == 25
 
     def test_announces_the_global_batch_and_the_layout(self, capsys):
-        flags = "-c test -p hybrid_parallel -b 2 --accumulation_steps 3 -l 64 -x bf16 -s 0"
-        args = parse_args(flags.split())
-        plan = make_plan(args, Layout(2, 1, 1, 4, 1), PackedStub(100), TrainState())
-        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        layout = "-p hybrid_parallel --tp 2 --pp 1 --gpus 8"
+        run = run_from(*f"-c test {layout} -b 2 --accumulation_steps 3 -l 64 -x bf16 -s 0".split())
+        plan = make_plan(run, PackedStub(100), TrainState())
+        announce(run, PackedStub(100), plan, "attention: plain")
         lines = capsys.readouterr().out.splitlines()
         assert lines == [
             "model: test, 315,968 parameters, bf16; attention: plain",
@@ -106,13 +106,17 @@ class TestPlan:
     @pytest.mark.parametrize("sequences", [0, 60])
     def test_tells_what_the_data_do_not_reach_and_what_is_left_out(self, capsys, flags, said, sequences):
         """From the start, or resumed after steps of four."""
-        args = parse_args(["-c", "test", "-s", "0", "-b", "1", *flags.split()])
+        run = run_from(*FOUR_RANKS, "-s", "0", "-b", "1", *flags.split())
         state = TrainState(step=sequences // 4, sequences=sequences)
-        plan = make_plan(args, FOUR_RANKS, PackedStub(100), state)
+        plan = make_plan(run, PackedStub(100), state)
         capsys.readouterr()
-        announce(args, load_config("test"), PackedStub(100), plan, "attention: plain")
+        announce(run, PackedStub(100), plan, "attention: plain")
         lines = capsys.readouterr().out.splitlines()
         assert lines[next(place for place, line in enumerate(lines) if line.startswith("length: ")) + 1 :] == said
+
+
+def outputs_of(*flags):
+    return run_from(*FOUR_RANKS, *flags).outputs
 
 
 class PackedStub:
@@ -143,7 +147,7 @@ class TestResumeState:
         "slice_weights": None,
         "document_mask": False,
     }
-    FLAGS = ("-l", "64", "-s", "0", "-b", "2", "-e", "3")
+    FLAGS = (*FOUR_RANKS, "-l", "64", "-s", "0", "-b", "2", "-e", "3")
 
     @pytest.fixture
     def checkpoint(self, tmp_path):
@@ -152,34 +156,34 @@ class TestResumeState:
         return make_checkpoint(tmp_path / "epoch1-step9", states), state
 
     def test_fresh(self):
-        args = parse_args(list(self.FLAGS))
-        assert resume_state(args) == (TrainState(), None)
+        run = run_from(*self.FLAGS)
+        assert resume_state(run.outputs) == (TrainState(), None)
         state = TrainState()
-        make_plan(args, FOUR_RANKS, PackedStub(43), state)
+        make_plan(run, PackedStub(43), state)
         assert state.settings == self.SETTINGS
 
     def test_everything_comes_back(self, checkpoint):
         folder, state = checkpoint
         for load in ("latest", str(folder)):
-            args = parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", load])
-            assert resume_state(args) == (state, folder)
+            run = run_from(*self.FLAGS, "-o", str(folder.parent), "-f", load)
+            assert resume_state(run.outputs) == (state, folder)
         assert state.adam_steps == 7
-        assert make_plan(args, FOUR_RANKS, PackedStub(43), state).total_steps == 16
+        assert make_plan(run, PackedStub(43), state).total_steps == 16
 
     def test_damaged(self, checkpoint):
         folder, _ = checkpoint
         path = folder / "running_states.json"
         path.write_bytes(path.read_bytes().replace(b"4608", b"4609"))
         with pytest.raises(InputError, match=r"running_states.json is damaged; choose another checkpoint"):
-            resume_state(parse_args([*self.FLAGS, "-f", str(folder)]))
+            resume_state(outputs_of("-f", str(folder)))
 
     def test_later_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
         folder, state = checkpoint
         later = folder.with_name("epoch1-step10")
         shutil.copytree(folder, later)
         with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later .* epoch1-step10"):
-            resume_state(parse_args([*self.FLAGS, "-o", str(folder.parent), "-f", str(folder)]))
-        elsewhere = parse_args([*self.FLAGS, "-o", str(tmp_path / "other"), "-f", str(folder)])
+            resume_state(outputs_of("-o", str(folder.parent), "-f", str(folder)))
+        elsewhere = outputs_of("-o", str(tmp_path / "other"), "-f", str(folder))
         assert resume_state(elsewhere) == (state, folder)
 
     def test_another_runs_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
@@ -190,49 +194,51 @@ class TestResumeState:
         with pytest.raises(
             InputError, match=f"--save_dir: {there.parent} holds checkpoints of another run than --load"
         ):
-            resume_state(parse_args([*self.FLAGS, "-o", str(there.parent), "-f", str(folder)]))
+            resume_state(outputs_of("-o", str(there.parent), "-f", str(folder)))
 
     @pytest.mark.parametrize("flags", [(), ("-f", "latest")])
     def test_a_new_run_does_not_take_the_place_of_a_model(self, tmp_path, flags):
         (tmp_path / "final").mkdir()
         with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
-            resume_state(parse_args([*self.FLAGS, "-o", str(tmp_path), *flags]))
+            resume_state(outputs_of("-o", str(tmp_path), *flags))
 
     def test_checkpoints_that_another_run_adds_or_removes_before_the_folder_is_claimed(self, checkpoint, tmp_path):
         folder, _ = checkpoint
-        flags = [*self.FLAGS, "-o", str(tmp_path), "-t", str(tmp_path / "logs")]
-        latest = parse_args([*flags, "-f", "latest"])
+        flags = ["-o", str(tmp_path), "-t", str(tmp_path / "logs")]
+        run = run_from(*self.FLAGS, *flags, "-f", "latest")
+        latest = run.outputs
         state, found = resume_state(latest)
         later = make_checkpoint(tmp_path / "epoch1-step10", asdict(TrainState(1, 10, 80, 5120, 2, self.SETTINGS)))
         with pytest.raises(InputError, match=f"resume was {folder} and is {later} now; start again"):
             claim_folders(latest, state, found)
         with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later checkpoints"):
-            claim_folders(parse_args([*flags, "-f", str(folder)]), state, found)
+            claim_folders(outputs_of(*flags, "-f", str(folder)), state, found)
         shutil.rmtree(later)
-        make_plan(latest, FOUR_RANKS, PackedStub(43), state)
+        make_plan(run, PackedStub(43), state)
         claim_folders(latest, state, found)
         shutil.rmtree(folder)
         with pytest.raises(InputError, match=f"resume was {folder} and is none now; start again"):
             claim_folders(latest, state, found)
-        claim_folders(parse_args(flags), TrainState(), None)
+        claim_folders(outputs_of(*flags), TrainState(), None)
         make_checkpoint(folder)
         with pytest.raises(InputError, match="holds the checkpoints of a run"):
-            claim_folders(parse_args(flags), TrainState(), None)
+            claim_folders(outputs_of(*flags), TrainState(), None)
 
-    def test_a_dry_run_claims_nothing(self, tmp_path):
-        args = parse_args([*self.FLAGS, "-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs"), "--dry_run"])
-        check_folders(args, load_config("test"))
+    def test_checking_the_folders_makes_none(self, tmp_path):
+        config = load_config("test")
+        config.torch_dtype = torch.bfloat16
+        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), config)
         assert list(tmp_path.iterdir()) == []
 
     def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
         """As a job that was killed before its first, and is queued again."""
         (tmp_path / ".epoch0-step9.incomplete").mkdir()
-        args = parse_args([*self.FLAGS, "-o", str(tmp_path), "-f", "latest"])
-        assert resume_state(args) == (TrainState(), None)
+        outputs = outputs_of("-o", str(tmp_path), "-f", "latest")
+        assert resume_state(outputs) == (TrainState(), None)
         assert f"no checkpoint in --save_dir {tmp_path} yet; a new run begins" in capsys.readouterr().out
         (tmp_path / "epoch0-step9").mkdir()
         with pytest.raises(InputError, match=r"no complete checkpoint in .*; move the incomplete ones away"):
-            resume_state(args)
+            resume_state(outputs)
 
     @pytest.mark.parametrize(
         ("flags", "remedy"),
@@ -242,33 +248,32 @@ class TestResumeState:
         ],
     )
     def test_another_length_is_refused_with_what_keeps_it(self, checkpoint, flags, remedy):
-        args = parse_args([*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"])
+        flags = [*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"]
+        run = run_from(*flags)
         with pytest.raises(InputError) as caught:
-            make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0])
+            make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
         (problem,) = caught.value.problems
         assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes all the same")
-        args = parse_args(
-            [*self.FLAGS, *flags, *remedy.split("; ")[1].split()[:-2], "-o", str(args.save_dir), "-f", "latest"]
-        )
-        assert make_plan(args, FOUR_RANKS, PackedStub(43), resume_state(args)[0]).total_steps == 16
+        run = run_from(*flags, *remedy.split("; ")[1].split()[:-2])
+        assert make_plan(run, PackedStub(43), resume_state(run.outputs)[0]).total_steps == 16
 
     def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
-        args = parse_args([*self.FLAGS, "-f", "latest", "--allow_changes"])
+        run = run_from(*self.FLAGS, "-f", "latest", "--allow_changes")
         saved = TrainState(settings={**self.SETTINGS, "lora_rank": 4, "lora_modules": "q_proj"})
-        for args.lora_rank, args.lora_modules in ((8, "q_proj"), (None, "q_proj,k_proj")):
-            line = f"^--load: --lora_rank was 4 in the checkpoint and is {args.lora_rank} now$"
+        for lora in (Lora(8, lora_modules="q_proj"), Lora(None, lora_modules="q_proj,k_proj")):
+            line = f"^--load: --lora_rank was 4 in the checkpoint and is {lora.lora_rank} now$"
             with pytest.raises(InputError, match=line):
-                make_plan(args, FOUR_RANKS, PackedStub(43), saved)
+                make_plan(replace(run, lora=lora), PackedStub(43), saved)
 
     def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
         folder, _ = checkpoint
         dataset = PackedStub(43)
         dataset.fingerprint = "other"
-        flags = ["-l", "32", "-s", "0", "-b", "2", "-e", "3", "--seed", "1", "--lr", "1e-3", "-f", str(folder)]
-        args = parse_args(flags)
-        state, _ = resume_state(args)
+        flags = [*self.FLAGS, "-l", "32", "--seed", "1", "--lr", "1e-3", "-f", str(folder)]
+        run = run_from(*flags)
+        state, _ = resume_state(run.outputs)
         with pytest.raises(InputError) as caught:
-            make_plan(args, FOUR_RANKS, dataset, state)
+            make_plan(run, dataset, state)
         lines = [
             "--load: --seed was 42 in the checkpoint and is 1 now",
             "--load: --max_length was 64 in the checkpoint and is 32 now",
@@ -277,9 +282,9 @@ class TestResumeState:
         ]
         assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes all the same")
 
-        args = parse_args([*flags, "--allow_changes"])
-        state, _ = resume_state(args)
-        plan = make_plan(args, FOUR_RANKS, dataset, state)
+        run = run_from(*flags, "--allow_changes")
+        state, _ = resume_state(run.outputs)
+        plan = make_plan(run, dataset, state)
         assert state.sequences == 0  # other data are read from their beginning
         assert plan.total_steps == 9 + 3 * 43 // 8
         first, *said = capsys.readouterr().out.splitlines()

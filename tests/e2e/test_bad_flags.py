@@ -1,0 +1,231 @@
+"""Flags that cannot be used: main() ends in lines that name them, before it launches, and nothing is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmark
+import finetune
+import pretrain as program
+from model_utils import load_config
+from runtime.console import InputError
+from training.checks import run_problems
+from training.flags import job_of
+from training.plan import Run
+
+HYBRID = "-p hybrid_parallel"
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "expected"),
+    [
+        ("-c 8b", 1, ["--config", "8b", "7b, 13b, 30b, 65b, 70b, tiny, test"]),
+        ("--tokenizer=", 1, ["--tokenizer", "empty"]),
+        ("--init_from ./none", 1, ["--init_from", "no folder on this machine"]),
+        ("--tokenizer https://huggingface.co/a/b", 1, ["--tokenizer", "is a URL; give the hub name a/b"]),
+        ("--tokenizer a/b/", 1, ["--tokenizer", "give a/b without a slash"]),
+        ("--eval_fraction 0.9999", 1, ["--max_length", "--eval_fraction"]),
+        ("-d no/such/folder", 1, ["--dataset", "no/such/folder"]),
+        ("--tokenizer ./no/such/folder", 1, ["--tokenizer", "no/such/folder"]),
+        ("-b 4000", 1, ["--dataset", "4000"]),
+        ("-b 1000 --accumulation_steps 2", 2, ["--dataset", "4000"]),
+        ("-f no/such/folder", 1, ["--load", "no/such/folder"]),
+        ("--lr -1e-3", 1, ["--lr", "-0.001 is not a positive number"]),
+        (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
+    ],
+)
+def test_flags(problems, flags, ranks, expected):
+    (problem,) = problems(*flags.split(), ranks=ranks)
+    assert all(part in problem for part in expected), problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--model_path {model} -c test", ["unrecognized arguments: -c test"]),
+        ("--model_path {model} --warmup_steps 5", ["unrecognized arguments: --warmup_steps 5"]),
+        ("-b 2", ["required", "--model_path"]),
+        ("--model_path=", ["--model_path", "empty"]),
+        ("--model_path {run}", ["--model_path", "has no config.json", "`final`"]),
+        ("--model_path {run}/epoch0-step2", ["--model_path", "has no config.json", "`model`"]),
+        ("--model_path {run}/epoch0-step2/model", ["--tokenizer", "holds neither", "give a folder"]),
+        ("--model_path ./none", ["--model_path", "./none", "give a model folder or a hub name"]),
+        ("--model_path {rows}", ["--model_path", "is a file; give the folder"]),
+        ("--model_path {data}", ["--model_path", "config.json"]),
+        ("--model_path {adapter}", ["--model_path", "an adapter for OWNER/BASE; merge them", "OWNER/BASE"]),
+        ("--model_path {pointer}", ["--model_path", "config.json is a Git LFS pointer", "git lfs pull"]),
+        ("--model_path {model} --tokenizer {pointer}", ["--tokenizer", "tokenizer.model is a Git LFS pointer"]),
+        ("--model_path https://huggingface.co/a/b", ["--model_path", "is a URL; give the hub name a/b"]),
+        ("--model_path a/b/", ["--model_path", "give a/b without a slash"]),
+        ("--model_path {model} --lr -1e-3", ["--lr", "-0.001"]),
+        ("--model_path {model} --lora_rank 4 --lora_alpha -1e-3", ["--lora_alpha", "-0.001"]),
+        ("--model_path {model} -p 3d", ["--plugin", "3d", "hybrid_parallel"]),
+        ("--model_path {model} -l 129", ["--max_length", "129", "128"]),
+        ("--model_path {model} -e 0", ["--num_epochs", "0"]),
+        ("--model_path {model} --eval_interval 0", ["--eval_interval", "0"]),
+        ("--model_path {model} --lr inf", ["--lr", "inf"]),
+        ("--model_path {model} -d ./none", ["--dataset", "./none"]),
+        ("--model_path {model} -d {data}", ["columns", "'prompt' and 'completion'"]),
+        ("--model_path {model} --tokenizer ./none", ["--tokenizer", "./none"]),
+        ("--model_path {model} -f {model}", ["--load", "--model_path"]),
+        ("--model_path {model} -b 4000", ["--dataset", "4000", "lower --batch_size"]),
+        ("--model_path {model} --lora_rank 0", ["--lora_rank", "0", "1"]),
+        ("--model_path {model} --lora_rank 4 -p gemini", ["--lora_rank", "gemini", "use -p zero2"]),
+        ("--model_path {model} --lora_rank 4 --lora_modules attn", ["--lora_modules", "'attn'", "q_proj"]),
+        ("--model_path {model} --lora_rank 4 --lora_alpha 0", ["--lora_alpha", "0", "positive"]),
+        ("--model_path {model} --lora_alpha 4", ["--lora_alpha", "--lora_rank"]),
+        ("--model_path {model} --gpus 8", ["--gpus", "--dry_run"]),
+    ],
+)
+def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path, flags, expected):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What?", "completion": "That."}) + "\n")
+    for name in ("adapter", "pointer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "OWNER/BASE"}')
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / "pointer" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    places = {
+        "adapter": tmp_path / "adapter",
+        "pointer": tmp_path / "pointer",
+        "run": finished_run.save_dir,
+        "model": finished_run.save_dir / "final",
+        "data": sample / "data",
+        "rows": rows,
+    }
+    data = ["-d", rows, "--cache_dir", cache_dir, "-p", "zero2", "-x", "bf16"]
+    folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
+    (problem,) = objections(finetune, [*data, *folders, *(flag.format(**places) for flag in flags.split())])
+    assert all(part in problem for part in expected), problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "expected"),
+    [
+        ("-c 8b", 1, ["--config", "8b", "7b, 13b"]),
+        ("-p ddp", 1, ["--plugin", "ddp", "fsdp"]),
+        ("-b 0", 1, ["--batch_size", "0"]),
+        ("-l 129", 1, ["--max_length", "129", "128"]),
+        ("-s 0 -i 0", 1, ["--num_steps", "0", "--ignore_steps 0"]),
+        ("-s 2", 1, ["--num_steps", "2", "--ignore_steps 2"]),
+        ("-i -1", 1, ["--ignore_steps", "-1"]),
+        ("-m 0", 1, ["--memory_limit", "0"]),
+        ("-m all", 1, ["--memory_limit", "'all'"]),
+        ("--json no/such/file.json", 1, ["--json", "no folder"]),
+        ("--profile {file}", 1, ["--profile", "is a file; give a folder"]),
+        ("--shard_param_frac 2", 1, ["--shard_param_frac", "2.0", "between 0 and 1"]),
+        ("--offload_optim_frac -1", 1, ["--offload_optim_frac", "-1.0"]),
+        ("--offload_param_frac nan", 1, ["--offload_param_frac", "nan"]),
+        ("-w 1.5", 1, ["--warmup_ratio", "1.5"]),
+        ("-p gemini --mixed_precision fp32", 1, ["--mixed_precision", "gemini", "-p zero2"]),
+        ("-p fsdp --extra_dp 2", 2, ["--extra_dp", "-p gemini"]),
+        ("-p gemini --tp 2 -g -a --keep_attention", 2, ["--keep_attention", "gemini", "--tp"]),
+        ("-p gemini --extra_dp 2", 3, ["--tp/--extra_dp", "2", "3 ranks"]),
+        ("-p 3d --tp 3", 3, ["--tp", "3", "4 heads"]),
+        ("-p 3d --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
+        ("-p 3d --zero 3", 1, ["--zero", "3"]),
+        ("-p 3d --pp 2 --mbs 3 -b 4", 2, ["--microbatch_size", "3", "4"]),
+        ("--dry_run --gpu X", 1, ["--gpu", "'X'", "H100"]),
+        ("--dry_run --gpu_memory -1", 1, ["--gpu_memory", "-1"]),
+        ("--dry_run --mfu 1.5", 1, ["--mfu", "1.5"]),
+        ("--dry_run --gpus 0", 1, ["--gpus", "0"]),
+        ("-d data", 1, ["unrecognized arguments: -d data"]),
+    ],
+)
+def test_flags_of_benchmark(objections, tmp_path, flags, ranks, expected):
+    (tmp_path / "file").touch()
+    given = [flag.format(file=tmp_path / "file") for flag in flags.split()]
+    (problem,) = objections(benchmark, ["-c", "test", "-l", 64, *given], ranks)
+    assert all(part in problem for part in expected), problem
+
+
+def test_every_problem_is_named_at_once(problems):
+    found = problems("-b", 0, "--lr", 0, "-l", 999)
+    assert [problem.partition(":")[0] for problem in found] == ["--batch_size", "--lr", "--max_length"]
+
+
+def test_default_warmup_longer_than_the_run(problems, sample, cache_dir, sample_dataset, monkeypatch, tmp_path):
+    """Without -s; whoever gives one may make it longer than the run."""
+    data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir, "-l", 64]
+    flags = ["-c", "test", "-p", "zero2", *data, "--max_steps", 20]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*flags, "--dry_run"])])
+    with pytest.raises(InputError, match=r"--warmup_steps: the default of 2000 .* 20 steps; .* -s 1"):
+        program.main()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*flags, "-s", 2000, "--dry_run"])])
+    assert program.main() == 0
+
+
+def test_a_prepared_data_set_is_no_stream(problems, sample_dataset):
+    (problem,) = problems("-d", sample_dataset.folder, "--streaming", "--max_steps", 1)
+    assert problem == f"--streaming: {sample_dataset.folder} is prepared, and is read without it; leave the flag out"
+
+
+def test_number_flags_take_no_nonsense(monkeypatch, sample_flags, tmp_path):
+    """Every flag with a number: a value is used, or refused by a line that names the flag."""
+    given = [
+        *map(str, sample_flags),
+        "-p",
+        "zero2",
+        "--dry_run",
+        "-o",
+        str(tmp_path / "run"),
+        "-t",
+        str(tmp_path / "tb"),
+    ]
+    names = [name for name, value in vars(program.parse_args(given)).items() if type(value) in (int, float)]
+    assert {"lr", "batch_size", "mfu", "shuffle_buffer"} <= set(names)
+    names += ["max_steps", "recompute", "keep_checkpoints", "keep_every", "gpus", "gpu_memory", "eval_fraction", "tp"]
+    for name in names:
+        for value in ("-1", "-1e-3", "nan", "-nan", "inf", "-inf", "1e400", "-1e400"):
+            monkeypatch.setattr(sys, "argv", ["pretrain.py", *given, f"--{name}", value])
+            with pytest.raises(InputError, match=f"--{name}") as raised:
+                program.main()
+            assert "\n" not in str(raised.value)
+            assert "expected one argument" not in str(raised.value)
+
+
+# --------------------------------------------------------------------------------------------------------- the folders
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir"])
+def test_folder_is_a_file(problems, tmp_path, flag):
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        (problem,) = problems(f"--{flag}", folder)
+        assert problem.startswith(f"--{flag}: {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "tensorboard_dir", "cache_dir"])
+def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
+    (tmp_path / "link").symlink_to("gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        (problem,) = problems(f"--{flag}", folder)
+        assert problem == (
+            f"--{flag}: {tmp_path / 'link'} is a link to gone, which is not there; make that, or give a folder"
+        )
+
+
+def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_path, monkeypatch):
+    """As where someone goes to the data and starts there."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n')
+    (tmp_path / "task").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert objections(program, [*sample_flags, "-p", "zero2", "-d", "."]) == [
+        f"--{flag}: {folder} lies in --dataset {tmp_path}, whose files are read as data; give a folder elsewhere"
+        for flag, folder in (("save_dir", "checkpoint"), ("tensorboard_dir", "tb_logs"))
+    ]
+    (problem,) = objections(program, [*sample_flags, "-p", "zero2", "-d", tmp_path, "-o", "/elsewhere", "-t", "."])
+    assert problem.startswith("--tensorboard_dir: . lies in --dataset")
+
+    job = job_of(program.parse_args(["-c", "test", "-l", "128", "-p", "zero2"]), load_config("test"))
+    assert run_problems(Run("test", job), Path("task"), Path("cache")) == []
+    (tmp_path / "manifest.json").touch()  # as in a prepared folder, of which nothing else is read
+    assert run_problems(Run("test", job), Path("."), Path("cache")) == []
+
+
+def test_no_permission_to_write(problems, locked_folder):
+    allowed = locked_folder.with_name("open")
+    (problem,) = problems("--save_dir", locked_folder / "checkpoint", "--tensorboard_dir", allowed)
+    assert problem == f"--save_dir: no permission to write in {locked_folder}; give another folder"

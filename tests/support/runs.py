@@ -1,0 +1,23 @@
+"""Runs as pretrain.py describes them by its flags, and what it objects to in them."""
+
+from model_utils import load_config
+from pretrain import check, parse_args
+from runtime.console import InputError
+from training.flags import job_of, run_of
+from training.plan import Run
+
+
+def run_from(*flags: str) -> Run:
+    """Return the run that these flags of pretrain.py describe."""
+    args = parse_args(list(flags))
+    return run_of(args, job_of(args, load_config(args.config)), args.config)
+
+
+def problems_of(flags: str) -> list[str]:
+    """Return what pretrain.py objects to in these flags and the model `test`, unless they name another."""
+    args = parse_args(["-c", "test", "-l", "128", *flags.split()])
+    try:
+        check(args, run_of(args, job_of(args, load_config(args.config)), args.config))
+    except InputError as error:
+        return list(error.problems)
+    return []

@@ -1,0 +1,122 @@
+"""The batches of each rank, and what becomes of data that cannot be read."""
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from corpus.order import GlobalOrder
+from data_utils import PackedDataset
+from engine.layout import Layout
+from processes import boosted, run_ranks
+from training.batches import Batches, StepBatch, build_dataloader, check_same_batch
+from training.plan import Plan, Run, TrainState
+
+ONE_RANK = Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2)
+
+
+class TestDataloader:
+    @pytest.mark.parametrize(
+        ("ranks", "flags", "coordinates"),
+        [
+            (2, "-p zero2", [0, 1]),
+            (2, "-p gemini", [0, 1]),
+            (2, "-p hybrid_parallel --tp 2 --pp 1", [0, 0]),
+            (2, "-p hybrid_parallel --tp 1 --pp 2", [0, 0]),
+            (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2", [0, 0]),
+            (4, "-p hybrid_parallel --tp 2 --pp 1", [0, 0, 1, 1]),
+        ],
+    )
+    def test_peers_read_the_same_and_others_their_share_of_the_order(self, ranks, flags, coordinates):
+        data_parallel = len(set(coordinates))
+        order = GlobalOrder(50, 42, True)
+        for batches, coordinate in zip(run_ranks(ranks, read_batches, flags, data_parallel), coordinates, strict=True):
+            positions = range(20 + coordinate, 52, data_parallel)  # from sequence 20 of the order on, 32 in all
+            assert batches == [[order[first], order[second]] for first, second in pairs(positions)]
+
+    def test_a_peer_with_another_batch_is_found_out(self):
+        messages = run_ranks(2, read_differently, "-p hybrid_parallel --tp 2 --pp 1")
+        assert messages == ["rank 1 reads another batch than its model-parallel peers at 20"] * 2
+
+    def test_ranks_without_a_share_of_their_own_are_found_out(self):
+        messages = run_ranks(2, count_shares, "-p hybrid_parallel --tp 2 --pp 1")
+        assert messages == ["1 shares of the data are read by 2 data-parallel ranks"] * 2
+
+
+class Unreadable:
+    """Like a file on a network that has gone: the second item is not to be had."""
+
+    def __init__(self, bus_error=False):
+        self.bus_error = bus_error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1 and self.bus_error:
+            os.kill(os.getpid(), signal.SIGBUS)
+        if index == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "tokens.bin")
+        return {"number": index}
+
+
+class TestUnreadableData:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_error_in_one_line(self, capfd, workers):
+        batches = Batches(DataLoader(Unreadable(), num_workers=workers), 1, ONE_RANK)
+        assert batches._fetch() == StepBatch([{"number": torch.tensor([0])}])
+        batches.accumulation_steps = 2
+        failed = batches._fetch()
+        assert failed.micro_batches == []
+        assert failed.error.removeprefix("OSError: ") == "[Errno 5] Input/output error: 'tokens.bin'"
+        assert capfd.readouterr().err == ""
+
+    def test_bus_error_of_a_loader_process(self):
+        failed = Batches(DataLoader(Unreadable(bus_error=True), num_workers=1), 2, ONE_RANK)._fetch()
+        assert failed.micro_batches == []
+        assert failed.error.endswith(", was killed by SIGBUS; a file that cannot be read, or /dev/shm full?")
+
+
+def pairs(positions):
+    return zip(positions[::2], positions[1::2], strict=True)
+
+
+class NumberedSequences(list):
+    slice_weights = None
+    order, collate = PackedDataset.order, None
+
+
+def loader_of(flags):
+    engine = boosted(f"{flags} -b 2")
+    dataset = NumberedSequences({"input_ids": torch.tensor([number])} for number in range(50))
+    layout = engine.layout
+    plan = Plan(layout, 2 * layout.dp, 64.0, total_steps=5 + 16 // layout.dp, total_sequences=100)
+    run = Run("test", engine.job, num_workers=0)
+    return build_dataloader(engine, dataset, run, TrainState(step=5, sequences=20), plan)
+
+
+def read_batches(flags, data_parallel):
+    loader = loader_of(flags)
+    batches = list(loader)
+    check_same_batch(loader, batches[0], data_parallel)
+    return [batch["input_ids"].flatten().tolist() for batch in batches]
+
+
+def read_differently(flags):
+    loader = loader_of(flags)
+    batch = next(iter(loader))
+    batch["input_ids"][0] += dist.get_rank()
+    with pytest.raises(AssertionError) as caught:
+        check_same_batch(loader, batch, data_parallel=1)
+    return str(caught.value)
+
+
+def count_shares(flags):
+    loader = loader_of(flags)
+    with pytest.raises(AssertionError) as caught:
+        check_same_batch(loader, next(iter(loader)), data_parallel=2)
+    return str(caught.value)
