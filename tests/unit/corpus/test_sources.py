@@ -12,7 +12,6 @@ from transformers import LlamaTokenizerFast
 
 from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, stream_of, write_jsonl
 from corpus.prepare import prepare_dataset
-from corpus.rows import read_rows
 
 
 def as_jsonl(folder):
@@ -139,76 +138,3 @@ class TestSources:
         assert prepare_dataset(str(folder), tokenizer, Path("/nonexistent")) == folder
         other = LlamaTokenizerFast.from_pretrained(tokenizer_folder, bos_token="</s>")
         assert "--tokenizer" in error_of(prepare_dataset, str(folder), other, words[1])
-
-
-LINES = b"".join(json.dumps({"text": f"{place}, {place**99}"}).encode() + b"\n" for place in range(9000))
-HALVES = LINES[: len(LINES) // 2], LINES[len(LINES) // 2 :]
-SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0hello"  # a frame that carries no data (RFC 8878, 3.1.2)
-
-
-def zstd(content: bytes) -> bytes:
-    return pa.compress(content, "zstd", asbytes=True)
-
-
-def zstd_of_window(exponent: int, content: bytes) -> bytes:
-    """A frame of one uncompressed block that asks for a window of 2^exponent bytes (RFC 8878, 3.1.1)."""
-    block = (len(content) << 3 | 1).to_bytes(3, "little")
-    return b"\x28\xb5\x2f\xfd" + bytes([0, (exponent - 10) << 3]) + block + content
-
-
-class TestCompressed:
-    @pytest.mark.parametrize(
-        ("suffix", "packed"),
-        [
-            ("gz", gzip.compress(LINES) + b"\0" * 512),
-            ("gz", gzip.compress(LINES) + b"\0" * 2**17),
-            ("gz", b"".join(gzip.compress(half) + b"\0" * 3 for half in HALVES)),
-            ("gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
-            ("gz", b"".join(map(gzip.compress, LINES.splitlines(keepends=True)))),
-            ("zst", SKIPPABLE + SKIPPABLE.join(map(zstd, HALVES)) + SKIPPABLE),
-            ("zst", zstd_of_window(27, LINES[:50_000]) + zstd(LINES[50_000:])),
-        ],
-        ids=["padded", "padded_far", "padded_members", "empty_members", "many_members", "skippable", "window"],
-    )
-    def test_read_whole(self, tmp_path, suffix, packed):
-        assert suffix == "zst" or gzip.decompress(packed) == LINES  # the library reads it so
-        path = tmp_path / f"x.jsonl.{suffix}"
-        path.write_bytes(packed)
-        rows = [row.columns for row in read_rows(path, ["text"])]
-        assert rows == [json.loads(line) for line in LINES.splitlines()]
-
-    @pytest.mark.parametrize(
-        ("suffix", "packed", "expected"),
-        [
-            (
-                "gz",
-                gzip.compress(LINES) + b"more",
-                "row 9000: other bytes follow its end; keep what is before them: gzip",
-            ),
-            ("zst", zstd(LINES) + b"more", "row 9000: other bytes follow its end; keep what is before them: zstd"),
-            ("zst", zstd_of_window(28, b"{}"), "its window is above 128 MB; unpack it: zstd -d --rm --long=31 FILE"),
-            ("gz", zstd(LINES), "row 0: it is a .zst file; end its name so"),
-            ("zst", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
-            ("gz", LINES, "row 0: it is not compressed; take .gz off its name"),
-            ("jsonl", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
-            ("json", zstd(LINES), "row 0: it is a .zst file; end its name so"),
-        ],
-        ids=["gz_and_more", "zst_and_more", "window", "zst_as_gz", "gz_as_zst", "plain_as_gz", "gz_as_plain", "zst_as"],
-    )
-    def test_remedies(self, tmp_path, suffix, packed, expected):
-        path = tmp_path / f"x.jsonl.{suffix}"
-        path.write_bytes(packed)
-        message = error_of(lambda: list(read_rows(path, ["text"])))
-        assert expected in message
-        assert "copy it again" not in message
-
-
-@pytest.mark.parametrize("required", [["text"], []])
-def test_two_columns_of_one_name_are_refused(tmp_path, required):
-    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
-    pa.parquet.write_table(table, tmp_path / "x.parquet")
-    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as stream:
-        stream.write_table(table)
-    for path in sorted(tmp_path.iterdir()):
-        message = error_of(lambda path=path: list(read_rows(path, required, only=required or None)))
-        assert "has two columns of one name (text, text)" in message
