@@ -266,7 +266,6 @@ def _register_names(paths: Sequence[str]) -> None:
 
     class Names(AbstractFileSystem):
         protocol = "listing"
-        cachable = False
 
         def find(self, path: str, *_: Any, **__: Any) -> dict[str, dict]:
             return {name: entry for name, entry in entries.items() if name.startswith(path)}

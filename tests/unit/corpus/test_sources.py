@@ -1,6 +1,5 @@
-"""Every kind of source gives the same ids, counted by slice, its unusable rows by reason."""
+"""Sources on this machine and their names: the files found, their documents by slice, and rows that are skipped."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -12,6 +11,20 @@ from transformers import LlamaTokenizerFast
 
 from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, stream_of, write_jsonl
 from corpus.prepare import prepare_dataset
+from corpus.sources import resolve_source
+from hub_server import Branches, HubServer, connect
+
+ROW = b'{"text": "a"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with HubServer() as server:
+        connect(monkeypatch, server, tmp_path / "hf")
+        server.repositories["some/one"] = Branches({"main": {"a.jsonl": ROW}, "v1": {"b.jsonl": ROW}})
+        server.repositories["some/pointer"] = Branches({"main": {"a.parquet": POINTER}})
+        yield server
 
 
 def as_jsonl(folder):
@@ -22,25 +35,6 @@ def as_json_with_byte_order_mark_and_blank_lines(folder):
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
     (folder / "rows.json").write_text("\ufeff" + lines)
     return folder / "rows.json"
-
-
-def as_gzip_of_two_members(folder):
-    lines = as_jsonl(folder).read_bytes().splitlines(keepends=True)
-    (folder / "rows.jsonl").unlink()
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:2])) + gzip.compress(b"".join(lines[2:])))
-    return folder / "rows.jsonl.gz"
-
-
-def as_zstd(folder):
-    with pa.CompressedOutputStream(str(folder / "rows.jsonl.zst"), "zstd") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
-    return folder / "rows.jsonl.zst"
-
-
-def as_parquet(folder):
-    table = pa.table({"meta": [json.dumps(row.get("meta")) for row in ROWS], "text": TEXTS})
-    pa.parquet.write_table(table, folder / "rows.parquet", row_group_size=2)
-    return folder / "rows.parquet"
 
 
 def as_nested_folder_of_mixed_kinds(folder):
@@ -55,25 +49,8 @@ def as_nested_folder_of_mixed_kinds(folder):
     return folder
 
 
-def as_saved_dataset(folder):
-    datasets.Dataset.from_dict({"text": TEXTS, "n": [0] * 6}).save_to_disk(folder / "saved", num_shards=2)
-    return folder / "saved"
-
-
-def as_saved_dataset_with_splits(folder):
-    train, test = datasets.Dataset.from_dict({"text": TEXTS}), datasets.Dataset.from_dict({"text": ["no"]})
-    datasets.DatasetDict({"test": test, "train": train}).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
 def as_saved_dataset_with_one_other_split(folder):
     datasets.DatasetDict({"all": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def as_saved_selection(folder):
-    shuffled = datasets.Dataset.from_dict({"text": ["no", *reversed(TEXTS)]}).select(range(6, 0, -1))
-    shuffled.save_to_disk(folder / "saved")
     return folder / "saved"
 
 
@@ -83,17 +60,12 @@ class TestSources:
         [
             as_jsonl,
             as_json_with_byte_order_mark_and_blank_lines,
-            as_gzip_of_two_members,
-            as_zstd,
-            as_parquet,
             as_nested_folder_of_mixed_kinds,
-            as_saved_dataset,
-            as_saved_dataset_with_splits,
             as_saved_dataset_with_one_other_split,
-            as_saved_selection,
         ],
     )
-    def test_every_kind_gives_the_same_ids(self, tokenizer, tmp_path, write, capfd):
+    def test_the_ids_are_those_of_the_texts(self, tokenizer, tmp_path, write, capfd):
+        """Other containers are compared with JSONL in test_containers.py."""
         source = tmp_path / "source"
         source.mkdir()
         folder = prepare_dataset(str(write(source)), tokenizer, tmp_path / "cache")
@@ -102,15 +74,14 @@ class TestSources:
         output, errors = capfd.readouterr()
         assert "tokenized 5 documents" in output
         assert "1 with text empty" in output
-        assert "tokenizing" not in errors  # no bar where stderr is no terminal
+        assert "tokenizing" not in errors  # no progress bar if stderr is no terminal
 
     def test_counts_by_slice(self, tokenizer, tmp_path):
         (tmp_path / "wiki").mkdir()
         write_jsonl(tmp_path / "rows.jsonl", ROWS)
         write_jsonl(tmp_path / "wiki" / "0.jsonl", [{"text": "ab"}, {"text": "cd"}])
-        manifest = json.loads(
-            (prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache") / "manifest.json").read_text()
-        )
+        folder = prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache")
+        manifest = json.loads((folder / "manifest.json").read_text())
         documents = {name: counts["documents"] for name, counts in manifest["slices"].items()}
         assert documents == {"arxiv": 1, "github": 1, "rows": 3, "wiki": 2}
         assert manifest["documents"] == 7
@@ -138,3 +109,34 @@ class TestSources:
         assert prepare_dataset(str(folder), tokenizer, Path("/nonexistent")) == folder
         other = LlamaTokenizerFast.from_pretrained(tokenizer_folder, bos_token="</s>")
         assert "--tokenizer" in error_of(prepare_dataset, str(folder), other, words[1])
+
+    def test_pointers_of_git_lfs(self, hub, tmp_path):
+        (tmp_path / "a.parquet").write_bytes(POINTER)
+        message = error_of(resolve_source, str(tmp_path / "a.parquet"))
+        assert message == (
+            f"--dataset: {tmp_path}/a.parquet is a Git LFS pointer, not the file itself; run `git lfs pull` in {tmp_path}"
+        )
+        (file,) = resolve_source("some/pointer").files
+        assert "a.parquet is a Git LFS pointer" in error_of(lambda: list(file.documents()))
+
+
+class TestNames:
+    def test_revision_in_the_name(self, hub):
+        (file,) = resolve_source("some/one/").files
+        assert file.path == "a.jsonl"
+        assert resolve_source("some/one@v1") == resolve_source("some/one", revision="v1")
+        assert error_of(resolve_source, "some/one@v1", revision="main") == (
+            "--dataset_revision: main is not the revision in --dataset some/one@v1; give one of them"
+        )
+
+    @pytest.mark.parametrize(
+        ("url", "remedy"),
+        [
+            ("https://huggingface.co/datasets/some/one", "give the hub name some/one"),
+            ("https://hf.co/datasets/some/one/tree/v1", "give the hub name some/one@v1"),
+            ("https://mirror.example.com/datasets/some/one", "give the hub name some/one"),
+            ("http://example.com/a.jsonl", "give a file, a folder, or a hub name OWNER/NAME"),
+        ],
+    )
+    def test_urls(self, url, remedy):
+        assert error_of(resolve_source, url) == f"--dataset: {url} is a URL; {remedy}"
