@@ -127,9 +127,8 @@ class TestAsDatasets:
         event(f"datasets {'reads' if expected else 'refuses'}, we {'read' if ours else 'refuse'}")
         if expected is not None:
             readable = all(text.rpartition(" ")[0].lower().endswith(FILE_SUFFIXES) for text in expected)
-            assert ours == (
-                sorted(set(expected)) if readable else None
-            )  # `datasets` repeats a file that two patterns match
+            once = sorted(set(expected))  # `datasets` repeats a file that two patterns match
+            assert ours == (once if readable else None)
         elif b"configs" in files.get("README.md", b"") and re.search("Unknown split|Config name is missing", problem):
             assert ours is None
         elif "BuilderConfig" in problem and ours is not None:  # the name of a folder or file counts too
