@@ -160,7 +160,7 @@ def fetch(repository: str, commit: str, path: str) -> Path:
 
 
 def _persistently(request: Callable[[], T], file: str) -> T:
-    """Call `request`, and again while the connection breaks off, after which huggingface_hub gives up.
+    """Call `request` again if the connection breaks off within a file, at which huggingface_hub gives up.
 
     Raises:
         HfHubHTTPError: the server refuses.

@@ -136,6 +136,7 @@ class Source:
 
     @classmethod
     def from_json(cls, content: dict) -> "Source":
+        """Return the source whose content `to_json` gave."""
         return cls(**{**content, "files": [SourceFile(*file) for file in content["files"]]})
 
 
@@ -208,7 +209,7 @@ def _pick(source: Source, slices: Sequence[str]) -> Source:
     files = [file for file in source.files if {file.slice, first_name(file.path)} & set(slices)]
     found = {name for file in files for name in (file.slice, first_name(file.path))}
     _require_slices(source.name, slices, found, sorted({file.slice for file in source.files}))
-    return Source(source.name, files, source.commit, source.remark)
+    return replace(source, files=files)
 
 
 def _require_slices(name: str, slices: Sequence[str], found: Collection[str], there: Collection[str]) -> None:
@@ -242,7 +243,9 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
         raise NotFound(
             f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}{unpacking(paths)}"
         )
-    files = {file._replace(slice=slice): None for path, slice in choice.files.items() for file in _files_at(root, path)}
+    files = dict.fromkeys(
+        file._replace(slice=slice) for path, slice in choice.files.items() for file in _files_at(root, path)
+    )
     return Source(name, list(files), remark=choice.remark and f"left out in {name}: {choice.remark}")
 
 
@@ -250,11 +253,9 @@ def _single_file(name: str, path: Path, request: Request) -> Source:
     if request.configuration:
         raise InputError(f"{request.flag}: {name} is one file and has no configurations; leave the flag out")
     if not path.name.lower().endswith(FILE_SUFFIXES):
-        remedy = (
-            f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
-            if path.suffix.lower() in (".txt", ".md")
-            else unpacking([path.name])
-        )
+        remedy = unpacking([path.name])
+        if path.suffix.lower() in (".txt", ".md"):
+            remedy = f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
         raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
     return Source(name, [_local_file(path.parent, path.name)])
 
@@ -297,10 +298,7 @@ def _files_at(root: Path, path: str) -> list[SourceFile]:
 
 
 def _walk(root: Path, hidden: bool = False) -> list[str]:
-    """List every file below `root`, with hidden ones only on request, since only a card can name them.
-
-    A file that several links lead to, or links in a circle, counts once.
-    """
+    """List every file below `root`, once even if several links lead to it. Only a card may name `hidden` ones."""
 
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error)
@@ -310,10 +308,12 @@ def _walk(root: Path, hidden: bool = False) -> list[str]:
 
     folders, paths = set(), []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        place = os.path.realpath(folder)
-        subfolders[:] = visible(subfolders) if place not in folders else []
-        paths += [os.path.join(folder, name) for name in visible(names)] if place not in folders else []
+        if (place := os.path.realpath(folder)) in folders:
+            subfolders.clear()
+            continue
         folders.add(place)
+        subfolders[:] = visible(subfolders)
+        paths += [os.path.join(folder, name) for name in visible(names)]
     files: dict[str, str] = {}  # by real path; the file itself comes before links to it
     for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):
         files.setdefault(os.path.realpath(path), path)

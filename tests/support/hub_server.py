@@ -39,7 +39,7 @@ class HubServer:
 
     Attributes:
         requests: (method, path, Range header) of every request so far.
-        tokens: Authorization header of the last request, by path.
+        tokens: (path, Authorization header) of every request so far.
         break_off: paths whose next download ends after this many bytes.
         failures: the statuses of the next answers, by (method, path).
         without_length: paths of files that are sent in chunks, without their length.
@@ -50,7 +50,7 @@ class HubServer:
     repositories: dict[str, Branches] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
-    tokens: dict[str, str | None] = field(default_factory=dict)
+    tokens: set[tuple[str, str | None]] = field(default_factory=set)
     break_off: dict[str, int] = field(default_factory=dict)
     failures: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     without_length: set[str] = field(default_factory=set)
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        self.hub.tokens[path] = self.headers.get("Authorization")
+        self.hub.tokens.add((path, self.headers.get("Authorization")))
         if self.hub.hangs_up:
             self.close_connection = True
         elif failures := self.hub.failures.get((self.command, path)):

@@ -228,8 +228,8 @@ class TestDownloads:
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         for name, slices in ((SAMPLE, ()), (FULL, ["arxiv"])):
             texts_of(resolve_source(name, slices=slices))
-        tokens = {path.startswith("/files/"): token for path, token in hub.tokens.items()}
-        assert tokens == {True: None, False: "Bearer hf_secret"}
+        tokens = {(path.startswith("/files/"), token) for path, token in hub.tokens}
+        assert tokens == {(True, None), (False, "Bearer hf_secret")}
         assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
     def test_files_of_unknown_size(self, hub, tokenizer, tmp_path, capsys):
