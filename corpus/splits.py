@@ -162,7 +162,7 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_datasets: bool
     for configuration in _wanted(name, card, request) if card else [""]:
         settings = card.configurations[configuration] if card else {}
         candidates = _candidates(paths, settings, as_datasets)
-        splits = split_files(name, candidates, settings, any_name=not as_datasets)
+        splits = _sort_by_split(name, candidates, settings, as_datasets)
         found = splits.get(request.split, [])
         if not found and card:
             raise _without_split(name, card, configuration, splits, request)
@@ -170,8 +170,8 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_datasets: bool
             found = _in_place_of_train(name, candidates, splits)
         readable, others = _by_readability(found, as_datasets)
         unreadable += others
-        whole = configuration in request.slices
-        files = {path: configuration if whole else slice_of_path(path) for path in readable} | files
+        is_slice = configuration in request.slices
+        files = {path: configuration if is_slice else slice_of_path(path) for path in readable} | files
         of_split.update(found)
         for split, of_this in splits.items():
             if split != request.split:
@@ -201,7 +201,7 @@ def _wanted(name: str, card: Card, request: Request) -> list[str]:
 
 
 def _candidates(paths: Sequence[str], settings: Mapping[str, Any], as_datasets: bool) -> list[str]:
-    """Return the files that may hold data."""
+    """Return the files that may hold data, by their names."""
     candidates = list(paths)
     if settings.get("data_files") is None:
         candidates = [path for path in candidates if PurePosixPath(path).name not in DESCRIPTIONS]
@@ -210,19 +210,19 @@ def _candidates(paths: Sequence[str], settings: Mapping[str, Any], as_datasets: 
     return candidates
 
 
-def split_files(
-    name: str, paths: Sequence[str], settings: Mapping[str, Any], *, any_name: bool = False
+def _sort_by_split(
+    name: str, paths: Sequence[str], settings: Mapping[str, Any], as_datasets: bool
 ) -> dict[str, list[str]]:
     """Sort the files of a data set by split, each once; splits without files are left out.
 
     Args:
         settings: of a configuration of the card; if empty, the names of files and folders count.
-        any_name: keep files whose names `datasets` does not know, such as A.JSONL.
+        as_datasets: leave out files whose names `datasets` does not know, such as A.JSONL.
 
     Raises:
         InputError: the configuration names a file that is not there, or has settings that are not supported.
     """
-    if not settings and any_name and not any(map(NAMES_A_SPLIT.search, paths)):
+    if not settings and not as_datasets and not any(map(NAMES_A_SPLIT.search, paths)):
         found = [path for path in paths if not _is_hidden(path)]
         return {"train": found} if found else {}  # as below, without the import of `datasets`
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
@@ -234,7 +234,7 @@ def split_files(
             "JSONL and give that folder"
         )
     _register_names(paths)
-    extensions = None if any_name else _ALL_ALLOWED_EXTENSIONS
+    extensions = _ALL_ALLOWED_EXTENSIONS if as_datasets else None
     base = f"{ROOT}/{_within(name, settings.get('data_dir') or '')}".removesuffix("/.")
     try:
         if settings.get("data_files") is None:
