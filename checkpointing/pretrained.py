@@ -79,6 +79,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
     lock = Path(HF_HUB_CACHE) / f".{name_or_path.replace('/', '--')}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
+        # huggingface_hub locks single files: without this lock each rank would ask the hub for every file.
         with exclusive_lock(lock, f"{name_or_path} is being downloaded; waiting for it"):
             return _downloaded(name_or_path) or _download(name_or_path, flag)
     except HfHubHTTPError as error:
@@ -97,7 +98,7 @@ def find_model(name_or_path: str, flag: str) -> Path:
 
 
 def _downloaded(name_or_pin: str) -> Path | None:
-    """The folder of an earlier download, if it is whole."""
+    """Return the folder of an earlier download; None if some of its weights, which are downloaded last, are missing."""
     name, revision = hub.split_revision(name_or_pin)
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
@@ -108,7 +109,7 @@ def _downloaded(name_or_pin: str) -> Path | None:
 
 
 def _download(name_or_pin: str, flag: str) -> Path:
-    """Fetches configuration, tokenizer, and the weights that transformers would take of all that are there."""
+    """Download configuration, tokenizer, and those weights that transformers would load."""
     name, revision = hub.split_revision(name_or_pin)
     info = HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
     files = [file.rfilename for file in info.siblings or []]
@@ -119,10 +120,9 @@ def _download(name_or_pin: str, flag: str) -> Path:
         raise InputError(f"{flag}: {name} on the hub {reason}")
     say(f"downloading {name}, commit {info.sha}")
     commit = info.sha if revision else None
-    folder = Path(snapshot_download(name, revision=commit, allow_patterns=[*DESCRIPTIONS, choice]))
-    if choice.endswith(".json"):
-        shards = sorted(set(_weight_map(folder / choice, flag).values()))
-        snapshot_download(name, revision=commit, allow_patterns=shards)
+    folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(DESCRIPTIONS)))
+    weights = _weight_map(folder / choice, flag).values() if choice.endswith(".json") else [choice]
+    snapshot_download(name, revision=commit, allow_patterns=sorted(set(weights)))  # last: they mark a whole download
     return folder
 
 

@@ -3,7 +3,7 @@
 import codecs
 import io
 import json
-import os
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,127 +13,142 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
+from runtime import hub
 from runtime.console import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow")
-MAX_LINE_BYTES = 2**28  # a document of 50 MB, each character escaped, fits; a file that is not JSONL does not
+MAX_LINE_BYTES = 2**28  # a document of 50 MB fits with each character escaped; a file that is not JSONL does not
 READ_BYTES = 2**20
-GZIP_BYTES = 2**16  # compressed; the rest of them is copied as a member ends, of which there may be many
-BYTES_AFTER = "other bytes follow its end; keep what is before them"
-MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # a .zst file may also begin with a skippable frame
-COLUMNAR_ROWS = 64
-ARROW_MAGIC = b"ARROW1"  # of its format of files
-STATE = "state.json"  # of a folder that `datasets` has saved
+GZIP_BYTES = 2**16  # compressed, at a time; zlib copies the rest of them at the end of each member
+MAGIC = {  # first bytes by suffix; a .zst file may begin with frames to be skipped (RFC 8878, 3.1.2)
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+AFTER_GZIP = "Unknown bytes after the last member"
+REMEDIES = {  # for errors that another copy of the file would not mend, by a part of their text
+    "too much memory": "its window is above 128 MB, so unpack it: zstd -d --rm --long=31 FILE",
+    "Unknown frame": "other bytes follow its end, so keep what is before them: zstd -dc FILE | zstd > NEW",
+    AFTER_GZIP: "other bytes follow its end, so keep what is before them: gzip -dc FILE | gzip > NEW",
+}
+COLUMNAR_ROWS = 64  # read at a time
+ARROW_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
+STATE = "state.json"  # in a folder that `datasets` saved
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
 
 class Span(NamedTuple):
-    """The rows that begin at the bytes [start, stop) of a plain JSONL file; to its end where `stop` is None."""
+    """The rows that begin at the bytes [start, stop) of a plain JSONL file; None is the end of the file."""
 
     start: int = 0
     stop: int | None = None
 
 
 WHOLE = Span()
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Row(NamedTuple):
-    """A row by column, and how many bytes of the (compressed) file, up to its row or its batch of rows, are read.
+    """A row by column, and the bytes of the (compressed) file that have been read at the end of its batch.
 
-    The bytes of a row are the same wherever reading starts, since a stream mixes its slices by them.
+    The position does not depend on the row that reading starts at: a stream mixes its slices by it.
     """
 
     columns: dict
     position: int
 
 
+class Query(NamedTuple):
+    """The part of a file to read: see `read_rows`."""
+
+    required: Sequence[str]
+    only: Sequence[str] | None
+    span: Span
+    start_row: int
+
+
 def can_be_split(path: str | Path) -> bool:
-    """Return True if a part of the file can be read without what precedes it."""
+    """Return True if a part of the file can be read without the bytes before it."""
     return str(path).lower().endswith((".jsonl", ".json"))
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise InputError for a file that Git LFS left in place of the data; OSError if it cannot be opened."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(
-                f"--dataset: {path} is a pointer of Git LFS, not the data; run `git lfs pull` in its repository"
-            )
 
 
 def read_rows(
     path: Path, required: Sequence[str], *, only: Sequence[str] | None = None, span: Span = WHOLE, start_row: int = 0
 ) -> Iterator[Row]:
-    """Reads a file from its row of index `start_row` on, in constant memory.
+    """Read a file from its row of index `start_row` on, in constant memory.
 
     Args:
-        required: columns that must be there; in a JSONL file its first row is what counts.
-        only: columns to read where the others can be left unread, which is in columnar files; `column.field` is one
-            field of a column of structs, and the whole column where it holds something else.
+        required: columns that must be there; a JSONL file is judged by its first row.
+        only: columns to read; columnar files leave the others unread, JSONL files do not. `column.field` is one field
+            of a column of structs, or the whole column if it holds something else.
 
     Raises:
-        InputError: the file is damaged or has no row, a line of it is no JSON object, or a required column is missing.
+        InputError: the file is damaged or has no row, a line is no JSON object, or a required column is missing.
     """
-    suffix = path.suffix.lower()
+    hub.refuse_pointers([path], "--dataset")
+    read = READERS.get(path.suffix.lower(), _json_rows)
     number = start_row
     try:
-        refuse_pointer(path)
-        if suffix == ".parquet":
-            rows = _parquet_rows(path, required, only, start_row)
-        elif suffix == ".arrow":
-            rows = _arrow_rows(path, required, only, start_row)
-        else:
-            rows = _json_rows(path, required, span, start_row)
-        for row in rows:
+        for row in read(path, Query(required, only, span, start_row)):
             yield row
             number += 1
-        if number == 0 and span == WHOLE:
-            raise InputError(f"--dataset: {path} is empty: it has no row; copy it again or remove it")
     except (OSError, IndexError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, _Undecodable):
-            raise InputError(f"--dataset: {path} cannot be read beyond row {number}: {reason}") from error
-        raise InputError(f"--dataset: {path} cannot be read beyond row {number} ({reason}); copy it again") from error
+        remedy = next((remedy for text, remedy in REMEDIES.items() if text in reason), "copy it again")
+        raise InputError(f"--dataset: {path} cannot be read beyond row {number} ({reason}); {remedy}") from error
+    if number == 0 and span == WHOLE:
+        raise InputError(f"--dataset: {path} is empty: it has no row; copy it again or remove it")
 
 
-def _json_rows(path: Path, required: Sequence[str], span: Span, start_row: int) -> Iterator[Row]:
-    suffix = path.suffix.lower()
+def _json_rows(path: Path, query: Query) -> Iterator[Row]:
+    span = query.span
     with open(path, "rb") as raw:
-        lines: BinaryIO = raw
-        if suffix not in MAGIC:
-            _check_kind(raw, suffix)
-        else:
-            lines = io.BufferedReader(_Decompressed(raw, suffix), READ_BYTES)
+        lines = _open_lines(raw, path)
         if span.start:  # a line that begins before the span belongs to the span before
             raw.seek(span.start - 1)
             _read_line(lines, path)
-        number, skipped, position = 0, 0, raw.tell()
+        number, row, position = 0, 0, raw.tell()
         while (span.stop is None or position < span.stop) and (line := _read_line(lines, path)):
             number += 1
             position = raw.tell()
             if line.isspace():
                 continue
-            skipped += 1
-            if skipped <= start_row:
-                continue
-            columns = _parse_line(line, path, span, number)
-            if skipped == 1 and not span.start:
-                _require(columns, required, path)
-            yield Row(columns, position)
+            if row >= query.start_row:
+                columns = _parse_line(line, path, span, number)
+                if row == 0 and not span.start:
+                    _require(columns, query.required, path)
+                yield Row(columns, position)
+            row += 1
 
 
-class _Undecodable(OSError):
-    """A compressed file that another copy of it would not mend; the message holds the remedy."""
+def _open_lines(raw: io.BufferedReader, path: Path) -> BinaryIO:
+    """Open the text of a JSONL file, decompressed if its suffix says so.
+
+    Raises:
+        InputError: the suffix names another compression than the file has.
+        OSError: the file does not begin as its suffix says.
+    """
+    suffix, start = path.suffix.lower(), raw.peek(4)[:4]
+    kind = next((kind for kind, magic in MAGIC.items() if magic.match(start)), None)
+    if kind and kind != suffix:
+        raise InputError(f"--dataset: {path} is a {kind} file; end its name in {kind}")
+    if suffix not in MAGIC:
+        return raw
+    if start.lstrip()[:1] == b"{":
+        raise InputError(f"--dataset: {path} is not compressed; take {suffix} off its name")
+    if start and not kind:
+        raise OSError(f"not a {suffix} file")
+    return io.BufferedReader(_Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd"), READ_BYTES)
 
 
 class _Gzip(io.RawIOBase):
-    """The members of a .gz file, zeros after them left out, as gzip reads them. Raises OSError as pyarrow's do."""
+    """Decompresses the members of a .gz file and skips zeros after each of them, as gzip does.
+
+    pyarrow's reader stops at such zeros; Python's reads another number of bytes at a time in each version, on which the
+    rows' positions would depend.
+    """
 
     def __init__(self, raw: BinaryIO):
         self.raw, self.compressed, self.members = raw, b"", 0
-        self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self.begun = False
+        self.member, self.within = zlib.decompressobj(zlib.MAX_WBITS | 16), False
 
     def readable(self) -> bool:
         return True
@@ -142,86 +157,26 @@ class _Gzip(io.RawIOBase):
         while True:
             self.compressed = self.compressed or self.raw.read(GZIP_BYTES)
             if not self.compressed:
-                if self.begun:
+                if self.within:
                     raise OSError("Truncated compressed stream")
                 return 0
-            if self.members and not self.begun:
+            if self.members and not self.within:
                 self.compressed = self.compressed.lstrip(b"\0")
-                if not self.compressed:
-                    continue
-            text = self._decompress(len(buffer))
-            buffer[: len(text)] = text
-            if text:
+            if self.compressed and (text := self._decompress(len(buffer))):
+                buffer[: len(text)] = text
                 return len(text)
 
     def _decompress(self, size: int) -> bytes:
         try:
             text = self.member.decompress(self.compressed, size)
         except zlib.error as error:
-            if self.members and not self.begun:
-                raise _Undecodable(f"{BYTES_AFTER}: gzip -dc FILE | gzip > NEW") from error
-            raise OSError(str(error)) from error
-        self.begun, self.compressed = True, self.member.unconsumed_tail
+            raise OSError(AFTER_GZIP if self.members and not self.within else str(error)) from error
+        self.within, self.compressed = True, self.member.unconsumed_tail
         if self.member.eof:
-            self.compressed, self.begun = self.member.unused_data, False
+            self.within, self.compressed = False, self.member.unused_data
             self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)
             self.members += 1
         return text
-
-
-def _open_compressed(raw: BinaryIO, suffix: str) -> Any:
-    """Open a compressed file from its start. Raises OSError where it is of another kind than its name says."""
-    _check_kind(raw, suffix)
-    return _Gzip(raw) if suffix == ".gz" else pa.CompressedInputStream(raw, "zstd")
-
-
-def _check_kind(raw: BinaryIO, suffix: str) -> None:
-    raw.seek(0)
-    start = raw.read(4)
-    raw.seek(0)
-    kind = next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
-    if kind and kind != suffix:
-        raise _Undecodable(f"it is a {kind} file; end its name so")
-    if suffix in MAGIC and start.lstrip()[:1] == b"{":
-        raise _Undecodable(f"it is not compressed; take {suffix} off its name")
-
-
-class _Decompressed(io.RawIOBase):
-    """Reader of a compressed file's content; of a cut or damaged file, everything before that place."""
-
-    def __init__(self, raw: BinaryIO, suffix: str):
-        self.raw, self.suffix = raw, suffix
-        self.streams = [_open_compressed(raw, suffix)]
-        self.count = 0  # bytes handed out
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        second = len(self.streams) == 2
-        try:
-            count = self.streams[-1].readinto(memoryview(buffer)[:1] if second else buffer)
-        except OSError as error:
-            if isinstance(error, _Undecodable):
-                raise
-            if second and "too much memory" in str(error):
-                raise _Undecodable("its window is above 128 MB; unpack it: zstd -d --rm --long=31 FILE") from error
-            if second and "Unknown frame" in str(error) and self.count:
-                raise _Undecodable(f"{BYTES_AFTER}: zstd -dc FILE | zstd > NEW") from error
-            if second:
-                size = os.fstat(self.raw.fileno()).st_size
-                raise OSError(f"{error}, at byte {self.raw.tell():,} of {size:,}") from error
-            self._read_again()
-            return self.readinto(buffer)
-        self.count += count
-        return count
-
-    def _read_again(self) -> None:
-        """Up to where a read failed, which loses what it had got; from there on byte by byte."""
-        self.streams.append(_open_compressed(self.raw, self.suffix))  # the first would close the file
-        remaining = self.count
-        while remaining:
-            remaining -= len(self.streams[-1].read(min(remaining, READ_BYTES)))
 
 
 def _read_line(lines: BinaryIO, path: Path) -> bytes:
@@ -235,14 +190,16 @@ def _read_line(lines: BinaryIO, path: Path) -> bytes:
 
 
 def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
-    if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        raise InputError(f"{_place(path, span, number)}: a JSON list; write one object a line: jq -c '.[]' FILE")
+    def refuse(problem: str) -> InputError:
+        return InputError(f"--dataset: {path}, line {_line_of_file(path, span, number)}: {problem}")
+
+    line = line.removeprefix(codecs.BOM_UTF8)
+    if number == 1 and line.lstrip()[:1] == b"[":
+        raise refuse("a JSON list; write one object a line: jq -c '.[]' FILE")
     try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{_place(path, span, number)}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
-        ) from error
+        raise refuse(f"not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
         remedy = "correct or remove it" if line.endswith(b"\n") else "the file seems cut off: copy it again"
         if number == 1 and line.strip() == b"{":
@@ -250,62 +207,59 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
                 "data have one JSON object a line: jq -c . FILE makes one of an object over several lines; "
                 "if it is no data, leave the file out"
             )
-        raise InputError(
-            f"{_place(path, span, number)}: not valid JSON ({getattr(error, 'msg', error)}); {remedy}"
-        ) from error
+        raise refuse(f"not valid JSON ({getattr(error, 'msg', error)}); {remedy}") from error
     if not isinstance(row, dict):
-        raise InputError(f"{_place(path, span, number)}: a JSON {type(row).__name__}; each line must be an object")
+        raise refuse(f"a JSON {type(row).__name__}; each line must be an object")
     return row
 
 
-def _place(path: Path, span: Span, number: int) -> str:
-    """Names a line by its number in the file, given its number in the span."""
-    with open(path, "rb") as file:
-        remaining = span.start
-        while remaining and (chunk := file.read(min(READ_BYTES, remaining))):
-            number += chunk.count(b"\n")
-            remaining -= len(chunk)
-        file.seek(max(0, span.start - 1))
-        if span.start and file.read(1) != b"\n":  # the span's first line begins within it, behind this one
-            number += 1
-    return f"--dataset: {path}, line {number}"
+def _line_of_file(path: Path, span: Span, number: int) -> int:
+    """Return the number in the file of a line that has `number` in the span."""
+    if span.start:
+        number += 1  # the line that ends the span before
+        with open(path, "rb") as file:
+            remaining = span.start - 1
+            while remaining and (chunk := file.read(min(READ_BYTES, remaining))):
+                number += chunk.count(b"\n")
+                remaining -= len(chunk)
+    return number
 
 
-def _parquet_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
+def _parquet_rows(path: Path, query: Query) -> Iterator[Row]:
     with pa.parquet.ParquetFile(path) as parquet:
-        names = parquet.schema_arrow.names
-        _require(names, required, path)
-        columns = _chosen(parquet.schema_arrow, only)
+        _require(parquet.schema_arrow.names, query.required, path)
+        columns = _present(parquet.schema_arrow, query.only)
         size, total = path.stat().st_size, parquet.metadata.num_rows
-        group, row = 0, 0  # row groups that lie wholly before the start are not read
-        while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= start_row:
+        group, row = 0, 0  # skip the row groups that end before the first row
+        while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= query.start_row:
             row += parquet.metadata.row_group(group).num_rows
             group += 1
         groups = range(group, parquet.num_row_groups)
-        for table in parquet.iter_batches(COLUMNAR_ROWS, row_groups=groups, columns=columns):
-            skip = max(0, start_row - row)
-            row += min(skip, table.num_rows)
-            for values in _table_rows(table.slice(skip)):
+        for batch in parquet.iter_batches(COLUMNAR_ROWS, row_groups=groups, columns=columns):
+            skip = min(max(0, query.start_row - row), batch.num_rows)
+            row += skip
+            for values in _rows_of(batch.slice(skip)):
                 yield Row(values, size * _batch_end(row, total) // total)
                 row += 1
 
 
-def _arrow_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
-    with pa.memory_map(str(path)) as raw, _open_arrow(raw) as stream:
-        if stream.schema.names == ["indices"]:
-            yield from _selected_rows(path, required, only, start_row)
+def _arrow_rows(path: Path, query: Query) -> Iterator[Row]:
+    with pa.memory_map(str(path)) as raw, _open_arrow(raw) as reader:
+        if reader.schema.names == ["indices"]:
+            yield from _selected_rows(path, query)
             return
-        _require(stream.schema.names, required, path)
+        _require(reader.schema.names, query.required, path)
+        columns = _present(reader.schema, query.only)
         first = 0
-        for batch, position in _batches(stream, raw):
-            for start in range(max(0, start_row - first), batch.num_rows, COLUMNAR_ROWS):
-                table = _selected(batch.slice(start, COLUMNAR_ROWS), _chosen(stream.schema, only))
-                yield from (Row(columns, position) for columns in _table_rows(table))
+        for batch, position in _batches(reader, raw):
+            for start in range(max(0, query.start_row - first), batch.num_rows, COLUMNAR_ROWS):
+                part = _with_columns(batch.slice(start, COLUMNAR_ROWS), columns)
+                yield from (Row(row, position) for row in _rows_of(part))
             first += batch.num_rows
 
 
 def _open_arrow(raw: pa.NativeFile) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
-    """Open Arrow's format of streams, which `datasets` writes, or that of files."""
+    """Open Arrow's stream format, which `datasets` writes, or its file format."""
     is_file = raw.read(len(ARROW_MAGIC)) == ARROW_MAGIC
     raw.seek(0)
     return pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
@@ -314,7 +268,7 @@ def _open_arrow(raw: pa.NativeFile) -> pa.ipc.RecordBatchStreamReader | pa.ipc.R
 def _batches(
     reader: pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader, raw: pa.NativeFile
 ) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Yield the batches, and how many bytes of the file they and those before them take."""
+    """Yield each batch with the bytes of the file up to its end."""
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
         count = reader.num_record_batches
         yield from ((reader.get_batch(number), raw.size() * (number + 1) // count) for number in range(count))
@@ -322,44 +276,47 @@ def _batches(
         yield from ((batch, raw.tell()) for batch in reader)
 
 
-def _selected_rows(path: Path, required: Sequence[str], only: Sequence[str] | None, start_row: int) -> Iterator[Row]:
-    """The rows that `path` lists, of the data files beside it: a selection as `datasets` saved it before version 2."""
-    from datasets import Dataset, concatenate_datasets  # an import of seconds, for such folders alone
+def _selected_rows(path: Path, query: Query) -> Iterator[Row]:
+    """Yield the rows that `path` selects from the data files beside it, as `datasets` 1 saved a selection."""
+    from datasets import Dataset, concatenate_datasets  # takes seconds to import
 
     names = [file["filename"] for file in json.loads((path.parent / STATE).read_bytes())["_data_files"]]
     data = concatenate_datasets([Dataset.from_file(str(path.parent / name)) for name in names])
-    _require(data.column_names, required, path)
-    selection = Dataset.from_file(str(path)).data.column("indices")
-    columns, size = _chosen(data.data.schema, only), path.stat().st_size
-    rows = data.with_format("arrow")
-    for start in range(start_row, len(selection), COLUMNAR_ROWS):
-        chosen = selection.slice(start, COLUMNAR_ROWS)
-        table = _selected(rows[chosen.to_pylist()].combine_chunks().to_batches()[0], columns)
-        for row, values in enumerate(_table_rows(table), start):
-            yield Row(values, size * _batch_end(row, len(selection)) // len(selection))
+    _require(data.column_names, query.required, path)
+    columns = _present(data.data.schema, query.only)
+    indices, size = Dataset.from_file(str(path)).data.column("indices"), path.stat().st_size
+    data = data.with_format("arrow")
+    for start in range(query.start_row, len(indices), COLUMNAR_ROWS):
+        chosen = indices.slice(start, COLUMNAR_ROWS).to_pylist()
+        batch = _with_columns(data[chosen].combine_chunks().to_batches()[0], columns)
+        for number, row in enumerate(_rows_of(batch), start):
+            yield Row(row, size * _batch_end(number, len(indices)) // len(indices))
 
 
-def _chosen(schema: pa.Schema, only: Sequence[str] | None) -> list[str] | None:
-    """Those of the columns and fields `only` that there are; None is all."""
+READERS: dict[str, Callable[[Path, Query], Iterator[Row]]] = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
+
+
+def _present(schema: pa.Schema, only: Sequence[str] | None) -> list[str] | None:
+    """Return those of the columns and fields `only` that the schema has; None stands for all columns."""
     if only is None:
         return None
-    chosen = []
+    present = []
     for column, _, field in (name.partition(".") for name in only):
         if column in schema.names:
             kind = schema.field(column).type
             if not field or not pa.types.is_struct(kind):
-                chosen.append(column)
+                present.append(column)
             elif kind.get_field_index(field) >= 0:
-                chosen.append(f"{column}.{field}")
-    return chosen
+                present.append(f"{column}.{field}")
+    return present
 
 
-def _selected(batch: pa.RecordBatch, chosen: list[str] | None) -> pa.RecordBatch:
-    """A batch of these columns and fields alone."""
-    if chosen is None:
+def _with_columns(batch: pa.RecordBatch, columns: list[str] | None) -> pa.RecordBatch:
+    """Return a batch of these columns and fields alone, as Parquet's reader does."""
+    if columns is None:
         return batch
     arrays = {}
-    for column, _, field in (name.partition(".") for name in chosen):
+    for column, _, field in (name.partition(".") for name in columns):
         values = batch.column(column)
         if field:
             values = pa.StructArray.from_arrays([pa.compute.struct_field(values, field)], [field])
@@ -367,21 +324,22 @@ def _selected(batch: pa.RecordBatch, chosen: list[str] | None) -> pa.RecordBatch
     return pa.RecordBatch.from_arrays(list(arrays.values()), list(arrays))
 
 
-def _table_rows(table: pa.RecordBatch) -> Iterator[dict]:
-    decoders = {field.name: decode for field in table.schema if (decode := _decoder(field.type))}
-    for columns in table.to_pylist():
-        for name, decode in decoders.items():
-            columns[name] = decode(columns[name])
-        yield columns
+def _rows_of(batch: pa.RecordBatch) -> Iterator[dict]:
+    decoders = {field.name: decode for field in batch.schema if (decode := _decoder(field.type))}
+    for row in batch.to_pylist():
+        yield row | {name: decode(row[name]) for name, decode in decoders.items()}
 
 
 def _batch_end(row: int, total: int) -> int:
-    """Return the end of the row's batch, counted from the file's first row wherever reading has started."""
+    """Return the end of the row's batch; batches are counted from the file's first row wherever reading starts."""
     return min((row // COLUMNAR_ROWS + 1) * COLUMNAR_ROWS, total)
 
 
 def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """Return what makes Python's values of those that Arrow gives for JSON and maps, also within others, if needed."""
+    """Return a function that turns JSON and maps, also nested, into the values that a JSONL file would give.
+
+    Returns None for types whose values need no decoding.
+    """
     if isinstance(kind, pa.BaseExtensionType):
         return _unless_null(json.loads) if kind.extension_name == "arrow.json" else None
     if pa.types.is_map(kind):

@@ -1,7 +1,7 @@
 """Finds the files behind `--dataset`: a local file or folder, or the name of a data set on the Hugging Face hub.
 
-Nothing but names and sizes is read here. `SourceFile.rows` and `SourceFile.documents` read a file, which is downloaded
-first where it is not on this machine.
+Only names and sizes are read here. `SourceFile.rows` and `SourceFile.documents` read a file, and download it first if
+it is not on this machine.
 """
 
 import contextlib
@@ -11,55 +11,41 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from corpus.hub import (
-    CONVERTED,
-    RemoteFile,
-    Repository,
-    Unreachable,
-    download,
-    fetch,
-    has_converted_branch,
-    is_offline,
-    list_repository,
-    read_url_lists,
-    recall,
-    remember,
-    remote_files,
-    writing_home,
-)
-from corpus.rows import FILE_SUFFIXES, STATE, WHOLE, Span, read_rows, refuse_pointer
+from corpus import hub
+from corpus.hub import CONVERTED, RemoteFile, Repository, Unreachable
+from corpus.rows import FILE_SUFFIXES, STATE, WHOLE, Span, read_rows
 from corpus.splits import (
     CARD_FILES,
     Card,
     Choice,
     NotFound,
     Request,
+    card_of_folders,
     choose,
+    find_named,
     first_name,
     has_card,
     is_data,
-    named,
     read_card,
-    refuse_unreadable,
     slice_of_path,
     unpacking,
+    unreadable_kind,
 )
-from runtime import hub
 from runtime.console import InputError, say
+from runtime.hub import check_name, refuse_pointers, split_revision
 
 REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
 SLICE_COLUMN = "red_pajama_subset"
 TEXT_TO_JSONL = """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE > FILE.jsonl"""
-HUB_PAGE = re.compile(r"https?://[^/]+/datasets/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve|raw)/([^/?#]+))?")
 
 
 class Document(NamedTuple):
-    """A document, its slice, and how many bytes of the file are read by then; `text` is whatever the row has there."""
+    """A document, its slice, and the bytes of the file read by its end; `text` is any value that the row has there."""
 
     text: Any
     slice: str
@@ -70,11 +56,11 @@ class SourceFile(NamedTuple):
     """A file of a data set.
 
     Attributes:
-        path: within the folder or the data set, or the whole path within a URL.
-        slice: the part of the data set that its documents are counted under, unless they name another.
+        path: within the folder or the data set; of a URL, the end that tells it apart from others.
+        slice: the part of the data set that its documents belong to, unless they name another.
         size: bytes, as stored; 0 if unknown.
-        version: differs when the content does: time of change, content hash, or ETag; of a selection of rows, also
-            those of the files selected from, after commas.
+        version: time of change, content hash, ETag or date: another one if the content is other. A selection of rows
+            has also those of the files that it selects from, after commas.
         origin: its folder, `OWNER/NAME@COMMIT` on the hub, or its URL.
     """
 
@@ -88,33 +74,32 @@ class SourceFile(NamedTuple):
         """Return the file's path on this machine; download it first if needed, one process at a time."""
         if os.path.isabs(self.origin):
             return self._unchanged(Path(self.origin, self.path))
-        with writing_home():
-            if self.origin.startswith(("http://", "https://")):
-                return download(RemoteFile(self.origin, self.size, self.version))
-            name, _, commit = self.origin.rpartition("@")
-            return fetch(name, commit, self.path)
+        if self.origin.startswith(("http://", "https://")):
+            return hub.download(RemoteFile(self.origin, self.size, self.version))
+        name, _, commit = self.origin.rpartition("@")
+        return hub.fetch(name, commit, self.path)
 
     def _unchanged(self, path: Path) -> Path:
-        """The path of a file on this machine, if it is the one that was found: what is read must be of one version."""
+        """Return the path of a local file. Raises InputError if it is gone, or is not the version that was found."""
         try:
             status = path.stat()
         except OSError as error:
-            raise InputError(f"--dataset: {path} cannot be read ({error.strerror}); restore or remove it") from error
+            raise _unreadable(path, error) from error
         if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version.partition(",")[0]):
             raise InputError(f"--dataset: {path} has changed since it was found; start again")
         return path
 
     def rows(self, columns: Sequence[str] = (), start_row: int = 0) -> Iterator[dict]:
-        """Its rows with all their columns, from the row of index `start_row` on.
+        """Yield the rows with all their columns, from the row of index `start_row` on.
 
         Raises:
-            InputError: one of `columns` is missing, or the file is damaged or cannot be had.
+            InputError: one of `columns` is missing, or the file is damaged or not available.
         """
         for row in read_rows(self.fetch(), columns, start_row=start_row):
             yield row.columns
 
     def documents(self, start_row: int = 0, span: Span = WHOLE) -> Iterator[Document]:
-        """Its rows as documents of pretraining, from the row of index `start_row` on. Raises as `rows`."""
+        """Yield the rows as documents of pretraining, from the row of index `start_row` on. Raises as `rows`."""
         only = ("text", SLICE_COLUMN, f"meta.{SLICE_COLUMN}")
         for columns, position in read_rows(self.fetch(), only[:1], only=only, span=span, start_row=start_row):
             yield Document(columns.get("text"), _slice_of_row(columns) or self.slice, position)
@@ -125,9 +110,9 @@ class Source:
     """All files of a data set in the order in which they are read.
 
     Attributes:
-        name: what the user called it.
-        commit: of the hub's repository; None for local files.
-        remark: what was found and left out, for people; may be empty.
+        name: as the user gave it.
+        commit: of the repository on the hub; None for local files.
+        remark: the files found and left out, in words; may be empty.
     """
 
     name: str
@@ -137,6 +122,7 @@ class Source:
 
     @property
     def size(self) -> int:
+        """Size of all files in bytes, as stored."""
         return sum(file.size for file in self.files)
 
     @property
@@ -145,15 +131,17 @@ class Source:
         return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()
 
     def to_json(self) -> dict:
+        """Return the content for JSON, which `from_json` takes."""
         return {"name": self.name, "commit": self.commit, "remark": self.remark, "files": self.files}
 
     @classmethod
     def from_json(cls, content: dict) -> "Source":
+        """Return the source whose content `to_json` gave."""
         return cls(**{**content, "files": [SourceFile(*file) for file in content["files"]]})
 
 
 def unusable(text: object) -> str | None:
-    """Why a document cannot be used, or None."""
+    """Return the reason that a document cannot be used, or None."""
     if text is None:
         return "text missing or null"
     if not isinstance(text, str):
@@ -167,7 +155,7 @@ def unusable(text: object) -> str | None:
 
 
 def _slice_of_row(row: dict) -> str | None:
-    """The slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
+    """Return the slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
     name, meta = row.get(SLICE_COLUMN), row.get("meta")
     if not name and isinstance(meta, str) and SLICE_COLUMN in meta:
         with contextlib.suppress(ValueError, RecursionError):
@@ -192,11 +180,11 @@ def resolve_source(
     Args:
         name: a local file or folder, else a name on the hub, perhaps as NAME@REVISION.
         revision: branch, tag or commit on the hub.
-        slices: leave out all others; configurations where the card lists several.
-        configuration: the part of a data set to take: of its card, of its converted branch, else a folder or file.
-        split: files that are marked as of another split are left out.
-        used: other splits, whose files are not among those that the remark counts as left out.
-        flag: the one by which the user chooses a configuration.
+        slices: the slices to read, by default all; the configurations, if the card lists several.
+        configuration: the part of the data set to read: of its card, of its converted branch, else a folder or file.
+        split: the split to read; files of other splits are left out.
+        used: other splits, whose files the remark does not count as left out.
+        flag: the flag by which the user chooses a configuration.
 
     Raises:
         InputError: there is nothing to read; the line says what was found and what to do.
@@ -207,91 +195,83 @@ def resolve_source(
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
         return _pick(_local_source(name, root, request), slices)
-    hub_name, pinned = hub.split_revision(name.rstrip("/"))
-    if name.startswith(("http://", "https://")):
-        page = HUB_PAGE.match(name)
-        remedy = f"give its name: -d {page[1]}" if page else "download it, and give the file"
-        remedy += f"@{page[2]}" if page and page[2] else ""
-        raise InputError(f"--dataset: {name} is a URL; {remedy}")
-    if os.path.isabs(name) or name.startswith((".", "~")) or hub_name.count("/") > 1:
-        raise InputError(f"--dataset: {name} is neither a file nor a folder here; check the path")
+    check_name(name.rstrip("/"), "--dataset", "a file, a folder")
+    hub_name, pinned = split_revision(name.rstrip("/"))
     if pinned and revision and pinned != revision:
         raise InputError(f"--dataset_revision: {revision} is not the revision in --dataset {name}; give one of them")
     return _pick(_hub_source(hub_name, revision or pinned, request), slices)
 
 
 def _pick(source: Source, slices: Sequence[str]) -> Source:
-    """The files of these slices; a slice also goes by the name of its file or folder."""
+    """Return the source with the files of these slices alone; the name of a file or top folder counts as a slice."""
     if not slices:
         return source
     files = [file for file in source.files if {file.slice, first_name(file.path)} & set(slices)]
     found = {name for file in files for name in (file.slice, first_name(file.path))}
-    missing = [name for name in slices if name not in found]
-    if missing:
-        there = sorted({file.slice for file in source.files})
-        raise InputError(
-            f"--dataset_slices: {source.name} has no slice {', '.join(missing)}; it has {', '.join(there)}"
-        )
-    return Source(source.name, files, source.commit, source.remark)
+    _require_slices(source.name, slices, found, sorted({file.slice for file in source.files}))
+    return replace(source, files=files)
+
+
+def _require_slices(name: str, slices: Sequence[str], found: Collection[str], there: Collection[str]) -> None:
+    if missing := [slice for slice in slices if slice not in found]:
+        raise InputError(f"--dataset_slices: {name} has no slice {', '.join(missing)}; it has {', '.join(there)}")
+
+
+# ------------------------------------------------------------------------------------------------ files on this machine
 
 
 def _local_source(name: str, root: Path, request: Request) -> Source:
-    split = request.split
     if root.is_file():
-        if request.configuration:
-            raise InputError(f"{request.flag}: {name} is one file and has no configurations; leave the flag out")
-        if not root.name.lower().endswith(FILE_SUFFIXES):
-            remedy = (
-                f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
-                if root.suffix.lower() in (".txt", ".md")
-                else unpacking([root.name])
-            )
-            raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
-        return Source(name, [_local_file(root.parent, root.name)])
-    texts = {path: _text(root / path) for path in CARD_FILES if (root / path).is_file()}
+        return _single_file(name, root, request)
+    texts = {path: _read_text(root / path) for path in CARD_FILES if (root / path).is_file()}
     card = read_card(name, texts)
     if request.configuration and not card:
         folder = Path(name, request.configuration)
         if folder.is_dir():
             return _local_source(str(folder), Path(os.path.abspath(folder)), request._replace(configuration=None))
-        paths = named(name, _walk(root), request)
-        return _listed_source(name, root, paths, None, request, has_card(texts))
-    splits = _saved(root / "dataset_dict.json", "splits")
-    if splits:
-        if split not in splits and (len(splits) > 1 or split != "train"):
-            raise NotFound(f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}")
-        root /= split if split in splits else splits[0]
-    if saved := _saved_files(root.parent, root.name):
-        return Source(name, saved)
-    return _listed_source(name, root, _walk(root, hidden=card is not None), card, request, has_card(texts))
-
-
-def _listed_source(
-    name: str, root: Path, paths: Sequence[str], card: Card | None, request: Request, as_hub: bool
-) -> Source:
-    choice = choose(name, paths, card, as_hub, request)
+        paths = find_named(name, _walk(root), request)
+    else:
+        root = _folder_of_split(name, root, request.split)
+        if saved := _saved_files(root.parent, root.name):
+            return Source(name, saved)
+        paths = _walk(root, hidden=card is not None)
+    choice = choose(name, paths, card, has_card(texts), request)
     if choice.unreadable:
-        raise refuse_unreadable(name, choice.unreadable)
+        raise unreadable_kind(name, choice.unreadable)
     if not choice.files:
         found = f", only {choice.remark}" if choice.remark else ""
         raise NotFound(
             f"--dataset: {name} holds no file of a known kind: {', '.join(FILE_SUFFIXES)}{found}{unpacking(paths)}"
         )
-    files = {
-        file._replace(slice=slice): None for path, slice in choice.files.items() for file in _data_files(root, path)
-    }
+    files = dict.fromkeys(
+        file._replace(slice=slice) for path, slice in choice.files.items() for file in _files_at(root, path)
+    )
     return Source(name, list(files), remark=choice.remark and f"left out in {name}: {choice.remark}")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"--dataset: {path} cannot be read ({error.strerror}); permit it or move it away") from error
+def _single_file(name: str, path: Path, request: Request) -> Source:
+    if request.configuration:
+        raise InputError(f"{request.flag}: {name} is one file and has no configurations; leave the flag out")
+    if not path.name.lower().endswith(FILE_SUFFIXES):
+        remedy = unpacking([path.name])
+        if path.suffix.lower() in (".txt", ".md"):
+            remedy = f"; make each part between blank lines a document: {TEXT_TO_JSONL}"
+        raise InputError(f"--dataset: {name} is not of a known kind: {', '.join(FILE_SUFFIXES)}{remedy}")
+    return Source(name, [_local_file(path.parent, path.name)])
 
 
-def _saved(path: Path, key: str) -> list | None:
-    """A list in a file of a folder that `datasets` saved; None for whatever else has such a name."""
+def _folder_of_split(name: str, root: Path, split: str) -> Path:
+    """Return the folder of a split in a folder that `datasets` saved with its splits; `root` of any other folder."""
+    splits = _saved_list(root / "dataset_dict.json", "splits")
+    if not splits:
+        return root
+    if split not in splits and (len(splits) > 1 or split != "train"):
+        raise NotFound(f"--dataset: {name} has no split '{split}'; give the folder of one of: {', '.join(splits)}")
+    return root / (split if split in splits else splits[0])
+
+
+def _saved_list(path: Path, key: str) -> list | None:
+    """Return a list in a JSON file that `datasets` saved; None for any other file of that name."""
     try:
         found = json.loads(path.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError):
@@ -299,17 +279,11 @@ def _saved(path: Path, key: str) -> list | None:
     return found if isinstance(found, list) else None
 
 
-def _data_files(root: Path, path: str) -> list[SourceFile]:
-    """Return the file of a path in `root`; of an Arrow file in a folder that `datasets` saved all files of that."""
-    saved = _saved_files(root, os.path.dirname(path)) if path.lower().endswith(".arrow") else []
-    return saved or [_local_file(root, path)]
-
-
 def _saved_files(root: Path, folder: str) -> list[SourceFile]:
     """Return the Arrow files that `datasets` saved in a folder of `root`: the data, or selections of their rows."""
 
     def listed(key: str) -> list[SourceFile]:
-        names = [file["filename"] for file in _saved(root / folder / STATE, key) or []]
+        names = [file["filename"] for file in _saved_list(root / folder / STATE, key) or []]
         return [_local_file(root, f"{folder}/{name}") for name in names]
 
     data, selections = listed("_data_files"), listed("_indices_data_files")
@@ -317,97 +291,116 @@ def _saved_files(root: Path, folder: str) -> list[SourceFile]:
     return [file._replace(version=",".join([file.version, *versions])) for file in selections] or data
 
 
-def _walk(root: Path, hidden: bool = False) -> list[str]:
-    """List every file below `root`; hidden ones only for a card, which may name them.
+def _files_at(root: Path, path: str) -> list[SourceFile]:
+    """Return the file at a path in `root`; for an Arrow file in a folder that `datasets` saved, all files of that."""
+    saved = _saved_files(root, os.path.dirname(path)) if path.lower().endswith(".arrow") else []
+    return saved or [_local_file(root, path)]
 
-    What links lead to twice, or in a circle, counts once.
-    """
+
+def _walk(root: Path, hidden: bool = False) -> list[str]:
+    """List every file below `root`, once even if several links lead to it. Only a card may name `hidden` ones."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"--dataset: {error.filename} cannot be read ({error.strerror}); permit it or move it away")
+        raise _unreadable(Path(error.filename), error)
 
-    seen, paths, links = set(), [], []
+    def visible(names: list[str]) -> list[str]:
+        return sorted(name for name in names if hidden or not name.startswith("."))
+
+    folders, paths = set(), []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        if (place := os.path.realpath(folder)) in seen:
+        if (place := os.path.realpath(folder)) in folders:
             subfolders.clear()
             continue
-        seen.add(place)
-        subfolders[:] = sorted(name for name in subfolders if hidden or not name.startswith("."))
-        for path in (os.path.join(folder, name) for name in names if hidden or not name.startswith(".")):
-            (links if os.path.islink(path) else paths).append(path)
-    seen = set(map(os.path.realpath, paths))
-    for path in sorted(links):
-        if (place := os.path.realpath(path)) not in seen:
-            seen.add(place)
-            paths.append(path)
-    return sorted(os.path.relpath(path, root) for path in paths)
+        folders.add(place)
+        subfolders[:] = visible(subfolders)
+        paths += [os.path.join(folder, name) for name in visible(names)]
+    files: dict[str, str] = {}  # by real path; the file itself comes before links to it
+    for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):
+        files.setdefault(os.path.realpath(path), path)
+    return sorted(os.path.relpath(path, root) for path in files.values())
 
 
 def _local_file(root: Path, path: str) -> SourceFile:
     try:
         status = (root / path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"--dataset: {root / path} is no regular file; remove it")
-        refuse_pointer(root / path)
     except OSError as error:
-        raise InputError(f"--dataset: {root / path} cannot be read ({error.strerror}); restore or remove it") from error
+        raise _unreadable(root / path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"--dataset: {root / path} is no regular file; remove it")
     if status.st_size == 0:
         raise InputError(f"--dataset: {root / path} is empty; copy it again or remove it")
+    refuse_pointers([root / path], "--dataset")
     return SourceFile(path, slice_of_path(path), status.st_size, str(status.st_mtime_ns), str(root))
 
 
-def _hub_source(name: str, revision: str | None, request: Request) -> Source:
-    """Lists the data set; takes the last listing if the hub is out of reach, or if the same lists of URLs are there."""
-    key = json.dumps([name, revision, request.slices, request.configuration, request.split])
-    known = recall(key)
+def _read_text(path: Path) -> str:
     try:
-        with writing_home():
-            repository = list_repository(name, revision)
-            if known and known["head"] == repository.commit and known["source"]["files"][0][-1].startswith("http"):
-                return Source.from_json(known["source"])
-            source = _list_hub_source(repository, revision, request)
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"--dataset: {path} cannot be read ({error.strerror}); make it readable or remove it")
+
+
+# ----------------------------------------------------------------------------------------------------- files on the hub
+
+
+def _hub_source(name: str, revision: str | None, request: Request) -> Source:
+    """List a data set of the hub.
+
+    The last listing is used again if the hub cannot be reached, and if the files are behind URLs and the repository has
+    not changed, since each URL would be one more request.
+    """
+    key = json.dumps([name, revision, request.slices, request.configuration, request.split])
+    known = hub.recall(key)
+    try:
+        repository = hub.list_repository(name, revision)
+        if known and known["head"] == repository.commit and known["source"]["files"][0][-1].startswith("http"):
+            return Source.from_json(known["source"])
+        source = _repository_source(repository, revision, request)
     except Unreachable as error:
         if known:
-            if not is_offline():
+            if not hub.is_offline():
                 say(f"the hub cannot be reached ({error}); {name} is read as it was listed the last time")
             return Source.from_json(known["source"])
         raise NotFound(
             f"--dataset: {name} is no file or folder here, and the hub cannot be reached ({error}); "
             "download it where there is a network, or give a local file or folder"
         ) from error
-    remember(key, {"head": repository.commit, "source": source.to_json()})
+    hub.remember(key, {"head": repository.commit, "source": source.to_json()})
     return source
 
 
-def _list_hub_source(repository: Repository, revision: str | None, request: Request) -> Source:
-    """The files of the card's configuration, or all; else those in lists of URLs, or on the converted branch."""
+def _repository_source(repository: Repository, revision: str | None, request: Request) -> Source:
+    """Return the files of the card's configuration, or all; else those in lists of URLs, or on the converted branch."""
     name, paths = repository.name, sorted(repository.files)
     if revision == CONVERTED:
         return _converted_source(repository, request)
-    texts = {path: _text(fetch(name, repository.commit, path)) for path in CARD_FILES if path in paths}
+    texts = {path: _read_text(hub.fetch(name, repository.commit, path)) for path in CARD_FILES if path in paths}
     card = read_card(name, texts)
 
     @functools.cache
     def converted() -> Repository | None:
-        there = not revision and has_converted_branch(name)
-        return list_repository(name, CONVERTED) if there else None
+        return None if revision else hub.list_converted(name)
 
     if request.configuration and not card:
         branch = converted()
-        elsewhere = _converted_card(branch).configurations if branch else {}
+        elsewhere = card_of_folders(branch.files).configurations if branch else {}
         if branch and (request.configuration in elsewhere or not any(map(is_data, paths))):
             return _converted_source(branch, request)
-        paths = named(name, paths, request, list(elsewhere))
-    url_lists = [path for path in paths if re.fullmatch(r"urls/[^/]+\.txt", path)]
+        paths = find_named(name, paths, request, list(elsewhere))
+    url_lists = {PurePosixPath(path).stem: path for path in paths if re.fullmatch(r"urls/[^/]+\.txt", path)}
     if url_lists and not card and not any(map(is_data, paths)):
         return _url_source(repository, url_lists, request.slices)
     choice = choose(name, paths, card, True, request)
     if choice.files and not choice.unreadable:
-        return _repository_source(repository, choice)
+        return _chosen_source(repository, choice)
     if branch := converted():
-        return _converted_source(branch, request, card.default if card else None)
+        return _converted_source(branch, request, card)
     if choice.unreadable:
-        raise refuse_unreadable(name, choice.unreadable)
+        raise unreadable_kind(name, choice.unreadable)
     script = f"{name.rpartition('/')[2]}.py" in repository.files
     raise NotFound(
         f"--dataset: {name} has no {', '.join(FILE_SUFFIXES)} of split '{request.split}' and no branch {CONVERTED}, "
@@ -417,64 +410,40 @@ def _list_hub_source(repository: Repository, revision: str | None, request: Requ
     )
 
 
-def _repository_source(repository: Repository, choice: Choice) -> Source:
+def _chosen_source(repository: Repository, choice: Choice) -> Source:
     origin = f"{repository.name}@{repository.commit}"
     files = [SourceFile(path, slice, *repository.files[path], origin) for path, slice in choice.files.items()]
-    size = sum(file.size for file in files)
-    found = f"{origin}: {len(files)} files, {size / 1e9:.2f} GB"
-    left_out = f"; left out: {choice.remark}" if choice.remark else ""
-    return Source(repository.name, files, repository.commit, found + left_out)
+    return _described(repository, files, "files", f"; left out: {choice.remark}" if choice.remark else "")
 
 
-def _converted_card(repository: Repository) -> Card:
-    """The configurations and splits of a converted branch, by its files `CONFIGURATION/SPLIT/0000.parquet`."""
-    from datasets.utils.metadata import MetadataConfigs
-
-    splits: dict[str, set[str]] = {}
-    for path in repository.files:
-        folders = PurePosixPath(path).parts[:-1]
-        if path.endswith(".parquet") and len(folders) == 2:
-            splits.setdefault(folders[0], set()).add(folders[1])
-    configurations = MetadataConfigs(
-        {
-            name: {"data_files": [{"split": split, "path": f"{name}/{split}/*.parquet"} for split in sorted(of_name)]}
-            for name, of_name in sorted(splits.items())
-        }
-    )
-    return Card(configurations, configurations.get_default_config_name())
+def _described(repository: Repository, files: list[SourceFile], kind: str, more: str) -> Source:
+    source = Source(repository.name, files, repository.commit)
+    found = f"{repository.name}@{repository.commit}: {len(files)} {kind}, {source.size / 1e9:.2f} GB"
+    return replace(source, remark=found + more)
 
 
-def _converted_source(repository: Repository, request: Request, default: str | None = None) -> Source:
-    """The files of a configuration on the converted branch; of `default`, the card's, where none is chosen."""
-    card = _converted_card(repository)
-    if default in card.configurations:
-        card = card._replace(default=default)
-    return _repository_source(repository, choose(repository.name, sorted(repository.files), card, True, request))
+def _converted_source(repository: Repository, request: Request, own: Card | None = None) -> Source:
+    """Return the files of a configuration on the converted branch; by default that of the data set's `own` card."""
+    card = card_of_folders(repository.files)
+    if own and own.default in card.configurations:
+        card = card._replace(default=own.default)
+    return _chosen_source(repository, choose(repository.name, sorted(repository.files), card, True, request))
 
 
-def _url_source(repository: Repository, url_lists: list[str], slices: tuple[str, ...]) -> Source:
-    names = {PurePosixPath(path).stem: path for path in url_lists}
-    missing = [name for name in slices if name not in names]
-    if missing:
-        raise InputError(
-            f"--dataset_slices: {repository.name} has no slice {', '.join(missing)}; it has {', '.join(names)}"
-        )
-    chosen = {name: path for name, path in names.items() if not slices or name in slices}
-    lists = read_url_lists(repository, list(chosen.values()))
-    files = []
-    for name, path in chosen.items():
-        for remote in remote_files(lists[path]):
-            place = f"{name}/{_url_tail(remote.url, name)}"
-            files.append(SourceFile(place, name, remote.size, remote.version, remote.url))
-    size = sum(file.size for file in files)
+def _url_source(repository: Repository, url_lists: dict[str, str], slices: Sequence[str]) -> Source:
+    """Return the files in lists of URLs, which are one for each slice, by its name."""
+    _require_slices(repository.name, slices, url_lists, url_lists)
+    chosen = {path: slice for slice, path in url_lists.items() if not slices or slice in slices}
+    files = [
+        SourceFile(f"{slice}/{_url_tail(remote.url, slice)}", slice, remote.size, remote.version, remote.url)
+        for path, urls in hub.read_url_lists(repository, list(chosen)).items()
+        for slice, remote in ((chosen[path], remote) for remote in hub.remote_files(urls))
+    ]
     unknown = sum(not file.size for file in files)
-    found = f"{repository.name}@{repository.commit}: {len(files)} files behind URLs, {size / 1e9:.2f} GB"
-    if unknown:
-        found += f" and {unknown} of unknown size"
-    return Source(repository.name, files, repository.commit, found)
+    return _described(repository, files, "files behind URLs", f" and {unknown} of unknown size" if unknown else "")
 
 
 def _url_tail(url: str, slice: str) -> str:
-    """The end of a URL that tells the files of a slice apart: what follows the slice's name, or the whole path."""
+    """Return the end of a URL that tells the files of a slice apart: the part after the slice's name, else the path."""
     path = url.partition("://")[2].partition("/")[2].partition("?")[0]
     return path.partition(f"{slice}/")[2] or path

@@ -1,11 +1,11 @@
 """Chooses the files of a data set's configuration and split as `datasets` does: by its card, else by their names.
 
-Only the list of files and the card are needed, so a data set on the hub is read as its clone in a local folder.
+It needs only the names of the files and the card, so a data set on the hub is read like its clone in a local folder.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from glob import has_magic
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,14 +18,14 @@ from corpus.rows import FILE_SUFFIXES
 from runtime.console import InputError, first_line, say
 
 if TYPE_CHECKING:
-    from datasets.utils.metadata import MetadataConfigs  # importing `datasets` takes a second, so only when it is used
-
+    from datasets.utils.metadata import MetadataConfigs  # functions import `datasets`: it takes a second
 
 CARD_FILES = ("README.md", ".huggingface.yaml")  # the second adds to the first and overrides it
-ROOT = "listing://data"
-READABLE_MODULES = ("json", "parquet", "arrow")  # by which `datasets` reads what we read
+FOLDER = "data"  # of the file system of names
+ROOT = f"listing://{FOLDER}"
+READABLE_MODULES = ("json", "parquet", "arrow")  # of `datasets`, for the files that we read
 CHANGES_ROWS = ("field", "filters", "encoding", "encoding_errors")  # settings of these modules
-DESCRIPTIONS = (  # of data sets, tokenizers and models: no data, unless a card names them
+DESCRIPTIONS = (  # files that describe data, tokenizers or models: no data, unless a card names them
     "manifest.json",
     "dataset_infos.json",
     "dataset_info.json",
@@ -40,7 +40,7 @@ DESCRIPTIONS = (  # of data sets, tokenizers and models: no data, unless a card 
     "added_tokens.json",
 )
 SHARD_NUMBER = re.compile(r"[-_.]?\d{4,}(-of-\d+)?$")
-UNPACK = {  # kinds of files that hold data, but are not read
+UNPACK = {  # by the suffix of files that hold data but are not read
     ".xz": "xz -d FILE",
     ".bz2": "bzip2 -d FILE",
     ".lz4": "lz4 -d FILE",
@@ -52,23 +52,23 @@ UNPACK = {  # kinds of files that hold data, but are not read
     ".tgz": "tar -xf FILE",
 }
 PACKED_SUFFIXES = tuple(f".{rows}{packed}" for rows in ("jsonl", "json", "ndjson", "parquet") for packed in UNPACK)
-NAMES_A_SPLIT = re.compile(r"train|val|dev|test|-of-")  # all that `datasets` looks for has one of these in it
+NAMES_A_SPLIT = re.compile(r"train|val|dev|test|-of-")  # each keyword of `datasets` has one of these in it
 COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 
 
 class NotFound(InputError):
-    """The data set is not there, or has nothing of the split."""
+    """The data set is not there, or has no files of the split."""
 
 
 class Card(NamedTuple):
-    """The configurations that a card lists, by name, and the one to read where none is chosen."""
+    """The configurations that a card lists, by name, and the one to read if none is chosen."""
 
     configurations: "MetadataConfigs"
     default: str | None
 
 
 class Request(NamedTuple):
-    """The part of a data set that is asked for: see `resolve_source`."""
+    """The part of a data set to read: see `resolve_source`."""
 
     slices: tuple[str, ...]
     configuration: str | None
@@ -78,9 +78,12 @@ class Request(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The files of a data set to read, in order, each with its slice, and those of the same split that cannot be read.
+    """The files of a data set to read.
 
-    `remark` says which files are left out.
+    Attributes:
+        files: the slice of each file by path, in the order in which they are read.
+        unreadable: files of the same split that cannot be read.
+        remark: the files that are left out, in words.
     """
 
     files: dict[str, str]
@@ -97,7 +100,7 @@ def read_card(name: str, texts: Mapping[str, str]) -> Card | None:
     """Read the configurations in the card of data set `name`; None if it lists none.
 
     Args:
-        texts: those of CARD_FILES that are there, by name.
+        texts: the contents of those CARD_FILES that are there, by name.
 
     Raises:
         InputError: the card is damaged, or `datasets` would not accept its configurations.
@@ -113,10 +116,10 @@ def read_card(name: str, texts: Mapping[str, str]) -> Card | None:
                 text = texts[path] if path == CARD_FILES[0] else f"---\n{texts[path]}\n---\n"
                 settings |= DatasetCard(text).data.to_dict()
         configurations = MetadataConfigs.from_dataset_card_data(DatasetCardData(**settings))
-        if unnamed := [key for key in configurations if not isinstance(key, str)]:
-            raise TypeError(f"the name {unnamed[0]} is no text without quotes")
+        if unquoted := [key for key in configurations if not isinstance(key, str)]:
+            raise TypeError(f"the name {unquoted[0]} is no text without quotes")
         default = configurations.get_default_config_name()
-    except Exception as error:  # of yaml, huggingface_hub or datasets, which share no class
+    except Exception as error:  # yaml, huggingface_hub and datasets have no class of errors in common
         raise InputError(
             f"--dataset: the configurations in {CARD_FILES[0]} of {name} cannot be read ({first_line(error)}); correct "
             "them, or give the data files alone"
@@ -124,157 +127,66 @@ def read_card(name: str, texts: Mapping[str, str]) -> Card | None:
     return Card(configurations, default) if configurations else None
 
 
-def split_files(
-    name: str, paths: Sequence[str], settings: Mapping[str, Any], *, any_name: bool = False
-) -> dict[str, list[str]]:
-    """Sort the files of a data set by split, each once; no split where there are no files.
+def card_of_folders(paths: Iterable[str]) -> Card:
+    """Return the card of a data set whose Parquet files lie in folders CONFIGURATION/SPLIT, as the hub converts it."""
+    from datasets.utils.metadata import MetadataConfigs
 
-    Args:
-        paths: of all files.
-        settings: of a configuration of the card; empty: by the names of files and folders.
-        any_name: keep files whose names `datasets` does not know, such as A.JSONL.
-
-    Raises:
-        InputError: the configuration names a file that is not there.
-    """
-    if not settings and any_name and not any(map(NAMES_A_SPLIT.search, paths)):
-        found = [path for path in paths if not _is_hidden(path)]
-        return {"train": found} if found else {}  # as below, without importing `datasets`
-    from datasets import DownloadConfig
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
-    from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS
-
-    if changes := [key for key in CHANGES_ROWS if settings.get(key)]:
-        raise InputError(
-            f"--dataset: the card of {name} sets {', '.join(changes)}, which is not supported; convert the data to "
-            "JSONL and give that folder"
-        )
-    fsspec.register_implementation("listing", _Listing, clobber=True)
-    extensions = None if any_name else _ALL_ALLOWED_EXTENSIONS
-    config = DownloadConfig(storage_options={"listing": {"files": _Files(paths), "skip_instance_cache": True}})
-    base = f"{ROOT}/{_within(name, settings.get('data_dir') or '')}".removesuffix("/.")
-    try:
-        if settings.get("data_files") is None:
-            patterns = get_data_patterns(base, config)
-        else:
-            patterns = sanitize_patterns(settings["data_files"])
-    except EmptyDatasetError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"--dataset: the files of {name} cannot be sorted by split ({first_line(error)})") from error
-    splits: dict[str, set[str]] = {}  # while `datasets` repeats a file that two patterns match
-    for split, of_split in patterns.items():
-        for pattern in of_split:
-            try:
-                files = resolve_pattern(_within(name, pattern), base, extensions, config)
-                splits.setdefault(str(split), set()).update(path.removeprefix(f"{ROOT}/") for path in files)
-            except FileNotFoundError:
-                if not has_magic(str(pattern)):
-                    raise InputError(
-                        f"--dataset: the card of {name} names {pattern}, which is not there or of no known kind; "
-                        "correct the card, or give the data files alone"
-                    ) from None
-    return {split: sorted(files) for split, files in splits.items()}
+    splits: dict[str, set[str]] = {}
+    for path in paths:
+        folders = PurePosixPath(path).parts[:-1]
+        if path.endswith(".parquet") and len(folders) == 2:
+            splits.setdefault(folders[0], set()).add(folders[1])
+    configurations = MetadataConfigs(
+        {
+            name: {"data_files": [{"split": split, "path": f"{name}/{split}/*.parquet"} for split in sorted(of_name)]}
+            for name, of_name in sorted(splits.items())
+        }
+    )
+    return Card(configurations, configurations.get_default_config_name())
 
 
-def readable_files(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part what `datasets` would read of a split into what we read, and what we cannot.
-
-    `datasets` reads only the most common kind of files: both lists are empty where that is another than ours.
-    """
-    from datasets.data_files import DataFilesList
-    from datasets.load import infer_module_for_data_files_list
-    from datasets.packaged_modules import _MODULE_TO_EXTENSIONS
-
-    unpacked = [path for path in paths if not path.endswith(".zip")]  # it would look into archives
-    module, _ = infer_module_for_data_files_list(DataFilesList(unpacked, []))
-    if module not in READABLE_MODULES:
-        return [], []
-    files = DataFilesList(list(paths), []).filter(extensions=_MODULE_TO_EXTENSIONS[module])
-    readable = [path for path in files if path.lower().endswith(FILE_SUFFIXES)]
-    return readable, sorted(set(files) - set(readable))
-
-
-def choose(name: str, paths: Sequence[str], card: Card | None, as_hub: bool, request: Request) -> Choice:
+def choose(name: str, paths: Sequence[str], card: Card | None, as_datasets: bool, request: Request) -> Choice:
     """Choose the files of a split of the wanted configurations.
 
     Args:
-        as_hub: of a split, take only the most common kind of files, as `datasets` does; else all kinds that are read.
+        as_datasets: take only files whose names `datasets` knows, and of a split only the most common kind; else
+            every file of a kind that is read.
+
+    Raises:
+        NotFound: a configuration of the card has no files of the split.
+        InputError: the card has no such configuration, or cannot be followed.
     """
     files: dict[str, str] = {}
     unreadable: list[str] = []
-    other_splits, used, other_kinds = set(), set(), set()
+    of_split, of_used, of_others = set(), set(), set()
     for configuration in _wanted(name, card, request) if card else [""]:
         settings = card.configurations[configuration] if card else {}
-        candidates = list(paths)
-        if settings.get("data_files") is None:
-            candidates = [path for path in paths if PurePosixPath(path).name not in DESCRIPTIONS]
-        if not as_hub:
-            candidates = [path for path in candidates if path.lower().endswith(FILE_SUFFIXES + PACKED_SUFFIXES)]
-        splits = split_files(name, candidates, settings, any_name=not as_hub)
+        candidates = _candidates(paths, settings, as_datasets)
+        splits = _sort_by_split(name, candidates, settings, as_datasets)
         found = splits.get(request.split, [])
         if not found and card:
-            there = f"only {', '.join(splits)}" if splits else "and no data"
-            if any(split.startswith("partial-") for split in splits):
-                there += " (partial: the hub converts no more of it)"
-            remedy = "give its files as a folder"
-            if others := [other for other in card.configurations if other != configuration]:
-                remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
-            raise NotFound(
-                f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; {remedy}"
-            )
+            raise _without_split(name, card, configuration, splits, request)
         if not found and request.split == "train":
             found = _in_place_of_train(name, candidates, splits)
-        if as_hub:
-            readable, others = readable_files(found)
-        else:
-            readable = [path for path in found if path.lower().endswith(FILE_SUFFIXES)]
-            others = sorted(set(found) - set(readable))
+        readable, others = _by_readability(found, as_datasets)
         unreadable += others
-        by_name = configuration in request.slices
-        files = {path: configuration if by_name else slice_of_path(path) for path in readable} | files
-        other_kinds.update(found)
-        for split, of_split in splits.items():
-            if split in request.used:
-                used.update(of_split)
-            elif split != request.split:
-                other_splits.update(of_split)
+        is_slice = configuration in request.slices
+        files = {path: configuration if is_slice else slice_of_path(path) for path in readable} | files
+        of_split.update(found)
+        for split, of_this in splits.items():
+            if split != request.split:
+                (of_used if split in request.used else of_others).update(of_this)
     groups = {
-        "of other splits": other_splits,
+        "of other splits": of_others,
         "hidden": set(filter(_is_hidden, paths)),
-        "of another kind than most": other_kinds,
+        "of another kind than most": of_split,
         "of other configurations" if card else "of no split": set(paths),
     }
-    return Choice(dict(sorted(files.items())), unreadable, _left_out(paths, {*files, *used}, groups))
-
-
-def _in_place_of_train(name: str, paths: Sequence[str], splits: dict[str, list[str]]) -> list[str]:
-    """Choose what to train on where no file is named after the split `train`: files of no split, else all."""
-    known = {path for of_split in splits.values() for path in of_split}
-    data = list(filter(is_data, paths))
-    if unnamed := [path for path in data if path not in known]:
-        return unnamed
-    if data:
-        say(f"--dataset: {name} has only files of split {', '.join(sorted(splits))}; training on them")
-    return data
-
-
-def _left_out(paths: Sequence[str], read: set[str], groups: dict[str, set[str]]) -> str:
-    """Say which files are not read: data by the first group that holds them, others by their kind."""
-    data = {path for path in paths if path.lower().endswith(FILE_SUFFIXES)}
-    data = {path for path in data if path in read or PurePosixPath(path).name not in DESCRIPTIONS}
-    remarks, rest = [], data - read
-    for title, group in groups.items():
-        if left_out := sorted(rest & group):
-            remarks.append(f"{len(left_out)} {title} ({left_out[0]}{', ...' * (len(left_out) > 1)})")
-        rest -= group
-    others = [PurePosixPath(path) for path in set(paths) - data if not _is_hidden(path)]
-    kinds = Counter(path.name if path.name in DESCRIPTIONS else path.suffix or path.name for path in others)
-    return ", ".join([*remarks, *(f"{count} {kind}" for kind, count in sorted(kinds.items()))])
+    return Choice(dict(sorted(files.items())), unreadable, _left_out(paths, files.keys() | of_used, groups))
 
 
 def _wanted(name: str, card: Card, request: Request) -> list[str]:
-    """Name the configurations of a card that the user wants, or that are read by default."""
+    """Return the configurations that the user wants, or the card's default."""
     asked = [request.configuration] if request.configuration else list(request.slices)
     there = ", ".join(card.configurations)
     chosen = [configuration for configuration in asked if configuration in card.configurations]
@@ -288,26 +200,171 @@ def _wanted(name: str, card: Card, request: Request) -> list[str]:
     return [card.default]
 
 
-def _is_hidden(path: str) -> bool:
-    """Tell files that `datasets` leaves out unless a card names them: hidden ones, and those in folders `__NAME`."""
-    *folders, _ = parts = PurePosixPath(path).parts
-    return any(part.startswith(".") for part in parts) or any(folder.startswith("__") for folder in folders)
+def _candidates(paths: Sequence[str], settings: Mapping[str, Any], as_datasets: bool) -> list[str]:
+    """Return the files that may hold data, by their names."""
+    candidates = list(paths)
+    if settings.get("data_files") is None:
+        candidates = [path for path in candidates if PurePosixPath(path).name not in DESCRIPTIONS]
+    if not as_datasets:
+        candidates = [path for path in candidates if path.lower().endswith(FILE_SUFFIXES + PACKED_SUFFIXES)]
+    return candidates
 
 
-def named(name: str, paths: Sequence[str], request: Request, others: Sequence[str] = ()) -> list[str]:
-    """Find the files in folders of a configuration's name, or of that name, where the card lists no configurations.
+def _sort_by_split(
+    name: str, paths: Sequence[str], settings: Mapping[str, Any], as_datasets: bool
+) -> dict[str, list[str]]:
+    """Sort the files of a data set by split, each once; splits without files are left out.
+
+    Args:
+        settings: of a configuration of the card; if empty, the names of files and folders count.
+        as_datasets: leave out files whose names `datasets` does not know, such as A.JSONL.
+
+    Raises:
+        InputError: the configuration names a file that is not there, or has settings that are not supported.
+    """
+    if not settings and not as_datasets and not any(map(NAMES_A_SPLIT.search, paths)):
+        found = [path for path in paths if not _is_hidden(path)]
+        return {"train": found} if found else {}  # as below, without the import of `datasets`
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
+    from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS
+
+    if changes := [key for key in CHANGES_ROWS if settings.get(key)]:
+        raise InputError(
+            f"--dataset: the card of {name} sets {', '.join(changes)}, which is not supported; convert the data to "
+            "JSONL and give that folder"
+        )
+    _register_names(paths)
+    extensions = _ALL_ALLOWED_EXTENSIONS if as_datasets else None
+    base = f"{ROOT}/{_within(name, settings.get('data_dir') or '')}".removesuffix("/.")
+    try:
+        if settings.get("data_files") is None:
+            patterns = get_data_patterns(base)
+        else:
+            patterns = sanitize_patterns(settings["data_files"])
+    except EmptyDatasetError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"--dataset: the files of {name} cannot be sorted by split ({first_line(error)})") from error
+    splits: dict[str, set[str]] = {}  # `datasets` would repeat a file that two patterns match
+    for split, of_split in patterns.items():
+        for pattern in of_split:
+            try:
+                files = resolve_pattern(_within(name, pattern), base, extensions)
+                splits.setdefault(str(split), set()).update(path.removeprefix(f"{ROOT}/") for path in files)
+            except FileNotFoundError:
+                if not has_magic(str(pattern)):
+                    raise InputError(
+                        f"--dataset: the card of {name} names {pattern}, which is not there or of no known kind; "
+                        "correct the card, or give the data files alone"
+                    ) from None
+    return {split: sorted(files) for split, files in splits.items()}
+
+
+def _register_names(paths: Sequence[str]) -> None:
+    """Put a file system of names alone at ROOT, on which `datasets` resolves its patterns."""
+    entries = {path: {"name": path, "type": "file", "size": 0} for path in sorted(f"{FOLDER}/{path}" for path in paths)}
+
+    class Names(AbstractFileSystem):
+        protocol = "listing"
+
+        def find(self, path: str, *_: Any, **__: Any) -> dict[str, dict]:
+            return {name: entry for name, entry in entries.items() if name.startswith(path)}
+
+        def info(self, path: str, **_: Any) -> dict:
+            try:
+                return entries[path]
+            except KeyError:
+                raise FileNotFoundError(path) from None
+
+    fsspec.register_implementation("listing", Names, clobber=True)
+
+
+def _within(name: str, pattern: object) -> str:
+    """Normalize a path or pattern of a card. Raises InputError if it leads out of the data set."""
+    pattern = str(pattern)
+    if "://" in pattern or "::" in pattern or pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
+        raise InputError(
+            f"--dataset: the card of {name} names {pattern}, which is no file of the data set; download it, and give "
+            "the folder"
+        )
+    return PurePosixPath(pattern).as_posix()
+
+
+def _without_split(
+    name: str, card: Card, configuration: str, splits: Mapping[str, list[str]], request: Request
+) -> NotFound:
+    there = f"only {', '.join(splits)}" if splits else "and no data"
+    if any(split.startswith("partial-") for split in splits):
+        there += " (partial: the hub converts no more of it)"
+    remedy = "give its files as a folder"
+    if others := [other for other in card.configurations if other != configuration]:
+        remedy = f"choose of {', '.join(others)} by {request.flag}, or {remedy}"
+    return NotFound(
+        f"--dataset: configuration {configuration} of {name} has no split '{request.split}', {there}; {remedy}"
+    )
+
+
+def _in_place_of_train(name: str, paths: Sequence[str], splits: Mapping[str, list[str]]) -> list[str]:
+    """Choose the files to train on if there is no split `train`: those of no split, else all."""
+    known = {path for of_split in splits.values() for path in of_split}
+    data = list(filter(is_data, paths))
+    if unnamed := [path for path in data if path not in known]:
+        return unnamed
+    if data:
+        say(f"--dataset: {name} has only files of split {', '.join(sorted(splits))}; training on them")
+    return data
+
+
+def _by_readability(paths: Sequence[str], as_datasets: bool) -> tuple[list[str], list[str]]:
+    """Return the files of a split that can be read, and those that cannot.
+
+    With `as_datasets` these are files of the most common kind alone, and none if that kind is not read at all.
+    """
+    files = set(paths)
+    if as_datasets:
+        from datasets.data_files import DataFilesList
+        from datasets.load import infer_module_for_data_files_list
+        from datasets.packaged_modules import _MODULE_TO_EXTENSIONS
+
+        unpacked = [path for path in paths if not path.endswith(".zip")]  # it would look into archives
+        module, _ = infer_module_for_data_files_list(DataFilesList(unpacked, []))
+        if module not in READABLE_MODULES:
+            return [], []
+        files = set(DataFilesList(list(paths), []).filter(extensions=_MODULE_TO_EXTENSIONS[module]))
+    readable = set(filter(_is_readable, files))
+    return sorted(readable), sorted(files - readable)
+
+
+def _left_out(paths: Sequence[str], read: set[str], groups: Mapping[str, set[str]]) -> str:
+    """Describe the files that are not read: data by the first group that has them, others by their kind."""
+    data = {
+        path for path in filter(_is_readable, paths) if path in read or PurePosixPath(path).name not in DESCRIPTIONS
+    }
+    remarks, rest = [], data - read
+    for title, group in groups.items():
+        if left_out := sorted(rest & group):
+            remarks.append(f"{len(left_out)} {title} ({left_out[0]}{', ...' * (len(left_out) > 1)})")
+        rest -= group
+    others = [PurePosixPath(path) for path in set(paths) - data if not _is_hidden(path)]
+    kinds = Counter(path.name if path.name in DESCRIPTIONS else path.suffix or path.name for path in others)
+    return ", ".join([*remarks, *(f"{count} {kind}" for kind, count in sorted(kinds.items()))])
+
+
+def find_named(name: str, paths: Sequence[str], request: Request, others: Sequence[str] = ()) -> list[str]:
+    """Find the files named after the wanted configuration, or in a folder of its name, where the card lists none.
 
     Args:
         others: configurations that are found elsewhere.
+
+    Raises:
+        InputError: there are no such files.
     """
     from datasets.data_files import SPLIT_KEYWORDS
 
     names: set[str] = set(others)
     chosen = []
     splits = {keyword for keywords in SPLIT_KEYWORDS.values() for keyword in keywords}
-    for path in paths:
-        if not is_data(path):
-            continue
+    for path in filter(is_data, paths):
         name_of_path = first_name(path)
         if request.configuration in (*PurePosixPath(path).parts[:-1], name_of_path, slice_of_path(path)):
             chosen.append(path)
@@ -320,77 +377,42 @@ def named(name: str, paths: Sequence[str], request: Request, others: Sequence[st
 
 
 def first_name(path: str) -> str:
-    """Name the file, or its top folder."""
+    """Return the name of a file's top folder, or its own, without suffixes and `_sample`."""
     return PurePosixPath(path).parts[0].partition(".")[0].removesuffix("_sample")
 
 
 def slice_of_path(path: str) -> str:
-    """Name the slice of a file by its name or top folder: `arxiv_sample.jsonl` and `arxiv/0.jsonl` are of `arxiv`."""
+    """Return the slice of a file: `arxiv_sample.jsonl`, `arxiv-0001.jsonl` and `arxiv/0.jsonl` are of `arxiv`."""
     name = SHARD_NUMBER.sub("", first_name(path))
     return "common_crawl" if COMMON_CRAWL_DUMP.match(name) else name or "data"
 
 
 def is_data(path: str) -> bool:
-    """Tell the files that are read unless a card says otherwise."""
-    return (
-        path.lower().endswith(FILE_SUFFIXES) and PurePosixPath(path).name not in DESCRIPTIONS and not _is_hidden(path)
-    )
+    """Return True for a file that is read unless a card says otherwise."""
+    return _is_readable(path) and PurePosixPath(path).name not in DESCRIPTIONS and not _is_hidden(path)
+
+
+def _is_readable(path: str) -> bool:
+    return path.lower().endswith(FILE_SUFFIXES)
+
+
+def _is_hidden(path: str) -> bool:
+    """Return True for what `datasets` leaves out unless a card names it: hidden files, and folders `__NAME`."""
+    *folders, _ = parts = PurePosixPath(path).parts
+    return any(part.startswith(".") for part in parts) or any(folder.startswith("__") for folder in folders)
 
 
 def unpacking(paths: Sequence[str]) -> str:
-    """The remedy for archives and files of unknown compression; empty if there are none."""
+    """Return the remedy for archives and files of unknown compression; empty if there are none."""
     for path in paths:
         if command := UNPACK.get(PurePosixPath(path).suffix.lower()):
             return f"; unpack {path} first ({command})"
     return ""
 
 
-def refuse_unreadable(name: str, unreadable: Sequence[str]) -> InputError:
-    """Refuse a data set of which a part cannot be read."""
-    remedy = unpacking(unreadable) or "; convert it to JSONL"
+def unreadable_kind(name: str, paths: Sequence[str]) -> InputError:
+    """Return the error for a data set of which these files cannot be read."""
     return InputError(
-        f"--dataset: {name} has data files of a kind that is not read ({unreadable[0]}), only "
-        f"{', '.join(FILE_SUFFIXES)}{remedy}, and give that folder"
+        f"--dataset: {name} has data files of a kind that is not read ({paths[0]}), only "
+        f"{', '.join(FILE_SUFFIXES)}{unpacking(paths) or '; convert it to JSONL'}, and give that folder"
     )
-
-
-def _within(name: str, pattern: object) -> str:
-    """Normalize a path or pattern of a card. Raises InputError where it leads out of the data set."""
-    pattern = str(pattern)
-    if "://" in pattern or "::" in pattern or pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
-        raise InputError(
-            f"--dataset: the card of {name} names {pattern}, which is no file of the data set; download it, and give "
-            "the folder"
-        )
-    return PurePosixPath(pattern).as_posix()
-
-
-class _Files:
-    """Paths of a data set as fsspec describes files; an object of its own, since fsspec prints its arguments."""
-
-    def __init__(self, paths: Sequence[str]):
-        folder = ROOT.partition("://")[2]
-        self.entries = {f"{folder}/{path}": _entry(f"{folder}/{path}") for path in sorted(paths)}
-
-
-def _entry(path: str) -> dict:
-    return {"name": path, "type": "file", "size": 0}
-
-
-class _Listing(AbstractFileSystem):
-    """A file system of names alone, on which `datasets` resolves its patterns."""
-
-    protocol = "listing"
-
-    def __init__(self, files: _Files):
-        super().__init__()
-        self.files = files
-
-    def find(self, path: str, *_: Any, **__: Any) -> dict[str, dict]:
-        return {name: entry for name, entry in self.files.entries.items() if name.startswith(path)}
-
-    def info(self, path: str, **_: Any) -> dict:
-        try:
-            return self.files.entries[path]
-        except KeyError:
-            raise FileNotFoundError(path) from None

@@ -46,14 +46,14 @@ def parse_slice_weights(text: str) -> dict[str, float]:
 
 
 def add_source_args(parser: argparse._ActionsContainer) -> None:
-    """The flags that go with `--dataset`."""
-    parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: its main)")
+    """Add the flags that choose a revision and slices of `--dataset`."""
+    parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: main)")
     parser.add_argument(
         "--dataset_slices",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="read these slices alone, such as arxiv or wikipedia: files or folders, or configurations of the data set "
+        help="read only these slices, such as arxiv or wikipedia: files or folders, or configurations of the data set "
         "(default: all)",
     )
 

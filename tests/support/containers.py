@@ -1,4 +1,4 @@
-"""The same rows in every container that the programs read."""
+"""Writers of the same rows in every container that the programs read."""
 
 import gzip
 import json
@@ -10,10 +10,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from huggingface_hub import constants, file_download
 
 from corpus.sources import Source, resolve_source
-from hub_server import Branches, HubServer
+from hub_server import Branches, HubServer, connect
 
 Rows = Sequence[dict]
 
@@ -69,7 +68,7 @@ def as_saved_splits(rows: Rows, schema: pa.Schema, folder: Path) -> str:
 
 
 def _picked(rows: Rows, schema: pa.Schema) -> datasets.Dataset:
-    """Twice the rows, of which a selection, filter and map leave the second half in its order."""
+    """Write the rows twice, and let a filter and a selection leave the second half in the order of the first."""
     twice = _dataset([*rows, *reversed(rows)], schema).add_column("kept", [False] * len(rows) + [True] * len(rows))
     kept = twice.filter(lambda kept: kept, input_columns="kept")
     return kept.select(range(len(rows) - 1, -1, -1)).remove_columns("kept")
@@ -81,7 +80,7 @@ def as_saved_selection(rows: Rows, schema: pa.Schema, folder: Path) -> str:
 
 
 def as_old_saved_selection(rows: Rows, schema: pa.Schema, folder: Path) -> str:
-    """A selection as `datasets` 1 saved it: all the data, and the numbers of the rows that are left."""
+    """Save a selection as `datasets` 1 did: all the data, and the numbers of the selected rows."""
     saved = folder / "rows"
     _dataset([*rows, *reversed(rows)], schema).save_to_disk(saved, num_shards=2)
     indices = pa.table({"indices": pa.array(range(2 * len(rows) - 1, len(rows) - 1, -1), pa.uint64())})
@@ -114,22 +113,17 @@ LOCAL = (
 
 @contextmanager
 def as_hub(rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[str]:
-    """The name of a data set that holds the rows as Parquet, while it is served."""
+    """Serve the rows as Parquet; yields the name of the data set."""
     content = Path(as_parquet(rows, schema, folder)).read_bytes()
     repositories = {"someone/rows": Branches({"main": {"rows.parquet": content}})}
     with HubServer(repositories) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HOME", str(folder / "hf"))
-        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf" / "hub"))
-        patch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        connect(patch, server, folder / "hf")
         yield "someone/rows"
 
 
 @contextmanager
 def opened(container: Callable, rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[Source]:
-    """Return the source that `--dataset` finds for rows written into a container in this folder."""
+    """Write rows into a container in this folder; yields the source that `--dataset` finds there."""
     folder.mkdir(parents=True, exist_ok=True)
     found = container(rows, schema, folder)
     with nullcontext(found) if isinstance(found, str) else found as name:

@@ -1,6 +1,6 @@
-"""A server that answers as the Hugging Face hub does, on loopback: its API, and its files with Range and redirects.
+"""A stand-in for the Hugging Face hub on loopback: its API, and files that can be downloaded from any byte on.
 
-Behaviour of the hub that the tests rely on: https://huggingface.co/docs/hub/api and huggingface_hub's own client.
+It follows https://huggingface.co/docs/hub/api and huggingface_hub's own client.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class Branches:
-    """A repository of a data set or model: the files, as bytes by path, of every branch."""
+    """A repository of a data set or model: the files of each branch, as bytes by path."""
 
     branches: dict[str, dict[str, bytes]]
     gated: bool = False
@@ -35,20 +35,22 @@ class Branches:
 
 @dataclass
 class HubServer:
-    """Serves `repositories` by name, and `files` by path on the side, as another server would.
+    """Serves `repositories` by name, and `files` by path as another web server would.
 
     Attributes:
         requests: (method, path, Range header) of every request so far.
-        break_off: paths of which the first answer ends after this many bytes.
-        failures: (method, path) whose next requests are answered with these statuses.
-        without_length: paths of files that are sent in chunks, so that nobody is told their length.
-        without_version: whether `files` are sent without an ETag.
-        hangs_up: whether every connection ends without an answer.
+        tokens: (path, Authorization header) of every request so far.
+        break_off: paths whose next download ends after this many bytes.
+        failures: the statuses of the next answers, by (method, path).
+        without_length: paths of files that are sent in chunks, without their length.
+        without_version: send `files` without an ETag.
+        hangs_up: end every connection without an answer.
     """
 
     repositories: dict[str, Branches] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    tokens: set[tuple[str, str | None]] = field(default_factory=set)
     break_off: dict[str, int] = field(default_factory=dict)
     failures: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     without_length: set[str] = field(default_factory=set)
@@ -67,12 +69,12 @@ class HubServer:
         self._server.server_close()
 
     def downloads(self, name: str) -> list[str | None]:
-        """The Range of each download of a file so far."""
+        """Return the Range header of each download of a file so far."""
         return [range_ for method, path, range_ in self.requests if method == "GET" and path.endswith(name)]
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:
-    """Has huggingface_hub ask `server`, and keep what it downloads in `home`."""
+    """Make huggingface_hub use `server`, and `home` for its downloads."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -94,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.tokens.add((path, self.headers.get("Authorization")))
         if self.hub.hangs_up:
             self.close_connection = True
         elif failures := self.hub.failures.get((self.command, path)):
@@ -102,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunks(self.hub.files[path.removeprefix("/files/")])
         elif path.removeprefix("/files/") in self.hub.files:
             self._file(path, self.hub.files[path.removeprefix("/files/")])
-        elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/auth-check|/refs|/revision/(.+))?", path):
+        elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/auth-check|/revision/(.+))?", path):
             self._api(*match.groups())
         elif match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
             self._resolve(*match.groups())
@@ -111,16 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, name, what, revision):
         repository = self.hub.repositories.get(name)
-        if not repository:  # to those who are not logged in the hub says 401, as of a private one
+        if not repository:  # the hub tells users who are not logged in 401, as for a private one
             self._answer(401, {"error": "Repository not found"}, error="RepoNotFound")
         elif what == "/auth-check":
             self._answer(*((403, {"error": "gated"}, "GatedRepo") if repository.gated else (200, {}, None)))
-        elif what == "/refs":
-            branches = [
-                {"name": branch, "ref": branch, "targetCommit": repository.commit(branch)}
-                for branch in repository.branches
-            ]
-            self._answer(200, {"branches": branches[:1], "converts": branches[1:], "tags": []})
         elif not (branch := repository.find(revision or "main")):
             self._answer(404, {"error": "Invalid rev id"}, error="RevisionNotFound")
         else:

@@ -1,4 +1,4 @@
-"""The same rows give the same documents and examples whatever container they come in."""
+"""The same rows give the same documents and examples in every container."""
 
 import json
 import tempfile
@@ -127,7 +127,7 @@ class TestEveryContainer:
             own = source.files[0].slice
             expected = [(row["text"], name or own) for row, name in zip(rows, slices, strict=True)]
             assert texts_of(source) == expected
-            for start in (1, 3):  # where a stream goes on
+            for start in (1, 3):  # as a resumed stream does
                 (file, *more) = source.files
                 rest = [document.text for document in file.documents(start_row=start)]
                 assert more or rest == [row["text"] for row in rows[start:]]
@@ -159,7 +159,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sample
 
 
 def objects(required, optional):
-    """Objects of which each optional field may be absent, or null where JSON says so; in Arrow's order of fields."""
+    """Draw objects whose optional fields may be absent or null, with the fields in Arrow's order."""
     found = st.fixed_dictionaries(required, optional={key: st.none() | value for key, value in optional.items()})
     return found.map(lambda row: {key: row[key] for key in (*required, *optional) if key in row})
 

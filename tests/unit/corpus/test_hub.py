@@ -1,10 +1,12 @@
-"""Data sets under their names on the hub, laid out as the real ones are, from a server on loopback."""
+"""Data sets on the hub with the layouts of real ones: found, downloaded, resumed, and read again without a network."""
 
+import errno
 import gzip
 import hashlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -13,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 
 from corpora import error_of, reference_stream, stream_of
+from corpus import hub as downloads
 from corpus.encoder import TextEncoder
 from corpus.prepare import prepare_dataset
 from corpus.sources import resolve_source
@@ -44,7 +47,7 @@ def parquet(rows):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The two default data sets and the full RedPajama, script files included, and an empty cache of this client."""
+    """Serve the two default data sets and the full RedPajama with their loading scripts; the cache here is empty."""
     with HubServer() as server:
         slices = {
             "arxiv": lines({"text": "arxiv one", "meta": {"year": 2023, "authors": ["x"]}}),
@@ -114,7 +117,7 @@ class TestNames:
         ]
         assert len({file.fetch() for file in source.files}) == 4
         message = error_of(resolve_source, FULL)
-        assert "book/book.jsonl cannot be had (404" in message
+        assert "book/book.jsonl is not available (404" in message
         assert "--dataset_slices" in message
         asked = len(hub.requests)
         assert resolve_source(FULL, slices=["arxiv", "common_crawl"]) == source
@@ -158,8 +161,8 @@ class TestNames:
             "no/where": "the hub has no such data set that you may read; check the name, or set HF_TOKEN",
             "gated/one": "is gated; accept its terms on its page of the hub, then log in with `hf auth login`",
             "script/one": "only images.tar, one.py (its loading script is not run); unpack images.tar first (tar -xf",
-            "a/b/c": "is neither a file nor a folder here",
-            "./here": "is neither a file nor a folder here",
+            "a/b/c": "does not exist; give a file, a folder or a hub name",
+            "./here": "does not exist; give a file, a folder or a hub name",
         }
         for name, expected in cases.items():
             message = error_of(resolve_source, name)
@@ -172,7 +175,7 @@ class TestNames:
 class TestDownloads:
     def test_resumed_where_it_broke_off(self, hub, tokenizer, tmp_path, monkeypatch):
         """A file of the hub and one behind a URL."""
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is written at a time; else 10 MB
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # bytes written at a time; the default is 10 MB
         text = "word " * 5000
         hub.repositories["some/one"] = Branches({"main": {"big.jsonl": lines({"text": text})}})
         hub.files["redpajama-data-1T/v1.0.0/arxiv/arxiv_0.jsonl"] = lines({"text": text})
@@ -184,16 +187,59 @@ class TestDownloads:
         assert stream_of(folder).tolist() == reference_stream(tokenizer, [text, "paper two"])
         assert hub.downloads("arxiv_0.jsonl") == [None, "bytes=7000-"]
 
-    def test_files_whose_size_nobody_tells(self, hub, tokenizer, tmp_path, capsys):
-        """A slice of them alone; what an earlier, killed download has left of one is not gone on with."""
+    def test_resumed_after_a_kill(self, hub):
+        (file, _) = resolve_source(FULL, slices=["arxiv"]).files
+        fetched = file.fetch()
+        key = fetched.name.partition(".")[0]
+        fetched.with_name(f"arxiv_0.jsonl.{key}.part").write_bytes(fetched.read_bytes()[:7])
+        fetched.unlink()
+        assert [document.text for document in file.documents()] == ["paper one"]
+        assert hub.downloads("arxiv_0.jsonl") == [None, "bytes=7-"]
+
+    def test_a_part_that_is_too_long(self, hub):
+        (file, _) = resolve_source(FULL, slices=["arxiv"]).files
+        fetched = file.fetch()
+        fetched.rename(fetched.with_name(f"arxiv_0.jsonl.{fetched.name.partition('.')[0]}.part")).open("a").write(
+            "more"
+        )
+        assert error_of(file.fetch).endswith(f"has {file.size + 4} bytes instead of {file.size}; start again")
+        assert file.fetch().stat().st_size == file.size
+
+    def test_full_disk(self, hub, monkeypatch, tmp_path):
+        def no_room(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        (file, _) = resolve_source(FULL, slices=["arxiv"]).files
+        monkeypatch.setattr(downloads, "http_get", no_room)
+        assert error_of(file.fetch) == (
+            f"HF_HOME: cannot write downloads to {tmp_path}/hf (No space left on device); make room there and start "
+            "again to go on, or set HF_HOME to a folder with more"
+        )
+
+    @pytest.mark.parametrize("home", ["/proc/hf", "/dev/null"])
+    def test_home_that_cannot_be_written(self, hub, monkeypatch, tokenizer, tmp_path, home):
+        """The error names it, not the output folder."""
+        connect(monkeypatch, hub, Path(home))
+        message = error_of(prepare_dataset, SAMPLE, tokenizer, tmp_path)
+        assert message.startswith(f"HF_HOME: cannot write downloads to {home}")
+        assert message.endswith("; set HF_HOME to a folder that can be written to, with enough room")
+
+    def test_the_token_goes_to_the_hub_alone(self, hub, monkeypatch, tmp_path):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        for name, slices in ((SAMPLE, ()), (FULL, ["arxiv"])):
+            texts_of(resolve_source(name, slices=slices))
+        tokens = {(path.startswith("/files/"), token) for path, token in hub.tokens}
+        assert tokens == {(True, None), (False, "Bearer hf_secret")}
+        assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    def test_files_of_unknown_size(self, hub, tokenizer, tmp_path, capsys):
+        """All files of a slice; a download that was killed is not resumed, since it may have been whole."""
         hub.without_length = {f"/files/{path}" for path in hub.files if "arxiv" in path}
         source = resolve_source(FULL, slices=["arxiv"])
         assert source.remark.endswith("2 files behind URLs, 0.00 GB and 2 of unknown size")
         assert [len(unit) for unit in make_units(source)] == [1, 1]
         fetched = source.files[0].fetch()
-        (kept,) = fetched.parent.glob("arxiv_0.jsonl*.lock")
-        (unknown_version,) = {hashlib.sha256(file.version.encode()).hexdigest()[:12] for file in source.files}
-        fetched.rename(kept.with_suffix(f".{unknown_version}.part"))
+        fetched.rename(fetched.with_name(f"arxiv_0.jsonl.{hashlib.sha256(b'').hexdigest()[:12]}.part"))
         folder = prepare_dataset(FULL, tokenizer, tmp_path / "cache", 2, slices=["arxiv"])
         assert stream_of(folder).tolist() == reference_stream(tokenizer, ["paper one", "paper two"])
         assert hub.downloads("arxiv_0.jsonl") == [None, None]
@@ -201,10 +247,10 @@ class TestDownloads:
         assert message.startswith("--streaming: the size of arxiv/arxiv_0.jsonl is not known")
 
     def test_new_content_of_the_same_size(self, hub, tmp_path, capsys):
-        """A run that began with the older one goes on with that, and gets no other under its name."""
+        """A run that began with the old content keeps it, and never gets the new one in its place."""
         path, listings = "redpajama-data-1T/v1.0.0/arxiv/arxiv_0.jsonl", tmp_path / "hf" / "downloads" / "listings"
         first = resolve_source(FULL, slices=["arxiv"])
-        unversioned = first.files[0].fetch().with_name("arxiv_0.jsonl")  # as earlier versions of the program kept it
+        unversioned = first.files[0].fetch().with_name("arxiv_0.jsonl")  # the place in earlier versions of the program
         hub.files[path] = lines({"text": "paper six"})
         listings.rename(tmp_path / "forgotten")
         unversioned.write_bytes(lines({"text": "paper old"}))
@@ -221,7 +267,7 @@ class TestDownloads:
             assert message == f"--dataset: {url} has changed since it was listed; delete {listings} and start again"
         assert capsys.readouterr().out == ""
 
-    def test_versions_that_nobody_tells(self, hub, capsys):
+    def test_files_of_unknown_version(self, hub, capsys):
         hub.without_version = True
         assert texts_of(resolve_source(FULL, slices=["arxiv"]))[0] == ("arxiv", "paper one")
         (line,) = capsys.readouterr().out.splitlines()
@@ -240,11 +286,11 @@ class TestDownloads:
         path = "/" + source.files[0].origin.partition("://")[2].partition("/")[2]
         hub.failures = {("GET", path): [404]}
         message = error_of(source.files[0].fetch)
-        assert message.startswith(f"--dataset: {source.files[0].origin} cannot be had (404")
+        assert message.startswith(f"--dataset: {source.files[0].origin} is not available (404")
         assert "--dataset_slices" in message
         hub.failures = {("GET", path): [503] * 99, ("HEAD", path): [503] * 99}
         assert "cannot be downloaded (503" in error_of(source.files[0].fetch)
-        assert "cannot be had (503" in error_of(resolve_source, FULL, slices=["common_crawl"])
+        assert "is not available (503" in error_of(resolve_source, FULL, slices=["common_crawl"])
 
     def test_without_a_network_after_the_first_time(self, hub, tokenizer, tmp_path, monkeypatch):
         folder = prepare_dataset(SAMPLE, tokenizer, tmp_path / "cache")
@@ -261,6 +307,16 @@ class TestDownloads:
         reset_sessions()
         hub.repositories[SAMPLE].branches["main"]["arxiv_sample.jsonl"] = lines({"text": "changed"})
         assert prepare_dataset(SAMPLE, tokenizer, tmp_path / "cache") != folder
+
+    def test_a_hub_that_hangs_up(self, hub, capsys):
+        """The last listing is used, and what was downloaded."""
+        source = resolve_source(SAMPLE)
+        texts = texts_of(source)
+        hub.hangs_up = True
+        assert resolve_source(SAMPLE) == source
+        assert texts_of(source) == texts
+        said = f"the hub cannot be reached (ConnectionError); {SAMPLE} is read as it was listed the last time\n"
+        assert capsys.readouterr().out == said
 
     def test_program(self, hub, tokenizer_folder, tmp_path):
         """scripts/prepare_dataset.py with its default data set, and its error as people see it."""

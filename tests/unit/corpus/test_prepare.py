@@ -142,9 +142,9 @@ class TestBadInput:
             ("x.jsonl.gz", gzip.compress(b"\n \n"), "is empty: it has no row"),
             ("x.parquet", parquet(pa.table({"text": pa.array([], pa.string())})), "is empty: it has no row"),
             ("x.parquet", parquet(), "is empty: it has no row"),
-            ("x.jsonl.gz", gzip.compress(GOOD * 9)[:-3], "row 9 (Truncated compressed stream, at byte"),
+            ("x.jsonl.gz", gzip.compress(GOOD * 9)[:-3], "row 9 (Truncated compressed stream)"),
             ("x.jsonl.zst", pa.compress(GOOD * 9, "zstd", asbytes=True)[:-3], "row 0 (Truncated compressed stream"),
-            ("x.jsonl.gz", GOOD, "cannot be read beyond row 0"),
+            ("x.jsonl.gz", GOOD, "is not compressed; take .gz off its name"),
             (
                 "x.jsonl",
                 GOOD + b'{"text": "cut o',
@@ -167,21 +167,6 @@ class TestBadInput:
         assert message.startswith(f"--dataset: {tmp_path / name}")
         assert expected in message
         assert not list((tmp_path / ".cache").glob("*/manifest.json"))
-
-    @pytest.mark.parametrize("suffix", ["gz", "zst"])
-    def test_compressed_file_is_read_up_to_where_it_breaks_off(self, tmp_path, suffix):
-        texts = [f"{place}, {place**99}" for place in range(20_000)]
-        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-        whole = gzip.compress(content) if suffix == "gz" else pa.compress(content, "zstd", asbytes=True)
-        path = tmp_path / f"x.jsonl.{suffix}"
-        path.write_bytes(whole[: len(whole) // 2])
-        rows = []
-        message = error_of(lambda: rows.extend(row.columns["text"] for row in read_rows(path, ["text"])))
-        assert rows == texts[: len(rows)]
-        assert abs(len(rows) - 10_000) < 1000
-        size = f"{len(whole) // 2:,}"
-        reason = f"Truncated compressed stream, at byte {size} of {size}"
-        assert message == f"--dataset: {path} cannot be read beyond row {len(rows)} ({reason}); copy it again"
 
     def test_error_beyond_the_first_batches_names_its_line(self, tokenizer, tmp_path):
         line = json.dumps({"text": "word " * 20_000}) + "\n"
@@ -210,7 +195,7 @@ class TestBadInput:
 
     def test_source_without_usable_files(self, tokenizer, tmp_path):
         prepare = functools.partial(prepare_dataset, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
-        assert "./name is neither a file nor a folder" in error_of(prepare, "./name")
+        assert "./name does not exist; give a file, a folder or a hub name" in error_of(prepare, "./name")
         (tmp_path / "notes.txt").write_text("hello")
         assert "holds no file of a known kind: .jsonl" in error_of(prepare, str(tmp_path))
         assert "is not of a known kind: .jsonl" in error_of(prepare, str(tmp_path / "notes.txt"))

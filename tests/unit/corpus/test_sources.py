@@ -1,6 +1,5 @@
-"""Every kind of source gives the same ids, counted by slice, its unusable rows by reason."""
+"""Sources on this machine and their names: the files found, their documents by slice, and rows that are skipped."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -12,7 +11,20 @@ from transformers import LlamaTokenizerFast
 
 from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, stream_of, write_jsonl
 from corpus.prepare import prepare_dataset
-from corpus.rows import read_rows
+from corpus.sources import resolve_source
+from hub_server import Branches, HubServer, connect
+
+ROW = b'{"text": "a"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with HubServer() as server:
+        connect(monkeypatch, server, tmp_path / "hf")
+        server.repositories["some/one"] = Branches({"main": {"a.jsonl": ROW}, "v1": {"b.jsonl": ROW}})
+        server.repositories["some/pointer"] = Branches({"main": {"a.parquet": POINTER}})
+        yield server
 
 
 def as_jsonl(folder):
@@ -23,25 +35,6 @@ def as_json_with_byte_order_mark_and_blank_lines(folder):
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
     (folder / "rows.json").write_text("\ufeff" + lines)
     return folder / "rows.json"
-
-
-def as_gzip_of_two_members(folder):
-    lines = as_jsonl(folder).read_bytes().splitlines(keepends=True)
-    (folder / "rows.jsonl").unlink()
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:2])) + gzip.compress(b"".join(lines[2:])))
-    return folder / "rows.jsonl.gz"
-
-
-def as_zstd(folder):
-    with pa.CompressedOutputStream(str(folder / "rows.jsonl.zst"), "zstd") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
-    return folder / "rows.jsonl.zst"
-
-
-def as_parquet(folder):
-    table = pa.table({"meta": [json.dumps(row.get("meta")) for row in ROWS], "text": TEXTS})
-    pa.parquet.write_table(table, folder / "rows.parquet", row_group_size=2)
-    return folder / "rows.parquet"
 
 
 def as_nested_folder_of_mixed_kinds(folder):
@@ -56,25 +49,8 @@ def as_nested_folder_of_mixed_kinds(folder):
     return folder
 
 
-def as_saved_dataset(folder):
-    datasets.Dataset.from_dict({"text": TEXTS, "n": [0] * 6}).save_to_disk(folder / "saved", num_shards=2)
-    return folder / "saved"
-
-
-def as_saved_dataset_with_splits(folder):
-    train, test = datasets.Dataset.from_dict({"text": TEXTS}), datasets.Dataset.from_dict({"text": ["no"]})
-    datasets.DatasetDict({"test": test, "train": train}).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
 def as_saved_dataset_with_one_other_split(folder):
     datasets.DatasetDict({"all": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def as_saved_selection(folder):
-    shuffled = datasets.Dataset.from_dict({"text": ["no", *reversed(TEXTS)]}).select(range(6, 0, -1))
-    shuffled.save_to_disk(folder / "saved")
     return folder / "saved"
 
 
@@ -84,17 +60,12 @@ class TestSources:
         [
             as_jsonl,
             as_json_with_byte_order_mark_and_blank_lines,
-            as_gzip_of_two_members,
-            as_zstd,
-            as_parquet,
             as_nested_folder_of_mixed_kinds,
-            as_saved_dataset,
-            as_saved_dataset_with_splits,
             as_saved_dataset_with_one_other_split,
-            as_saved_selection,
         ],
     )
-    def test_every_kind_gives_the_same_ids(self, tokenizer, tmp_path, write, capfd):
+    def test_the_ids_are_those_of_the_texts(self, tokenizer, tmp_path, write, capfd):
+        """Other containers are compared with JSONL in test_containers.py."""
         source = tmp_path / "source"
         source.mkdir()
         folder = prepare_dataset(str(write(source)), tokenizer, tmp_path / "cache")
@@ -103,15 +74,14 @@ class TestSources:
         output, errors = capfd.readouterr()
         assert "tokenized 5 documents" in output
         assert "1 with text empty" in output
-        assert "tokenizing" not in errors  # no bar where stderr is no terminal
+        assert "tokenizing" not in errors  # no progress bar if stderr is no terminal
 
     def test_counts_by_slice(self, tokenizer, tmp_path):
         (tmp_path / "wiki").mkdir()
         write_jsonl(tmp_path / "rows.jsonl", ROWS)
         write_jsonl(tmp_path / "wiki" / "0.jsonl", [{"text": "ab"}, {"text": "cd"}])
-        manifest = json.loads(
-            (prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache") / "manifest.json").read_text()
-        )
+        folder = prepare_dataset(str(tmp_path), tokenizer, tmp_path / ".cache")
+        manifest = json.loads((folder / "manifest.json").read_text())
         documents = {name: counts["documents"] for name, counts in manifest["slices"].items()}
         assert documents == {"arxiv": 1, "github": 1, "rows": 3, "wiki": 2}
         assert manifest["documents"] == 7
@@ -126,13 +96,9 @@ class TestSources:
         output = capsys.readouterr().out
         assert output.count("\n") == 2
         assert output.endswith(f"kept for the next time in {folder}\n")
-        for reason in (
-            "2 with text missing or null",
-            "2 with text not a string",
-            "1 with text empty",
-            "1 with text with",
-        ):
+        for reason in ("2 with text missing or null", "2 with text not a string", "1 with text empty"):
             assert reason in output
+        assert "1 with text with unpaired surrogates" in output
 
     def test_a_prepared_folder_is_a_source(self, tokenizer, tokenizer_folder, words):
         folder = prepare_dataset(str(words[0]), tokenizer, words[1])
@@ -140,75 +106,33 @@ class TestSources:
         other = LlamaTokenizerFast.from_pretrained(tokenizer_folder, bos_token="</s>")
         assert "--tokenizer" in error_of(prepare_dataset, str(folder), other, words[1])
 
-
-LINES = b"".join(json.dumps({"text": f"{place}, {place**99}"}).encode() + b"\n" for place in range(9000))
-HALVES = LINES[: len(LINES) // 2], LINES[len(LINES) // 2 :]
-SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0hello"  # a frame that carries no data (RFC 8878, 3.1.2)
-
-
-def zstd(content: bytes) -> bytes:
-    return pa.compress(content, "zstd", asbytes=True)
-
-
-def zstd_of_window(exponent: int, content: bytes) -> bytes:
-    """A frame of one uncompressed block that asks for a window of 2^exponent bytes (RFC 8878, 3.1.1)."""
-    block = (len(content) << 3 | 1).to_bytes(3, "little")
-    return b"\x28\xb5\x2f\xfd" + bytes([0, (exponent - 10) << 3]) + block + content
+    def test_pointers_of_git_lfs(self, hub, tmp_path):
+        path = tmp_path / "a.parquet"
+        path.write_bytes(POINTER)
+        assert error_of(resolve_source, str(path)) == (
+            f"--dataset: {path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {tmp_path}"
+        )
+        (file,) = resolve_source("some/pointer").files
+        assert "a.parquet is a Git LFS pointer" in error_of(lambda: list(file.documents()))
 
 
-class TestCompressed:
-    @pytest.mark.parametrize(
-        ("suffix", "packed"),
-        [
-            ("gz", gzip.compress(LINES) + b"\0" * 512),
-            ("gz", gzip.compress(LINES) + b"\0" * 2**17),
-            ("gz", b"".join(gzip.compress(half) + b"\0" * 3 for half in HALVES)),
-            ("gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
-            ("gz", b"".join(map(gzip.compress, LINES.splitlines(keepends=True)))),
-            ("zst", SKIPPABLE + SKIPPABLE.join(map(zstd, HALVES)) + SKIPPABLE),
-            ("zst", zstd_of_window(27, LINES[:50_000]) + zstd(LINES[50_000:])),
-        ],
-        ids=["padded", "padded_far", "padded_members", "empty_members", "many_members", "skippable", "window"],
-    )
-    def test_read_whole(self, tmp_path, suffix, packed):
-        assert suffix == "zst" or gzip.decompress(packed) == LINES  # the library reads it so
-        path = tmp_path / f"x.jsonl.{suffix}"
-        path.write_bytes(packed)
-        rows = [row.columns for row in read_rows(path, ["text"])]
-        assert rows == [json.loads(line) for line in LINES.splitlines()]
+class TestNames:
+    def test_revision_in_the_name(self, hub):
+        (file,) = resolve_source("some/one/").files
+        assert file.path == "a.jsonl"
+        assert resolve_source("some/one@v1") == resolve_source("some/one", revision="v1")
+        assert error_of(resolve_source, "some/one@v1", revision="main") == (
+            "--dataset_revision: main is not the revision in --dataset some/one@v1; give one of them"
+        )
 
     @pytest.mark.parametrize(
-        ("suffix", "packed", "expected"),
+        ("url", "remedy"),
         [
-            (
-                "gz",
-                gzip.compress(LINES) + b"more",
-                "row 9000: other bytes follow its end; keep what is before them: gzip",
-            ),
-            ("zst", zstd(LINES) + b"more", "row 9000: other bytes follow its end; keep what is before them: zstd"),
-            ("zst", zstd_of_window(28, b"{}"), "its window is above 128 MB; unpack it: zstd -d --rm --long=31 FILE"),
-            ("gz", zstd(LINES), "row 0: it is a .zst file; end its name so"),
-            ("zst", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
-            ("gz", LINES, "row 0: it is not compressed; take .gz off its name"),
-            ("jsonl", gzip.compress(LINES), "row 0: it is a .gz file; end its name so"),
-            ("json", zstd(LINES), "row 0: it is a .zst file; end its name so"),
+            ("https://huggingface.co/datasets/some/one", "give the hub name some/one"),
+            ("https://hf.co/datasets/some/one/tree/v1", "give the hub name some/one@v1"),
+            ("https://mirror.example.com/datasets/some/one", "give the hub name some/one"),
+            ("http://example.com/a.jsonl", "give a file, a folder, or a hub name OWNER/NAME"),
         ],
-        ids=["gz_and_more", "zst_and_more", "window", "zst_as_gz", "gz_as_zst", "plain_as_gz", "gz_as_plain", "zst_as"],
     )
-    def test_remedies(self, tmp_path, suffix, packed, expected):
-        path = tmp_path / f"x.jsonl.{suffix}"
-        path.write_bytes(packed)
-        message = error_of(lambda: list(read_rows(path, ["text"])))
-        assert expected in message
-        assert "copy it again" not in message
-
-
-@pytest.mark.parametrize("required", [["text"], []])
-def test_two_columns_of_one_name_are_refused(tmp_path, required):
-    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
-    pa.parquet.write_table(table, tmp_path / "x.parquet")
-    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as stream:
-        stream.write_table(table)
-    for path in sorted(tmp_path.iterdir()):
-        message = error_of(lambda path=path: list(read_rows(path, required, only=required or None)))
-        assert "has two columns of one name (text, text)" in message
+    def test_urls(self, url, remedy):
+        assert error_of(resolve_source, url) == f"--dataset: {url} is a URL; {remedy}"

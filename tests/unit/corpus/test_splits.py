@@ -1,4 +1,4 @@
-"""Data sets of every layout are read as `datasets.load_dataset` reads them, from the hub and from a local folder."""
+"""Data sets of every layout are read as `datasets.load_dataset` reads them, on the hub and in a local folder."""
 
 import gzip
 import io
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 import finetune
 from corpora import error_of
-from corpus.prepare import prepare_dataset
 from corpus.rows import FILE_SUFFIXES
 from corpus.sources import resolve_source
 from corpus.splits import NAMES_A_SPLIT
@@ -36,7 +35,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def content(path: str) -> bytes:
-    """Two rows, their texts told apart by the file that they are in."""
+    """Return a file with two rows, whose texts name the file."""
     texts = [f"{path} {row}" for row in range(2)]
     if path.endswith(".parquet"):
         output = io.BytesIO()
@@ -74,7 +73,7 @@ SUFFIXES = st.sampled_from([".jsonl", ".jsonl", ".json", ".jsonl.gz", ".parquet"
 
 @st.composite
 def data_sets(draw):
-    """Files of a data set, of one kind where there is no card; and the name of a configuration to ask for, or None."""
+    """Draw the files of a data set, all of one kind if it has no card, and a configuration to ask for, or None."""
     kind = draw(st.sampled_from(["no card", "card", "configurations", "configurations"]))
     suffixes = draw(st.lists(SUFFIXES, min_size=1, max_size=1 if kind == "no card" else 2))
     path = st.builds("{}{}{}".format, FOLDERS, st.sampled_from(NAMES + SHARDS), st.sampled_from(suffixes))
@@ -128,18 +127,19 @@ class TestAsDatasets:
         event(f"datasets {'reads' if expected else 'refuses'}, we {'read' if ours else 'refuse'}")
         if expected is not None:
             readable = all(text.rpartition(" ")[0].lower().endswith(FILE_SUFFIXES) for text in expected)
-            assert ours == (sorted(set(expected)) if readable else None)  # it repeats a file that two patterns match
+            once = sorted(set(expected))  # `datasets` repeats a file that two patterns match
+            assert ours == (once if readable else None)
         elif b"configs" in files.get("README.md", b"") and re.search("Unknown split|Config name is missing", problem):
             assert ours is None
-        elif "BuilderConfig" in problem and ours is not None:  # a folder or file may go by this name too
+        elif "BuilderConfig" in problem and ours is not None:  # the name of a folder or file counts too
             assert all(wanted in re.split(r"[/.]", text) for text in ours)
 
-    def test_what_names_a_split_is_looked_for(self):
+    def test_every_keyword_of_datasets_is_recognized(self):
         assert all(NAMES_A_SPLIT.search(word) for words in SPLIT_KEYWORDS.values() for word in words)
 
 
 def both(hub, tmp_path, files: dict[str, bytes]) -> tuple[str, str]:
-    """The same files as a local folder and on the hub."""
+    """Put the same files into a local folder and on the hub."""
     hub.repositories["some/one"] = Branches({"main": files})
     return write(tmp_path / "clone", files), "some/one"
 
@@ -149,7 +149,7 @@ FILES = {path: content(path) for path in ("full.jsonl", "sample.jsonl", "held.js
 
 class TestConfigurations:
     def test_of_a_card(self, hub, tmp_path):
-        """A sample beside the whole doubles nothing, and what the card calls test is not trained on."""
+        """A sample of the data is not read beside the whole, and the split `test` of the card is not trained on."""
         splits = [{"split": "train", "path": "full.jsonl"}, {"split": "test", "path": ["held.jsonl"]}]
         configurations = [
             {"config_name": "whole", "data_files": splits, "default": True},
@@ -251,51 +251,3 @@ class TestLeftOut:
     def test_one_of_several_files_is_packed(self, hub, tmp_path):
         for name in both(hub, tmp_path, {"a.jsonl": content("a.jsonl"), "b.jsonl.xz": b"?"}):
             assert "of a kind that is not read (b.jsonl.xz)" in error_of(resolve_source, name)
-
-    def test_pointers_of_git_lfs(self, hub, tmp_path):
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-        local, name = both(hub, tmp_path, {"a.parquet": pointer})
-        message = error_of(resolve_source, local)
-        assert message == (
-            f"--dataset: {local}/a.parquet is a pointer of Git LFS, not the data; run `git lfs pull` in its repository"
-        )
-        assert "is a pointer of Git LFS" in error_of(texts_of, name)
-
-
-class TestNames:
-    def test_revision_in_the_name(self, hub):
-        hub.repositories["some/one"] = Branches(
-            {"main": {"a.jsonl": content("a.jsonl")}, "v1": {"b.jsonl": content("b.jsonl")}}
-        )
-        assert files_of("some/one/") == ["a.jsonl"]
-        assert resolve_source("some/one@v1") == resolve_source("some/one", revision="v1")
-        assert error_of(resolve_source, "some/one@v1", revision="main") == (
-            "--dataset_revision: main is not the revision in --dataset some/one@v1; give one of them"
-        )
-
-    @pytest.mark.parametrize(
-        ("url", "remedy"),
-        [
-            ("https://huggingface.co/datasets/some/one", "give its name: -d some/one"),
-            ("https://hf.co/datasets/some/one/tree/v1", "give its name: -d some/one@v1"),
-            ("http://example.com/a.jsonl", "download it, and give the file"),
-        ],
-    )
-    def test_urls(self, url, remedy):
-        assert error_of(resolve_source, url) == f"--dataset: {url} is a URL; {remedy}"
-
-    @pytest.mark.parametrize("home", ["/proc/hf", "/dev/null"])
-    def test_home_that_cannot_be_written(self, hub, monkeypatch, tokenizer, tmp_path, home):
-        """It is named, not the folder that the output goes to."""
-        hub.repositories["some/one"] = Branches({"main": {"a.jsonl": content("a.jsonl")}})
-        connect(monkeypatch, hub, Path(home))
-        message = error_of(prepare_dataset, "some/one", tokenizer, tmp_path)
-        assert message.startswith(f"HF_HOME: cannot write downloads to {home}")
-        assert message.endswith("; set HF_HOME to a folder that can be written to, with enough room")
-
-    def test_listing_of_the_last_time(self, hub, capsys):
-        hub.repositories["some/one"] = Branches({"main": {"a.jsonl": content("a.jsonl")}})
-        source = resolve_source("some/one")
-        hub.hangs_up = True
-        assert resolve_source("some/one") == source
-        assert capsys.readouterr().out.startswith("the hub cannot be reached (ConnectionError); some/one is read as it")

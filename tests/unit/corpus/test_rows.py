@@ -1,0 +1,109 @@
+"""Rows of one file: compressed in every way that gzip and zstd allow, cut, damaged, or named wrongly."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from corpora import error_of
+from corpus.rows import read_rows
+
+LINES = b"".join(json.dumps({"text": f"{place}, {place**99}"}).encode() + b"\n" for place in range(9000))
+HALVES = LINES[: len(LINES) // 2], LINES[len(LINES) // 2 :]
+SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0hello"  # a frame that carries no data (RFC 8878, 3.1.2)
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+def zstd_of_window(exponent: int, content: bytes) -> bytes:
+    """A frame of one uncompressed block that asks for a window of 2^exponent bytes (RFC 8878, 3.1.1)."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd" + bytes([0, (exponent - 10) << 3]) + block + content
+
+
+class TestCompressed:
+    @pytest.mark.parametrize(
+        ("suffix", "packed"),
+        [
+            ("gz", gzip.compress(LINES) + b"\0" * 512),
+            ("gz", gzip.compress(LINES) + b"\0" * 2**17),
+            ("gz", b"".join(gzip.compress(half) + b"\0" * 3 for half in HALVES)),
+            ("gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
+            ("gz", b"".join(map(gzip.compress, LINES.splitlines(keepends=True)))),
+            ("zst", SKIPPABLE + SKIPPABLE.join(map(zstd, HALVES)) + SKIPPABLE),
+            ("zst", zstd_of_window(27, LINES[:50_000]) + zstd(LINES[50_000:])),
+        ],
+        ids=["padded", "padded far", "padded members", "empty members", "many members", "skippable", "window"],
+    )
+    def test_read_whole(self, tmp_path, suffix, packed):
+        assert suffix == "zst" or gzip.decompress(packed) == LINES  # the library reads it so
+        path = tmp_path / f"x.jsonl.{suffix}"
+        path.write_bytes(packed)
+        rows = [row.columns for row in read_rows(path, ["text"])]
+        assert rows == [json.loads(line) for line in LINES.splitlines()]
+
+    @pytest.mark.parametrize("suffix", ["gz", "zst"])
+    def test_a_cut_file_is_read_almost_to_its_end(self, tmp_path, suffix):
+        whole = gzip.compress(LINES) if suffix == "gz" else zstd(LINES)
+        path = tmp_path / f"x.jsonl.{suffix}"
+        path.write_bytes(whole[: len(whole) // 2])
+        rows = []
+        message = error_of(lambda: rows.extend(row.columns for row in read_rows(path, ["text"])))
+        assert rows == [json.loads(line) for line in LINES.splitlines()[: len(rows)]]
+        assert len(rows) > 3000
+        assert message == (
+            f"--dataset: {path} cannot be read beyond row {len(rows)} (Truncated compressed stream); copy it again"
+        )
+
+    def test_a_damaged_file(self, tmp_path):
+        content = bytearray(gzip.compress(LINES))
+        content[len(content) // 2] ^= 0xFF
+        (tmp_path / "x.jsonl.gz").write_bytes(content)
+        message = error_of(lambda: list(read_rows(tmp_path / "x.jsonl.gz", ["text"])))
+        assert message.startswith(f"--dataset: {tmp_path}/x.jsonl.gz cannot be read beyond row ")
+        assert message.endswith("; copy it again")
+
+    @pytest.mark.parametrize(
+        ("suffix", "packed", "expected"),
+        [
+            (
+                "gz",
+                gzip.compress(LINES) + b"more",
+                "row 9000 (Unknown bytes after the last member); other bytes",
+            ),
+            ("zst", zstd(LINES) + b"more", "other bytes follow its end, so keep what is before them: zstd"),
+            ("zst", zstd(LINES[:1000]) + b"more", "other bytes follow its end, so keep what is before them: zstd"),
+            ("zst", zstd_of_window(28, b"{}"), "its window is above 128 MB, so unpack it: zstd -d --rm --long=31 FILE"),
+            ("gz", zstd(LINES), "is a .zst file; end its name in .zst"),
+            ("zst", gzip.compress(LINES), "is a .gz file; end its name in .gz"),
+            ("gz", LINES, "is not compressed; take .gz off its name"),
+            ("jsonl", gzip.compress(LINES), "is a .gz file; end its name in .gz"),
+            ("json", zstd(LINES), "is a .zst file; end its name in .zst"),
+        ],
+        ids=[
+            *("gz and more", "zst and more", "short zst and more", "window"),
+            *("zst as gz", "gz as zst", "plain as gz", "gz as plain", "zst as plain"),
+        ],
+    )
+    def test_what_another_copy_would_not_mend(self, tmp_path, suffix, packed, expected):
+        path = tmp_path / f"x.jsonl.{suffix}"
+        path.write_bytes(packed)
+        message = error_of(lambda: list(read_rows(path, ["text"])))
+        assert message.startswith(f"--dataset: {path} ")
+        assert expected in message
+        assert "copy it again" not in message
+
+
+@pytest.mark.parametrize("required", [["text"], []])
+def test_two_columns_of_one_name_are_refused(tmp_path, required):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    for path in sorted(tmp_path.iterdir()):
+        message = error_of(lambda path=path: list(read_rows(path, required, only=required or None)))
+        assert "has two columns of one name (text, text)" in message
