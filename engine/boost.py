@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from attn import attend_inside_documents
 from engine import compilation, gemini, update
-from engine.adam import Adam
+from engine.adam import Adam, let_gemini_take_adam
 from engine.compilation import Fusion
 from engine.fsdp import FSDPPlugin
 from engine.hybrid import SequenceParallelPolicy
@@ -134,6 +134,12 @@ def choose_fusion(args: argparse.Namespace, layout: Layout, on_gpu: bool) -> Fus
     return Fusion.LAYERS if whole else Fusion.PIECES
 
 
+def patch_classes() -> None:
+    """Apply the patches of ColossalAI's classes and modules that hold for every plugin of the process."""
+    let_gemini_take_adam()
+    update.divide_gradients_by_their_scale()
+
+
 def boost(
     args: argparse.Namespace, config: LlamaConfig, plugin: Plugin
 ) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
@@ -141,6 +147,7 @@ def boost(
 
     FSDP alone has set them: it gives each layer its initial weights when it shards it.
     """
+    patch_classes()
     device = get_accelerator().get_current_device()
     if isinstance(plugin, LowLevelZeroPlugin):
         model = build_model(config, torch.device(device), DTYPES[args.mixed_precision])
@@ -161,14 +168,14 @@ def boost(
     optimizer = build_optimizer(model, args.lr, args.weight_decay, fusion)
     model, optimizer, *_ = booster.boost(model, optimizer)
     if isinstance(optimizer, GeminiOptimizer):
-        gemini.keep_norm_on_device(plugin.tp_size)
-        gemini.keep_memory_apart(model)
-        gemini.prefetch_in_training_alone(model)
-        gemini.plan_each_pass_from_its_start(model)
+        gemini.compute_norm_on_device(plugin.tp_size)
+        gemini.allocate_chunks_on_one_stream(model)
+        gemini.prefetch_only_in_training(model)
+        gemini.reset_memory_plan_each_pass(model)
         if plugin.tp_size > 1:
-            gemini.count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+            gemini.reduce_norm_over_tensor_parallel(optimizer, plugin.tp_group)
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        update.exchange_gradients_directly(optimizer)
+        update.reduce_gradients_directly(optimizer)
     restore_rotary_precision(model, device)
     compile_layers = gemini.compile_layers if isinstance(plugin, GeminiPlugin) else compilation.compile_each_layer
     compilation.fuse(model, fusion, compile_layers)

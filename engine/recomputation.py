@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.compilation import plain
 from engine.layout import GEMINI_PLUGINS
+from engine.patching import replace
 
 AUTO = "auto"  # as many layers as there is no room for; memory_estimate settles how many
 
@@ -91,4 +92,4 @@ def recompute(model: LlamaForCausalLM, layers: set[int], how: Callable = recompu
         twice = bound.__self__.recomputed_by
         return twice(call, *inputs) if twice else call(*inputs)
 
-    model.model._gradient_checkpointing_func = call_once_or_twice
+    replace(model.model, "_gradient_checkpointing_func", call_once_or_twice)

@@ -21,7 +21,7 @@ def stepped(flags: str, ours: bool, small: int = update.SMALL):
     """Norm, this rank's states, and working weights, after a clipped step from gradients that ranks do not share."""
     update.SMALL = small
     if not ours:
-        update.exchange_gradients_directly = lambda optimizer: None
+        update.reduce_gradients_directly = lambda optimizer: None
     run = boosted(f"{flags} -b 2 --lr 1e-2 --gradient_clipping 0.1")
     assert update.supports(run.optimizer)
     if not ours:
