@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import logging
 import math
 
 import torch
@@ -160,9 +159,7 @@ def boost(
     booster = Booster(plugin=plugin)
     if getattr(config, "lora", None):
         model.name_or_path = config.lora.base_model_name_or_path  # which peft notes beside the adapters
-        logging.disable(logging.WARNING)  # it asks to check the learning rate
         model = booster.enable_lora(model, lora_config=config.lora)
-        logging.disable(logging.NOTSET)
     attend_inside_documents(model)
     fusion = choose_fusion(args, resolve_layout(args, config), on_gpu=torch.cuda.is_available())
     optimizer = build_optimizer(model, args.lr, args.weight_decay, fusion)

@@ -56,7 +56,7 @@ def launch(seed: int) -> None:
         torch.set_num_threads(threads)
     else:
         cpu.install()
-    get_dist_logger().set_level("ERROR")  # what it warns of are our defaults
+    get_dist_logger().set_level("ERROR")  # it warns of our defaults, and that LoRA may want another learning rate
     own = str(torch.cuda.get_device_properties(gpu()).uuid) if torch.cuda.is_available() else ""
     ranks.assemble(own)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -75,6 +75,11 @@ def recompute(model: LlamaForCausalLM, layers: set[int], how: Callable = recompu
 
     They are marked by `recomputed_by`; where layers are compiled, what is compiled takes that over (compilation.py).
 
+    Symptom: --recompute and --keep_attention would have no effect: all layers are recomputed in one way, or none.
+    Cause: transformers calls every layer by the one function that gradient_checkpointing_enable sets.
+    Fix: that function calls each layer as the layer's mark says.
+    Remove when: transformers takes a function for each layer.
+
     Args:
         how: what calls them, with the function and its inputs.
     """
