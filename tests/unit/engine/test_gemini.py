@@ -111,7 +111,7 @@ def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
 
 def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
-    memory = stream_order.watch()
+    memory = stream_order.watch_chunks()
 
     class Plugin(boost.GeminiPlugin):
         def __init__(self, **options):
