@@ -1,4 +1,4 @@
-"""ColossalAI's AdamW, for states on the GPU and in host memory, with gradients in the working precision."""
+"""ColossalAI's AdamW with states on the GPU or in host memory, fed with gradients in the working precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,24 @@ from colossalai.nn.optimizer import HybridAdam
 from colossalai.zero.gemini import gemini_optimizer
 from torch import Tensor
 
+from engine.patching import replace
+
 
 @dataclass
 class Part:
-    """This rank's part of one parameter, all flat or all in its shape: `gradient` and `working` are views.
+    """This rank's part of one parameter; the three tensors are all flat or all of the parameter's shape.
 
     Attributes:
-        parameter: the model's own.
-        working: the part, in the working precision, of the parameter that the model computes with.
-        master: the float32 weight.
+        parameter: the model's parameter.
+        working: the part of it that this rank updates, in the working precision; a view.
+        master: the float32 master weight of that part.
+        gradient: the gradient of that part, in the working precision; a view.
     """
 
     parameter: torch.nn.Parameter
-    working: torch.Tensor
-    master: torch.Tensor
-    gradient: torch.Tensor
+    working: Tensor
+    master: Tensor
+    gradient: Tensor
 
 
 @torch.compile(dynamic=True)
@@ -42,9 +45,9 @@ def _adamw(
     correction2: Tensor,
     scale: Tensor,
 ) -> None:
-    """AdamW (arXiv:1711.05101) as ColossalAI's kernel computes it, and the weight in `working` precision, in one pass.
+    """Update by AdamW (arXiv:1711.05101) as ColossalAI's kernel does, and round the weight to `working`, in one pass.
 
-    All tensors have one shape; the numbers are tensors too, or torch.compile would take them for constants.
+    All tensors have the same shape. The scalars are tensors too: torch.compile would treat numbers as constants.
     """
     gradient = gradient.float() / scale
     moment.copy_(beta1 * moment + (1 - beta1) * gradient)
@@ -56,22 +59,33 @@ def _adamw(
 
 
 class Adam(HybridAdam):
-    """ColossalAI's AdamW for states on GPU and host, which takes gradients on the host in any precision.
+    """ColossalAI's AdamW for states on GPU and host, with host gradients in any precision.
 
-    HybridAdam's own path for bf16 gradients on the host ignores the scale by which gradients are clipped; widened, they
-    take its C++ path, which does not. With `fused`, its kernel for the GPU gives way to one that also writes the
-    working weights of `parts`, which it finds by the address of a master weight, and calls `updated` with each.
+    Host gradients: HybridAdam's path for bf16 ignores the divisor that clips. Cast to float32, they take its C++ path,
+    which divides.
+
+    Fused update on the GPU:
+        Symptom: with master weights, each update reads the weights once more to copy them to the working precision.
+        Cause: HybridAdam's CUDA kernel, `gpu_adam_op`, writes float32 weights only.
+        Fix: with `fused`, a compiled kernel also writes the working weights. It finds them in `parts` by the address of
+            the master weight, and calls `updated` with each part when it has launched the part's update.
+        Remove when: ColossalAI's kernel writes the working precision too.
+
+    Attributes:
+        transfers: pinned buffers of the master weights in host memory.
+        parts: parts to write working weights of, by the address of their master weight.
+        updated: called with each of them.
     """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.transfers: dict[torch.Tensor, HostTransfer] = {}
+        self.transfers: dict[Tensor, HostTransfer] = {}
         self.parts: dict[int, Part] = {}
         self.updated: Callable[[Part], None] = lambda part: None
         self._scratch = torch.empty(0)
         self.fused = fused and torch.cuda.is_available()
         if self.fused:
-            self.gpu_adam_op = self._update_on_device
+            replace(self, "gpu_adam_op", self._update_on_device)
 
     def _update_on_device(
         self,
@@ -88,7 +102,7 @@ class Adam(HybridAdam):
         decay: float,
         scale: float,
     ) -> None:
-        """In the place of `multi_tensor_adam`, whose arguments these are."""
+        """Update tensors on the GPU; takes the arguments of ColossalAI's `multi_tensor_adam`."""
         corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
         values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
         numbers = torch.tensor(values, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
@@ -100,47 +114,62 @@ class Adam(HybridAdam):
             if part:
                 self.updated(part)
 
-    def _pre_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
+    def _pre_update(self, parameter: Tensor, *state_keys: str) -> None:
         if parameter in self.transfers:
-            self.transfers[parameter].arrived.synchronize()
+            self.transfers[parameter].copied.synchronize()
         if parameter.grad is not None and parameter.grad.dtype is not torch.float32:
             if self._scratch.numel() < parameter.numel():
                 self._scratch = torch.empty(parameter.numel())
-            wide = self._scratch[: parameter.numel()].view(parameter.shape)
-            parameter.grad = wide.copy_(parameter.grad)
+            float32 = self._scratch[: parameter.numel()].view(parameter.shape)
+            parameter.grad = float32.copy_(parameter.grad)
 
-    def _post_update(self, parameter: torch.Tensor, *state_keys: str) -> None:
+    def _post_update(self, parameter: Tensor, *state_keys: str) -> None:
         parameter.grad = None
         if parameter in self.transfers:
-            self.transfers[parameter].send(parameter)
+            self.transfers[parameter].copy_to_device(parameter)
 
 
-gemini_optimizer._AVAIL_OPTIM_LIST.add(Adam)  # Gemini takes the classes of this set, not their subclasses
+def let_gemini_take_adam() -> None:
+    """Add `Adam` to the optimizers that Gemini accepts. Call before Gemini's plugin boosts; a second call is harmless.
+
+    Symptom: GeminiOptimizer refuses `Adam` with "You should use an optimizer in the available list".
+    Cause: it looks the type up in a set, in which a subclass of HybridAdam is not found.
+    Fix: put the subclass into the set.
+    Remove when: GeminiOptimizer asks with isinstance.
+    """
+    replace(gemini_optimizer, "_AVAIL_OPTIM_LIST", gemini_optimizer._AVAIL_OPTIM_LIST | {Adam})
 
 
 class HostTransfer:
-    """The way of one gradient from the GPU to the host, and of the updated weight back through the same buffer."""
+    """A pinned buffer: a gradient's device-to-host copy, then the updated weight's host-to-device copy.
 
-    def __init__(self, gradient: torch.Tensor, stream: torch.cuda.Stream):
+    Args:
+        gradient: a tensor of the buffer's shape and dtype.
+        stream: side stream of the copies to the device.
+    """
+
+    def __init__(self, gradient: Tensor, stream: torch.cuda.Stream):
         self.buffer = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
-        self.arrived = torch.cuda.Event()
+        self.copied = torch.cuda.Event()  # the gradient is in the buffer
         self.stream = stream
-        self.target: torch.Tensor  # of the way back
+        self.working: Tensor
 
-    def receive(self, gradient: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def copy_to_host(self, gradient: Tensor, working: Tensor) -> Tensor:
+        """Start the gradient's copy and return the buffer; the weight will be copied back to `working`."""
         self.buffer.copy_(gradient, non_blocking=True)
-        self.arrived.record()
-        self.target = target
+        self.copied.record()
+        self.working = working
         return self.buffer
 
-    def send(self, master: torch.Tensor) -> None:
+    def copy_to_device(self, master: Tensor) -> None:
+        """Start the copy of the updated weight to the device."""
         self.buffer.copy_(master)
         with torch.cuda.stream(self.stream):
-            self.target.copy_(self.buffer, non_blocking=True)
+            self.working.copy_(self.buffer, non_blocking=True)
 
 
-def lend_gradient(master: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Sets a gradient of another precision than its tensor's, which torch allows by this detour alone."""
+def set_gradient(master: Tensor, gradient: Tensor) -> None:
+    """Set `master.grad` to a gradient of another dtype, which torch allows only while `master.data` has that dtype."""
     weight = master.data
     master.data = gradient
     master.grad = gradient

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
 from attn import attend_inside_documents
-from engine import compilation, fsdp, gemini, hybrid, zero
-from engine.adam import Adam
+from engine import compilation, fsdp, gemini, hybrid, update, zero
+from engine.adam import Adam, let_gemini_take_adam
 from engine.compilation import Fusion, choose_fusion
 from engine.job import Job, Optimization, recomputed_layers
 from engine.launch import build_kernels
@@ -90,8 +89,15 @@ def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: b
         )
 
 
+def patch_classes() -> None:
+    """Apply the patches of ColossalAI's classes and modules that hold for every plugin of the process."""
+    let_gemini_take_adam()
+    update.divide_gradients_by_their_scale()
+
+
 def boost(job: Job) -> Engine:
     """Return the engine, its weights not yet set: by `initialize_weights`, `load_checkpoint` or `load_pretrained`."""
+    patch_classes()
     module = PLUGINS[job.layout.plugin]
     if job.compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         say("fp16: it works without a GPU, slowly; -x bf16 is many times as fast")
@@ -104,9 +110,7 @@ def boost(job: Job) -> Engine:
     booster = Booster(plugin=plugin)
     if lora := getattr(job.config, "lora", None):
         model.name_or_path = lora.base_model_name_or_path  # which peft notes beside the adapters
-        logging.disable(logging.WARNING)  # it asks to check the learning rate
         model = booster.enable_lora(model, lora_config=lora)
-        logging.disable(logging.NOTSET)
     attend_inside_documents(model)
     fusion = choose_fusion(job, on_gpu=torch.cuda.is_available())
     optimizer = build_optimizer(model, job.optimization, fused=fusion is not Fusion.NONE)

@@ -1,8 +1,12 @@
-"""LLaMA's element-wise work in few passes over memory: pieces of the model that torch.compile makes one kernel each.
+"""Compilation of LLaMA: whole decoder layers, or its element-wise pieces as one kernel each.
 
-`fuse` puts them in the place of transformers' own. The pieces hold no parameters, so they serve under every plugin, and
-where parameters have hooks that a compiled layer would pass by; where they are plain, whole layers are compiled. Both
-are the same arithmetic. Without a GPU, or where the user turns compilation off, all runs as it is written.
+Symptom: element-wise operations take as long as some matrix products, since each reads and writes whole activations.
+Cause: transformers' RMSNorm, rotary embedding and MLP run one kernel an operation.
+Fix: `fuse` compiles whole layers where parameters are plain tensors. Elsewhere hooks on the parameters would be lost,
+    so it replaces those three by compiled pieces, which hold no parameters. The arithmetic stays the same.
+Remove when: every plugin's model can be compiled as a whole.
+
+Without a GPU, or with --no-compile, the model runs as transformers wrote it.
 """
 
 import types
@@ -17,11 +21,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from engine.job import Job
+from engine.patching import replace
 from model_utils import IGNORE_INDEX
 
 
 class Fusion(Enum):
-    """What of the model is compiled."""
+    """Extent of compilation: nothing, element-wise pieces, or whole decoder layers."""
 
     NONE = auto()
     PIECES = auto()
@@ -29,9 +34,9 @@ class Fusion(Enum):
 
 
 def plain(tensor: Any) -> Any:
-    """A tensor without Gemini's class, which its parameters pass on to all that is computed from them.
+    """Return a tensor as a plain torch.Tensor; results computed from Gemini's parameters have its tensor class.
 
-    torch.compile loses the change of precision in `x.to(dtype)` where x is of such a class (torch 2.11 and 2.13).
+    torch.compile drops the cast in `x.to(dtype)` if x has that class (torch 2.11 and 2.13).
     """
     if type(tensor) is torch.Tensor or not isinstance(tensor, torch.Tensor):
         return tensor
@@ -41,7 +46,7 @@ def plain(tensor: Any) -> Any:
 
 @torch.compile
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Over the targets that count, in float32, which compiled never lies in memory. [N, V] and [N] give a scalar."""
+    """Return the summed loss of logits [N, V] and targets [N]; compiled, the float32 logits are never in memory."""
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -72,9 +77,9 @@ def _mlp(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _RecomputedLayer(LlamaDecoderLayer):
-    """A decoder layer that is computed once more in the backward pass.
+    """A decoder layer with activation checkpointing inside what is compiled.
 
-    Compiled with both passes in sight torch leaves out of the second what no gradient needs: the layer's last product.
+    Seeing both passes, torch leaves out of the recomputation what no gradient needs: the layer's last product.
     """
 
     checkpointed: Callable  # calls the layer and recomputes it (recomputation.py)
@@ -116,9 +121,9 @@ def fuse(model: nn.Module, fusion: Fusion, compile_layers: Callable[[Any], None]
         compile_layers(model)
     if fusion is not Fusion.PIECES:
         return
-    modeling_llama.apply_rotary_pos_emb = _rotary
+    replace(modeling_llama, "apply_rotary_pos_emb", _rotary)
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
-            module.forward = types.MethodType(_rms_norm, module)
+            replace(module, "forward", types.MethodType(_rms_norm, module))
         elif isinstance(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU):
-            module.forward = types.MethodType(_mlp, module)
+            replace(module, "forward", types.MethodType(_mlp, module))

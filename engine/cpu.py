@@ -1,10 +1,7 @@
-"""Lets ColossalAI train on a machine without a GPU: its plugins, unchanged, on host memory over Gloo.
+"""Runs ColossalAI's plugins without a GPU: in host memory, over Gloo.
 
-It goes through ColossalAI's own extension points (`set_accelerator`, `KernelLoader.register_extension`) where it can.
-Four things have none: Gemini's memory monitor, which calls torch.cuda directly; Gemini's chunks, which take "cpu" for
-the place that they offload to; the names of HCCL, which the pipeline module asks torch for, where torch is built for
-CUDA too, and which it no longer has; and `torch.distributed.all_to_all`, which Gloo does not do in torch 2.11. With a
-GPU present nothing here is installed.
+ColossalAI's own extension points do most of it (`set_accelerator`, `KernelLoader.register_extension`); the patches
+below do the rest. With a GPU none of this is installed.
 """
 
 import contextlib
@@ -17,12 +14,16 @@ import torch.distributed as dist
 from colossalai.accelerator import set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.kernel.kernel_loader import CPUAdamLoader
+from colossalai.pipeline import p2p
+from colossalai.shardformer.layer import _operation
 from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.memory_tracer import memory_monitor, memstats_collector
 
+from engine.patching import replace
+
 
 class _SynchronousStream:
-    """A stream or event of a device on which every operation has ended when its call returns."""
+    """A stream or event of a device whose operations end before their calls return."""
 
     def synchronize(self) -> None: ...
     def wait_stream(self, stream) -> None: ...
@@ -33,11 +34,11 @@ class _SynchronousStream:
 
 
 class HostAccelerator(CpuAccelerator):
-    """Answers for host memory what ColossalAI asks of a GPU. Memory is the process's resident set, in bytes."""
+    """Host memory as a device. Memory figures are the process's resident set, in bytes."""
 
     def __init__(self):
         super().__init__()
-        # LowLevelZeroOptimizer and Gemini's chunks admit the names "cuda" and "npu" alone.
+        # LowLevelZeroOptimizer and Gemini's chunks accept the names "cuda" and "npu" only.
         self._name = "npu"
 
     def current_device(self) -> torch.device:
@@ -91,7 +92,7 @@ class HostAccelerator(CpuAccelerator):
 
 
 class _TorchAdam:
-    """The interface of ColossalAI's C++ CPU Adam over torch's fused one (which needs no compiler)."""
+    """torch's fused Adam behind the interface of ColossalAI's C++ one; it needs no compiler."""
 
     def __init__(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
         self.update = torch._fused_adamw_ if adamw_mode else torch._fused_adam_
@@ -134,7 +135,7 @@ class _TorchAdamExtension:
 
 
 class _HostMemoryMonitor(memory_monitor.MemoryMonitor):
-    """Reports no device memory to Gemini, whose static placement does not use the figure."""
+    """Reports no device memory to Gemini; static placement does not use the figure."""
 
     def start(self) -> None: ...
 
@@ -144,36 +145,74 @@ class _HostMemoryMonitor(memory_monitor.MemoryMonitor):
         return 0
 
 
+def _monitor_host_memory() -> None:
+    """Replace Gemini's memory monitor.
+
+    Symptom: Gemini's memory statistics fail without CUDA.
+    Cause: SyncCudaMemoryMonitor calls torch.cuda directly.
+    Fix: a monitor that reports 0 bytes.
+    Remove when: the monitor asks the accelerator.
+    """
+    replace(memstats_collector, "SyncCudaMemoryMonitor", _HostMemoryMonitor)
+
+
 def _keep_chunks_in_place() -> None:
-    """Makes host memory the place where a Gemini chunk computes, with nowhere to offload to."""
-    close_chunk = Chunk.close_chunk
+    """Keep Gemini's chunks in the memory that they compute in.
 
-    def close_in_place(chunk: Chunk) -> None:
-        close_chunk(chunk)
-        if not chunk.is_gathered and chunk.cuda_shard is None:
-            chunk.cuda_shard, chunk.cpu_shard = chunk.cpu_shard, None
+    Symptom: Gemini fails when it accesses a sharded chunk.
+    Cause: a chunk takes the device type "cpu" for the place to offload to, and moves its shard there.
+    Fix: `close_chunk` declares the shard to be on the device, and `shard_move` does nothing.
+    Remove when: chunks compare devices with the accelerator's.
+    """
+    close = Chunk.close_chunk
 
-    def stay(chunk: Chunk, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None: ...
+    def close_chunk(self: Chunk) -> None:
+        close(self)
+        if not self.is_gathered and self.cuda_shard is None:
+            self.cuda_shard, self.cpu_shard = self.cpu_shard, None
 
-    Chunk.close_chunk, Chunk.shard_move = close_in_place, stay
+    def shard_move(self: Chunk, device: torch.device, force_copy: bool = False, non_blocking: bool = False) -> None: ...
+
+    replace(Chunk, "close_chunk", close_chunk)
+    replace(Chunk, "shard_move", shard_move)
 
 
-def _all_to_all(
-    outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: dist.ProcessGroup | None = None
-) -> None:
-    """torch.distributed.all_to_all of tensors of one shape, as one exchange that Gloo does in every version."""
-    received = torch.empty_like(together := torch.stack(inputs))
-    dist.all_to_all_single(received, together, group=group)
-    for output, part in zip(outputs, received, strict=True):
-        output.copy_(part)
+def _exchange_without_lists() -> None:
+    """Let sequence-parallel ranks exchange several sequences over Gloo.
+
+    Symptom: sequence parallelism with more than one sequence fails: Gloo has no all-to-all of lists in torch 2.11.
+    Cause: `_all_to_all` calls torch.distributed.all_to_all.
+    Fix: stack the parts and exchange them with all_to_all_single, which Gloo has in every version.
+    Remove when: torch 2.11 is no longer supported.
+    """
+
+    def all_to_all(
+        tensor: torch.Tensor, ranks: int, group: dist.ProcessGroup, scatter_dim: int, gather_dim: int, **fp8: object
+    ) -> torch.Tensor:
+        sent = torch.stack(tensor.tensor_split(ranks, scatter_dim))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return torch.cat(received.unbind(), dim=gather_dim)
+
+    replace(_operation, "_all_to_all", all_to_all)
+
+
+def _take_gloo_for_gloo() -> None:
+    """Let pipeline stages communicate over Gloo.
+
+    Symptom: pipeline parallelism fails with an AttributeError for `is_hccl_available` or `HCCL`.
+    Cause: `_check_for_nccl_hccl_backend` asks torch for names that only its Ascend builds have.
+    Fix: it answers False, since the backend is Gloo.
+    Remove when: ColossalAI asks for the backend's name alone.
+    """
+    replace(p2p, "_check_for_nccl_hccl_backend", lambda group: False)
 
 
 def install() -> None:
-    """Makes host memory ColossalAI's accelerator in this process. Call once, before any plugin is built."""
+    """Make host memory ColossalAI's accelerator in this process. Call once, before a plugin is built."""
     set_accelerator(HostAccelerator())
     CPUAdamLoader.register_extension(_TorchAdamExtension)
+    _monitor_host_memory()
     _keep_chunks_in_place()
-    memory_monitor.SyncCudaMemoryMonitor = memstats_collector.SyncCudaMemoryMonitor = _HostMemoryMonitor
-    dist.all_to_all = _all_to_all  # type: ignore[assignment]
-    if not hasattr(dist, "is_hccl_available"):
-        dist.is_hccl_available, dist.Backend.HCCL = lambda: False, "hccl"  # type: ignore[attr-defined]
+    _exchange_without_lists()
+    _take_gloo_for_gloo()

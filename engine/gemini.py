@@ -1,6 +1,6 @@
-"""Changes to Gemini: its chunks and when they are gathered, the norm it clips by, whole layers compiled.
+"""Gemini: sizes of its chunks, and patches of their memory, prefetching, gradient norm and compilation.
 
-Gemini keeps parameters in chunks, and gathers and releases them from hooks that each operation on a parameter calls.
+Gemini keeps parameters in chunks. Hooks around each operation on a parameter gather its chunk and release it.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.compilation import plain, take_checkpoint_function
 from engine.job import Job
+from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from model_utils import build_model, count_parameters, parameter_specs
 from runtime.console import say
@@ -70,12 +71,12 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 def prepare(plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
     """Change Gemini's handling of memory, prefetching and the gradient norm."""
-    keep_norm_on_device(plugin.tp_size)
-    keep_memory_apart(model)
-    prefetch_in_training_alone(model)
-    plan_each_pass_from_its_start(model)
+    compute_norm_on_device(plugin.tp_size)
+    allocate_chunks_on_one_stream(model)
+    prefetch_only_in_training(model)
+    reset_memory_plan_each_pass(model)
     if plugin.tp_size > 1:
-        count_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+        reduce_norm_over_tensor_parallel(optimizer, plugin.tp_group)
 
 
 def gradient_ranks(plugin: GeminiPlugin) -> int:
@@ -167,64 +168,73 @@ def prefetched_chunks(job: Job) -> int:
     return math.ceil(layer_parameters(job.config) / job.layout.tp / chunk_parameters(job))
 
 
-def keep_memory_apart(model: ModelWrapper) -> None:
-    """Keeps memory that a collective operation reads from whatever else would be written there meanwhile.
+def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:
+    """Allocate gathered chunks on one stream that waits for the others first.
 
-    torch gives memory that is let go at once to the stream that asked for it. Gemini lets go of a chunk when it has
-    begun to reduce the gradients in it, on a stream of its own, so what is computed next may get its place and
-    overwrite them; as ColossalAI has all streams share one queue, that seldom happens there (see
-    requirements.start_cuda).
-    Here chunks are gathered into memory of one stream that, whenever it asks for more, waits for the others.
+    Symptom: now and then gradients are wrong, and with accumulated gradients weights too.
+    Cause: the allocator reuses freed memory at once on the stream that allocated it. Gemini frees a chunk while its
+        reduce-scatter still runs on another stream, so the next kernel may overwrite gradients in use. It seldom does
+        with ColossalAI's CUDA_DEVICE_MAX_CONNECTIONS=1, which requirements.start_cuda undoes.
+    Fix: `access_chunk` and `init_grad_chunk` allocate on a stream of their own, after it has waited for the computing
+        and the reducing stream.
+    Remove when: Gemini calls record_stream on what it frees, or keeps it until it is reduced.
     """
     manager, accelerator = model.chunk_manager, get_accelerator()
-    gathering, reducing = manager._prefetch_stream or accelerator.Stream(), model.async_reduce_stream
-    access, begin_gradients = manager.access_chunk, manager.init_grad_chunk
+    chunk_stream, reduce_stream = manager._prefetch_stream or accelerator.Stream(), model.async_reduce_stream
+    access, init_gradients = manager.access_chunk, manager.init_grad_chunk
 
     @contextlib.contextmanager
-    def memory_for_chunks() -> Iterator[None]:
-        for stream in filter(None, (accelerator.current_stream(), reducing)):
-            gathering.wait_stream(stream)
-        with accelerator.stream(gathering):
+    def on_chunk_stream() -> Iterator[None]:
+        for stream in filter(None, (accelerator.current_stream(), reduce_stream)):
+            chunk_stream.wait_stream(stream)
+        with accelerator.stream(chunk_stream):
             yield
 
     def access_chunk(chunk: Chunk, async_access: bool = False) -> dist.Work | None:
-        with memory_for_chunks():
+        with on_chunk_stream():
             work = access(chunk, async_access=True)
         if async_access:
             return work
         if work is not None:
             work.wait()
-        accelerator.current_stream().wait_stream(gathering)
+        accelerator.current_stream().wait_stream(chunk_stream)
         return None
 
     def init_grad_chunk(chunk: Chunk) -> Chunk:
-        with memory_for_chunks():
-            gradients = begin_gradients(chunk)
-        accelerator.current_stream().wait_stream(gathering)
+        with on_chunk_stream():
+            gradients = init_gradients(chunk)
+        accelerator.current_stream().wait_stream(chunk_stream)
         return gradients
 
-    manager.access_chunk, manager.init_grad_chunk = access_chunk, init_grad_chunk
+    replace(manager, "access_chunk", access_chunk)
+    replace(manager, "init_grad_chunk", init_grad_chunk)
 
 
-def prefetch_in_training_alone(model: ModelWrapper) -> None:
-    """Keeps Gemini's prefetching to the training passes whose order it goes by.
+def prefetch_only_in_training(model: ModelWrapper) -> None:
+    """Prefetch chunks in training passes only.
 
-    It writes that order down in the first pass, whatever it is. A pass without gradients releases all chunks at its
-    end, and the next pass would take those that were under way for gathered.
+    Symptom: after an evaluation, weights are used before they have been gathered, or Gemini's assertions fail.
+    Cause: Gemini prefetches in the order of the first pass, even if that was an evaluation, whose order differs. And a
+        pass without gradients releases all chunks at its end, while the next pass takes those in flight for gathered.
+    Fix: `pre_iter` drops the order of any pass before the first training pass, and `get_prefetch_chunks` returns none
+        in a pass without gradients.
+    Remove when: Gemini records one order for each kind of pass, and waits for its prefetches at the end of each.
     """
     manager, hook = model.gemini_manager, model.param_op_hook
-    begin, chunks_ahead = manager.pre_iter, manager.placement_policy.get_prefetch_chunks
+    policy, begin_pass = manager.placement_policy, manager.pre_iter
+    chunks_ahead = policy.get_prefetch_chunks
 
-    def begin_training_pass(*args) -> None:
+    def pre_iter(*args) -> None:
         if manager.is_warmup():
             manager.compute_list.clear()
-        begin(*args)
+        begin_pass(*args)
 
-    def chunks_to_prefetch(**progress) -> list[Chunk]:
+    def get_prefetch_chunks(**progress) -> list[Chunk]:
         training = torch.is_grad_enabled() or hook._training_phase is TrainingPhase.BACKWARD
         return chunks_ahead(**progress) if training else []
 
-    manager.pre_iter, manager.placement_policy.get_prefetch_chunks = begin_training_pass, chunks_to_prefetch
+    replace(manager, "pre_iter", pre_iter)
+    replace(policy, "get_prefetch_chunks", get_prefetch_chunks)
 
 
 def may_evaluate(model: ModelWrapper) -> bool:
@@ -233,71 +243,87 @@ def may_evaluate(model: ModelWrapper) -> bool:
     return manager is None or not (manager.need_warmup and manager.is_warmup())
 
 
-def plan_each_pass_from_its_start(model: ModelWrapper) -> None:
-    """Has Gemini, where chunks move, plan each operation by the memory that the same one took in the first pass.
+def reset_memory_plan_each_pass(model: ModelWrapper) -> None:
+    """Plan each operation, where chunks move, by the memory that the same operation took in the first pass.
 
-    It counts the operations from one pass on to the next, which after a pass without gradients are others. Every rank
-    prints their number after the first.
+    Symptom: after an evaluation Gemini moves chunks for operations that need no memory, and not for those that do. And
+        each rank prints "finish_collection" with a number after the first pass.
+    Cause: `_step_idx`, the operation's number, runs on from one pass to the next, and a pass without gradients has
+        fewer operations. The number is printed for debugging.
+    Fix: `reset_attributes`, which ends each pass, sets `_step_idx` to 0; `finish_collection` prints nothing.
+    Remove when: Gemini resets `_step_idx` itself.
     """
     manager = model.gemini_manager
-    end_pass, figures = manager.reset_attributes, manager._mem_stats_collector
-    if figures is None:
+    end_pass, collector = manager.reset_attributes, manager._mem_stats_collector
+    if collector is None:
         return
-    finish = figures.finish_collection
+    finish = collector.finish_collection
 
-    def end_pass_and_count() -> None:
+    def reset_attributes() -> None:
         end_pass()
-        figures._step_idx = 0
+        replace(collector, "_step_idx", 0)
 
-    def finish_silently() -> None:
+    def finish_collection() -> None:
         with contextlib.redirect_stdout(None):
             finish()
 
-    manager.reset_attributes, figures.finish_collection = end_pass_and_count, finish_silently
+    replace(manager, "reset_attributes", reset_attributes)
+    replace(collector, "finish_collection", finish_collection)
 
 
-def keep_norm_on_device(tensor_parallel: int) -> None:
-    """Makes chunks of gradients look for overflow and take their norm in one pass, and without waiting for the GPU.
+def compute_norm_on_device(tensor_parallel: int) -> None:
+    """Check chunks of gradients for overflow and compute their norm in one pass, without waiting for the GPU.
 
-    On its own each widens all of a chunk to take the norm, waits for the number before it goes on with the backward
-    pass, and reads the chunk several times more to find out whether it is finite, which the norm tells.
+    Symptom: the backward pass waits for the GPU once a chunk, and reads each chunk several times more.
+    Cause: `set_l2_norm` casts a whole chunk to float32 and copies its norm to the host; `has_inf_or_nan` looks for
+        infinite elements, then for NaN.
+    Fix: `has_inf_or_nan` computes the squared norm on the GPU, and tests it for being finite. `set_l2_norm`, which is
+        called later, has nothing left to do.
+    Remove when: Gemini keeps the norm on the GPU.
 
     Args:
-        tensor_parallel: number of ranks of which each holds a whole gradient of the RMSNorm weights, and so adds this
-            fraction of their squares to the sum over all.
+        tensor_parallel: number of ranks that replicate the gradients of RMSNorm weights. Each rank counts this fraction
+            of their squares.
     """
 
     def squared_norm(chunk: Chunk) -> torch.Tensor:
         valid = (
             chunk.cuda_global_chunk[: chunk.utilized_size] if chunk.is_gathered else chunk.cuda_shard[: chunk.valid_end]
         )
-        # Gemini adds the chunks' squares in the order of a set, which no two runs share: in float64 that does not show.
+        # Gemini sums chunks in the order of a set, which differs between runs; float64 hides the rounding.
         if tensor_parallel == 1:
             return torch.linalg.vector_norm(valid, dtype=torch.float32).double().square()
         first = 0 if chunk.is_gathered else chunk.shard_begin
-        parts, shares = [], []
+        parts, fractions = [], []
         for parameter, place in chunk.tensors_info.items():
             part = valid[max(0, place.offset - first) : max(0, place.end - first)]
             if part.numel():
                 parts.append(part)
-                shares.append(1.0 if is_distributed_tensor(parameter) else 1 / tensor_parallel)
+                fractions.append(1.0 if is_distributed_tensor(parameter) else 1 / tensor_parallel)
         if not parts:
             return valid.new_zeros((), dtype=torch.float64)
         squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).double().square()
-        return squares @ torch.tensor(shares, dtype=torch.float64).to(squares.device, non_blocking=True)
+        return squares @ torch.tensor(fractions, dtype=torch.float64).to(squares.device, non_blocking=True)
 
-    def has_inf_or_nan(chunk: Chunk) -> torch.Tensor:
-        chunk.l2_norm = squared_norm(chunk)
-        return ~torch.isfinite(chunk.l2_norm)
+    def has_inf_or_nan(self: Chunk) -> torch.Tensor:
+        self.l2_norm = squared_norm(self)
+        return ~torch.isfinite(self.l2_norm)
 
-    def set_l2_norm(chunk: Chunk) -> None:
-        """has_inf_or_nan, which comes before, has set it."""
+    def set_l2_norm(self: Chunk) -> None:
+        """Do nothing: `has_inf_or_nan` has set it."""
 
-    Chunk.has_inf_or_nan, Chunk.set_l2_norm = property(has_inf_or_nan), set_l2_norm
+    replace(Chunk, "has_inf_or_nan", property(has_inf_or_nan))
+    replace(Chunk, "set_l2_norm", set_l2_norm)
 
 
-def count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
-    """Makes Gemini clip by one norm on all tensor-parallel ranks; on its own each takes that of its part."""
+def reduce_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.ProcessGroup) -> None:
+    """Clip by the norm over all tensor-parallel ranks.
+
+    Symptom: tensor-parallel ranks clip by different factors, and their replicated weights drift apart.
+    Cause: `_calc_global_norm` sums over data-parallel ranks only.
+    Fix: sum its square over the tensor-parallel group too.
+    Remove when: GeminiOptimizer does so.
+    """
     own_norm = optimizer._calc_global_norm
 
     def global_norm() -> float:
@@ -305,14 +331,17 @@ def count_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.Proc
         dist.all_reduce(squared, group=group)
         return math.sqrt(squared.item())
 
-    optimizer._calc_global_norm = global_norm
+    replace(optimizer, "_calc_global_norm", global_norm)
 
 
 def compile_layers(model: ModelWrapper) -> None:
-    """Compiles every decoder layer as a function of its parameters, which Gemini gathers and releases all at once.
+    """Compile every decoder layer as one function of its parameters.
 
-    Compiled as they are, layers would pass by the hooks of the operations inside. The one function is that of a layer
-    without storage, so it is compiled once for all of them.
+    Symptom: a compiled layer computes with released parameters.
+    Cause: Gemini's hooks sit in the operations inside the layer, which compilation replaces.
+    Fix: the layer's `forward` calls the hooks once for all its parameters, and a compiled function between them. It is
+        compiled once: it computes with a layer on the meta device, to which it gives the parameters.
+    Remove when: Gemini gathers by module hooks.
     """
     layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
     with torch.device("meta"):
@@ -323,11 +352,12 @@ def compile_layers(model: ModelWrapper) -> None:
         return checkpointed(functional_call, empty, *inputs) if checkpointed else functional_call(empty, *inputs)
 
     for layer in layers:
-        layer.forward = _hooked_once(layer, empty, functools.partial(compute, take_checkpoint_function(layer)))
+        compiled = functools.partial(compute, take_checkpoint_function(layer))
+        replace(layer, "forward", _hooked_once(layer, empty, compiled))
 
 
 class _Plain(torch.autograd.Function):
-    """Parameters as tensors of torch's own class over the same storage, no views of Gemini's, which dynamo refuses."""
+    """Returns parameters as plain tensors over the same storage; dynamo refuses views of Gemini's tensor class."""
 
     @staticmethod
     def forward(ctx, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:

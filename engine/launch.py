@@ -16,6 +16,7 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.logging import get_dist_logger
 
 from engine import cpu
+from engine.patching import replace
 from runtime import ranks
 from runtime.console import InputError, local_rank, rank, say, world_size
 from runtime.files import exclusive_lock
@@ -55,7 +56,7 @@ def launch(seed: int) -> None:
         torch.set_num_threads(threads)
     else:
         cpu.install()
-    get_dist_logger().set_level("ERROR")  # what it warns of are our defaults
+    get_dist_logger().set_level("ERROR")  # it warns of our defaults, and that LoRA may want another learning rate
     own = str(torch.cuda.get_device_properties(gpu()).uuid) if torch.cuda.is_available() else ""
     ranks.assemble(own)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -101,8 +102,14 @@ def build_kernels() -> None:
 
 
 def shut_down(plugin: Plugin) -> None:
-    """Leaves the process groups in order; the plugin's own destructor runs too late, when torch is half unloaded."""
+    """Destroy the process groups.
+
+    Symptom: an exception at the end of the process, after its last line.
+    Cause: the plugin's destructor destroys its groups when Python has already unloaded part of torch.
+    Fix: call `destroy_mesh_process_groups` here, and leave the destructor nothing to do.
+    Remove when: the plugin's destructor tolerates groups that are gone.
+    """
     if mesh := getattr(plugin, "pg_mesh", None):
         mesh.destroy_mesh_process_groups()
-        mesh.destroy_mesh_process_groups = lambda: None
+        replace(mesh, "destroy_mesh_process_groups", lambda: None)
     dist.destroy_process_group()

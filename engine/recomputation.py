@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from engine.compilation import plain
 from engine.job import Job, reenters
+from engine.patching import replace
 
 
 def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +51,11 @@ def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Calla
     Each layer carries the function as `checkpoint_function`; where layers are compiled, the compiled layer takes it
     over (compilation.py).
 
+    Symptom: --recompute and --keep_attention would have no effect: all layers are recomputed in one way, or none.
+    Cause: transformers calls every layer by the one function that gradient_checkpointing_enable sets.
+    Fix: that function calls each layer as the layer's mark says.
+    Remove when: transformers takes a function for each layer.
+
     Args:
         function: calls the layer, with the layer's own function and its inputs.
     """
@@ -67,4 +73,4 @@ def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Calla
         checkpoint_function = bound.__self__.checkpoint_function
         return checkpoint_function(call, *inputs) if checkpoint_function else call(*inputs)
 
-    model.model._gradient_checkpointing_func = call_layer
+    replace(model.model, "_gradient_checkpointing_func", call_layer)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from attn import document_boundaries
 from engine import compilation, update
 from engine.boost import Engine
 from engine.compilation import Fusion
+from engine.patching import replace
 from model_utils import IGNORE_INDEX
 
 
@@ -75,21 +77,34 @@ def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
 
 
-def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
-    """Has an interleaved schedule forget what stages told each other of tensors unlike those of this batch.
+_kinds_of_batch: weakref.WeakKeyDictionary[InterleavedSchedule, tuple] = weakref.WeakKeyDictionary()
 
-    Once it has evaluated it would refuse a batch of another size. With its cache off, so that lengths may vary, a stage
-    that has just ended the last range of layers would not say what it sends next, and the next one wait for it.
+
+def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
+    """Make an interleaved schedule accept a batch of another shape, and evaluation after training.
+
+    Symptom: after an evaluation the schedule refuses batches of another size; or stages wait for each other for ever.
+    Cause: it keeps the number of microbatches, and the metadata of the tensors that stages exchange. With its metadata
+        cache off, so that lengths may vary, a stage that ends the last range of layers does not send new metadata.
+    Fix: reset those fields when the kind of batch changes.
+    Remove when: InterleavedSchedule resets them in load_batch.
     """
     if not isinstance(schedule, InterleavedSchedule):
         return
     kind = (batch["input_ids"].shape, torch.is_grad_enabled())
-    if kind == getattr(schedule, "kind_of_batch", None):
+    if kind == _kinds_of_batch.get(schedule):
         return
-    schedule.kind_of_batch = kind
-    schedule.num_microbatch, schedule.last_batch_size = None, len(batch["input_ids"])
-    schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
-    schedule.send_tensor_metadata = schedule.send_grad_metadata = True
+    _kinds_of_batch[schedule] = kind
+    fields = {
+        "num_microbatch": None,
+        "last_batch_size": len(batch["input_ids"]),
+        "tensor_metadata_recv": None,
+        "grad_metadata_recv": None,
+        "send_tensor_metadata": True,
+        "send_grad_metadata": True,
+    }
+    for name, value in fields.items():
+        replace(schedule, name, value)
 
 
 def _pipeline_loss(
@@ -165,7 +180,14 @@ def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
 
 
 def optimizer_step(engine: Engine) -> tuple[float, bool]:
-    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update.
+
+    Gemini after a skipped step:
+        Symptom: every step after one that overflowed overflows too.
+        Cause: GeminiOptimizer leaves `accumulating_grads` on, so the next gradients are added to the overflowed ones.
+        Fix: turn it off.
+        Remove when: GeminiOptimizer.step does so when it skips.
+    """
     model, optimizer = engine.model, engine.optimizer
     scaler = loss_scaler(optimizer)
     scale = scaler.loss_scale if scaler else 1.0
@@ -175,8 +197,7 @@ def optimizer_step(engine: Engine) -> tuple[float, bool]:
         optimizer.step()
     skipped = bool(scaler.found_overflow.item()) if scaler else False
     if skipped and hasattr(model, "chunk_manager"):
-        # Gemini leaves this on after a skipped step, and would add the next gradients to the overflowed ones.
-        model.chunk_manager.accumulating_grads = False
+        replace(model.chunk_manager, "accumulating_grads", False)
     optimizer.zero_grad()
     return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped
 

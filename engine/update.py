@@ -1,11 +1,14 @@
-"""One update of the weights under ZeRO and mixed precision: norm, clipping, AdamW, and the model's working copy.
+"""One optimizer step under ZeRO and mixed precision: gradient norm, clipping, AdamW, and the working weights.
 
-ColossalAI's own `step` widens every gradient to float32, takes its norm in float64, scales it in place and copies each
-weight by itself, in pageable memory where the optimizer lies on the host. This does the same arithmetic with what its
-kernels offer: AdamW takes gradients in the working precision and divides by the scale as it reads them, and states on
-the host are updated parameter by parameter while the next gradients and the last weights are under way.
+Symptom: ColossalAI's `step` reads and writes each gradient and weight several times more than AdamW needs.
+Cause: it casts every gradient to float32, takes its norm in float64 and scales it in place. It copies the weights one
+    by one, through pageable memory where the optimizer states are in host memory.
+Fix: `update` does the same arithmetic. AdamW reads gradients in the working precision and divides them as it reads.
+    States in host memory are updated parameter by parameter while later gradients and earlier weights are being copied.
+Remove when: ColossalAI's `step` does no more passes than this one.
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -22,18 +25,20 @@ from colossalai.zero import LowLevelZeroOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.adam import Adam, HostTransfer, Part, lend_gradient
+from engine.adam import Adam, HostTransfer, Part, set_gradient
+from engine.patching import replace
 
-SMALL = 2**20  # elements below which parameters share a collective operation
-UNDER_WAY = 7  # gradients that are reduced at a time: as many as a decoder layer has large weights
+SMALL = 2**20  # elements; gradients and weights below this size share one collective operation
+IN_FLIGHT = 7  # gradients that are being reduced at a time: as many as a decoder layer has large weights
 
 
-def divide_by_the_scale_of_the_gradients() -> None:
-    """Patches ColossalAI's fp16: gradients are divided by the loss scale that they were multiplied by.
+@functools.cache
+def divide_gradients_by_their_scale() -> None:
+    """Divide fp16 gradients by the loss scale that multiplied them. Call before a step; later calls do nothing.
 
-    Symptom: every 1000th step without an overflow moves the moments, and clips, as if gradients were half as large.
+    Symptom: every 1000th step without an overflow updates the moments, and clips, as if gradients were half as large.
     Cause: `should_skip_step` lets the scale grow before `get_grad_div_scale` reads it.
-    Fix: `should_skip_step` notes the scale first, and `get_grad_div_scale` returns that, under every plugin.
+    Fix: `should_skip_step` stores the scale first, and `get_grad_div_scale` returns the stored one, under every plugin.
     Remove when: ColossalAI updates its scale after the step, as torch.amp.GradScaler does.
     """
     decide, divisor = FP16MixedPrecisionMixin.should_skip_step, FP16MixedPrecisionMixin.get_grad_div_scale
@@ -43,14 +48,11 @@ def divide_by_the_scale_of_the_gradients() -> None:
         return decide(self)
 
     def get_grad_div_scale(self: FP16MixedPrecisionMixin) -> float:
-        divisor(self)  # it changes the state
+        divisor(self)  # for its change of state
         return self.scale_of_gradients
 
-    FP16MixedPrecisionMixin.should_skip_step = should_skip_step
-    FP16MixedPrecisionMixin.get_grad_div_scale = get_grad_div_scale
-
-
-divide_by_the_scale_of_the_gradients()
+    replace(FP16MixedPrecisionMixin, "should_skip_step", should_skip_step)
+    replace(FP16MixedPrecisionMixin, "get_grad_div_scale", get_grad_div_scale)
 
 
 def supports(optimizer: OptimizerWrapper) -> bool:
@@ -64,34 +66,44 @@ def supports(optimizer: OptimizerWrapper) -> bool:
     return isinstance(optimizer, MixedPrecisionOptimizer)
 
 
-def exchange_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
-    """Puts `_Exchange` in the place of ZeRO's buckets, in which the host cuts each gradient into as many as ranks."""
+def reduce_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
+    """Reduce each large gradient by itself, not in ZeRO's buckets.
+
+    Symptom: the backward pass waits for the host, which submits many small kernels between its own.
+    Cause: ZeRO cuts each gradient into one tensor a rank, and concatenates those of a bucket to reduce them.
+    Fix: `_add_to_bucket` reduces a flat gradient at once, and `_run_reduction` those that are left.
+    Remove when: ZeRO's buckets are flat buffers that gradients are written into.
+    """
     if not supports(optimizer):
         return
-    exchange = _Exchange(optimizer)
-    optimizer._add_to_bucket, optimizer._run_reduction = exchange.add, exchange.end_pass
-    optimizer._overlap_communication = False  # from here on this has each backward pass wait for the device, no more
-    if optimizer.grad_handles:  # gradients come from hooks, and none is left to be handed over at the end of the pass
-        optimizer._reduce_grad = lambda partition_grad: exchange.end_pass()
+    reducer = _GradientReducer(optimizer)
+    replace(optimizer, "_add_to_bucket", reducer.add)
+    replace(optimizer, "_run_reduction", reducer.end_pass)
+    # The flag now only makes backward() synchronize, which we do not need.
+    replace(optimizer, "_overlap_communication", False)
+    if optimizer.grad_handles:  # hooks have added every gradient before the pass ends
+        replace(optimizer, "_reduce_grad", lambda partition_grad: reducer.end_pass())
 
 
-class _Exchange:
-    """Reduces gradients to the parts that ranks update, the large ones beside the backward pass, the others at its end.
+class _GradientReducer:
+    """Reduces gradients to the partitions that ranks update.
 
-    The large ones of one decoder layer lie in memory until those of the next come. What other ranks of a ZeRO-1 update
-    is not computed. Where one rank has all the data, nothing moves.
+    Large gradients are reduced on a side stream during the backward pass, small ones together at its end. At most
+    IN_FLIGHT large gradients are kept in memory until they are reduced. Under ZeRO-1 only this rank's partition is
+    reduced. With one rank nothing is communicated.
     """
 
     def __init__(self, optimizer: LowLevelZeroOptimizer):
         self.optimizer = optimizer
         ((self.group, self.store),) = optimizer.pg_to_grad_store.items()
-        self.beside = optimizer.pg_to_bucket_store[self.group].comm_stream
-        # Memory that is let go goes to the stream that asked for it, which may not write there until it has been read.
-        self.under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.side_stream = optimizer.pg_to_bucket_store[self.group].comm_stream
+        # The allocator reuses freed memory at once on the stream that allocated it, so a gradient is kept until that
+        # stream has waited for its reduction.
+        self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.small: list[tuple[torch.nn.Parameter, int]] = []
 
     def add(self, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Takes the gradient of a parameter that the backward pass has no more to add to."""
+        """Take a parameter's gradient, which the backward pass has finished."""
         if self.store.world_size == 1:
             self._keep(self._padded(parameter), parameter, group_id)
             return
@@ -101,63 +113,72 @@ class _Exchange:
         gradient = self._padded(parameter)
         accelerator = get_accelerator()
         current = accelerator.current_stream()
-        self.beside.wait_stream(current)
-        with accelerator.stream(self.beside):
+        self.side_stream.wait_stream(current)
+        with accelerator.stream(self.side_stream):
             self._keep(self._reduce_scatter(gradient), parameter, group_id)
             reduced = accelerator.Event()
             reduced.record()
-        self.under_way.append((gradient, reduced))
-        if len(self.under_way) > UNDER_WAY:
-            current.wait_event(self.under_way.popleft()[1])
+        self.in_flight.append((gradient, reduced))
+        if len(self.in_flight) > IN_FLIGHT:
+            current.wait_event(self.in_flight.popleft()[1])
 
     def end_pass(self) -> None:
+        """Reduce the small gradients, and wait for the large ones."""
         if self.small:
             gradients = [self._padded(parameter).view(self.store.world_size, -1) for parameter, _ in self.small]
             reduced = self._reduce_scatter(torch.cat(gradients, dim=1).flatten())
-            parts = reduced.split([gradient.shape[1] for gradient in gradients])
-            for part, (parameter, group_id) in zip(parts, self.small, strict=True):
-                self._keep(part, parameter, group_id)
+            partitions = reduced.split([gradient.shape[1] for gradient in gradients])
+            for partition, (parameter, group_id) in zip(partitions, self.small, strict=True):
+                self._keep(partition, parameter, group_id)
             self.small.clear()
-        get_accelerator().current_stream().wait_stream(self.beside)
-        self.under_way.clear()
+        get_accelerator().current_stream().wait_stream(self.side_stream)
+        self.in_flight.clear()
 
     def _padded(self, parameter: torch.nn.Parameter) -> Tensor:
-        """The gradient taken from its parameter, flat and of a length that the ranks divide."""
+        """Take the gradient from its parameter, flat and padded to a length divisible by the number of ranks."""
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad.flatten(), None
         padding = self.optimizer.get_param_padding_size(parameter)
         return F.pad(gradient, (0, padding)) if padding else gradient
 
     def _reduce_scatter(self, gradient: Tensor) -> Tensor:
-        """This rank's part of the mean over the group of flat gradients, which are used up."""
+        """Return this rank's partition of the mean of a flat gradient over the group; overwrites the gradient."""
         ranks = self.store.world_size
-        part = gradient.new_empty(gradient.numel() // ranks)
+        partition = gradient.new_empty(gradient.numel() // ranks)
         if gradient.is_cuda:
-            dist.reduce_scatter_tensor(part, gradient, op=dist.ReduceOp.AVG, group=self.group)
-        else:  # Gloo takes no mean
-            dist.reduce_scatter_tensor(part, gradient.div_(ranks), group=self.group)
-        return part
+            dist.reduce_scatter_tensor(partition, gradient, op=dist.ReduceOp.AVG, group=self.group)
+        else:  # Gloo has no mean
+            dist.reduce_scatter_tensor(partition, gradient.div_(ranks), group=self.group)
+        return partition
 
-    def _keep(self, part: Tensor, parameter: torch.nn.Parameter, group_id: int) -> None:
+    def _keep(self, partition: Tensor, parameter: torch.nn.Parameter, group_id: int) -> None:
+        """Add a partition to ZeRO's store, where micro-batches accumulate."""
         store = self.store
         if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
-            kept[0].add_(part)
+            kept[0].add_(partition)
             return
         places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has one for each rank
         for _ in range(places):
-            store.append_gradients_by_param_id(part, group_id, id(parameter))
+            store.append_gradients_by_param_id(partition, group_id, id(parameter))
 
 
 @torch.no_grad()
 def update(optimizer: OptimizerWrapper) -> None:
-    """Does what `optimizer.step()` does."""
+    """Do what `optimizer.step()` does.
+
+    fp16 overflow:
+        Symptom: a step reads every gradient twice more.
+        Cause: `check_local_overflow` looks for elements that are infinite or NaN.
+        Fix: it looks at the norm, which is finite only if they all are.
+        Remove when: ColossalAI decides by the norm.
+    """
     zero = isinstance(optimizer, LowLevelZeroOptimizer)
     parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
     norm = _gradient_norm(optimizer, parts)
-    optimizer._current_grad_norm = norm
+    replace(optimizer, "_current_grad_norm", norm)  # get_grad_norm() returns it
     precision = optimizer.mixed_precision_mixin if zero else optimizer.mixed_precision
     if isinstance(precision, FP16MixedPrecisionMixin):
-        precision.check_local_overflow = lambda: not math.isfinite(norm)
+        replace(precision, "check_local_overflow", lambda: not math.isfinite(norm))
     if precision is not None and precision.should_skip_step():
         return
 
@@ -166,14 +187,14 @@ def update(optimizer: OptimizerWrapper) -> None:
     if max_norm > 0:
         scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
     on_host = [part for part in parts if part.master.device != part.gradient.device]
-    _fetch(optimizer.optim, on_host)
+    _copy_to_host(optimizer.optim, on_host)
     for part in parts:
-        lend_gradient(part.master, part.gradient)
+        set_gradient(part.master, part.gradient)
     on_device = [part for part in parts if part.master.device == part.working.device]
-    adam, gathering = optimizer.optim, _Gathering(optimizer)
-    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, gathering.start
+    adam, gatherer = optimizer.optim, _WeightGatherer(optimizer)
+    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, gatherer.start
     adam.step(div_scale=scale)
-    adam.parts = {}  # or the gradients would live on
+    adam.parts = {}  # they hold the gradients
     for part in parts:
         part.master.grad = None
     if on_host:
@@ -182,8 +203,8 @@ def update(optimizer: OptimizerWrapper) -> None:
         torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
     if on_host or not adam.fused:
         for part in parts:
-            gathering.start(part)
-    gathering.finish()
+            gatherer.start(part)
+    gatherer.finish()
 
 
 def _zero_parts(optimizer: LowLevelZeroOptimizer) -> Iterator[Part]:
@@ -206,13 +227,13 @@ def _replicated_parts(optimizer: MixedPrecisionOptimizer) -> Iterator[Part]:
 
 
 def _gradient_norm(optimizer: OptimizerWrapper, parts: list[Part]) -> float:
-    """Over all ranks that hold a part, each element counted once."""
+    """Return the L2 norm over all ranks' parts; what tensor-parallel ranks replicate counts once."""
     squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
     tp_group = getattr(optimizer, "tp_pg", None)
     tp_size = _size(tp_group)
     if tp_size > 1:
-        shares = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
-        squares *= torch.tensor(shares, device=squares.device)
+        fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
+        squares *= torch.tensor(fractions, device=squares.device)
     total = squares.sum()
     data_groups: tuple = ()
     if isinstance(optimizer, LowLevelZeroOptimizer):
@@ -227,17 +248,17 @@ def _size(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def _fetch(adam: Adam, parts: list[Part]) -> None:
-    """Starts the gradients on their way to the host, and puts the buffers they will arrive in in their place."""
+def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
+    """Start the device-to-host copies of the gradients; `gradient` becomes the pinned buffer that receives it."""
     for part in parts:
         if part.master not in adam.transfers:
             stream = next(iter(adam.transfers.values())).stream if adam.transfers else torch.cuda.Stream()
             adam.transfers[part.master] = HostTransfer(part.gradient, stream)
-        part.gradient = adam.transfers[part.master].receive(part.gradient, part.working)
+        part.gradient = adam.transfers[part.master].copy_to_host(part.gradient, part.working)
 
 
-class _Gathering:
-    """Completes working weights with the other ranks' parts, of each as soon as this rank has updated its own."""
+class _WeightGatherer:
+    """All-gathers working weights: large ones as soon as this rank has updated its part, small ones together."""
 
     def __init__(self, optimizer: OptimizerWrapper):
         self.group: ProcessGroup | None = None
@@ -245,26 +266,28 @@ class _Gathering:
             (self.group,) = optimizer.pg_to_grad_store
             self.whole = optimizer._working_param_to_padded_working_param
         self.small: list[Part] = []
-        self.started: list[dist.Work] = []
+        self.in_flight: list[dist.Work] = []
 
     def start(self, part: Part) -> None:
+        """Gather the weight of an updated part; a small one waits for `finish`."""
         if _size(self.group) == 1:
             return
         if part.parameter.numel() < SMALL:
             self.small.append(part)
             return
         whole = self.whole[part.parameter].view(-1)
-        self.started.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
+        self.in_flight.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
 
     def finish(self) -> None:
+        """Gather the small weights, and wait for the large ones."""
         if self.small:
             own = torch.cat([part.working for part in self.small])
             gathered = own.new_empty(_size(self.group), own.numel())
             dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
             columns = gathered.split([part.working.numel() for part in self.small], dim=1)
-            for part, parts in zip(self.small, columns, strict=True):
-                self.whole[part.parameter].view_as(parts).copy_(parts)
-        for work in self.started:
+            for part, partitions in zip(self.small, columns, strict=True):
+                self.whole[part.parameter].view_as(partitions).copy_(partitions)
+        for work in self.in_flight:
             work.wait()
         self.small.clear()
-        self.started.clear()
+        self.in_flight.clear()

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from engine.compilation import compile_layers
 from engine.job import Job
 from engine.plugin import LocalPart, common_options
-from engine.update import exchange_gradients_directly
+from engine.update import reduce_gradients_directly
 from model_utils import build_model
 from runtime.console import world_size
 
@@ -44,7 +44,7 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 def prepare(plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer: LowLevelZeroOptimizer) -> None:
     """Reduce each gradient without ZeRO's buckets."""
-    exchange_gradients_directly(optimizer)
+    reduce_gradients_directly(optimizer)
 
 
 def gradient_ranks(plugin: LowLevelZeroPlugin) -> int:

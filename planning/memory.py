@@ -159,7 +159,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     exchange = 3 * width * together if shards > 1 else 0
     in_layers = [spec.shape.numel() for spec in specs if ".layers." in spec.name]
     large = [size for size in in_layers if size >= update.SMALL]
-    under_way = width * sum(large[-update.UNDER_WAY :]) if shards > 1 else 0
+    under_way = width * sum(large[-update.IN_FLIGHT :]) if shards > 1 else 0
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,

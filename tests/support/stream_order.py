@@ -1,13 +1,17 @@
-"""Whether memory of Gemini's chunks is written or read by one stream before another is done with it, without a GPU.
+"""Finds missing waits between streams without a GPU: memory used by one stream before another is done with it.
 
-Streams are vector clocks: waiting for a stream is knowing what it has done up to now. Collective operations take place
-at once, but count as done on the stream that would do them, NCCL's own if they are asynchronous. Memory that is freed
-goes back to the stream that asked for it, as in torch's allocator, and the next user has to know of all earlier uses.
+Streams are vector clocks: to wait for a stream is to know what it has done so far. Collective operations take place at
+once, but count as done on the stream that would do them, NCCL's own if they are asynchronous. Freed memory goes back to
+the stream that allocated it, as in torch's allocator, and the next user has to know of all earlier uses.
+
+`watch_chunks` follows Gemini's chunks, whose memory is allocated and freed by hand, `watch_storages` every tensor.
 """
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,21 +19,30 @@ from colossalai.accelerator import get_accelerator
 from colossalai.zero.gemini.chunk import TensorState
 from colossalai.zero.gemini.chunk import chunk as chunks
 from colossalai.zero.gemini.chunk.chunk import Chunk
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 NCCL = "NCCL"
 
 
 class Streams:
-    """Streams by name, and what each knows of the others: how many of their operations are done before its next one."""
+    """Streams by name, and what each knows of the others: how many of their operations are done before its next one.
 
-    def __init__(self) -> None:
+    Args:
+        ignored: a wait that is left out, as if the code lacked it: the waiting stream, and the method that it calls.
+    """
+
+    def __init__(self, ignored: tuple[str, str] | None = None) -> None:
         self.known: dict[str, Counter] = defaultdict(Counter)
         self.current = ["default"]
         self.made = 0
+        self.ignored = ignored
 
     def install(self) -> None:
         accelerator = type(get_accelerator())
         accelerator.Stream = lambda *_, **__: self.stream()
+        accelerator.Event = lambda *_, **__: _Event(self)
         accelerator.current_stream = lambda *_: _Stream(self, self.current[-1])
         accelerator.stream = lambda _, stream: self.entered(stream)
 
@@ -52,10 +65,23 @@ class _Stream:
         self.streams, self.name = streams, name
 
     def wait_stream(self, other: "_Stream") -> None:
-        self.streams.wait(self.name, other.name)
+        if self.streams.ignored != (self.name, "wait_stream"):
+            self.streams.wait(self.name, other.name)
+
+    def wait_event(self, event: "_Event") -> None:
+        if self.streams.ignored != (self.name, "wait_event"):
+            self.streams.known[self.name] |= event.known
 
     def synchronize(self) -> None:
         self.streams.wait("default", self.name)  # and so all that the host submits later
+
+
+class _Event:
+    def __init__(self, streams: Streams):
+        self.streams, self.known = streams, Counter()
+
+    def record(self) -> None:
+        self.known = self.streams.known[self.streams.current[-1]].copy()
 
 
 class Memory:
@@ -67,7 +93,7 @@ class Memory:
         self.free: dict[tuple[str, int], list[list]] = defaultdict(list)
         self.owned: dict[int, tuple[tuple[str, int], list, list]] = {}
 
-    def use(self, tensor: torch.Tensor, what: str, stream: str | None = None) -> None:
+    def use(self, tensor: torch.Tensor, what: str, stream: str | None = None, write: bool = True) -> None:
         stream = stream or self.streams.current[-1]
         known = self.streams.known[stream]
         known[stream] += 1
@@ -93,8 +119,117 @@ class Memory:
                 self.hazards[f"memory goes back to default, which does not wait for {what} on {where}"] += 1
 
 
-def watch() -> Memory:
-    """Begins to watch. Call before the model is boosted; for the life of the process."""
+class Storages(TorchDispatchMode):
+    """Every storage that torch's operations read, write or allocate while the mode is on.
+
+    `hazards` counts the operations that do not wait for what they need: a read for the last writes, a write for all
+    earlier uses, and an operation that allocates for all uses of the memory that its stream got back. In torch's
+    allocator it may be any of that memory.
+    """
+
+    def __init__(self, streams: Streams):
+        super().__init__()
+        self.streams = streams
+        self.hazards: Counter[str] = Counter()
+        self.uses: dict[int, dict[tuple[str, bool], tuple[int, str]]] = {}  # the last by stream and kind
+        self.owners: dict[int, tuple[StorageWeakRef, str]] = {}  # the stream that allocated it
+        self.freed: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if threading.current_thread() is not threading.main_thread():  # Gloo's
+            return function(*args, **(kwargs or {}))
+        self._reap()
+        result = function(*args, **(kwargs or {}))
+        read, written = [], []
+        for position, argument in enumerate(function._schema.arguments):
+            value = args[position] if position < len(args) else (kwargs or {}).get(argument.name)
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            (written if argument.alias_info and argument.alias_info.is_write else read).extend(tensors)
+        inputs = {_address(tensor) for tensor in (*read, *written)}
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        allocated = [tensor for tensor in outputs if _address(tensor) not in inputs]
+        if not allocated and not written:
+            return result  # a view, or a number for the host
+        for tensor in allocated:
+            self._allocate(tensor, str(function))
+        for tensors, write in ((read, False), (written, True), (allocated, True)):
+            for tensor in tensors:
+                self.use(tensor, str(function), write=write)
+        return result
+
+    def use(self, tensor: torch.Tensor, what: str, stream: str | None = None, write: bool = True) -> None:
+        stream = stream or self.streams.current[-1]
+        known = self.streams.known[stream]
+        known[stream] += 1
+        if _address(tensor) not in self.owners:
+            self._own(tensor, "default")
+        uses = self.uses[_address(tensor)]
+        for (where, written), (count, other) in uses.items():
+            if (write or written) and known[where] < count:
+                self.hazards[f"{what} on {stream} does not wait for {other} on {where}"] += 1
+        uses[stream, write] = known[stream], what
+
+    def _own(self, tensor: torch.Tensor, stream: str) -> None:
+        self.owners[_address(tensor)] = StorageWeakRef(tensor.untyped_storage()), stream
+        self.uses[_address(tensor)] = {}
+
+    def _allocate(self, tensor: torch.Tensor, what: str) -> None:
+        stream = self.streams.current[-1]
+        for where, count, other in self.freed.pop(stream, []):
+            if self.streams.known[stream][where] < count:
+                self.hazards[f"{what} on {stream} gets memory and does not wait for {other} on {where}"] += 1
+        self._own(tensor, stream)
+
+    def _reap(self) -> None:
+        """Give the memory of storages that are gone back to the streams that allocated them."""
+        for address in [address for address, (storage, _) in self.owners.items() if storage.expired()]:
+            _, owner = self.owners.pop(address)
+            self.freed[owner] += [(where, count, what) for (where, _), (count, what) in self.uses.pop(address).items()]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _watch_collectives(streams: Streams, use: Callable) -> None:
+    order: Counter = Counter()  # collective operations of one group, which NCCL does one after another
+
+    class Work:
+        def wait(self) -> None:
+            if streams.ignored != (streams.current[-1], "wait"):
+                streams.wait(streams.current[-1], NCCL)
+
+    def collective(operation: Callable) -> Callable:
+        def run(output: torch.Tensor, source: torch.Tensor, *args, async_op: bool = False, **kwargs) -> Work | None:
+            with _disable_current_modes():  # Gloo copies on the host
+                operation(output, source, *args, **kwargs)
+            stream = NCCL if async_op else streams.current[-1]
+            streams.known[stream] |= streams.known[streams.current[-1]] | order
+            use(output, operation.__name__, stream, write=True)
+            use(source, operation.__name__, stream, write=False)
+            order.update(streams.known[stream] - order)
+            return Work() if async_op else None
+
+        return run
+
+    dist.reduce_scatter_tensor = collective(dist.reduce_scatter_tensor)
+    dist.all_gather_into_tensor = collective(dist.all_gather_into_tensor)
+
+
+def watch_storages(ignored: tuple[str, str] | None = None) -> Storages:
+    """Simulate streams for the life of the process, and watch storages in `with` blocks of what is returned.
+
+    Call before the model is boosted. `ignored` as of Streams.
+    """
+    streams = Streams(ignored)
+    streams.install()
+    storages = Storages(streams)
+    _watch_collectives(streams, storages.use)
+    return storages
+
+
+def watch_chunks() -> Memory:
+    """Begin to watch Gemini's chunks, for the life of the process. Call before the model is boosted."""
     streams = Streams()
     streams.install()
     memory = Memory(streams)
@@ -110,26 +245,7 @@ def watch() -> Memory:
         release(tensor)
 
     chunks.alloc_storage, chunks.free_storage = alloc_storage, free_storage
-    order: Counter = Counter()  # collective operations of one group, which NCCL does one after another
-
-    class Work:
-        def wait(self) -> None:
-            streams.wait(streams.current[-1], NCCL)
-
-    def collective(operation: Callable) -> Callable:
-        def run(output: torch.Tensor, source: torch.Tensor, *args, async_op: bool = False, **kwargs) -> Work | None:
-            operation(output, source, *args, **kwargs)
-            stream = NCCL if async_op else streams.current[-1]
-            streams.known[stream] |= streams.known[streams.current[-1]] | order
-            memory.use(output, operation.__name__, stream)
-            memory.use(source, operation.__name__, stream)
-            order.update(streams.known[stream] - order)
-            return Work() if async_op else None
-
-        return run
-
-    dist.reduce_scatter_tensor = collective(dist.reduce_scatter_tensor)
-    dist.all_gather_into_tensor = collective(dist.all_gather_into_tensor)
+    _watch_collectives(streams, memory.use)
 
     def using(name: str, what: str, when: Callable[..., bool] = lambda *_: True) -> None:
         method = getattr(Chunk, name)

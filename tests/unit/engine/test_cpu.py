@@ -1,12 +1,13 @@
-"""What install() changes in ColossalAI, in processes of its own."""
+"""ColossalAI without a GPU, as `cpu.install` makes it, in processes of its own."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.kernel.kernel_loader import CPUAdamLoader
+from colossalai.shardformer.layer._operation import all_to_all_comm
 from colossalai.zero.gemini.chunk import Chunk
-from colossalai.zero.gemini.memory_tracer import memory_monitor
+from colossalai.zero.gemini.memory_tracer import memory_monitor, memstats_collector
 
 from engine import shards
 from processes import boosted, run_ranks
@@ -19,7 +20,7 @@ def test_importing_changes_nothing():
         "CpuAdamArmExtension",
     ]
     assert Chunk.close_chunk.__module__ == Chunk.shard_move.__module__ == "colossalai.zero.gemini.chunk.chunk"
-    assert memory_monitor.SyncCudaMemoryMonitor.__module__ == memory_monitor.__name__
+    assert memstats_collector.SyncCudaMemoryMonitor.__module__ == memory_monitor.__name__
 
 
 class TestAccelerator:
@@ -30,10 +31,13 @@ class TestAccelerator:
     def test_pipeline_finds_what_torch_no_longer_has(self, built_for_cuda):
         assert run_ranks(2, pipeline_device, built_for_cuda) == [(torch.device("cpu"), False)] * 2
 
-    def test_exchange_where_gloo_has_none_for_lists(self):
-        first, second = run_ranks(2, exchanged)
-        assert first == [[[0.0, 1.0]], [[4.0, 5.0]]]
-        assert second == [[[2.0, 3.0]], [[6.0, 7.0]]]
+    @pytest.mark.parametrize("sequences", [1, 3])
+    def test_exchanges_without_lists(self, sequences):
+        """All heads of a part of the positions become a part of the heads at all positions, and back."""
+        whole = torch.arange(sequences * 8 * 4.0).view(sequences, 8, 4)  # [B, positions, heads]
+        for rank, (received, gradient) in enumerate(run_ranks(2, exchanged, whole)):
+            assert torch.equal(received, whole.chunk(2, dim=2)[rank])
+            assert torch.equal(gradient, whole.chunk(2, dim=1)[rank])
 
 
 def check_accelerator():
@@ -72,13 +76,13 @@ def pipeline_device(built_for_cuda):
     return _check_device(dist.group.WORLD)
 
 
-def exchanged():
-    """What this rank gets of 4 + 4 numbers, of which each rank holds 4 and gives the other a half."""
-    mine = list((4 * dist.get_rank() + torch.arange(4.0)).view(2, 1, 2))
-    received = [torch.empty(1, 2) for _ in mine]
+def exchanged(whole):
+    """Return what this rank has after the exchange, and after that of the gradient, which is the same tensor."""
     dist.ProcessGroup.alltoall = None  # as in torch 2.11 with Gloo
-    dist.all_to_all(received, mine)
-    return [part.tolist() for part in received]
+    mine = whole.chunk(2, dim=1)[dist.get_rank()].clone().requires_grad_()
+    received = all_to_all_comm(mine, dist.group.WORLD, scatter_dim=2, gather_dim=1)
+    received.backward(received.detach())
+    return received.detach(), mine.grad
 
 
 class TestAdam:
@@ -89,7 +93,7 @@ class TestAdam:
 
 
 def adam_difference(adamw_mode, dtype):
-    """Largest difference, after five steps with different scales and learning rates, from torch's own optimizer."""
+    """Return the largest difference from torch's own optimizer after five steps of various scales and rates."""
     options = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     extension = CPUAdamLoader().load()
     adam = extension.CPUAdamOptimizer(0.1, 0.9, 0.95, 1e-8, 0.1, adamw_mode)
@@ -117,7 +121,7 @@ class TestChunks:
 
 
 def chunk_places():
-    """Number of sharded chunks, and of those that hold a part in the place for offloading; each usable and restored."""
+    """Return the number of chunks, and of those with an offloaded shard, after each was gathered and released."""
     run = boosted("-p gemini")
     shards.initialize_weights(run)
     model = run.model

@@ -111,7 +111,7 @@ def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
 
 def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
-    memory = stream_order.watch()
+    memory = stream_order.watch_chunks()
 
     class Plugin(gemini.GeminiPlugin):
         def __init__(self, **options):
@@ -122,7 +122,7 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     if not prefetch:
         gemini.prefetched_chunks = lambda *_: 0
     if not apart:
-        gemini.keep_memory_apart = lambda model: None
+        gemini.allocate_chunks_on_one_stream = lambda model: None
     run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
     torch.compiler.set_stance("force_eager")
     gemini.compile_layers(run.model)
@@ -164,7 +164,7 @@ def figures_of_operations():
     collector._memstats._non_model_data_cuda_list = [number - less for number in range(1000)]
     figure = collector.next_period_non_model_data_usage
     collector.next_period_non_model_data_usage = lambda kind: planned[-1].append(figure(kind) + less) or -less
-    gemini.plan_each_pass_from_its_start(run.model)
+    gemini.reset_memory_plan_each_pass(run.model)
     ids = torch.randint(run.config.vocab_size, (2, 32))
     batch = {"input_ids": ids, "labels": ids}
     for training in (True, False, False, True):
@@ -190,7 +190,7 @@ def reported_collection() -> str:
     """What is printed at the end of the first pass where Gemini takes down the memory of its operations."""
     run = boosted("-p gemini -b 2")
     collector = run.model.gemini_manager._mem_stats_collector = ChunkMemStatsCollector(run.model.chunk_manager)
-    gemini.plan_each_pass_from_its_start(run.model)
+    gemini.reset_memory_plan_each_pass(run.model)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         collector.finish_collection()

@@ -1,4 +1,4 @@
-"""The update of the weights does what ColossalAI's own does, under every optimizer that it stands in for."""
+"""The optimizer step does what ColossalAI's own does, and waits for the streams that it works on."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from engine import update
+import stream_order
+from engine import boost, update
 from engine.adam import Adam
 from engine.shards import MASTER, MOMENTS, initialize_weights, local_shards
 from engine.step import forward_backward, loss_scaler, optimizer_step
@@ -21,7 +22,7 @@ def stepped(flags: str, ours: bool, small: int = update.SMALL):
     """Norm, this rank's states, and working weights, after a clipped step from gradients that ranks do not share."""
     update.SMALL = small
     if not ours:
-        update.exchange_gradients_directly = lambda optimizer: None
+        update.reduce_gradients_directly = lambda optimizer: None
     run = boosted(f"{flags} -b 2 --lr 1e-2 --gradient_clipping 0.1")
     assert update.supports(run.optimizer)
     if not ours:
@@ -64,6 +65,53 @@ def test_does_what_colossalai_does(ranks, flags, small):
             assert torch.allclose(state, other, rtol=1e-5, atol=1e-8)
         for weight, other in zip(ours[3], theirs[3], strict=True):
             assert torch.allclose(weight.float(), other.float(), rtol=2**-7, atol=1e-7)  # a rounding of bf16 apart
+
+
+def hazards(flags: str, small: int, ignored: tuple[str, str] | None = None) -> tuple[list[str], set[str]]:
+    """Return the missing waits in three steps whose gradients are reduced during the backward pass, as on a GPU.
+
+    Also return the streams that reduced a gradient or gathered a weight.
+    """
+    storages = stream_order.watch_storages(ignored)
+
+    class Plugin(boost.HybridParallelPlugin):
+        def __init__(self, **options):
+            super().__init__(**options | {"overlap_communication": True})
+
+    boost.HybridParallelPlugin = Plugin
+    update.SMALL = small
+    run = boosted(f"{flags} -x bf16 -b 2")
+    initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    assert sum(parameter.numel() >= small for parameter in run.model.unwrap().parameters()) > 2 * update.IN_FLIGHT
+    ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    micro_batches = [{"input_ids": ids, "labels": ids}] * run.args.accumulation_steps
+    with storages:
+        for _ in range(3):
+            forward_backward(run.booster, run.model, run.optimizer, micro_batches, 62 * len(micro_batches) * 2)
+            optimizer_step(run.model, run.optimizer)
+    return sorted(storages.hazards), set(storages.streams.known)
+
+
+class TestStreams:
+    @pytest.mark.parametrize("small", [0, 3000])  # of 3000 the weights of key, value and norms are smaller
+    @pytest.mark.parametrize("flags", ["-p zero2", "-p zero2 --accumulation_steps 3 -g", f"{HYBRID} --tp 1 --zero 1"])
+    def test_wait_for_one_another(self, flags, small):
+        for found, streams in run_ranks(2, hazards, flags, small):
+            assert found == []
+            assert streams == {"default", "stream 1", "NCCL"}
+
+    @pytest.mark.parametrize(
+        ("ignored", "hazard"),
+        [
+            (("stream 1", "wait_stream"), "reduce_scatter_tensor on stream 1 does not wait for"),
+            (("default", "wait_event"), "on default gets memory and does not wait for"),
+            (("default", "wait_stream"), "on default does not wait for"),
+            (("default", "wait"), "on default does not wait for all_gather_into_tensor on NCCL"),
+        ],
+    )
+    def test_would_not_if_a_wait_were_missing(self, ignored, hazard):
+        for found, _ in run_ranks(2, hazards, "-p zero2", 0, ignored):
+            assert any(hazard in line for line in found), found
 
 
 @pytest.mark.parametrize(("step", "dtype", "scale"), [(1, torch.bfloat16, 2.0), (7, torch.float32, -1)])
