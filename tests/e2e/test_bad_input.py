@@ -18,8 +18,8 @@ import pretrain as program
 from launching import ROOT, Run, start_pretrain
 from model_utils import load_config
 from runtime import requirements
-from runtime.console import KEYBOARD_INTERRUPT, InputError
-from runtime.process import USAGE_ERROR
+from runtime.console import InputError
+from runtime.process import KEYBOARD_INTERRUPT, USAGE_ERROR
 from training.checks import validate_args
 
 TEXT = {"text": "Some words of an ordinary document, enough of them to make tokens. " * 20}

@@ -209,17 +209,18 @@ def test_random_sequences_are_a_function_of_seed_and_position():
 
 
 def test_the_benchmark_does_without_training():
-    program = "import sys, benchmark; print({'train_utils', 'checkpoint_utils'} & set(sys.modules))"
+    program = "import sys, benchmark; print({'training.loop', 'checkpointing'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 OUT_OF_MEMORY = """\
-import benchmark, console, torch
+import benchmark, torch
+from runtime import process
 def allocate(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nSee documentation")
 benchmark.{where} = allocate
-console.run(benchmark.main, "benchmark.py")
+process.run(benchmark.main, "benchmark.py")
 """
 
 

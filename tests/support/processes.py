@@ -46,7 +46,7 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
     launch(seed=0)
     torch.save(function(*arguments), Path(folder, str(rank)))
     torch.distributed.barrier()
-    os._exit(0)  # as console.run does, and for the same reason
+    os._exit(0)  # as process.run does, and for the same reason
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from runtime import console
-from runtime.process import READER_GONE, RUN_FAILED
+from runtime.process import KEYBOARD_INTERRUPT, READER_GONE, RUN_FAILED
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,12 +33,12 @@ def run_main(statements, **environment):
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError('scipy') from KeyboardInterrupt()"])
 def test_ctrl_c_while_libraries_are_imported(error):
-    program = run_program(f"from runtime import console, process\nconsole.quiet_third_parties()\nraise {error}")
-    assert (program.returncode, program.stdout, program.stderr) == (console.KEYBOARD_INTERRUPT, "", "")
+    program = run_program(f"from runtime import process\nprocess.prepare()\nraise {error}")
+    assert (program.returncode, program.stdout, program.stderr) == (KEYBOARD_INTERRUPT, "", "")
 
 
 def test_other_errors_of_imports_have_a_traceback():
-    program = run_program("from runtime import console, process\nconsole.quiet_third_parties()\nimport no_such_module")
+    program = run_program("from runtime import process\nprocess.prepare()\nimport no_such_module")
     assert program.returncode == 1
     assert "ModuleNotFoundError" in program.stderr
 
@@ -240,7 +240,7 @@ class TestStreams:
         with open("/dev/full", "wb") as full:
             program = self.run(f"MARK = {str(mark)!r}\n{textwrap.dedent(self.LONG)}", full, PYTHONUNBUFFERED=unbuffered)
         assert mark.read_text() == "done"
-        line = b"standard output cannot be written (No space left on device); going on without it\n"
+        line = b"standard output cannot be written (No space left on device); continuing without it\n"
         assert (program.returncode, program.stderr) == (RUN_FAILED, line)
 
     def test_closed(self, tmp_path):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.console import KEYBOARD_INTERRUPT
-from runtime.process import StopRequest
+from runtime.process import KEYBOARD_INTERRUPT, StopRequest
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -141,7 +141,7 @@ class TestLaunchProblems:
             port = str(other.getsockname()[1])
             environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": port})
             assert ranks.launch_problems() == [
-                f"MASTER_PORT: {port} of this machine cannot be used (another program uses it); "
+                f"MASTER_PORT: port {port} of this machine cannot be used (another program uses it); "
                 "give a free port, or unset RANK"
             ]
             environment(TORCHRUN | {"MASTER_PORT": port})  # another rank expects somebody there
@@ -240,7 +240,7 @@ class Started:
 
     def wait_for_waiting(self):
         """Return the line in which rank 1 says that it waits for rank 0 to work."""
-        return next(line for line in self.processes[1].stderr if "not there yet" not in line)
+        return next(line for line in self.processes[1].stderr if "not started yet" not in line)
 
     def ends(self):
         """Return each rank's exit status, and what it still has printed."""
@@ -264,7 +264,7 @@ class TestStartByHand:
                 for status, output, error in run.ends():
                     assert (status, output) == (0, f"{name} 200000 second\nsum 2.0\n"), error
         assert [status for status, _ in refusals] == [2, 2]
-        assert f"MASTER_PORT: {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
+        assert f"MASTER_PORT: port {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
         assert f"is rank 1 at 127.0.0.1:{ports[0]} already; give each run a port of its own" in refusals[1][1]
         assert [len(error.splitlines()) for _, error in refusals] == [1, 1]
 
