@@ -8,9 +8,8 @@ What it would take, without a GPU:
     python benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -g -a --dry_run --gpus 32
 """
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 requirements.start_cuda()
 
@@ -48,7 +47,7 @@ from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from planning.memory import settle_recomputation
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
-from runtime.console import InputError, RunError, say
+from runtime.console import InputError, RunError, rank, say
 from runtime.files import write_json
 from training.checks import validate_args
 from training.flags import (
@@ -267,7 +266,7 @@ def environment() -> dict[str, Any]:
 
 def report(args: argparse.Namespace, layout: Layout, results: dict) -> None:
     """Writes `--json`, and prints what was measured, the line of ColossalAI's published figures last."""
-    if console.rank() == 0 and args.json:
+    if rank() == 0 and args.json:
         inputs = {name: str(value) if isinstance(value, Path) else value for name, value in settings(args).items()}
         document = {"inputs": inputs, "layout": asdict(layout) | {"gpus": layout.ranks}, **results}
         write_json(args.json, document)

@@ -22,7 +22,7 @@ from engine.adam import Adam
 from engine.compilation import Fusion
 from engine.fsdp import FSDPPlugin
 from engine.hybrid import SequenceParallelPolicy
-from engine.launch import build_kernels
+from engine.launch import build_extensions
 from engine.layout import GEMINI_PLUGINS, Layout, resolve_layout
 from engine.recomputation import recompute, recomputed_by, recomputed_layers, recomputed_share
 from model_utils import build_model, restore_rotary_precision
@@ -113,7 +113,7 @@ def build_plugin(
 
 def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float, fusion: Fusion = Fusion.NONE) -> Adam:
     """ColossalAI's fused AdamW for parameters on GPU and host, with LLaMA's betas."""
-    build_kernels()
+    build_extensions()
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Adam(

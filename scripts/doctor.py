@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import console, process
+from runtime import process
 
-console.quiet_third_parties()
+process.prepare()
 
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ def cuda() -> Finding:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    from engine.launch import missing_kernels
+    from engine.launch import missing_extensions
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip():
@@ -81,7 +81,7 @@ def cuda() -> Finding:
         return Finding("CUDA", None, "no GPU; training runs on the CPU over Gloo")
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if not CUDA_HOME or not nvcc.is_file():
-        if not missing_kernels():
+        if not missing_extensions():
             return Finding("CUDA", True, f"torch for CUDA {torch.version.cuda}; no nvcc, and none needed any more")
         return Finding("CUDA", False, "no nvcc, which compiles ColossalAI's extensions", "set CUDA_HOME to its folder")
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -96,19 +96,19 @@ def extensions(build: bool = False) -> Finding:
     """Check that ColossalAI's extensions are compiled or can be."""
     import torch
 
-    from engine.launch import compile_kernels, missing_kernels
+    from engine.launch import compile_extensions, missing_extensions
 
     if not torch.cuda.is_available():
         return Finding("extensions", None, "no GPU, so there is nothing to compile")
     if not build:
-        missing = missing_kernels()
+        missing = missing_extensions()
         if missing:
             return Finding(
                 "extensions", None, f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
             )
         return Finding("extensions", True, "compiled")
     try:
-        compile_kernels()
+        compile_extensions()
     except Exception as error:  # of ninja, nvcc or the loader, whatever it is
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return Finding("extensions", False, reason, "see the line CUDA of python scripts/doctor.py")
@@ -194,14 +194,14 @@ def join() -> str:
     import torch
     import torch.distributed as dist
 
-    from engine.launch import gpu
+    from engine.launch import gpu_index
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not the end of the process
-        torch.cuda.set_device(gpu())
+        torch.cuda.set_device(gpu_index())
     dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_SECONDS))
-    dist.barrier(device_ids=[gpu()] if backend == "nccl" else None)  # NCCL connects only now
+    dist.barrier(device_ids=[gpu_index()] if backend == "nccl" else None)  # NCCL connects only now
     return backend
 
 

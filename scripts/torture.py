@@ -45,9 +45,9 @@ def parse_args() -> argparse.Namespace:
 def child() -> None:
     """Runs pretrain.main(), which kills itself at the file operation that TORTURE_OPERATION numbers on TORTURE_RANK."""
     sys.path.insert(0, str(REPOSITORY))
-    from runtime import console, process
+    from runtime import process
 
-    console.quiet_third_parties()
+    process.prepare()
     import pretrain
     from checkpointing import writer
     from runtime import files
