@@ -45,7 +45,7 @@ def test_signal_to_the_launcher(sample_flags, sample_dataset, tmp_path, number):
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
         run.process.send_signal(number)
         assert run.wait() == INTERRUPTED, run.output()
-    assert f"{number.name}: the run is to save and end" in run.stderr
+    assert f"{number.name}: the run saves a checkpoint and ends" in run.stderr
     assert_saved(run)
 
 

@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_pr
         ("node1 slots=8\n", {}, "has the line 'node1 slots=8', which is not one host name"),
         ("node1\nnode2\nuser@Node1\n", {}, "names the host 'node1' twice"),
         ("node1,node2\n", {}, "has the line 'node1,node2', which is not one host name"),
-        ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is no part of a name: see --help"),
+        ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is not part of a name: see --help"),
         ("# none yet\n", {}, "names no host"),
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),

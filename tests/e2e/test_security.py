@@ -11,7 +11,7 @@ import torch
 from corpus.tokenizer import load_tokenizer
 from runtime.console import InputError
 from scripts import generate
-from scripts.run_on_hosts import Host, travelling
+from scripts.run_on_hosts import Host, forwarded
 
 
 class Code:
@@ -86,5 +86,5 @@ class TestHosts:
     def test_secrets_travel_where_they_are_asked_for_alone(self):
         plain = {"PATH": "/bin", "HF_HOME": "/hub", "TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}
         secret = {"HF_TOKEN": "1", "AWS_SECRET_ACCESS_KEY": "2", "TORCH_API_KEY": "3", "PYTHON_KEYRING_PASSWORD": "4"}
-        assert travelling(plain | secret | {"EDITOR": "vi"}, []) == plain
-        assert travelling(plain | secret, ["HF_TOKEN"]) == plain | {"HF_TOKEN": "1"}
+        assert forwarded(plain | secret | {"EDITOR": "vi"}, []) == plain
+        assert forwarded(plain | secret, ["HF_TOKEN"]) == plain | {"HF_TOKEN": "1"}

@@ -267,7 +267,9 @@ class TestStartByHand:
                 for status, output, error in run.ends():
                     assert (status, output) == (0, f"{name} 200000 second\nsum 2.0\n"), error
         assert [status for status, _ in refusals] == [2, 2]
-        assert f"MASTER_PORT: port {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
+        assert (
+            f"MASTER_PORT: port {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
+        )
         assert f"is rank 1 at 127.0.0.1:{ports[0]} already; give each run a port of its own" in refusals[1][1]
         assert [len(error.splitlines()) for _, error in refusals] == [1, 1]
 
@@ -350,8 +352,7 @@ class TestStartByHand:
         assert status == USAGE_ERROR
         assert waiting == f"rank {number} on {host} waits for {missing}, not started yet, at 127.0.0.1:{port}"
         assert refusal.endswith(
-            f"WORLD_SIZE: {missing} has not come to 127.0.0.1:{port} within 1 s; "
-            "start all 2 ranks, or lower WORLD_SIZE"
+            f"WORLD_SIZE: {missing} has not come to 127.0.0.1:{port} within 1 s; start all 2 ranks, or lower WORLD_SIZE"
         )
 
     def test_rank_0_is_never_started_by_hand(self, tmp_path):
