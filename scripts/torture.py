@@ -1,11 +1,11 @@
-"""Kills a small run again and again, at random instants and in every phase of a save, and checks that nothing is lost.
+"""Kill a small run repeatedly, at random times and in every phase of a save, and check that nothing is lost.
 
     python scripts/torture.py --data quickstart/data --tokenizer quickstart/tokenizer --times 200 --processes 2
 
-Each time, a run is killed with SIGKILL, one rank or all of them, and started again with `-f latest` until it ends; its
-final master weights and moments must equal those of the undisturbed run bit for bit, and its metrics.jsonl must hold
-every step once. Half of the kills come at a random time, half at a random file operation of a checkpoint. The same
---seed kills at the same places. Ends with a table: fault, times tried, times survived.
+Each time, SIGKILL ends one rank of a run, or all, and the run is resumed with `-f latest`. Its final master weights and
+moments must equal the undisturbed run's bit for bit, and its metrics.jsonl must list every step once. Half of the kills
+come at a random time, half at a random file operation of a checkpoint. The same --seed kills in the same places. The
+output ends with a table: fault, times tried, times survived.
 """
 
 import argparse
@@ -34,16 +34,16 @@ FILE_OPERATIONS = ("sync", "write_json", "write_tensors", "checksum", "replace_f
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="text that pretrain.py reads, with --tokenizer's vocabulary")
+    parser.add_argument("--data", required=True, help="data set for pretrain.py")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--times", type=int, default=200, help="kills (default: 200)")
+    parser.add_argument("--times", type=int, default=200, help="number of kills (default: 200)")
     parser.add_argument("--processes", type=int, default=1, help="ranks of the run (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def child() -> None:
-    """Runs pretrain.main(), which kills itself at the file operation that TORTURE_OPERATION numbers on TORTURE_RANK."""
+    """Run pretrain.main(); on rank TORTURE_RANK, kill it at file operation number TORTURE_OPERATION."""
     sys.path.insert(0, str(REPOSITORY))
     from runtime import process
 
@@ -86,7 +86,7 @@ def start(args: argparse.Namespace, folder: Path, cache: Path, **environment: st
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """Kills a launcher and its ranks, which it starts in sessions of their own and which would outlive it."""
+    """Kill a launcher and its ranks, which it starts in sessions of their own, so that they would outlive it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
         for victim in [launcher, *launcher.children(recursive=True)]:
@@ -96,14 +96,14 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of a launcher's ranks."""
+    """Return the process ids of a launcher's ranks."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [child.pid for child in psutil.Process(process.pid).children()]
     return []
 
 
 def digest(folder: Path) -> str:
-    """Of the last checkpoint's optimizer files: master weights and moments."""
+    """Return a hash of the last checkpoint's master weights and moments."""
     result = hashlib.sha256()
     (last,) = (folder / "checkpoint").glob(f"epoch*-step{STEPS}")
     for path in sorted((last / "optimizer").iterdir()):

@@ -79,10 +79,10 @@ def test_no_text_occurs_twice(rows):
 
 
 def test_sizes_follow_the_shares(rows):
-    assert sum(piece.share for piece in SLICES) == pytest.approx(1)
+    assert sum(piece.fraction for piece in SLICES) == pytest.approx(1)
     for piece in SLICES:
         size = sum(len(row["text"].encode()) for row in rows[piece.file])
-        wanted = piece.share * MEGABYTES * 1e6
+        wanted = piece.fraction * MEGABYTES * 1e6
         assert wanted <= size <= wanted + 3 * MAX_CHARACTERS
 
 
@@ -98,7 +98,7 @@ def test_a_second_run_changes_nothing(sample):
     before = {path: path.stat().st_mtime_ns for path in sample.rglob("*")}
     again = run(sample, "--megabytes", str(MEGABYTES), "--vocab_size", str(VOCAB_SIZE))
     assert again.returncode == 0
-    assert "already there" in again.stdout
+    assert "already exist" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in sample.rglob("*")} == before
 
 

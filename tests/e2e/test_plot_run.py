@@ -88,7 +88,7 @@ def test_long_runs_become_means_of_neighbours():
     steps = np.arange(1.0, 10_001)
     run = LoggedRun("long", {"step": steps, "loss": steps % 2, "lr": steps})
     position, loss = run.curve("step", "loss")
-    assert len(loss) == plot_run.MOST_POINTS
+    assert len(loss) == plot_run.MAX_POINTS
     assert position[:2].tolist() == [3.0, 8.0]
     np.testing.assert_allclose(loss[:2], [0.6, 0.4])
     _, smooth = LoggedRun("", {"step": steps[:6], "loss": steps[:6]}).curve("step", "loss", smooth=3)
@@ -105,8 +105,8 @@ def test_long_runs_become_means_of_neighbours():
         ('{"loss": 1}\n', ["run"], "line 1: not a row of metrics"),
         ('{"step": 1}\n', ["run", "--x", "hours"], "--x: run has no 'hours'"),
         ('{"step": 1}\n', ["run", "--output", "run.jpg"], "--output: run.jpg does not end in .png"),
-        ('{"step": 1}\n', ["run", "--output", "no/run.png"], "--output: there is no folder "),
-        ('{"step": 1}\n', ["run", "--smooth", "0"], "--smooth: 0 is below"),
+        ('{"step": 1}\n', ["run", "--output", "no/run.png"], "--output: folder "),
+        ('{"step": 1}\n', ["run", "--smooth", "0"], "--smooth: must be at least 1, not 0"),
     ],
 )
 def test_mistakes(monkeypatch, tmp_path, make, arguments, expected):
