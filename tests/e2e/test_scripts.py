@@ -128,7 +128,7 @@ def test_accumulation_reaches_the_batch_of_the_recipe(script, gpus, flags, steps
 def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_program):
     run = run_script("pretrain_7B.sh", NPROC_PER_NODE="12", **without_program)
     assert "--accumulation_steps\n21\n" in run.stdout
-    assert run.stderr == "pretrain_7B: 4128768 tokens a step, as near to 4194304 as GPUs and flags allow\n"
+    assert run.stderr == "pretrain_7B: 4128768 tokens per step, as close to 4194304 as GPUs and flags allow\n"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_pr
         ("# none yet\n", {}, "names no host"),
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),
-        ("node1\n", {}, "NPROC_PER_NODE: this machine has no GPU to tell how many each host has"),
+        ("node1\n", {}, "NPROC_PER_NODE: cannot be derived, since this machine has no GPU; set it"),
         (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
         (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
         (None, {"LLAMA_PYTHON": "/nowhere/python"}, "LLAMA_PYTHON='/nowhere/python' is not a Python that runs"),
