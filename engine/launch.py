@@ -24,7 +24,7 @@ EXTENSIONS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerL
 
 
 def launch_problems() -> list[str]:
-    """Return one line if the environment does not describe a rank, or the rank has no GPU; see ranks.launch_problems."""
+    """Return one line if the environment does not describe a rank with a GPU to use; see ranks.launch_problems."""
     gpus = torch.cuda.device_count()
     if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu_index() < gpus:
         return problems
