@@ -23,13 +23,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS, SAVE_INTERVAL = 6, 2
 FILE_OPERATIONS = ("sync", "write_json", "write_tensors", "checksum", "replace_folder")
+
+
+class Fault(NamedTuple):
+    """A kill: its kind and its place; `finished` if the run, resumed or not, reached its end."""
+
+    kind: str
+    place: str
+    finished: bool = False
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,59 +123,58 @@ def steps_logged(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+def kill_once(args: argparse.Namespace, chance: random.Random, folder: Path, cache: Path, seconds: float) -> Fault:
+    """Start a run that takes `seconds` if undisturbed, kill it in a random way, and resume it if it did not finish."""
+    if chance.random() < 0.5:
+        operation, victim = chance.randint(1, 60), chance.randrange(args.processes)
+        fault = Fault(f"file operation, one rank of {args.processes}", f"operation {operation} of rank {victim}")
+        process = start(args, folder, cache, TORTURE_OPERATION=str(operation), TORTURE_RANK=str(victim))
+        process.wait()
+    else:
+        one = args.processes > 1 and chance.random() < 0.5
+        delay = chance.uniform(0.3, 1.0) * seconds
+        fault = Fault(f"random time, {'one rank' if one else 'all ranks'}", f"after {delay:.1f} s")
+        process = start(args, folder, cache)
+        time.sleep(delay)
+        if ranks := ranks_of(process) if one else []:
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+            process.wait()
+    kill_all(process)
+    finished = process.returncode == 0 or start(args, folder, cache).wait() == 0
+    return fault._replace(finished=finished)
+
+
 def main() -> int:
     args = parse_args()
     chance = random.Random(args.seed)
-    table = collections.defaultdict(lambda: [0, 0])
+    tried, survived = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
-        work = Path(temporary)
-        undisturbed = work / "undisturbed"
+        undisturbed, folder, cache = (Path(temporary, name) for name in ("undisturbed", "run", "cache"))
         undisturbed.mkdir()
         started = time.monotonic()
-        if start(args, undisturbed, work / "cache").wait() != 0:
+        if start(args, undisturbed, cache).wait() != 0:
             print((undisturbed / "output.txt").read_text())
             return 1
-        duration, expected = time.monotonic() - started, digest(undisturbed)
-        print(f"undisturbed run: {duration:.1f} s, {expected[:16]}", flush=True)
+        seconds, expected = time.monotonic() - started, digest(undisturbed)
+        print(f"undisturbed run: {seconds:.1f} s, {expected[:16]}", flush=True)
         for number in range(1, args.times + 1):
-            folder = work / "run"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            if chance.random() < 0.5:
-                fault = f"file operation, one rank of {args.processes}"
-                operation, victim = chance.randint(1, 60), chance.randrange(args.processes)
-                where = f"operation {operation} of rank {victim}"
-                process = start(
-                    args, folder, work / "cache", TORTURE_OPERATION=str(operation), TORTURE_RANK=str(victim)
-                )
-                process.wait()
-            else:
-                one = args.processes > 1 and chance.random() < 0.5
-                fault = "random instant, one rank" if one else "random instant, all ranks"
-                delay = chance.uniform(0.3, 1.0) * duration
-                where = f"after {delay:.1f} s"
-                process = start(args, folder, work / "cache")
-                time.sleep(delay)
-                ranks = ranks_of(process) if one else []
-                if ranks:
-                    os.kill(chance.choice(ranks), signal.SIGKILL)
-                    process.wait()
-            kill_all(process)
-            finished = process.returncode == 0 or start(args, folder, work / "cache").wait() == 0
-            survived: bool = (
-                finished and digest(folder) == expected and steps_logged(folder) == list(range(1, STEPS + 1))
-            )
-            table[fault][0] += 1
-            table[fault][1] += survived
-            print(f"{number}/{args.times} {fault}, {where}: {'survived' if survived else 'LOST'}", flush=True)
-            if not survived:
+            fault = kill_once(args, chance, folder, cache, seconds)
+            every_step_once = list(range(1, STEPS + 1))
+            good = fault.finished and digest(folder) == expected and steps_logged(folder) == every_step_once
+            tried[fault.kind] += 1
+            survived[fault.kind] += good
+            result = "survived" if good else "LOST"
+            print(f"{number}/{args.times} {fault.kind}, {fault.place}: {result}", flush=True)
+            if not good:
                 kept = Path(tempfile.mkdtemp(prefix="torture-lost-"))
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
                 print(f"  kept in {kept}", flush=True)
     print("\n| fault | tried | survived |\n|---|---|---|")
-    for fault, (tried, good) in sorted(table.items()):
-        print(f"| {fault} | {tried} | {good} |")
-    return int(any(tried != good for tried, good in table.values()))
+    for kind, times in sorted(tried.items()):
+        print(f"| {kind} | {times} | {survived[kind]} |")
+    return int(tried != survived)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ranks that meet: variables of launchers, wrappers, starts by hand, and ranks that end before the others."""
+"""Meetings of ranks: launchers' variables, wrappers, starts by hand, and ranks that end, stop or never start."""
 
 import os
 import socket
@@ -70,7 +70,7 @@ PROGRAM = """
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Takes the place of every variable of a launcher."""
+    """Return a function that replaces all variables of a launcher."""
 
     def environment(variables):
         for name in VARIABLES:
@@ -112,7 +112,7 @@ class TestLaunchProblems:
             ({"MASTER_ADDR": "ä" * 70}, "MASTER_ADDR: 'ää"),
         ],
     )
-    def test_of_torchruns_variables(self, environment, changes, problem):
+    def test_torchruns_variables(self, environment, changes, problem):
         environment({name: value for name, value in (TORCHRUN | changes).items() if value is not None})
         problems = ranks.launch_problems()
         assert problems == [] if problem is None else (len(problems) == 1 and problems[0].startswith(problem)), problems
@@ -130,7 +130,7 @@ class TestLaunchProblems:
             ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
         ],
     )
-    def test_of_other_launchers(self, environment, variables, problem):
+    def test_other_launchers(self, environment, variables, problem):
         environment(variables)
         assert "".join(ranks.launch_problems())[: len(problem or "")] == (problem or "")
         assert bool(ranks.launch_problems()) == bool(problem)
@@ -145,7 +145,7 @@ class TestLaunchProblems:
                 f"MASTER_PORT: port {port} of this machine cannot be used (another program uses it); "
                 "give a free port, or unset RANK"
             ]
-            environment(TORCHRUN | {"MASTER_PORT": port})  # another rank expects somebody there
+            environment(TORCHRUN | {"MASTER_PORT": port})  # the port is another rank's
             assert ranks.launch_problems() == []
             environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
             assert ranks.launch_problems() == []
@@ -164,8 +164,8 @@ class TestLaunchProblems:
             },
         )
     )
-    def test_what_is_accepted_is_a_rank_or_a_process_alone(self, given):
-        """Says so from the definition of each variable, by torch's documentation of torchrun."""
+    def test_accepts_exactly_ranks_and_single_processes(self, given):
+        """Compare with the variables' definitions in torchrun's documentation."""
         before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
         os.environ.update(given, TORCHELASTIC_USE_AGENT_STORE="True")
         try:
@@ -202,7 +202,7 @@ LATE = """
 
     def main():
         if console.rank():
-            time.sleep(5)  # by then rank 0 has done all that it has to do
+            time.sleep(5)  # rank 0 is done by then
         print(ranks.once_per_node(lambda: "answer"), flush=True)
         return 0
 
@@ -211,7 +211,7 @@ LATE = """
 
 
 class Started:
-    """Ranks of a program in real processes, each one's output by rank."""
+    """Ranks of a program in real processes."""
 
     def __init__(
         self, folder, port, statement="pass", name="run", program=PROGRAM, settings="pass", numbers=(0, 1), **changes
@@ -246,14 +246,14 @@ class Started:
         return next(line for line in self.processes[1].stderr if "not started yet" not in line)
 
     def ends(self):
-        """Return each rank's exit status, and what it still has printed."""
+        """Return each rank's exit status and its remaining output."""
         outputs = [process.communicate(timeout=120) for process in self.processes]
         return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
 
 
 class TestStartByHand:
     def test_two_runs_at_once_from_one_shell(self, tmp_path):
-        """Neither reads the other's answer. A third on the port of the first is refused, both its ranks."""
+        """Neither reads the other's answer. Both ranks of a third run, on the first's port, are refused."""
         ports = free_port(), free_port()
         with Started(tmp_path / "a", ports[0], name="a") as a, Started(tmp_path / "b", ports[1], name="b") as b:
             line = a.wait_for_waiting()
@@ -295,7 +295,7 @@ class TestStartByHand:
             assert len(waiting.splitlines()) == 1
 
     def test_rank_0_does_not_end_before_a_late_rank_has_come(self, tmp_path):
-        """As in a dry run of several ranks, which ends without a process group, under torchrun and by hand."""
+        """As in a dry run of several ranks, which needs no process group; under torchrun and by hand."""
         port = free_port()
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         with (
@@ -307,7 +307,7 @@ class TestStartByHand:
         assert [(status, output) for status, output, _ in ends] == [(0, "answer\n")] * 4, ends
 
     def test_answers_of_an_earlier_attempt_are_not_read(self, tmp_path):
-        """torchrun starts the ranks again and counts that, with the same store; here the test keeps it."""
+        """torchrun restarts ranks with the same store and counts the restarts; here the test keeps the store."""
         port = free_port()
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         for count, name in enumerate(("old", "new")):
@@ -381,7 +381,7 @@ class TestStartByHand:
 
 
 def test_a_wrapper_for_each_rank(tmp_path):
-    """The shell of a wrapper is each rank's parent, in a process of its own, as with timeout, numactl or a profiler."""
+    """Each rank's parent is a wrapper's shell, as with timeout, numactl or a profiler."""
     (tmp_path / "wrap.sh").write_text('#!/bin/sh\necho go | "$@"\nexit $?\n')
     (tmp_path / "wrap.sh").chmod(0o755)
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM).format(root=str(ROOT)))
