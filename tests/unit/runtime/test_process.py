@@ -107,8 +107,9 @@ class TestRun:
 class TestReportsOfSeveralRanks:
     @pytest.fixture
     def store(self):
-        """The variables that lead to a store as torchrun keeps it; `store.stop()` ends it."""
-        kept = [TCPStore("127.0.0.1", port := free_port(), is_master=True, wait_for_workers=False)]
+        """The variables that lead to a store as torchrun keeps it, and a function that ends it."""
+        port = free_port()
+        kept = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         return place, kept.clear
 
