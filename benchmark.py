@@ -8,9 +8,8 @@ What it would take, without a GPU:
     python benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -g -a --dry_run --gpus 32
 """
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 requirements.start_cuda()
 
@@ -44,7 +43,7 @@ from planning.cards import DryRun
 from planning.memory import settle_recomputation
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
-from runtime.console import RunError, below, say
+from runtime.console import RunError, below, rank, say
 from runtime.files import write_json
 from training.checks import check_job, folder_problems
 from training.flags import (
@@ -241,7 +240,7 @@ def environment() -> dict[str, Any]:
 
 def report(args: argparse.Namespace, job: Job, results: dict) -> None:
     """Write `--json`, and print what was measured, the line of ColossalAI's published figures last."""
-    if console.rank() == 0 and args.json:
+    if rank() == 0 and args.json:
         values = settings(args) | asdict(job.compute)
         inputs = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         layout = asdict(job.layout) | {"gpus": job.layout.ranks}

@@ -7,9 +7,8 @@ Eight GPUs of one machine:
         --model_path /path/llama --task_name super_natural_instructions --save_dir /path/output
 """
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 requirements.start_cuda()
 

@@ -8,9 +8,8 @@ Several machines:
     colossalai run --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 70b -p gemini -x bf16 -a -g
 """
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 requirements.start_cuda()
 

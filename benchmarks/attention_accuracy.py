@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import console, process
+from runtime import process
 
-console.quiet_third_parties()
+process.prepare()
 
 import torch
 import torch.nn.functional as F

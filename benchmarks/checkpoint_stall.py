@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime import console, process, requirements
 
-console.quiet_third_parties()
+process.prepare()
 requirements.start_cuda()
 
 import shutil

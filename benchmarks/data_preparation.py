@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import console, process
+from runtime import process
 
-console.quiet_third_parties()
+process.prepare()
 
 import argparse
 import contextlib

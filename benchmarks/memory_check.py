@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import console, process
+from runtime import process
 
-console.quiet_third_parties()
+process.prepare()
 
 import torch
 

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import console
+from runtime import process
 
-console.quiet_third_parties()
+process.prepare()
 
 from model_utils import load_config
 

@@ -16,7 +16,7 @@ from engine import compilation, fsdp, gemini, hybrid, update, zero
 from engine.adam import Adam, let_gemini_take_adam
 from engine.compilation import Fusion, choose_fusion
 from engine.job import Job, Optimization, recomputed_layers
-from engine.launch import build_kernels
+from engine.launch import build_extensions
 from engine.layout import Layout
 from engine.plugin import PluginModule
 from engine.recomputation import checkpoint_function, checkpoint_layers
@@ -76,7 +76,7 @@ def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: b
     Args:
         fused: update a state on the GPU and its working weight in one compiled pass.
     """
-    build_kernels()
+    build_extensions()
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Adam(

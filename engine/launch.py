@@ -1,4 +1,4 @@
-"""Joining and leaving the process group, and the extensions that a node compiles once."""
+"""Joining and leaving the process group, and compiling ColossalAI's extensions once per node."""
 
 import contextlib
 import importlib.util
@@ -21,26 +21,28 @@ from runtime import ranks
 from runtime.console import InputError, local_rank, rank, say, world_size
 from runtime.files import exclusive_lock
 
+EXTENSIONS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}  # C++ and CUDA code for Adam
+
 
 def launch_problems() -> list[str]:
-    """Return one line where the environment does not describe a rank, or a GPU for it; see ranks.launch_problems."""
+    """Return one line if the environment does not describe a rank with a GPU to use; see ranks.launch_problems."""
     gpus = torch.cuda.device_count()
-    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu() < gpus:
+    if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu_index() < gpus:
         return problems
     return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
 
 
-def gpu() -> int:
-    """Return the index of this rank's GPU among those that it sees, be it that each rank was given one."""
+def gpu_index() -> int:
+    """Return the index of this rank's GPU among those visible to it: 0 if the launcher shows each rank one GPU."""
     return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1 else local_rank()
 
 
 def launch(seed: int) -> None:
-    """Join the process group that torchrun or `colossalai run` describes; a plain `python` makes one of one rank.
+    """Join the process group that torchrun or `colossalai run` describes; without a launcher, form one of one rank.
 
     Raises:
         InputError: see launch_problems and ranks.assemble.
-        RunError: a rank is gone.
+        RunError: a rank has ended.
     """
     if problems := launch_problems():
         raise InputError(*problems)
@@ -50,54 +52,51 @@ def launch(seed: int) -> None:
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
-        # torchrun sets one thread, and Adam on the host has to have its share of the cores.
+        # torchrun sets one thread per rank, but Adam on the host needs the rank's share of the cores.
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     else:
         cpu.install()
     get_dist_logger().set_level("ERROR")  # it warns of our defaults, and that LoRA may want another learning rate
-    own = str(torch.cuda.get_device_properties(gpu()).uuid) if torch.cuda.is_available() else ""
-    ranks.assemble(own)
+    gpu = str(torch.cuda.get_device_properties(gpu_index()).uuid) if torch.cuda.is_available() else ""
+    ranks.assemble(gpu)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    colossalai_launch(rank(), world_size(), address, port, local_rank=gpu(), seed=seed, verbose=False)
+    colossalai_launch(rank(), world_size(), address, port, local_rank=gpu_index(), seed=seed, verbose=False)
 
 
-KERNELS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}
-
-
-def missing_kernels() -> list[str]:
-    """Those of ColossalAI's C++ and CUDA extensions for Adam that are neither installed nor compiled on this node."""
+def missing_extensions() -> list[str]:
+    """Return the names of the extensions that are neither installed with ColossalAI nor compiled on this node."""
     folder = Path(_Extension.get_jit_extension_folder_path())
     return [
         name
-        for name in KERNELS
+        for name in EXTENSIONS
         if importlib.util.find_spec(f"colossalai._C.{name}") is None and not (folder / f"{name}.so").exists()
     ]
 
 
-def compile_kernels() -> None:
-    """Loads ColossalAI's extensions for Adam, compiling those that are missing, one process of a node at a time.
+def compile_extensions() -> None:
+    """Compile the extensions that are missing on this node, and load all. One process of a node does so at a time.
 
-    Two builds at once, or the lock that a killed build left behind, would break or block every rank.
+    Two builds at once would break each other, and the lock file of a build that was killed would block every rank.
     """
     folder = Path(_Extension.get_jit_extension_folder_path())
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder / "build.lock", "another process compiles ColossalAI's extensions; waiting for it"):
-        (folder / "lock").unlink(missing_ok=True)  # torch's own, held only by a build that is gone
-        for name in missing_kernels():
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a build that was killed
+        for name in missing_extensions():
             say(f"building ColossalAI's extension {name}: the first time only, about a minute")
-        for loader in KERNELS.values():
+        for loader in EXTENSIONS.values():
             with contextlib.redirect_stdout(io.StringIO()):
                 loader().load()
 
 
-def build_kernels() -> None:
-    """Has one rank of each node compile what is missing there, the others waiting."""
+def build_extensions() -> None:
+    """Compile the missing extensions on local rank 0 of each node; the other ranks wait. Does nothing without a GPU."""
     if not torch.cuda.is_available():
         return
     if local_rank() == 0:
-        compile_kernels()
+        compile_extensions()
     dist.barrier(device_ids=[torch.cuda.current_device()])
 
 

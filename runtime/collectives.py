@@ -1,4 +1,4 @@
-"""What all ranks do together beside exchanging tensors: share values, and fail as one."""
+"""Collective calls beside the exchange of tensors: share values, and fail on all ranks together."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ POLL_SECONDS = 0.05
 
 
 def gather(value: object) -> list:
-    """Every rank's value, by rank; without a process group, this one's. Collective."""
+    """Return every rank's value, ordered by rank; without a process group, this process's alone. Collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -20,24 +20,27 @@ def gather(value: object) -> list:
 
 
 def raise_together(error: str | None, failure: str) -> None:
-    """Raises RunError, `failure` and the first rank's error, on every rank when any has one. Collective."""
+    """Raise RunError on every rank if any rank has an error: `failure`, then the first rank's error. Collective."""
     first = next((f"rank {number}: {text}" for number, text in enumerate(gather(error)) if text), None)
     if first:
         raise RunError(f"{failure}: {first}")
 
 
 def any_alive(thread: threading.Thread) -> bool:
-    """Whether any rank's thread still works; after a moment in which it may end. Collective.
+    """Wait a moment for this rank's thread, then return True if any rank's thread is still running. Collective.
 
-    To be asked again and again, since one exchange that waits for the slowest disk would outlast the process group's
-    patience.
+    Call it in a loop: a single collective that waits for the slowest disk could exceed the process group's timeout.
     """
     thread.join(POLL_SECONDS)
     return any(gather(thread.is_alive()))
 
 
 def on_rank_zero(action: Callable[[], None], failure: str) -> None:
-    """Runs `action` in a thread of rank 0, with all ranks waiting for it and sharing its failure. Collective."""
+    """Run `action` in a thread of rank 0 while all ranks wait; an error there is raised on all of them. Collective.
+
+    Raises:
+        RunError: `failure`, then the error's text.
+    """
     errors: list[str] = []
 
     def act() -> None:

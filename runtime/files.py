@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and that stay when the machine stops."""
+"""Files and folders that are either complete or absent, and survive a crash of the machine; locks on them."""
 
 import contextlib
 import errno
@@ -15,12 +15,12 @@ import xxhash
 from runtime.console import InputError, say
 
 CHECKSUM_CHUNK = 2**24  # bytes
-LOCK = ".lock"  # in a folder that a run writes to
-_CLAIMED = contextlib.ExitStack()  # locks that this process holds to its end
+LOCK = ".lock"  # file in a folder that a run writes to
+_CLAIMED = contextlib.ExitStack()  # locks held until this process ends
 
 
 def sync(path: Path) -> None:
-    """Forces a file's content, or a folder's entries, to disk."""
+    """Write a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,20 +29,20 @@ def sync(path: Path) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return True for the name of a file in a folder itself: no path, absolute or relative, and no '..'."""
+    """Return True if a name stays inside its folder: it is neither a path nor '.' nor '..'."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+    """Write a JSON file that is complete whenever it exists."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
 
 
 def checksum(path: Path) -> dict:
-    """Size in bytes and XXH3-64 of a file, as the manifest has them."""
+    """Return a file's size in bytes and its XXH3-64 digest, as a manifest lists them."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
         while chunk := file.read(CHECKSUM_CHUNK):
@@ -51,7 +51,7 @@ def checksum(path: Path) -> dict:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Forces a finished folder to disk and puts it in its place, that of an older one of the same name too."""
+    """Write a finished folder to disk and rename it to `target`, replacing an older folder of that name."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     old = target.with_name(f".{target.name}.old")
@@ -65,13 +65,13 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, waiting: str = "", refusal: str | None = None) -> Iterator[None]:
-    """Held by this process alone: unlike flock's, a lockf lock does not pass on to forked workers.
+    """Hold a lock on a file. Unlike flock's, a lockf lock is not inherited by forked workers.
 
-    Where the file system has no locks, a line says so and nothing is held.
+    A file system without locks is reported in one line, and no lock is held.
 
     Args:
-        waiting: what rank 0 says when another process has it, if anything.
-        refusal: ends as an InputError instead of waiting; `{holder}` in it becomes the process and machine.
+        waiting: line that rank 0 prints while another process has the lock, if any.
+        refusal: raise this as an InputError instead of waiting; `{holder}` in it becomes the process and machine.
     """
     with open(path, "a+", encoding="utf-8") as lock:
         try:
@@ -85,7 +85,7 @@ def exclusive_lock(path: Path, waiting: str = "", refusal: str | None = None) ->
                     say(waiting)
                 fcntl.lockf(lock, fcntl.LOCK_EX)
             elif error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                say(f"the file system of {path.parent} has no locks: start no second program there that does the same")
+                say(f"the file system of {path.parent} has no locks: run no second program on the same files there")
             else:
                 raise
         lock.truncate(0)
@@ -95,17 +95,17 @@ def exclusive_lock(path: Path, waiting: str = "", refusal: str | None = None) ->
 
 
 def existing_part(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """Return the folder itself, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def claim_folder(folder: Path, flag: str) -> None:
-    """Makes a folder and takes it for this run, until the process ends.
+    """Create a folder and lock it for this run, until the process ends.
 
     Raises:
-        InputError: another run has it, or it cannot be written to; the line names `flag`.
+        InputError: another run has it, or it is not writable; the line names `flag`.
     """
-    refusal = f"{flag}: another run ({{holder}}) is writing to {folder}; end it or give another folder"
+    refusal = f"{flag}: another run ({{holder}}) is writing to {folder}; end that run, or give another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _CLAIMED.enter_context(exclusive_lock(folder / LOCK, refusal=refusal))

@@ -1,4 +1,4 @@
-"""The life of a rank's process: its exit status, what it reports, and the signals that stop it."""
+"""Life of a program's process: its start, its exit status, reports of its errors, and the signals that stop it."""
 
 import contextlib
 import ctypes
@@ -14,45 +14,59 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn, TextIO
 
+from runtime import ranks
 from runtime.console import (
-    KEYBOARD_INTERRUPT,
     InputError,
     RunError,
-    _raw,
-    interrupted,
     local_rank,
     open_standard_streams,
+    output_failed,
+    quiet_third_parties,
     rank,
     world_size,
 )
 
-USAGE_ERROR = 2
+# Exit statuses
 RUN_FAILED = 1
-READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
-TELL_SECONDS = 3  # for the nodes to hear what rank 0 has said, before it ends and the launcher's store with it
-_PARENT = os.getppid()  # as this process begins
-# Gloo's messages, whatever the collective operation (gloo/transport/tcp/pair.cc)
-_LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
-_HEARD = "console/heard"  # by so many ranks has been seen what rank 0 says
+USAGE_ERROR = 2  # as argparse's
+INTERRUPTED = 75  # a signal ended the run after its checkpoint was saved (EX_TEMPFAIL in sysexits.h)
+KEYBOARD_INTERRUPT = 130  # as a shell reports SIGINT
+READER_GONE = 141  # as a shell reports SIGPIPE
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+REPORT_SECONDS = 3  # time for the other nodes to read rank 0's report before its store ends with it
+
+_PARENT = os.getppid()  # at the start of this process
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")  # of a launcher
-# Nobody answers, or torch is what is missing
-_NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+# Messages of Gloo's collective operations (gloo/transport/tcp/pair.cc)
+_LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
+_NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)  # nobody answers, or torch is not installed
+_READ = "report/read"  # counts the ranks that have read rank 0's report
+
+
+def prepare() -> None:
+    """Quiet the libraries, and end without a traceback on Ctrl-C during their imports. Call before importing them."""
+    quiet_third_parties()
+    sys.excepthook = end_uncaught
 
 
 def run(main: Callable[[], int], program: str) -> NoReturn:
-    """Run a program's main() and end the process with its status.
+    """Run a program's main() and end the process with its exit status.
 
-    An InputError becomes one line a problem and exit status 2 on every rank; any other error a traceback. A rank whose
-    problem is not rank 0's says so itself, once a node. Where the reader of the output is gone, the end is silent.
-    The process ends without the interpreter's finalisation. There, Gloo's threads outlive their process group, ask for
-    the interpreter lock and abort it ('terminate called without an active exception', in 1 of 15 runs of two ranks with
-    torch 2.13), and multiprocessing would wait for the loader processes, which ignore its SIGTERM.
+    An InputError prints one line per problem and ends every rank with status 2; a rank whose problems differ from
+    rank 0's prints its own, once per node. Other errors print a traceback. A reader of the output that has gone ends
+    the program without a message.
+
+    The interpreter's finalization is skipped. During it, Gloo's threads outlive their process group, ask for the
+    interpreter lock and abort ("terminate called without an active exception", in 1 of 15 runs of two ranks with
+    torch 2.13), and multiprocessing waits for the loader processes, which ignore its SIGTERM.
     """
     open_standard_streams()
-    for name in _NUMBERS:
+    for name in _RANK_VARIABLES:
         if not os.environ.get(name, "0").isdecimal():
             print(f"{program}: error: {name}: '{os.environ[name]}' is not a number; unset it", file=sys.stderr)
             sys.exit(USAGE_ERROR)
@@ -60,8 +74,6 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     try:
         status = main()
         if status == 0:
-            from runtime import ranks
-
             ranks.part()
     except InputError as error:
         _report(f"{program}: error: ", error.problems)
@@ -85,22 +97,36 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
-    if getattr(_raw(sys.stdout), "failed", False):
+    if output_failed():
         status = status or RUN_FAILED
     os._exit(status)
 
 
+def interrupted(error: BaseException | None) -> bool:
+    """Return True if an error is a Ctrl-C, or caused by one, as in a library that reports a failed import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def end_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Replace sys.excepthook: end without a message on Ctrl-C, print a traceback otherwise."""
+    if interrupted(error):
+        os._exit(KEYBOARD_INTERRUPT)
+    sys.__excepthook__(kind, error, trace)
+
+
 def end_with_launcher() -> None:
-    """Has the kernel kill this rank when its torchrun is gone, for nobody would be left to end or collect it."""
+    """Ask the kernel to kill this rank when its torchrun is gone, since nothing else would end or reap it."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != _PARENT:  # gone before the call
+    if os.getppid() != _PARENT:  # torchrun ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_parent() -> None:
-    """Has this process of `multiprocessing` end as soon as its parent has, however that ended, whatever it is doing."""
+    """End this `multiprocessing` process as soon as its parent ends, however that happens."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
@@ -111,26 +137,68 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _report(prefix: str, problems: Sequence[str]) -> None:
-    """Print problems on rank 0, and on one rank of each node if rank 0 does not say the same.
+class StopRequest:
+    """Set by any of STOP_SIGNALS on any rank; the ranks agree on it at the next step.
 
-    The ranks ask in the store that they share. Where they cannot meet there, the first rank of every node prints.
+    A Ctrl-C after that ends the process at once. A thread does this, because Python's signal handlers do not run during
+    a call into C, such as a collective with a rank that is gone. A SIGHUP that is ignored, as under nohup, stays
+    ignored.
     """
-    from runtime import ranks
 
-    several = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if ranks.launch_problems():  # the ranks cannot meet, and this may be no rank at all
+    def __init__(self) -> None:
+        self.received = False
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def __call__(self) -> bool:
+        return self.received
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
+
+    def _watch(self, reader: int) -> None:
+        """Read the number of each signal, which Python writes to a pipe as soon as the signal arrives."""
+        stopping = False
+        while True:
+            number = os.read(reader, 1)[0]
+            if stopping and number == signal.SIGINT:
+                os._exit(KEYBOARD_INTERRUPT)
+            stopping = stopping or number in STOP_SIGNALS
+
+
+def follow_rank(worker: int) -> None:
+    """Keep a loader process alive until its rank ends: launchers signal it too, but the rank still has to save."""
+    end_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------- reports of several ranks
+
+
+def _report(prefix: str, problems: Sequence[str]) -> None:
+    """Print problems on rank 0, and on one rank of each node whose problems differ from rank 0's.
+
+    The ranks compare them in the store of their launch. Without a store, every rank of a single node prints, or local
+    rank 0 of each of several nodes.
+    """
+    several_nodes = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if ranks.launch_problems():  # there is no store, and this may not be a rank at all
         _print_problems(prefix, problems)
     elif rank() == 0:
         _print_problems(prefix, problems)
         if world_size() > 1:
             with contextlib.suppress(*_NO_STORE):
-                store = ranks.board(TELL_SECONDS)
-                store.set(_key(problems), "said")
-                deadline = time.monotonic() + TELL_SECONDS
-                while time.monotonic() < deadline and store.add(_HEARD, 0) < world_size() - 1:
+                store, deadline = ranks.launch_store(REPORT_SECONDS), time.monotonic() + REPORT_SECONDS
+                store.set(_key(problems), "printed")
+                while time.monotonic() < deadline and store.add(_READ, 0) < world_size() - 1:
                     time.sleep(0.1)
-    elif not _said_by_another(problems, alone=local_rank() > 0 and several):
+    elif not _printed_by_another(problems, without_store=local_rank() > 0 and several_nodes):
         _print_problems(f"{prefix}on {socket.gethostname()}: ", problems)
 
 
@@ -139,28 +207,26 @@ def _print_problems(prefix: str, problems: Sequence[str]) -> None:
         print(prefix + problem, file=sys.stderr, flush=True)
 
 
-def _said_by_another(problems: Sequence[str], alone: bool) -> bool:
-    """Return True if rank 0 says the same, or another rank of this node; `alone` where there is nobody to ask."""
-    from runtime import ranks
-
+def _printed_by_another(problems: Sequence[str], without_store: bool) -> bool:
+    """Return True if rank 0 or another rank of this node prints the same; `without_store` if there is no store."""
     try:
-        store, deadline = ranks.board(TELL_SECONDS), time.monotonic() + TELL_SECONDS
+        store, deadline = ranks.launch_store(REPORT_SECONDS), time.monotonic() + REPORT_SECONDS
         while time.monotonic() < deadline:
             if store.check([_key(problems)]):
-                store.add(_HEARD, 1)
+                store.add(_READ, 1)
                 return True
             time.sleep(0.1)
         return store.add(f"{_key(problems)}/{socket.gethostname()}", 1) > 1
     except _NO_STORE:
-        return alone
+        return without_store
 
 
 def _key(problems: Sequence[str]) -> str:
-    return f"console/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
+    return f"report/{hashlib.sha256(repr(list(problems)).encode()).hexdigest()}"
 
 
 def _name(address: str) -> str:
-    """An IP address with its host's name, where it has one."""
+    """Return an IP address together with its host's name, if it has one."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostbyaddr(address)[0]} ({address})"
     return address
@@ -171,47 +237,3 @@ def _reader_gone(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-INTERRUPTED = 75  # exit status of a run that a signal ended after its checkpoint was saved (EX_TEMPFAIL)
-
-
-class StopRequest:
-    """Set by any of STOP_SIGNALS on any rank; the ranks agree on it at the next step.
-
-    An interrupt after that ends the process at once. A thread sees to it, since Python's handlers do not run during a
-    call into C, such as an exchange with a rank that is gone. A SIGHUP that is ignored, as under nohup, stays so.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-        numbers, written = os.pipe()
-        os.set_blocking(written, False)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(numbers,), name="signals", daemon=True).start()
-
-    def __call__(self) -> bool:
-        return self.received
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = True
-
-    def _watch(self, numbers: int) -> None:
-        """Reads the number of each signal, which Python writes to a pipe the moment that it comes."""
-        stopping = False
-        while True:
-            number = os.read(numbers, 1)[0]
-            if stopping and number == signal.SIGINT:
-                os._exit(KEYBOARD_INTERRUPT)
-            stopping = stopping or number in STOP_SIGNALS
-
-
-def follow_rank(worker: int) -> None:
-    """Launchers signal a rank's loader processes with it; they are to last until the rank has saved, and no longer."""
-    end_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

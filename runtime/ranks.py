@@ -1,4 +1,4 @@
-"""The ranks of a launch: the variables that describe them, the store where they meet, and waiting for one another."""
+"""Ranks of a launch: the variables that describe them, the store in which they meet, and waiting for one another."""
 
 import contextlib
 import errno
@@ -10,39 +10,36 @@ import socket
 import sys
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.console import InputError, RunError, local_rank, rank, world_size
+from runtime.console import InputError, RunError, first_line, local_rank, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
-
 
 REQUIRED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
 SEVERAL = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 NOT_FIRST = ("LOCAL_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 START = "start with torchrun or colossalai run"
 SLURM = "set RANK and the others as scripts/slurm/pretrain.sbatch does"
-BEAT_SECONDS = 10  # between signs of life of a rank; a rank that waits says so after as long
-GONE_SECONDS = 120  # without a sign of life
+BEAT_SECONDS = 10  # between a rank's signs of life; a rank that has waited as long prints a line
+GONE_SECONDS = 120  # without a sign of life, a rank counts as ended
 JOIN_SECONDS = 600  # for a rank to be started at all
-LAUNCHER_SECONDS = 30  # for torchrun's store to answer, which is there before its ranks
+LAUNCHER_SECONDS = 30  # for torchrun's store to answer; it is there before the ranks
 PROBE_SECONDS = 3  # for a host to accept or refuse a connection
-ASK_SECONDS = 1  # for a living rank to answer
-CHUNK_BYTES = 2**22  # torch's store takes 8 MiB a value
+CHUNK_BYTES = 2**22  # torch's store accepts 8 MiB per value
 
 
 def launch_problems() -> list[str]:
-    """Return one line where the environment does not describe a rank as torchrun does, though a part of it is set."""
+    """Return one line if variables of a launcher are set, but do not describe a rank as torchrun's do."""
     if "RANK" not in os.environ:
-        for names, least in ((SEVERAL, 1), (NOT_FIRST, 0)):
+        for names, harmless in ((SEVERAL, 1), (NOT_FIRST, 0)):
             for name in names:
-                if (value := os.environ.get(name, "")).isdecimal() and int(value) > least:
+                if (value := os.environ.get(name, "")).isdecimal() and int(value) > harmless:
                     start = SLURM if name.startswith("SLURM") else START
                     return [f"{name} is {value}, but RANK is not set; {start}, or unset {name}"]
         return []
@@ -63,60 +60,92 @@ def launch_problems() -> list[str]:
         socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return [f"MASTER_ADDR: '{address}' is not the name or address of a host; give that of rank 0"]
-    if _keeps_store() and not meeting.cache_info().currsize and (error := _port_error(int(port))):
-        return [f"MASTER_PORT: {port} of this machine cannot be used ({error}); give a free port, or unset RANK"]
+    if _keeps_store() and not _has_met() and (error := _port_error(int(port))):
+        return [f"MASTER_PORT: port {port} of this machine cannot be used ({error}); give a free port, or unset RANK"]
     return []
 
 
 def once_per_node(function: Callable[[], Any]) -> Any:
-    """Return on every rank of a node what `function` returns on its local rank 0, for as long as that takes.
+    """Run a function on local rank 0, for as long as it takes, and return its value on every rank of the node.
 
-    It needs no process group, so nothing times out. The value must go through JSON. All ranks of a node must call this
-    in the same order.
+    No process group is needed, so nothing times out. The value must survive JSON. All ranks of a node must make these
+    calls in the same order.
 
     Raises:
-        InputError: `function` has raised it on local rank 0, or the ranks cannot meet.
-        RunError: local rank 0 has failed otherwise, or is gone.
+        InputError: `function` raised it on local rank 0, or the ranks cannot meet.
+        RunError: local rank 0 failed otherwise, or has ended.
     """
     return function() if world_size() == 1 else meeting().once_per_node(function)
 
 
 def assemble(gpu: str = "") -> None:
-    """Return when every rank has called this, so that none spends the process group's patience on another's work.
+    """Wait until every rank has called this, so that the process group's timeout covers no rank's earlier work.
 
     Args:
-        gpu: identifies the GPU of this rank, if it has one.
+        gpu: identifies this rank's GPU, if it has one.
 
     Raises:
-        InputError: a rank was not started, or two were given one GPU.
-        RunError: a rank is gone.
+        InputError: a rank was not started, or two ranks have the same GPU.
+        RunError: a rank has ended.
     """
     meeting().assemble(gpu)
 
 
 def part() -> None:
-    """Return when every rank has come, if any had to meet: rank 0 answers those that are late. Raises as assemble."""
-    if meeting.cache_info().currsize and not meeting().over.is_set():
+    """Wait until every rank has called this, unless they have assembled or never met; raise as `assemble` does.
+
+    Rank 0 may keep the store, which late ranks still have to read.
+    """
+    if _has_met() and not meeting().over.is_set():
         meeting().part()
 
 
 @functools.cache
 def meeting() -> "Meeting":
-    """Return this process's connection to the other ranks, made on first use; see Meeting."""
+    """Return this process's connection to the other ranks, made on first use; see `Meeting`."""
     return Meeting(connect(LAUNCHER_SECONDS if _launcher_keeps_store() else JOIN_SECONDS))
 
 
-def board(seconds: float) -> "Store":
-    """Return the store of the launch, for what ranks say that may not have met; see connect."""
-    from torch.distributed import PrefixStore
+def launch_store(seconds: float) -> "Store":
+    """Return the store of this launch, also for ranks that have not met; see `connect`."""
+    return meeting().store if _has_met() else _of_this_attempt(connect(seconds))
 
-    store = meeting().connection if meeting.cache_info().currsize else connect(seconds)
-    return PrefixStore(f"board/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+def connect(seconds: float) -> "TCPStore":
+    """Return a client of the store at MASTER_ADDR:MASTER_PORT; rank 0 creates the store if no launcher keeps one.
+
+    torch.distributed's own initialization finds the same store there later.
+
+    Raises:
+        InputError: no store answers within `seconds`, or rank 0 cannot create it.
+    """
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
+    try:
+        if _keeps_store():
+            store = TCPStore("localhost", port, is_master=True, timeout=timedelta(seconds=JOIN_SECONDS), **options)
+            _wait_for_port(address, port, PROBE_SECONDS)  # MASTER_ADDR has to lead to this machine
+        else:
+            _wait_for_port(address, port, seconds)
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=LAUNCHER_SECONDS), **options)
+    except (OSError, RuntimeError) as error:
+        if _launcher_keeps_store():
+            remedy = "torchrun, which keeps the store of its ranks there, is gone; start it again, or unset RANK"
+        elif rank() == 0:
+            remedy = "give a free port and the address of this machine, which has RANK 0"
+        else:
+            remedy = "start rank 0 there, and check that no firewall blocks the port"
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else first_line(error)
+        raise InputError(
+            f"MASTER_ADDR, MASTER_PORT: rank {rank()} cannot reach {address}:{port} ({reason}); {remedy}"
+        ) from error
+    return store
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """Turn the loss of the store into a line."""
+def _loss_of_store_is_a_run_error() -> Iterator[None]:
     from torch.distributed import DistNetworkError
 
     try:
@@ -129,28 +158,19 @@ def _connected() -> Iterator[None]:
 class Meeting:
     """A rank's place in the store of its launch.
 
-    Every rank shows there that it lives, until all have assembled: whoever waits for it waits as long as it works.
-    torchrun keeps one store for all attempts of a run, so each attempt has keys of its own: rank 0 gives the prefix.
+    A beat in the store shows that the rank lives, until all ranks have assembled. Ranks wait for one another as long as
+    the other's beat continues.
     """
 
-    def __init__(self, store: "TCPStore"):
-        from torch.distributed import PrefixStore
-
-        self.connection = store
+    def __init__(self, connection: "TCPStore"):
+        self.store = _of_this_attempt(connection)
+        self.over = threading.Event()  # all ranks have assembled
         self.calls = itertools.count()
-        self.over = threading.Event()
-        identity = uuid.uuid4().hex
-        if rank() == 0:
-            attempt = identity
-            store.set("attempt", attempt)
-            _in_background(self._answer_questions, store.clone(), attempt)  # type: ignore[attr-defined]
-        else:
-            attempt = _find_attempt(store, identity)
-        self.store = PrefixStore(attempt, store)
         if not _launcher_keeps_store():
             self._take_rank()
         self.store.set(f"host/{rank()}", socket.gethostname())
-        _in_background(self._beat, PrefixStore(attempt, store.clone()))  # type: ignore[attr-defined]
+        own_connection = _of_this_attempt(connection.clone())  # type: ignore[attr-defined]
+        threading.Thread(target=self._beat, args=(own_connection,), daemon=True).start()
         if local_rank() == 0:
             self.store.set(f"leader/{_node()}", str(rank()))
 
@@ -161,48 +181,56 @@ class Meeting:
         try:
             value = function()
         except BaseException as error:
-            with contextlib.suppress(RuntimeError):  # the store is gone too
+            with contextlib.suppress(RuntimeError):  # the store may be gone too
                 self._publish(key, {"problems": list(error.problems) if isinstance(error, InputError) else None})
             raise
         self._publish(key, {"value": value})
         return value
 
-    @_connected()
+    @_loss_of_store_is_a_run_error()
     def assemble(self, gpu: str) -> None:
-        """Return when every rank has come; `gpu` identifies this one's, if it has one."""
+        """Wait until every rank has called this; see the function of the same name."""
         self.store.set(f"gpu/{rank()}", json.dumps([_node(), gpu]))
         if rank() > 0:
             self._wait("assembled", 0)
         else:
-            owners: dict[str, int] = {}
-            for number in range(world_size()):
-                self._wait(f"gpu/{number}", number)
-                own = self.store.get(f"gpu/{number}").decode()
-                if json.loads(own)[1] and owners.setdefault(own, number) != number:
-                    problem = f"ranks {owners[own]} and {number} were given one GPU of {self._host(number)}"
-                    self.store.set("problem", f"CUDA_VISIBLE_DEVICES: {problem}; give each rank a GPU of its own")
+            self._wait_for_all("gpu")
+            self.store.set("problem", self._gpu_problem())
             self.store.set("assembled", "")
         self.over.set()
-        if self.store.check(["problem"]):
-            raise InputError(self.store.get("problem").decode())
+        if problem := self.store.get("problem").decode():
+            raise InputError(problem)
 
     def part(self) -> None:
-        """Return when every rank has come and, on rank 0, has read that: its store may end with it."""
+        """Assemble; then rank 0, whose store may end with it, waits until the others have read the result."""
         self.assemble("")
         if rank() > 0:
             self.store.set(f"parted/{rank()}", "")
         else:
-            for number in range(1, world_size()):
-                self._wait(f"parted/{number}", number)
+            self._wait_for_all("parted")
+
+    def _wait_for_all(self, key: str) -> None:
+        for number in range(1, world_size()):
+            self._wait(f"{key}/{number}", number)
+
+    def _gpu_problem(self) -> str:
+        """Return a line if two ranks have the same GPU, else an empty text."""
+        owners: dict[str, int] = {}
+        for number in range(world_size()):
+            device = self.store.get(f"gpu/{number}").decode()
+            if json.loads(device)[1] and owners.setdefault(device, number) != number:
+                ranks = f"ranks {owners[device]} and {number} were given the same GPU of {self._host(number)}"
+                return f"CUDA_VISIBLE_DEVICES: {ranks}; give each rank a GPU of its own"
+        return ""
 
     def _publish(self, key: str, answer: dict) -> None:
         data = zlib.compress(json.dumps(answer).encode(), 1)
         chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
         for index, chunk in enumerate(chunks):
-            self.store.set(f"{key}/{index}", chunk)  # type: ignore[arg-type]  # bytes will do
+            self.store.set(f"{key}/{index}", chunk)  # type: ignore[arg-type]  # it takes bytes
         self.store.set(key, str(len(chunks)))
 
-    @_connected()
+    @_loss_of_store_is_a_run_error()
     def _read_answer(self, key: str) -> Any:
         self._wait(f"leader/{_node()}", None)
         leader = int(self.store.get(f"leader/{_node()}"))
@@ -216,61 +244,49 @@ class Meeting:
         raise InputError(*answer["problems"])
 
     def _wait(self, key: str, number: int | None) -> None:
-        """Block until `key` is set, for as long as rank `number` shows that it lives; None: the one of LOCAL_RANK 0.
+        """Wait until `key` is set, for as long as rank `number` shows its beat; None: this node's local rank 0.
 
         Raises:
-            InputError: that rank has never been started.
-            RunError: it is gone.
+            InputError: that rank was never started.
+            RunError: its beat has stopped.
         """
         from torch.distributed import DistStoreError
 
-        beat, beaten, told = 0, time.monotonic(), False
+        beat, changed, printed = 0, time.monotonic(), False
         while True:
             with contextlib.suppress(DistStoreError):
                 self.store.wait([key], timedelta(seconds=BEAT_SECONDS))
                 return
             now = time.monotonic()
             if number is not None and (latest := self.store.add(f"beat/{number}", 0)) != beat:
-                beat, beaten = latest, now
-            missing = f"rank {number}" if number is not None else f"the rank of LOCAL_RANK 0 on {_host()}"
-            if not beat and now - beaten > JOIN_SECONDS:
+                beat, changed = latest, now
+            missing = f"rank {number}" if number is not None else f"the rank of LOCAL_RANK 0 on {socket.gethostname()}"
+            if not beat and now - changed > JOIN_SECONDS:
                 raise InputError(
                     f"WORLD_SIZE: {missing} has not come to {_place()} within {JOIN_SECONDS} s; "
                     f"start all {world_size()} ranks, or lower WORLD_SIZE"
                 )
-            if beat and now - beaten > GONE_SECONDS:
+            if beat and now - changed > GONE_SECONDS:
                 raise RunError(
                     f"rank {number} on {self._host(number)} has shown no sign of life for {GONE_SECONDS} s, with "
                     "other ranks waiting; it has ended or is stopped: see its own message"
                 )
-            if not told and self.store.add(f"told/{_node()}/{key}", 1) == 1:  # one of a node is enough
-                whom = f"rank {number} on {self._host(number)}" if beat else f"{missing}, which is not there yet"
-                _tell(f"rank {rank()} on {_host()} waits for {whom}, at {_place()}")
-            told = True
+            if not printed and self.store.add(f"printed/{_node()}/{key}", 1) == 1:  # one rank of a node is enough
+                _print_waiting(f"rank {number} on {self._host(number)}" if beat else f"{missing}, not started yet")
+            printed = True
 
     def _host(self, number: int | None) -> str:
         return self.store.get(f"host/{number}").decode()
 
     def _beat(self, store: "Store") -> None:
-        """Show that this rank lives."""
-        while True:
-            store.add(f"beat/{rank()}", 1)
-            if self.over.wait(BEAT_SECONDS):
-                return
-
-    def _answer_questions(self, store: "Store", attempt: str) -> None:
-        """Tell each rank that asks for it that this attempt is the living one."""
-        from torch.distributed import DistStoreError
-
-        number = 1
-        while not self.over.is_set():
-            with contextlib.suppress(DistStoreError):  # nobody has asked
-                store.wait([f"{attempt}/question/{number}"], timedelta(seconds=BEAT_SECONDS))
-                store.set(f"{attempt}/living/{store.get(f'{attempt}/question/{number}').decode()}", "")
-                number += 1
+        with contextlib.suppress(RuntimeError):  # the store is gone; a rank that waits reports that
+            while True:
+                store.add(f"beat/{rank()}", 1)
+                if self.over.wait(BEAT_SECONDS):
+                    return
 
     def _take_rank(self) -> None:
-        """Refuse a rank that another living process of this machine has: two runs were given the same port."""
+        """Refuse a rank that another living process of this machine has, since two runs then share a port."""
         import psutil
 
         own = f"{_node()} {os.getpid()} {psutil.Process().create_time()}"
@@ -284,98 +300,40 @@ class Meeting:
                     f"MASTER_PORT: process {process} is rank {rank()} at {_place()} already; "
                     "give each run a port of its own, and each process its own RANK"
                 )
-        self.store.set(f"process/{rank()}", own)  # that one has ended
-
-
-def _find_attempt(store: "Store", identity: str) -> str:
-    """Return the prefix that the living rank 0 has given; that of an earlier attempt does not answer."""
-    from torch.distributed import DistStoreError
-
-    patience = timedelta(seconds=ASK_SECONDS)
-    for elapsed in _elapsed(f"rank {rank()} on {_host()} waits for rank 0, which is not there yet, at {_place()}"):
-        if elapsed > JOIN_SECONDS:
-            raise InputError(f"MASTER_ADDR, MASTER_PORT: rank 0 has not come to {_place()} within {JOIN_SECONDS} s")
-        with contextlib.suppress(DistStoreError), _connected():
-            store.wait(["attempt"], patience)
-            attempt = store.get("attempt").decode()
-            number = store.add(f"{attempt}/questions", 1)
-            store.set(f"{attempt}/question/{number}", identity)
-            store.wait([f"{attempt}/living/{identity}"], patience)
-            return attempt
-    raise AssertionError("unreachable")
-
-
-def _in_background(function: Callable, *arguments: Any) -> None:
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone, as the thread that waits sees too
-            function(*arguments)
-
-    threading.Thread(target=run, daemon=True).start()
-
-
-def connect(seconds: float) -> "TCPStore":
-    """Return a client of the store at MASTER_ADDR:MASTER_PORT; rank 0 makes the store where no launcher keeps one.
-
-    torch.distributed's own initialization later finds the same store there.
-
-    Raises:
-        InputError: there is none within `seconds`, or rank 0 cannot make it.
-    """
-    from torch.distributed import TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
-    try:
-        if _keeps_store():
-            store = TCPStore("localhost", port, is_master=True, timeout=timedelta(seconds=JOIN_SECONDS), **options)
-            _wait_for_port(address, port, PROBE_SECONDS)
-        else:
-            _wait_for_port(address, port, seconds)
-            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=LAUNCHER_SECONDS), **options)
-    except (OSError, RuntimeError) as error:
-        if _launcher_keeps_store():
-            remedy = "torchrun, which keeps the store of its ranks there, is gone; start it again, or unset RANK"
-        elif rank() == 0:
-            remedy = "give a free port and the address of this machine, which has RANK 0"
-        else:
-            remedy = "start rank 0 there, and see that no firewall is between"
-        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
-        raise InputError(
-            f"MASTER_ADDR, MASTER_PORT: rank {rank()} cannot reach {address}:{port} ({text}); {remedy}"
-        ) from error
-    return store
+        self.store.set(f"process/{rank()}", own)  # the other process has ended
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:
-    """Block until a port accepts connections; TCPStore itself would complain at length meanwhile."""
-    message = f"rank {rank()} on {_host()} waits for rank 0, which is not there yet, at {address}:{port}"
-    for elapsed in _elapsed(message):
+    """Wait until a port accepts connections; TCPStore would print pages of retries meanwhile."""
+    start, printed = time.monotonic(), False
+    while True:
+        elapsed = time.monotonic() - start
         try:
             socket.create_connection((address, port), PROBE_SECONDS).close()
             return
         except OSError as error:
             if elapsed > seconds or isinstance(error, socket.gaierror):
                 raise
+        if not printed and elapsed > BEAT_SECONDS:
+            printed = True
+            _print_waiting("rank 0, not started yet")
         time.sleep(min(2.0, 0.1 + elapsed / 5))
 
 
-def _elapsed(message: str) -> Iterator[float]:
-    """Yield the seconds since the start again and again, printing a message once these are BEAT_SECONDS."""
-    start, told = time.monotonic(), False
-    while True:
-        elapsed = time.monotonic() - start
-        yield elapsed
-        if not told and elapsed > BEAT_SECONDS:
-            told = True
-            _tell(message)
+def _print_waiting(whom: str) -> None:
+    line = f"rank {rank()} on {socket.gethostname()} waits for {whom}, at {_place()}"
+    print(line, file=sys.stderr, flush=True)
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _of_this_attempt(store: "Store") -> "Store":
+    """Separate the attempts of a run: torchrun keeps one store for all of them."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _has_met() -> bool:
+    return meeting.cache_info().currsize > 0
 
 
 def _place() -> str:
@@ -383,7 +341,7 @@ def _place() -> str:
 
 
 def _launcher_keeps_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # as torch.distributed.rendezvous asks
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # the test in torch.distributed.rendezvous
 
 
 def _keeps_store() -> bool:
@@ -402,7 +360,7 @@ def _port_error(port: int) -> str | None:
 
 @functools.cache
 def _node() -> str:
-    """Name this node among those of the launch: hosts may have one name, and one host may play two nodes."""
+    """Return a unique name of this node: hosts may share a name, and one host may play two nodes."""
     boot = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

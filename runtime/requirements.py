@@ -1,4 +1,4 @@
-"""What has to be installed: looked at before it is imported, so that what is missing or unsuitable is one line."""
+"""Required packages: checked before they are imported, so that a missing or unsuitable one is reported in one line."""
 
 import importlib.metadata
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from runtime import console, process
+from runtime import process
+from runtime.console import InputError, first_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -18,12 +19,12 @@ INSTALL = {  # by requirements file
     "requirements.txt": "pip install -r requirements.txt",
     "requirements-colossalai.txt": "pip install --no-deps -r requirements-colossalai.txt",
 }
-BUILT_ON = ("torch", "transformers", "colossalai")  # the programs reach into these, so no other version will do
+BUILT_ON = ("torch", "transformers", "colossalai")  # the programs use their internals, so only the pinned versions work
 MINIMUM_PYTHON = (3, 11)
 
 
 class Package(NamedTuple):
-    """A requirement, the file that has it, and the version that is installed, if any."""
+    """A requirement, the file that lists it, and the installed version, if any."""
 
     requirement: "Requirement"
     file: str
@@ -39,8 +40,8 @@ class Package(NamedTuple):
 
 
 def packages() -> list[Package]:
-    """What the requirements files ask for, beside what there is; nothing where the programs came without the files."""
-    from packaging.requirements import Requirement  # which may be what is missing
+    """Return the packages that the requirements files list; none if the programs were installed without the files."""
+    from packaging.requirements import Requirement  # may itself be missing
 
     found = []
     for file in filter(lambda file: (ROOT / file).is_file(), INSTALL):
@@ -52,7 +53,7 @@ def packages() -> list[Package]:
 
 
 def installed(name: str) -> str | None:
-    """The version that an import takes, the first on the path."""
+    """Return the version of a package that an import would find, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -60,49 +61,49 @@ def installed(name: str) -> str | None:
 
 
 def require() -> None:
-    """Ends the program with status 2 where Python or what it is BUILT_ON is of a version that it does not work with.
+    """Prepare the process for its imports; end it with status 2 if Python or a package in BUILT_ON has a wrong version.
 
-    Call before importing them. The other packages are left to the imports that follow: one that fails is a line too.
+    Call before importing any of them. Other packages are checked by the imports that follow: a failed import becomes
+    one line too.
     """
+    process.prepare()
     sys.excepthook = _refuse_failed_import
     if sys.version_info < MINIMUM_PYTHON:
         needed, found = (".".join(map(str, version[:2])) for version in (MINIMUM_PYTHON, sys.version_info))
-        _refuse(
-            f"this is Python {found}, and {needed} or later is needed; make a .venv with one: bash scripts/setup.sh"
-        )
+        _refuse(f"this is Python {found}, but {needed} or later is needed; make a .venv: bash scripts/setup.sh")
     unsuitable = [package for package in packages() if package.requirement.name in BUILT_ON and package.problem]
     if unsuitable:
         _refuse(*(f"{package.problem}; {_remedy(package.file)}" for package in unsuitable))
 
 
 def start_cuda() -> None:
-    """Settles what CUDA and torch's allocator read from the environment once, before ColossalAI is imported.
+    """Set the variables that CUDA and torch's allocator read only once. Call before importing ColossalAI.
 
-    The allocator's segments grow, unless the user has settled it: blocks of another size then seldom leave memory that
-    nothing else fits into (torch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    The allocator's segments may grow, unless the user has configured it: with fixed segments, blocks of varying size
+    leave gaps that nothing fits into (PyTorch notes, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
 
-    ColossalAI's import sets CUDA_DEVICE_MAX_CONNECTIONS=1, also in `colossalai run`, which hands it to its ranks. With
-    one queue for all streams, no kernel starts before those that were submitted earlier to other streams have started,
-    so that next to nothing overlaps.
+    ColossalAI sets CUDA_DEVICE_MAX_CONNECTIONS=1 when imported, also in `colossalai run`, which passes it to its ranks.
+    With one hardware queue for all streams, a kernel waits for every kernel submitted before it on any stream, so
+    that almost nothing overlaps.
     """
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     torch.cuda.is_available()
 
 
-def _refuse_failed_import(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """In the place of console.end_uncaught, for the imports: what fails later is console.run's."""
-    if isinstance(error, ImportError) and not console.interrupted(error) and not _is_own(error):
-        _refuse(f"a package cannot be imported ({console.first_line(error)}); {_remedy('requirements.txt')}")
-    console.end_uncaught(kind, error, traceback)
+def _refuse_failed_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Replace sys.excepthook during the imports; process.run handles later errors."""
+    if isinstance(error, ImportError) and not process.interrupted(error) and not _is_own(error):
+        _refuse(f"a package cannot be imported ({first_line(error)}); {_remedy('requirements.txt')}")
+    process.end_uncaught(kind, error, trace)
 
 
 def _remedy(file: str) -> str:
-    """To start the program in the environment of scripts/setup.sh, where there is one; else to install the file."""
+    """Return the advice to use scripts/setup.sh's environment if it exists, else to install a requirements file."""
     environment = ROOT / ".venv"
     if (environment / "bin" / "python").is_file() and Path(sys.prefix) != environment:
         return f"start it with {environment / 'bin' / 'python'}, or: {INSTALL[file]}"
@@ -110,13 +111,13 @@ def _remedy(file: str) -> str:
 
 
 def _is_own(error: ImportError) -> bool:
-    """Whether it is a module of this repository that cannot be imported, which no installation would mend."""
+    """Return True if the module belongs to this repository, so that no installation would help."""
     top = (error.name or "").partition(".")[0]
     return bool(top) and ((ROOT / f"{top}.py").is_file() or (ROOT / top / "__init__.py").is_file())
 
 
 def _refuse(*problems: str) -> NoReturn:
     def main() -> int:
-        raise console.InputError(*problems)
+        raise InputError(*problems)
 
     process.run(main, os.path.basename(sys.argv[0]))

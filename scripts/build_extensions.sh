@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Compiles ColossalAI's two extensions for Adam ahead of the first run, which would otherwise do so: about 2 minutes.
+# Compiles ColossalAI's two extensions for Adam before the first run, which would otherwise do it: about 2 minutes.
 #
 #   bash scripts/build_extensions.sh
 #   HOSTFILE=hosts.txt bash scripts/build_extensions.sh   on every host of a hosts file at once
 #
-# The result stays in ~/.cache/colossalai of each machine. Where it is compiled already, or there is no GPU, this ends
-# at once and says so, with status 0.
+# The result is kept in ~/.cache/colossalai on each machine. If it exists already, or there is no GPU, the script says
+# so and ends with status 0.
 set -euo pipefail
 
 # shellcheck source=scripts/launch.sh

@@ -1,20 +1,21 @@
-"""Checks machines before a long run: one line a check, with the remedy where it fails. Ends with status 1 if any does.
+"""Check machines before a long run: one line per check, with a remedy if it fails. Exit status 1 if any check fails.
 
-    python scripts/doctor.py --hostfile hosts.txt                       this machine, and the way to the others
-    torchrun --standalone --nproc_per_node 8 scripts/doctor.py          and its processes together
+    python scripts/doctor.py --hostfile hosts.txt                       this machine, and logins to the others
+    torchrun --standalone --nproc_per_node 8 scripts/doctor.py          also its ranks together
     python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt scripts/doctor.py -o /shared/run
 
-It trains nothing, and leaves nothing behind. Give it the --save_dir of the run, to see whether all processes share it.
-With --build_extensions it compiles, on each machine, what ColossalAI would compile at the start of the first run.
+It trains nothing and leaves nothing behind. Give it the run's --save_dir to check that all ranks share that folder.
+With --build_extensions it only compiles, on each machine, the extensions that ColossalAI needs in the first run.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import console, process
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-console.quiet_third_parties()
+from runtime import process
+
+process.prepare()
 
 import argparse
 import contextlib
@@ -34,16 +35,16 @@ from runtime.console import InputError, first_line, local_rank, rank, say, world
 from scripts.run_on_hosts import Host, read_hostfile
 
 JOIN_SECONDS = 60
-SHARED_SECONDS = 30  # a network file system may take as long to show a file to other machines
+SHARED_SECONDS = 30  # a network file system may need this long to show a file to other machines
 MAX_SKEW_SECONDS = 1.0
-MIN_FREE_SHARE = 0.95  # of a GPU's memory, before training starts
+MIN_FREE_FRACTION = 0.95  # of a GPU's memory, before training
 ALL_REDUCE_BYTES = {"nccl": 2**29, "gloo": 2**25}
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check on one machine. `ok` is None where there is nothing to check."""
+    """Result of one check on one machine. `ok` is None if there is nothing to check."""
 
     check: str
     ok: bool | None
@@ -55,7 +56,7 @@ class Finding:
 
 
 def packages() -> Finding:
-    """Versions against the requirements files."""
+    """Compare the installed versions with the requirements files."""
     found = requirements.packages()
     wrong = [package.problem for package in found if package.problem]
     if wrong:
@@ -68,11 +69,11 @@ def packages() -> Finding:
 
 
 def cuda() -> Finding:
-    """The GPU as torch sees it, and a compiler of the same CUDA."""
+    """Check that torch finds the GPU, and that nvcc has the same major version of CUDA."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    from engine.launch import missing_kernels
+    from engine.launch import missing_extensions
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout.strip():
@@ -81,8 +82,8 @@ def cuda() -> Finding:
         return Finding("CUDA", None, "no GPU; training runs on the CPU over Gloo")
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if not CUDA_HOME or not nvcc.is_file():
-        if not missing_kernels():
-            return Finding("CUDA", True, f"torch for CUDA {torch.version.cuda}; no nvcc, and none needed any more")
+        if not missing_extensions():
+            return Finding("CUDA", True, f"torch for CUDA {torch.version.cuda}; no nvcc, but nothing to compile")
         return Finding("CUDA", False, "no nvcc, which compiles ColossalAI's extensions", "set CUDA_HOME to its folder")
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = answer.partition("release ")[2].partition(",")[0]
@@ -93,30 +94,28 @@ def cuda() -> Finding:
 
 
 def extensions(build: bool = False) -> Finding:
-    """Check that ColossalAI's extensions are compiled or can be."""
+    """Check that ColossalAI's extensions are compiled; with `build`, compile them."""
     import torch
 
-    from engine.launch import compile_kernels, missing_kernels
+    from engine.launch import compile_extensions, missing_extensions
 
     if not torch.cuda.is_available():
         return Finding("extensions", None, "no GPU, so there is nothing to compile")
     if not build:
-        missing = missing_kernels()
-        if missing:
-            return Finding(
-                "extensions", None, f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
-            )
+        if missing := missing_extensions():
+            detail = f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
+            return Finding("extensions", None, detail)
         return Finding("extensions", True, "compiled")
     try:
-        compile_kernels()
-    except Exception as error:  # of ninja, nvcc or the loader, whatever it is
+        compile_extensions()
+    except Exception as error:  # ninja, nvcc and the loader raise many kinds
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        return Finding("extensions", False, reason, "see the line CUDA of python scripts/doctor.py")
+        return Finding("extensions", False, reason, "see the CUDA line of python scripts/doctor.py")
     return Finding("extensions", True, "compiled")
 
 
 def attention() -> Finding:
-    """The kernel that -a selects, run once where there is a GPU."""
+    """Run once, on a GPU, the attention kernel that -a selects."""
     import torch
 
     from attn import FLASH_ATTENTION, select_attention
@@ -146,7 +145,7 @@ def attention() -> Finding:
 
 
 def memory() -> Finding:
-    """Report the free memory before training takes any."""
+    """Check that the GPUs' memory is free before training."""
     import psutil
     import torch
 
@@ -155,10 +154,9 @@ def memory() -> Finding:
         return Finding("memory", True, host)
     devices = range(torch.cuda.device_count())
     free = [torch.cuda.mem_get_info(device) for device in devices]
-    detail = (
-        f"{len(free)} x {torch.cuda.get_device_name(0)}, {min(f for f, _ in free) / 1e9:.1f} GB free or more; {host}"
-    )
-    full = [device for device in devices if free[device][0] < MIN_FREE_SHARE * free[device][1]]
+    least = min(unused for unused, _ in free)
+    detail = f"{len(free)} x {torch.cuda.get_device_name(0)}, at least {least / 1e9:.1f} GB free; {host}"
+    full = [device for device in devices if free[device][0] < MIN_FREE_FRACTION * free[device][1]]
     if full:
         listing = ", ".join(
             f"GPU {device}: {free[device][0] / 1e9:.1f} of {free[device][1] / 1e9:.1f}" for device in full
@@ -168,45 +166,45 @@ def memory() -> Finding:
 
 
 def hosts(hostfile: Path) -> list[Finding]:
-    """Check that each host of a hosts file resolves, lets us log in, and has this folder and Python."""
+    """Check that each host in a hosts file resolves, allows a login, and has this folder and Python."""
     try:
         names = read_hostfile(hostfile)
     except ValueError as error:
         raise InputError(f"--hostfile: {error}") from error
-    problems = [(name, Host(name).problem(os.getcwd())) for name in names]
+    problems = {name: Host(name).problem(os.getcwd()) for name in names}
     wrong = [
         Finding("hosts", False, f"{name}: {problem}", "see SEVERAL_MACHINES.md")
-        for name, problem in problems
+        for name, problem in problems.items()
         if problem
     ]
-    return wrong or [Finding("hosts", True, f"all {len(names)} can be logged in to, and have this folder and Python")]
+    return wrong or [Finding("hosts", True, f"login works on all {len(names)}, and they have this folder and Python")]
 
 
 # ----------------------------------------------------------------------------------------------- of all ranks together
 
 
 def join() -> str:
-    """Makes the process group of all ranks; returns its backend.
+    """Form the process group of all ranks and return its backend.
 
     Raises:
-        RuntimeError: they did not find each other in time.
+        RuntimeError: the ranks did not find each other in time.
     """
     import torch
     import torch.distributed as dist
 
-    from engine.launch import gpu
+    from engine.launch import gpu_index
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error, not the end of the process
-        torch.cuda.set_device(gpu())
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout then raises an error
+        torch.cuda.set_device(gpu_index())
     dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_SECONDS))
-    dist.barrier(device_ids=[gpu()] if backend == "nccl" else None)  # NCCL connects only now
+    dist.barrier(device_ids=[gpu_index()] if backend == "nccl" else None)  # NCCL connects in its first collective
     return backend
 
 
 def all_reduce(backend: str) -> Finding:
-    """A sum over all ranks that is right, and its bandwidth as nccl-tests counts it: 2 (n - 1) / n x bytes / time."""
+    """Check a sum over all ranks, and measure its bus bandwidth as nccl-tests does: 2 (n - 1) / n x bytes / time."""
     import torch
     import torch.distributed as dist
 
@@ -225,14 +223,13 @@ def all_reduce(backend: str) -> Finding:
     bandwidth = 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES[backend] / statistics.median(seconds) / 1e9
     detail = f"{backend}, {ranks} ranks, {ALL_REDUCE_BYTES[backend] / 2**20:.0f} MiB: {bandwidth:.2f} GB/s"
     if not right:
-        return Finding(
-            "all-reduce", False, f"{detail}, but the sum is wrong", "a link or a GPU is faulty: NCCL_DEBUG=INFO"
-        )
+        remedy = "a link or a GPU is faulty: NCCL_DEBUG=INFO"
+        return Finding("all-reduce", False, f"{detail}, but the sum is wrong", remedy)
     return Finding("all-reduce", True, detail)
 
 
 def clocks() -> Finding:
-    """Measure how far apart the machines' clocks are, read as a barrier opens."""
+    """Compare the machines' clocks, which every rank reads right after a barrier."""
     import torch.distributed as dist
 
     from runtime.collectives import gather
@@ -246,7 +243,7 @@ def clocks() -> Finding:
         difference = statistics.median(times[number][1] - times[0][1] for times in rounds)
         skews[rounds[0][number][0]] = difference
     worst = max(skews, key=lambda host: abs(skews[host]))
-    detail = f"apart by {abs(skews[worst]):.3f} s at most"
+    detail = f"at most {abs(skews[worst]):.3f} s apart"
     if abs(skews[worst]) > MAX_SKEW_SECONDS:
         ahead = "ahead of" if skews[worst] > 0 else "behind"
         detail = f"{worst} is {abs(skews[worst]):.1f} s {ahead} {rounds[0][0][0]}"
@@ -255,7 +252,7 @@ def clocks() -> Finding:
 
 
 def shared_folder(folder: Path) -> Finding:
-    """Check that each rank sees a file that rank 0 writes, and rank 0 sees the others'."""
+    """Check that every rank sees a file that rank 0 writes, and rank 0 sees every rank's."""
     from runtime.collectives import gather
 
     run = gather(uuid.uuid4().hex)[0]
@@ -269,7 +266,7 @@ def shared_folder(folder: Path) -> Finding:
         error = f"{socket.gethostname()} cannot write to {folder}: {caught.strerror}"
     errors = [other for other in gather(error) if other]
     if errors:
-        return Finding("shared folder", False, errors[0], "mount it there for writing, or give another with -o")
+        return Finding("shared folder", False, errors[0], "mount it writable there, or give another folder with -o")
     expected = [folder / f".doctor-{run}-{number}" for number in (range(world_size()) if rank() == 0 else (0,))]
     deadline = time.monotonic() + SHARED_SECONDS
     while not all(path.exists() for path in expected) and time.monotonic() < deadline:
@@ -283,21 +280,22 @@ def shared_folder(folder: Path) -> Finding:
             folder.rmdir()
     if blind:
         detail = f"{folder}: {', '.join(blind)} did not see the others' files within {SHARED_SECONDS} s"
-        return Finding("shared folder", False, detail, "give a folder on a file system that all machines share")
-    return Finding("shared folder", True, f"{folder} is written and seen by all {world_size()} ranks")
+        return Finding("shared folder", False, detail, "give a folder on a file system shared by all machines")
+    return Finding("shared folder", True, f"all {world_size()} ranks write and see {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------ together
 
 
 def lines(finding: Finding, host: str | None = None) -> list[str]:
+    """Format a finding: a line, and another for the remedy, if any."""
     mark = {True: "ok", False: "FAILED", None: "-"}[finding.ok]
     line = f"{mark:<7} {finding.check:<14} {f'{host}: ' if host else ''}{finding.detail}"
     return [line, f"{'':<22} -> {finding.remedy}"] if finding.remedy else [line]
 
 
 def show(findings: dict[str, Finding]) -> bool:
-    """Prints, on rank 0, what the hosts found in one check, once where it is the same; returns whether none failed."""
+    """Print the hosts' findings of one check on rank 0, once if they are equal; return True if none failed."""
     alike = len(set(findings.values())) == 1
     for host, finding in findings.items():
         for line in lines(finding, None if alike else host):
@@ -308,7 +306,7 @@ def show(findings: dict[str, Finding]) -> bool:
 
 
 def report(finding: Finding) -> bool:
-    """Shows what the first rank of every machine found; on each rank, whether all is well. Collective."""
+    """Show the finding of every machine's first rank; return True, on every rank, if none failed. Collective."""
     from runtime.collectives import gather
 
     gathered = gather((socket.gethostname(), local_rank(), finding))
@@ -316,7 +314,7 @@ def report(finding: Finding) -> bool:
 
 
 def show_own(finding: Finding) -> int:
-    """Prints what this machine found, without the others, and returns the exit status."""
+    """Print this machine's finding without asking the others; return the exit status."""
     if local_rank() == 0:
         for line in lines(finding, socket.gethostname() if rank() else None):
             print(line, flush=True)
@@ -325,11 +323,9 @@ def show_own(finding: Finding) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--save_dir", type=Path, default=Path("checkpoint"), help="folder that all are to share")
-    parser.add_argument("--hostfile", type=Path, help="check the way to these hosts, one name a line")
-    parser.add_argument(
-        "--build_extensions", action="store_true", help="compile ColossalAI's extensions, check no more"
-    )
+    parser.add_argument("-o", "--save_dir", type=Path, default=Path("checkpoint"), help="folder shared by all ranks")
+    parser.add_argument("--hostfile", type=Path, help="check logins to these hosts, one name per line")
+    parser.add_argument("--build_extensions", action="store_true", help="only compile ColossalAI's extensions")
     args = parser.parse_args()
 
     first = packages()
@@ -359,7 +355,7 @@ def main() -> int:
         good &= report(all_reduce(backend))
         good &= report(clocks())
     good &= report(shared_folder(args.save_dir))
-    say("all is well" if good else "something is not as it has to be, see the lines FAILED")
+    say("all checks passed" if good else "some checks failed: see the lines FAILED")
     return int(not good)
 
 

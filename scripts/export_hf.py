@@ -1,9 +1,9 @@
-"""Makes of a checkpoint a folder for AutoModelForCausalLM and AutoTokenizer, with a model card.
+"""Export a checkpoint to a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
     python scripts/export_hf.py --checkpoint checkpoint/epoch0-step1000 --tokenizer tokenizer/ --output my_model
 
-The checkpoint's files are verified first. It needs no GPU and no memory to speak of: weights are linked or copied,
-adapters merged layer by layer into the model that they were trained beside.
+The checkpoint's checksums are verified first. No GPU and little memory is needed: weights are linked or copied, and
+adapters are merged layer by layer into the model they were trained on.
 """
 
 import sys
@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 
 import argparse
@@ -38,25 +37,25 @@ from training.flags import ArgumentParser, add_tokenizer_arg, user_name, user_pa
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="export_hf.py", description=__doc__)
     parser.add_argument("--checkpoint", type=user_path, required=True, help="folder epochE-stepS")
-    parser.add_argument("--output", type=user_path, required=True, help="folder to make; it must not exist")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to create; it must not exist")
     parser.add_argument(
-        "--base_model", type=user_name, help="model that adapters go with (default: the one they were trained beside)"
+        "--base_model", type=user_name, help="model under the adapters (default: the one they were trained on)"
     )
     add_tokenizer_arg(parser)
     return parser.parse_args()
 
 
 def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, LazyTensors]:
-    """The folder and the weights of the model that the checkpoint's adapters, `config.lora`, were trained beside.
+    """Return the folder and weights of the model on which the checkpoint's adapters, `config.lora`, were trained.
 
     Raises:
-        InputError: it is not there, or another one is.
+        InputError: the model is missing, or it is a different one.
     """
     base = find_model(args.base_model or config.lora.base_model_name_or_path, "--base_model")
     weights = check_pretrained(base, config, "--base_model")
-    trained_beside = folder.read_running_states(args.checkpoint)["settings"]["base_weights"]
-    if weights_fingerprint(weights) != trained_beside:
-        raise InputError(f"--base_model: {base} is not the model that the adapters were trained beside; give that one")
+    trained_on = folder.read_running_states(args.checkpoint)["settings"]["base_weights"]
+    if weights_fingerprint(weights) != trained_on:
+        raise InputError(f"--base_model: {base} is not the model that the adapters were trained on; give that model")
     return base, weights
 
 
@@ -69,8 +68,7 @@ def main() -> int:
     config = load_config(str(args.checkpoint / "model"), "--checkpoint")
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
-    damaged = folder.damaged_files(args.checkpoint)
-    if damaged:
+    if damaged := folder.damaged_files(args.checkpoint):
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
     make: Callable[..., None] = export_model
     if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
@@ -79,7 +77,7 @@ def main() -> int:
         json_files = generation_config(base, tokenizer, "--base_model")
         make = partial(export_merged, config=config, weights=weights, json_files=json_files)
     elif args.base_model:
-        raise InputError(f"--base_model: {args.checkpoint} holds no adapters that it would go with; leave the flag out")
+        raise InputError(f"--base_model: {args.checkpoint} has no adapters, which this flag is for; leave it out")
     try:
         make(args.checkpoint, args.output, tokenizer)
     except (OSError, SafetensorError) as error:

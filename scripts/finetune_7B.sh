@@ -3,9 +3,9 @@
 #
 #   bash finetune_7B.sh --model_path MODEL -o SAVE_DIR [flags of finetune.py]
 #
-# Flags win over those below. BATCH_TOKENS=4194304 in the environment sets the tokens of an optimizer step; from it, the
-# GPUs and the flags follows --accumulation_steps. hosts.txt beside this script, one host name a line, makes it run on
-# all of them. --help lists the other variables of the environment.
+# Your flags override those below. BATCH_TOKENS=4194304 in the environment sets the tokens per optimizer step; the GPUs
+# and flags then determine --accumulation_steps. With a hosts.txt next to this script, one host name per line, it runs
+# on all of them. --help lists the other environment variables.
 set -euo pipefail
 
 # shellcheck source=scripts/launch.sh

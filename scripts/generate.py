@@ -1,11 +1,11 @@
-"""Lets a trained model write: the prompt and what follows it, word by word as it comes.
+"""Generate text with a trained model: print the prompt, then each word as soon as it is generated.
 
     python scripts/generate.py --model checkpoint/final --prompt "Return the"
     python scripts/generate.py --model checkpoint/epoch0-step1000 --tokenizer tokenizer/ --temperature 0 --prompt "A"
     echo "What is a list?" | python scripts/generate.py --model finetuned/final --prompt - --top_p 0.9
 
---model takes a folder `final`, a checkpoint, any other Hugging Face folder of a LLaMA, the name of one on the hub, or
-adapters: a checkpoint of fine-tuning with --lora_rank, or a folder that peft has saved.
+--model takes a folder `final`, a checkpoint, any other LLaMA in Hugging Face format (folder or hub name), or adapters:
+a checkpoint of fine-tuning with --lora_rank, or a folder saved by peft.
 """
 
 import sys
@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 
 import argparse
@@ -48,43 +47,50 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--model", type=user_name, required=True, help="folder of a model, a checkpoint or adapters, or a hub name"
     )
     parser.add_argument(
-        "--base_model", type=user_name, help="model that adapters go with (default: the one they were trained beside)"
+        "--base_model", type=user_name, help="model under the adapters (default: the one they were trained on)"
     )
     parser.add_argument(
         "--tokenizer",
         type=user_name,
-        help="hub name or folder (default: the model's own, or that of `final` beside it)",
+        help="hub name or folder (default: the model's own, or that of `final` next to it)",
     )
-    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: nothing)")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a model of chats")
-    parser.add_argument("--max_new_tokens", type=int, default=60, help="length in tokens (default: 60)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: empty)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this total share (default: 1.0)"
+        "--chat", action="store_true", help="send the prompt as a user's message, through the chat template"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=60, help="tokens to generate at most (default: 60)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0 always takes the most probable token (default: 0.7)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the most probable tokens that make up this probability (default: 1.0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     return parser.parse_args(arguments)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError with one line for every flag that cannot be used."""
+    """Raise InputError with a line for every unusable flag."""
     problems = []
     if args.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens: {args.max_new_tokens} is below the least possible, 1")
+        problems.append(f"--max_new_tokens: must be at least 1, not {args.max_new_tokens}")
     if not 0 <= args.temperature < float("inf"):
-        problems.append(f"--temperature: {args.temperature} is not 0 or a positive number")
+        problems.append(f"--temperature: must be 0 or a positive number, not {args.temperature}")
     if not 0 < args.top_p <= 1:
-        problems.append(f"--top_p: {args.top_p} is not above 0 and at most 1")
+        problems.append(f"--top_p: must be above 0 and at most 1, not {args.top_p}")
     elif args.top_p < 1 and args.temperature == 0:
-        problems.append("--top_p: takes effect with a --temperature above 0 alone; raise that, or leave it out")
+        problems.append("--top_p: has an effect only with --temperature above 0; raise that, or leave --top_p out")
     if not 0 <= args.seed < 2**63:
-        problems.append(f"--seed: {args.seed} is not at least 0 and below 2^63")
+        problems.append(f"--seed: must be at least 0 and below 2^63, not {args.seed}")
     if problems:
         raise InputError(*problems)
 
 
 def find_parts(args: argparse.Namespace) -> tuple[Path, Path | None, list[Path]]:
-    """The folder of the whole model, that of adapters beside it, and the folders that may have the tokenizer."""
+    """Return the model's folder, the adapters' folder or None, and the folders that may hold the tokenizer."""
     folder = find_model(args.model, "--model")
     tokenizers = [folder]
     if (folder / "model").is_dir() and (folder / RUNNING_STATES).is_file():
@@ -94,15 +100,15 @@ def find_parts(args: argparse.Namespace) -> tuple[Path, Path | None, list[Path]]
         folder = folder / "model"
     if not (folder / ADAPTER_FILE).is_file():
         if args.base_model:
-            raise InputError(f"--base_model: {folder} holds no adapters that it would go with; leave the flag out")
+            raise InputError(f"--base_model: {folder} has no adapters, which this flag is for; leave it out")
         if not (folder / "config.json").is_file():
             raise InputError(f"--model: {folder} holds no model; give `final` or a checkpoint epochE-stepS")
         return folder, None, tokenizers
     try:
-        trained_beside = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        trained_on = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"--model: {folder}/adapter_config.json cannot be read; give peft's own folder") from error
-    base = find_model(str(args.base_model or trained_beside), "--base_model")
+    base = find_model(str(args.base_model or trained_on), "--base_model")
     return base, folder, [*tokenizers, base]
 
 
@@ -112,11 +118,11 @@ def open_tokenizer(args: argparse.Namespace, folders: list[Path]) -> PreTrainedT
     for folder in folders:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return load_tokenizer(str(folder))
-    raise InputError(f"--tokenizer: there is none in {' or '.join(map(str, folders))}; give its folder or hub name")
+    raise InputError(f"--tokenizer: not found in {' or '.join(map(str, folders))}; give its folder or hub name")
 
 
 def read_text(prompt: str) -> str:
-    """Return the text of --prompt, or of standard input, whatever the locale: what is not ASCII there is UTF-8."""
+    """Return the text of --prompt, or of standard input, decoded by the locale, or as UTF-8 if that is ASCII."""
     standard_input = prompt == "-"
     encoding = sys.stdin.encoding if standard_input else sys.getfilesystemencoding()
     if codecs.lookup(encoding).name == "ascii":
@@ -138,24 +144,24 @@ def read_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
         text = decode(tokenizer, ids[0])
     if ids.shape[1] + args.max_new_tokens > context:
         raise InputError(
-            f"--max_new_tokens: {ids.shape[1]} tokens of the prompt and {args.max_new_tokens} new ones are more than "
-            f"the model's context of {context}; lower it, or shorten --prompt"
+            f"--max_new_tokens: {ids.shape[1]} tokens of the prompt and {args.max_new_tokens} new ones exceed the "
+            f"model's context of {context}; lower it, or shorten --prompt"
         )
     return ids, text
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | torch.Tensor) -> str:
-    """Return the text of these ids without special tokens, its spaces as they are."""
+    """Return the text of token ids without special tokens and with all its spaces."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class Printer(BaseStreamer):
-    """Prints `prompt` as it is, and then each new token as soon as its characters are whole."""
+    """Prints `prompt` unchanged, and then each new token as soon as its characters are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str):
         self.tokenizer, self.prompt = tokenizer, prompt
         self.ids: list[int] = []
-        self.shown = ""  # all ids so far as text, up to what is printed
+        self.shown = ""  # the text of the ids that have been printed
 
     def put(self, value: torch.Tensor) -> None:
         is_prompt = not self.ids
@@ -174,9 +180,9 @@ class Printer(BaseStreamer):
 
 
 def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> LlamaForCausalLM:
-    """The model with its adapters merged, in the precision that these were trained in, on the GPU if there is one."""
+    """Load the model with its adapters merged, in the precision they were trained in, on the GPU if there is one."""
     dtype = load_config(str(adapter)).torch_dtype if adapter and (adapter / "config.json").is_file() else None
-    config.use_cache = True  # else each token would cost as much as the whole text
+    config.use_cache = True  # otherwise each token costs as much as the whole text
     options = {"config": config, "torch_dtype": dtype or "auto", "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter:
@@ -187,7 +193,9 @@ def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> Llama
                 f"--base_model: the adapters in {adapter} do not fit {folder}: {first_line(error)}"
             ) from error
     if broken := next((name for name, weight in model.named_parameters() if not is_finite(weight.detach())), None):
-        raise InputError(f"--model: {broken} in {adapter or folder} has a NaN or an infinity; give weights without")
+        raise InputError(
+            f"--model: {broken} in {adapter or folder} contains NaN or infinity; give a model with finite weights"
+        )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

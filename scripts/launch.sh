@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# shellcheck disable=SC2034 # the variables are for the calling script
-# Starts a program of this repository on one machine, or on every host of a hosts file. Other scripts source it:
+# shellcheck disable=SC2034 # the calling script uses the variables
+# Starts a program of this repository on one machine, or on every host in a hosts file. Other scripts source it:
 #
 #   source .../launch.sh
 #   prepare "$@"              # --help; sets python, hosts, nproc_per_node and processes
 #   launch pretrain.py FLAGS "$@"
 #
 # Environment:
-#   HOSTFILE=/path/hosts.txt    one host name a line, or user@name; # begins a comment (default: hosts.txt beside the
-#                               script; without it, this machine)
-#   NPROC_PER_NODE=8            processes a machine, one for each GPU (default: its GPUs; without a GPU 1)
-#   MASTER_ADDR=node1           several machines: where rank 0 runs (default: the first host)
-#   MASTER_PORT=29500           several machines: a port that is free there
+#   HOSTFILE=/path/hosts.txt    one host name or user@name per line; # begins a comment (default: hosts.txt next to the
+#                               script; without it, this machine alone)
+#   NPROC_PER_NODE=8            processes per machine, one for each GPU (default: its GPUs; 1 without a GPU)
+#   MASTER_ADDR=node1           several machines: the host of rank 0 (default: the first host)
+#   MASTER_PORT=29500           several machines: a free port on that host
 #   SSH_PORT=22                 several machines: the port of their ssh servers
-#   LLAMA_PYTHON=/path/python   the interpreter (default: the one of .venv, which scripts/setup.sh makes, else python3)
+#   LLAMA_PYTHON=/path/python   the interpreter (default: .venv's, which scripts/setup.sh creates, else python3)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,7 +34,7 @@ find_python() {
     python=$(command -v "$python")
 }
 
-# Sets hosts, the number of machines, and first_host.
+# Sets hosts (the number of machines) and first_host.
 read_hostfile() {
     local beside
     beside=$(cd "$(dirname "$0")" && pwd)/hosts.txt
@@ -44,7 +44,7 @@ read_hostfile() {
         HOSTFILE=$beside
     fi
     [[ -f $HOSTFILE && -r $HOSTFILE ]] ||
-        fail "HOSTFILE: there is no file '$HOSTFILE'; write one host name a line into it, or unset HOSTFILE"
+        fail "HOSTFILE: there is no file '$HOSTFILE'; write one host name per line into it, or unset HOSTFILE"
     local names
     names=$("$python" "$root/scripts/run_on_hosts.py" --list_hosts "$HOSTFILE") || fail "HOSTFILE: $names"
     hosts=$(wc -l <<<"$names")
@@ -60,18 +60,18 @@ count_processes() {
     nproc_per_node=${NPROC_PER_NODE:-}
     if [[ -z $nproc_per_node ]]; then
         if [[ -n ${HOSTFILE:-} ]] && ((gpus == 0)); then
-            fail "NPROC_PER_NODE: this machine has no GPU to tell how many each host has; set it"
+            fail "NPROC_PER_NODE: cannot be derived, since this machine has no GPU; set it to the processes per host"
         fi
         nproc_per_node=$((gpus > 0 ? gpus : 1))
     fi
     [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] ||
-        fail "NPROC_PER_NODE: '$nproc_per_node' is not a number of processes; give one for each GPU"
+        fail "NPROC_PER_NODE: '$nproc_per_node' is not a number of processes; give one per GPU"
     if [[ -z ${HOSTFILE:-} ]] && ((gpus > 0 && nproc_per_node > gpus)); then
         fail "NPROC_PER_NODE: $nproc_per_node processes need as many GPUs, but this machine has $gpus"
     fi
 }
 
-# The last value that the flags give to one of them, or a default.
+# Prints the last value of a flag, or a default.
 flag_value() { # DEFAULT SHORT LONG FLAGS...
     local value=$1 short=$2 long=$3
     shift 3
@@ -79,7 +79,7 @@ flag_value() { # DEFAULT SHORT LONG FLAGS...
         case $1 in
             "$short" | "$long") value=${2:-} ;;
             "$long"=*) value=${1#*=} ;;
-            "$short"?*) # -b8, but not --pp_style for --pp
+            "$short"?*) # -b8; but --pp_style is not --pp
                 if [[ $short != --* ]]; then
                     value=${1#"$short"}
                     value=${value#=}
@@ -91,12 +91,12 @@ flag_value() { # DEFAULT SHORT LONG FLAGS...
     echo "$value"
 }
 
-# The --accumulation_steps that come nearest to BATCH_TOKENS, 4M by default, in an optimizer step.
+# Prints the --accumulation_steps that come closest to BATCH_TOKENS (default: 4M) per optimizer step.
 accumulation_steps() { # BATCH_SIZE MAX_LENGTH MODEL_PARALLEL_RANKS
     local number
     for number in "$@"; do
         if [[ ! $number =~ ^[1-9][0-9]*$ ]]; then
-            echo 1 # the program says what is wrong with it
+            echo 1 # the program reports the wrong value
             return
         fi
     done
@@ -106,7 +106,7 @@ accumulation_steps() { # BATCH_SIZE MAX_LENGTH MODEL_PARALLEL_RANKS
     steps=$(((tokens + once / 2) / once))
     ((steps > 0)) || steps=1
     if ((steps * once != tokens)); then
-        echo "$(basename "$0" .sh): $((steps * once)) tokens a step, as near to $tokens as GPUs and flags allow" >&2
+        echo "$(basename "$0" .sh): $((steps * once)) tokens per step, as close to $tokens as GPUs and flags allow" >&2
     fi
     echo "$steps"
 }
@@ -122,7 +122,7 @@ prepare() { # "$@" of the calling script
     read_hostfile
     count_processes
     processes=$((hosts * nproc_per_node))
-    # torchrun would leave one thread to each process, and Adam on the host is as fast as its threads.
+    # torchrun sets one thread per process, but Adam on the host speeds up with its threads.
     local cores
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
@@ -140,6 +140,6 @@ launch() { # PROGRAM FLAGS...
     options+=(--master_addr "${MASTER_ADDR:-$first_host}")
     options+=(--master_port "${MASTER_PORT:-29500}")
     [[ -z ${SSH_PORT:-} ]] || options+=(--ssh-port "$SSH_PORT")
-    # `colossalai run`, with connections that tell which host failed and how.
+    # `colossalai run`, with connections that report which host failed and how.
     exec "$python" "$root/scripts/run_on_hosts.py" "${options[@]}" "$program" "$@"
 }

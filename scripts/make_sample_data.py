@@ -1,10 +1,10 @@
-"""Makes a small corpus in RedPajama's format, and a tokenizer trained on it, from what a Python installation holds.
+"""Make a small corpus in RedPajama's format, and a tokenizer trained on it, from the files of a Python installation.
 
     python scripts/make_sample_data.py --output_dir quickstart
 
 writes `data/*.jsonl`, one file for each of RedPajama's seven slices, and `tokenizer/`, a SentencePiece model with
-LLaMA's settings that `AutoTokenizer` loads. All of it is prose and code that people wrote: sources and documentation
-of the standard library and of installed packages. The same Python and packages give the same files.
+LLaMA's settings that `AutoTokenizer` loads. The text is prose and code by people: source files and documentation of
+the standard library and of installed packages. The same Python and packages give the same files.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from transformers import LlamaTokenizer, LlamaTokenizerFast
 MIN_CHARACTERS = 300
 MAX_CHARACTERS = 50_000
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-SITE_PACKAGES = [sysconfig.get_path("purelib")]  # importing setuptools puts copies of others' packages on sys.path
-# Others' packages, tests, and modules that hold tables or copies.
+SITE_PACKAGES = [sysconfig.get_path("purelib")]  # without setuptools' vendored copies on sys.path
+# Vendored packages, tests, and modules that hold tables or copies.
 SKIPPED = re.compile(
     r"(^|/)(site-packages|dist-packages|_vendor|_?tests?|idle_test|encodings|pydoc_data|_sysconfigdata\w*)(/|\.)"
 )
@@ -44,14 +44,14 @@ SKIPPED = re.compile(
 @dataclass(frozen=True)
 class Document:
     text: str
-    meta: dict[str, str]  # where it comes from; keys differ from slice to slice, as in RedPajama
+    meta: dict[str, str]  # its source; the keys differ between slices, as in RedPajama
 
 
-# Readers: what an installation holds.
+# Readers of the installation.
 
 
 def python_sources(*packages: str) -> Iterator[tuple[str, str, str]]:
-    """Yields (package, path in it, source) of every module that is installed, in an order that mixes subjects.
+    """Yield (package, path in it, source) of every module of the packages, in an order that mixes subjects.
 
     The package "python" is the standard library.
     """
@@ -71,7 +71,7 @@ def python_sources(*packages: str) -> Iterator[tuple[str, str, str]]:
 def docstrings(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (dotted name, docstring) of a module, its classes and functions, in their order in the source."""
+    """Yield (dotted name, docstring) of a module, its classes and functions, in source order."""
     if text := ast.get_docstring(node):
         yield name, text
     for child in ast.iter_child_nodes(node):
@@ -80,7 +80,7 @@ def docstrings(
 
 
 def module_docstrings(*packages: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yields (module name, its docstrings) of every module of the packages."""
+    """Yield (module name, its docstrings) of every module of the packages."""
     for package, path, source in python_sources(*packages):
         parts = path.removesuffix(".py").removesuffix("/__init__").split("/")
         module = ".".join(parts if package == "python" else [package, *parts])
@@ -101,7 +101,7 @@ def distributions() -> list[metadata.Distribution]:
     return sorted(readable, key=lambda distribution: distribution.name.lower())
 
 
-# Slices: each takes the part of that text which is most like its namesake.
+# Slices: each takes the text that resembles its namesake most.
 
 
 def github() -> Iterator[Document]:
@@ -111,7 +111,7 @@ def github() -> Iterator[Document]:
 
 
 def book() -> Iterator[Document]:
-    """Long reading: the documentation of whole modules, one chapter for each class and function."""
+    """Long texts: the documentation of whole modules, with a chapter for each class and function."""
     for module, chapters in module_docstrings("python", "torch"):
         text = "\n\n\n".join(f"{name}\n\n{text}" for name, text in chapters)
         if len(text) > 10 * MIN_CHARACTERS:
@@ -126,7 +126,7 @@ def arxiv() -> Iterator[Document]:
 
 
 def stackexchange() -> Iterator[Document]:
-    """Documentation that answers how to do something with an example session."""
+    """Documentation that answers a question with an example session."""
     for module, documentation in module_docstrings("numpy", "pandas"):
         for name, text in documentation:
             if ">>>" in text:
@@ -140,7 +140,7 @@ def wikipedia() -> Iterator[Document]:
 
 
 def c4() -> Iterator[Document]:
-    """The pages with which packages introduce themselves."""
+    """Introductory pages of packages."""
     for distribution in distributions():
         if text := distribution.metadata.get_payload():  # type: ignore[attr-defined]
             yield Document(text, {"package": distribution.name, "version": distribution.version})
@@ -160,7 +160,7 @@ def common_crawl() -> Iterator[Document]:
             text = path.read_text(encoding="utf-8", errors="ignore")
             if name.endswith(".html"):
                 text = html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", "", text))
-            if len(text) > 30 * text.count("\n"):  # a list of names or words is no prose
+            if len(text) > 30 * text.count("\n"):  # lists of names or words are not prose
                 yield Document(text, {"package": package, "file": name})
 
 
@@ -168,9 +168,9 @@ def common_crawl() -> Iterator[Document]:
 class Slice:
     subset: str  # `red_pajama_subset` in each row
     file: str
-    share: float  # of the corpus
+    fraction: float  # of the corpus
     documents: Callable[[], Iterator[Document]]
-    meta_is_string: bool = False  # RedPajama keeps `meta` as a JSON string in some slices, as an object in others
+    meta_is_string: bool = False  # in RedPajama, `meta` is a JSON string in some slices, an object in others
 
 
 SLICES = (
@@ -188,7 +188,7 @@ SLICES = (
 
 
 def split_long(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
-    """Cuts a text where a blank line precedes an unindented one: between paragraphs, functions or classes."""
+    """Split a text before unindented lines that follow a blank one: between paragraphs, functions or classes."""
     part = ""
     for paragraph in re.split(r"(?<=\n\n)(?=\S)", text):
         if part and len(part) + len(paragraph) > limit:
@@ -199,7 +199,7 @@ def split_long(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
 
 
 def parts(documents: Iterable[Document]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields (text, meta) of documents in a sensible size: long ones cut, tiny ones left out."""
+    """Yield (text, meta) of documents, with long ones split and short ones dropped."""
     for document in documents:
         for text in map(str.strip, split_long(document.text)):
             if len(text) >= MIN_CHARACTERS:
@@ -207,7 +207,7 @@ def parts(documents: Iterable[Document]) -> Iterator[tuple[str, dict[str, str]]]
 
 
 class Novelty:
-    """Tells new documents from those that mostly repeat lines of earlier ones, such as licences and copied pages."""
+    """Recognizes documents that mostly repeat lines of earlier ones, such as licences and copied pages."""
 
     def __init__(self) -> None:
         self.seen: set[bytes] = set()
@@ -222,7 +222,7 @@ class Novelty:
 
 
 def write_corpus(folder: Path, megabytes: float) -> dict[str, int]:
-    """Writes one JSONL file a slice and returns the bytes of text in each, fewer where the installation has no more."""
+    """Write a JSONL file per slice; return each slice's bytes of text, fewer if the installation has no more."""
     novelty = Novelty()
     sizes = {}
     with tqdm(total=int(megabytes * 1e6), unit="B", unit_scale=True, desc="sample data", disable=None) as progress:
@@ -230,7 +230,7 @@ def write_corpus(folder: Path, megabytes: float) -> dict[str, int]:
             size = 0
             with open(folder / piece.file, "w", encoding="utf-8") as file:
                 for text, meta in parts(piece.documents()):
-                    if size >= piece.share * megabytes * 1e6:
+                    if size >= piece.fraction * megabytes * 1e6:
                         break
                     if novelty.is_new(text):
                         row = {
@@ -256,9 +256,10 @@ def corpus_lines(folder: Path) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
-    """Returns a serialized SentencePiece model, trained with the settings stored in LLaMA's own tokenizer.model.
+    """Return a serialized SentencePiece model, trained with the settings stored in LLaMA's own tokenizer.model.
 
-    Raises RuntimeError when the text has too few or too many distinct characters for the vocabulary size.
+    Raises:
+        RuntimeError: the text has too few or too many distinct characters for the vocabulary size.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -283,7 +284,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
 
 
 def write_tokenizer(folder: Path, model: bytes) -> None:
-    """Writes the model, and what lets AutoTokenizer load both of transformers' implementations without a network."""
+    """Write the model, and the files with which AutoTokenizer loads its slow and fast tokenizers without a network."""
     vocab_file = folder / "tokenizer.model"
     vocab_file.write_bytes(model)
     LlamaTokenizer(str(vocab_file), legacy=False).save_pretrained(folder)
@@ -295,12 +296,12 @@ def write_tokenizer(folder: Path, model: bytes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets the folders data and tokenizer")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write data/ and tokenizer/ to")
     parser.add_argument("--megabytes", type=float, default=6, help="size of the corpus (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.megabytes < math.inf:
-        parser.error(f"--megabytes {args.megabytes} must be a number above 0")
+        parser.error(f"--megabytes {args.megabytes} must be a finite number above 0")
 
     settings = json.dumps(
         {
@@ -313,7 +314,7 @@ def main() -> None:
     manifest = args.output_dir / "sample_data.json"
     folders = [args.output_dir / "data", args.output_dir / "tokenizer"]
     if all(folder.is_dir() for folder in folders) and manifest.is_file() and manifest.read_text() == settings:
-        print(f"sample data: {folders[0]} and {folders[1]} are already there")
+        print(f"sample data: {folders[0]} and {folders[1]} already exist")
         return
     for folder in folders:
         if folder.exists() and not manifest.is_file():
@@ -330,7 +331,7 @@ def main() -> None:
 def make(
     args: argparse.Namespace, parser: argparse.ArgumentParser, manifest: Path, folders: list[Path], settings: str
 ) -> dict[str, int]:
-    """Makes both folders, or none of them, and returns the bytes of text by slice."""
+    """Make both folders or neither; return the bytes of text by slice."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".making-") as temporary:
         made = [Path(temporary, folder.name) for folder in folders]
@@ -342,7 +343,7 @@ def make(
         except RuntimeError as error:
             parser.error(f"--vocab_size {args.vocab_size} does not suit {args.megabytes} MB of text: {error}")
         write_tokenizer(made[1], model)
-        manifest.write_text("being made")  # the folders are this program's, and not complete
+        manifest.write_text("being made")  # marks incomplete folders as this program's
         for source, target in zip(made, folders, strict=True):
             shutil.rmtree(target, ignore_errors=True)
             source.rename(target)

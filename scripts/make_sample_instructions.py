@@ -1,4 +1,4 @@
-"""Makes a small set of prompts and completions from what Python's own modules say about themselves.
+"""Make a small set of prompts and completions from the documentation of Python's own modules.
 
     python scripts/make_sample_instructions.py --output_dir instructions
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from make_sample_data import module_docstrings
 
 MAX_CHARACTERS = 80  # of a completion
-TEST_SHARE = 0.1
+TEST_FRACTION = 0.1
 
 
 def pairs() -> list[dict[str, str]]:
-    """Every documented public name once, in an order that mixes modules."""
+    """Return a row for every documented public name, in an order that mixes modules."""
     found = {}
     for _, documentation in module_docstrings("python"):
         for name, text in documentation:
@@ -33,11 +33,11 @@ def pairs() -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets train.jsonl and test.jsonl")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write train.jsonl and test.jsonl to")
     parser.add_argument("--examples", type=int, default=400, help="in both files together (default: %(default)s)")
     args = parser.parse_args()
     rows = pairs()[: args.examples]
-    held_out = round(TEST_SHARE * len(rows))
+    held_out = round(TEST_FRACTION * len(rows))
     for name, part in (("test", rows[:held_out]), ("train", rows[held_out:])):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
         path = args.output_dir / f"{name}.jsonl"

@@ -1,10 +1,10 @@
-"""Draws what runs have logged: loss, learning rate, gradient norm, throughput and MFU, several runs over one another.
+"""Plot the logs of runs: loss, learning rate, gradient norm, throughput and MFU, with several runs in each panel.
 
     python scripts/plot_run.py tb_logs --output run.png
     python scripts/plot_run.py first=runs/1/tb_logs second=runs/2/tb_logs --x tokens --smooth 50
 
-A run is the folder of its logs or its metrics.jsonl, with NAME= before it to name it in the legend. Of a folder
-without a metrics.jsonl the TensorBoard events are read. A run that is still going on can be drawn.
+A run is its log folder or its metrics.jsonl; NAME= before it sets its name in the legend. In a folder without a
+metrics.jsonl, the TensorBoard events are read. A run that is still in progress can be plotted too.
 """
 
 import sys
@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 
 import argparse
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # no display is needed
+matplotlib.use("Agg")  # needs no display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
@@ -34,7 +33,7 @@ from runtime.console import InputError
 from training.flags import ArgumentParser, user_path
 from training.metrics import LOG_FILE
 
-MOST_POINTS = 2000  # that a curve is drawn with; more become means of neighbours
+MAX_POINTS = 2000  # in a curve; of more, neighbours are averaged
 X_LABELS = {"step": "optimizer step", "tokens": "tokens", "hours": "hours of training"}
 
 
@@ -54,12 +53,12 @@ PANELS = (
     Panel("tokens_per_second", "throughput, tokens/s", unit=EngFormatter(sep="")),
     Panel("mfu", "MFU, %"),
 )
-TFLOPS = Panel("tflops", "TFLOPS/GPU (the device's peak is unknown)")  # in the place of MFU
+TFLOPS = Panel("tflops", "TFLOPS/GPU (the device's peak is unknown)")  # instead of MFU
 
 
 @dataclass
 class LoggedRun:
-    """Columns of a run's rows by name, float64 [rows], NaN where a row has no value."""
+    """A run's logged columns by name, float64 [rows], NaN if a row has no value."""
 
     name: str
     columns: dict[str, np.ndarray]
@@ -68,7 +67,7 @@ class LoggedRun:
         return key in self.columns and bool(np.isfinite(self.columns[key]).any())
 
     def curve(self, x: str, key: str, smooth: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """x and mean values where both are there, over `smooth` rows and over as many as one point stands for."""
+        """Return x and the values where both exist, averaged over `smooth` rows and to at most MAX_POINTS points."""
         position, values = self.columns[x], self.columns[key]
         there = np.isfinite(position) & np.isfinite(values)
         position, values = position[there], values[there]
@@ -77,7 +76,7 @@ class LoggedRun:
             last = np.arange(1, len(values) + 1)
             first = np.maximum(last - smooth, 0)
             values = (totals[last] - totals[first]) / (last - first)
-        starts = np.arange(0, len(values), -(-len(values) // MOST_POINTS) or 1)
+        starts = np.arange(0, len(values), -(-len(values) // MAX_POINTS) or 1)
         if len(starts) < len(values):
             counts = np.diff(np.append(starts, len(values)))
             position, values = (np.add.reduceat(column, starts) / counts for column in (position, values))
@@ -88,10 +87,10 @@ class LoggedRun:
 
 
 def read_run(text: str) -> LoggedRun:
-    """A run as named on the command line.
+    """Read a run given on the command line.
 
     Raises:
-        InputError: there is no log, it cannot be read, or it has no step yet.
+        InputError: the log does not exist, is unreadable, or has no step yet.
     """
     name, separator, place = text.partition("=")
     if not separator or Path(text).exists():
@@ -108,12 +107,12 @@ def read_run(text: str) -> LoggedRun:
     else:
         raise InputError(f"{path} does not exist; give a run's --tensorboard_dir, or the metrics.jsonl in it")
     if not len(columns.get("step", ())):
-        raise InputError(f"{path} has no step yet; draw it after the first one")
+        raise InputError(f"{path} has no step yet; plot it after the first one")
     return LoggedRun(name, columns)
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a metrics.jsonl; a last line that is being written is left out."""
+    """Read the columns of a metrics.jsonl, without a last line that is still being written."""
     rows = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -125,7 +124,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
                 if not line.endswith("\n"):
                     break
                 raise InputError(
-                    f"{path}, line {number}: not a row of metrics; give a file that a run has made"
+                    f"{path}, line {number}: not a row of metrics; give a file that a run has written"
                 ) from error
     return as_columns(rows)
 
@@ -136,7 +135,7 @@ def as_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
 
 
 def read_events(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of TensorBoard's events, less what a resumed run has repeated."""
+    """Read the columns of TensorBoard events; a step that a resumed run repeated counts once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -153,7 +152,7 @@ def read_events(folder: Path) -> dict[str, np.ndarray]:
 
 
 def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figure:
-    """One panel a curve, one colour a run, and a panel that says which is which."""
+    """Return a figure with a panel per curve, a color per run, and a legend in the last panel."""
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
     for number, run in enumerate(runs):
@@ -162,7 +161,7 @@ def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figu
             draw_curve(axis, run, panel, x, smooth, run_color)
     for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
         finish(axis, panel, x)
-    say_which(axes.flat[-1], runs, colors)
+    draw_legend(axes.flat[-1], runs, colors)
     return figure
 
 
@@ -197,7 +196,7 @@ def finish(axis: Axes, panel: Panel, x: str) -> None:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes, color="gray")
 
 
-def say_which(axis: Axes, runs: list[LoggedRun], colors: list[str]) -> None:
+def draw_legend(axis: Axes, runs: list[LoggedRun], colors: list[str]) -> None:
     axis.axis("off")
     for number, run in enumerate(runs):
         axis.plot([], [], color=colors[number % len(colors)], linewidth=3, label=f"{run.name}\n{summary(run)}")
@@ -207,7 +206,7 @@ def say_which(axis: Axes, runs: list[LoggedRun], colors: list[str]) -> None:
 
 
 def summary(run: LoggedRun) -> str:
-    """A run in one line: how far it is and what it has reached."""
+    """Summarize a run in one line: its last step, tokens and loss."""
     parts = [f"step {int(run.columns['step'][-1]):,}"]
     if run.has("tokens"):
         parts.append(f"{EngFormatter(places=2, sep='')(run.columns['tokens'][-1])} tokens")
@@ -221,9 +220,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run's --tensorboard_dir or metrics.jsonl")
     parser.add_argument("-o", "--output", type=user_path, default="run.png", help="the PNG file (default: run.png)")
-    parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="what the curves go by (default: step)")
+    parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="horizontal axis (default: step)")
     parser.add_argument(
-        "--smooth", type=int, default=1, help="rows of a moving average; the rows themselves stay, pale (default: 1)"
+        "--smooth", type=int, default=1, help="rows in a moving average, drawn over the pale rows (default: 1)"
     )
     return parser.parse_args(arguments)
 
@@ -232,26 +231,26 @@ def main() -> int:
     args = parse_args()
     problems = []
     if args.output.suffix.lower() != ".png":
-        problems.append(f"--output: {args.output} does not end in .png; give a name that does")
+        problems.append(f"--output: {args.output} does not end in .png; choose a name that does")
     if not args.output.absolute().parent.is_dir():
-        problems.append(f"--output: there is no folder {args.output.absolute().parent}; make it first")
+        problems.append(f"--output: folder {args.output.absolute().parent} does not exist; create it first")
     elif not os.access(args.output.absolute().parent, os.W_OK | os.X_OK):
         problems.append(f"--output: no permission to write in {args.output.absolute().parent}; give another folder")
     if args.smooth < 1:
-        problems.append(f"--smooth: {args.smooth} is below the least possible, 1")
+        problems.append(f"--smooth: must be at least 1, not {args.smooth}")
     if problems:
         raise InputError(*problems)
     runs = [read_run(text) for text in args.runs]
     for run in runs:
         if not run.has(args.x):
-            raise InputError(f"--x: {run.name} has no '{args.x}' in its logs; draw it by step")
+            raise InputError(f"--x: {run.name} has no '{args.x}' in its logs; plot it by step")
     existed = args.output.exists()
     try:
         draw(runs, args.x, args.smooth).savefig(args.output, dpi=80)
     except OSError as error:
         if not existed:
             args.output.unlink(missing_ok=True)
-        raise InputError(f"--output: {args.output} cannot be written ({error.strerror}); give another") from error
+        raise InputError(f"--output: {args.output} cannot be written ({error.strerror}); give another file") from error
     for run in runs:
         print(f"{run.name}: {summary(run)}")
     print(f"picture: {args.output}")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import console, process, requirements
+from runtime import process, requirements
 
-console.quiet_third_parties()
 requirements.require()
 
 import argparse

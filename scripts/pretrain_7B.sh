@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Pretrains LLaMA-2 7B by the recipe: 4M tokens an optimizer step, learning rate 3e-4, ZeRO-2.
+# Pretrains LLaMA-2 7B with the recipe: 4M tokens per optimizer step, learning rate 3e-4, ZeRO-2.
 #
 #   bash pretrain_7B.sh -d DATASET --tokenizer TOKENIZER -o SAVE_DIR [flags of pretrain.py]
 #
-# Flags win over those below. BATCH_TOKENS=4194304 in the environment sets the tokens of an optimizer step; from it, the
-# GPUs and the flags follows --accumulation_steps. hosts.txt beside this script, one host name a line, makes it run on
-# all of them. --help lists the other variables of the environment.
+# Your flags override those below. BATCH_TOKENS=4194304 in the environment sets the tokens per optimizer step; the GPUs
+# and flags then determine --accumulation_steps. With a hosts.txt next to this script, one host name per line, it runs
+# on all of them. --help lists the other environment variables.
 set -euo pipefail
 
 # shellcheck source=scripts/launch.sh

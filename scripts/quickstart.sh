@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up, makes a small sample corpus, and pretrains a small LLaMA on it: a first look in a few minutes, on every GPU
-# of this machine, or on its CPU. All of it goes to quickstart/ in the repository, but for the corpus as tokens, which
+# Installs the packages, makes a small sample corpus, and pretrains a small LLaMA on it in a few minutes, on all GPUs of
+# this machine or on its CPU. Everything is written to quickstart/ in the repository, except the tokenized corpus, which
 # pretrain.py keeps in ~/.cache/llama-training.
 #
 #   bash scripts/quickstart.sh
 #
-# A second run reuses installation and corpus and trains anew. Environment: see scripts/setup.sh --help
+# A second run reuses the installation and the corpus, and trains again. Environment: see scripts/setup.sh --help
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -18,7 +18,7 @@ if (($# > 0)); then
 fi
 
 set_up
-export HF_HUB_OFFLINE=1 # everything is on this machine
+export HF_HUB_OFFLINE=1 # everything is local
 
 "$python" scripts/make_sample_data.py --output_dir quickstart
 
@@ -27,7 +27,7 @@ if command -v nvidia-smi >/dev/null; then
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     if ((gpus > 0)); then
         launch+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, with four lines about it
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, with a four-line warning
     fi
 fi
 command=("${launch[@]}" pretrain.py
@@ -36,7 +36,7 @@ command=("${launch[@]}" pretrain.py
     -o quickstart/checkpoint -t quickstart/tb_logs)
 
 if [[ -e quickstart/checkpoint || -e quickstart/tb_logs ]]; then
-    echo "quickstart: removing the checkpoints and logs of the last quickstart"
+    echo "quickstart: removing the last quickstart's checkpoints and logs"
     rm -rf quickstart/checkpoint quickstart/tb_logs
 fi
 echo "quickstart: running, in $PWD:"
@@ -50,7 +50,7 @@ import json
 import sys
 losses = [json.loads(line)["loss"] for line in open(sys.argv[1])]
 end = sum(losses[-20:]) / 20
-print(f"\nquickstart: loss {losses[0]:.2f} at step 1, {end:.2f} on average over the last 20 of {len(losses)} steps")
+print(f"\nquickstart: loss {losses[0]:.2f} at step 1, {end:.2f} averaged over the last 20 of {len(losses)} steps")
 PY
 cat <<TEXT
 quickstart: checkpoints    quickstart/checkpoint

@@ -1,22 +1,25 @@
-"""`colossalai run` with its connections to the hosts replaced, so that it tells the truth about failures.
+"""Run `colossalai run` with its own connections to the hosts replaced by ones that report failures.
 
     python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt pretrain.py -c 7b -p zero2 ...
 
-It takes the same options, and the program's flags as they are. Before anything starts, every host must let us log in,
-and have this folder and this Python. OpenSSH's ssh makes the connections, with whatever keys and ~/.ssh/config
-it has. Only variables that concern training travel (TRAVELLING below, and those that LAUNCH_ENV names), never on a
-command line; tokens, keys and passwords, HF_TOKEN too, only where LAUNCH_ENV names them. When one host fails, a line
-names it and says how, the others end too, and the exit status is that of the program. SIGTERM, SIGINT, SIGUSR1 and
-SIGHUP make the run save its checkpoint and end, and so does the death of this launcher; a second SIGINT ends it at
-once.
+It takes the options of `colossalai run`, and passes the program's flags on unchanged. Before anything starts, it checks
+that every host allows a login and has this folder and this Python. It connects with OpenSSH's ssh, using your keys and
+~/.ssh/config.
 
-Exit status: 0; 2 when nothing was started, or the program refused its flags; 75 for a run that a signal ended after its
-checkpoint was saved; 255 when the connection to a host was lost; else that of the first process that failed (128 + the
-number of the signal that killed it).
+Only environment variables that concern training are sent to the hosts (FORWARDED below), never on a command line.
+Tokens, keys and passwords, such as HF_TOKEN, are sent only if LAUNCH_ENV names them.
+
+If a host fails, one line names it and says how, the other hosts stop too, and the exit status is the program's.
+SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save a checkpoint and end, and so does the death of this launcher. A
+second SIGINT ends the run at once.
+
+Exit status: 0; 2 if nothing was started or the program refused its flags; 75 if a signal ended the run after its
+checkpoint was saved; 255 if the connection to a host was lost; else that of the first process that failed (128 + the
+signal's number if a signal killed it).
 
 Environment:
     LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
-    LAUNCH_ENV='NAME OTHER'           further variables that travel
+    LAUNCH_ENV='NAME OTHER'           more variables to send
 """
 
 import contextlib
@@ -39,23 +42,23 @@ from typing import IO, Any, BinaryIO
 
 import psutil
 
-TRAVELLING = re.compile(
+FORWARDED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|LANG|LC_ALL|TZ|CC|CXX|(PYTHON|HF_|TRANSFORMERS_|TOKENIZERS_|DATASETS_|TORCH|"
     r"PYTORCH_|TRITON_|NCCL_|GLOO_|CUDA_|NVIDIA_|OMP_|MKL_|KMP_|UCX_|FI_|MAX_JOBS)\w*)",
     re.ASCII,
 )
 SECRET = re.compile(r"\w*(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)", re.ASCII)
 NOTHING_STARTED = 2
-CHECK_SECONDS = 30  # for all that one host has to answer before the start
-GRACE_SECONDS = 30  # for the other hosts to end by themselves, with their own message, once one has failed
-KILL_SECONDS = 30  # between SIGTERM and SIGKILL, for ranks that are to end
-SAVE_SECONDS = 1800  # for ranks that are to save and end, once the launcher is gone
+CHECK_SECONDS = 30  # for a host to answer the checks before the start
+GRACE_SECONDS = 30  # once a host has failed: for the others to end by themselves, with their own message
+KILL_SECONDS = 30  # between SIGTERM and SIGKILL to ranks that have to end
+SAVE_SECONDS = 1800  # once the launcher is gone: for the ranks to save and end
 POLL_SECONDS = 0.1
 CHECKS_AT_ONCE = 64
-SERVE = "--serve"  # this program's own flag, on each host
-LIST_HOSTS = "--list_hosts"  # and for the shell scripts: prints the names in a hosts file
-STOP, END, KILL = "stop", "end", "kill"  # to the ranks of a host: save a checkpoint and end; end; end at once
-# The first value that ssh finds holds, so that LAUNCH_SSH's own options come before these. A dead host counts as such
+SERVE = "--serve"  # internal flag: run a host's ranks
+LIST_HOSTS = "--list_hosts"  # internal flag, for the shell scripts: print the names in a hosts file
+STOP, END, KILL = "stop", "end", "kill"  # orders to a host's ranks: save a checkpoint and end; end; end at once
+# ssh uses the first value given for an option, so LAUNCH_SSH's own options win over these. A dead host is detected
 # after a minute.
 SSH_OPTIONS = "-T -o BatchMode=yes -o ConnectTimeout=10 -o StrictHostKeyChecking=accept-new"
 SSH_OPTIONS += " -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
@@ -66,19 +69,19 @@ def say(message: str) -> None:
 
 
 def how_it_ended(status: int) -> str:
-    """An exit status in words; negative ones, and those above 128 in a shell's way, are signals."""
+    """Describe an exit status; negative ones, and those above 128 as a shell reports them, are signals."""
     number = -status if status < 0 else status - 128
     with contextlib.suppress(ValueError):
         return f"was killed by {signal.Signals(number).name}"
     return f"ended with status {status}"
 
 
-def travelling(environment: Mapping[str, str], asked_for: Sequence[str]) -> dict[str, str]:
-    """The variables that go to the hosts: those that concern training and are no secrets, and what is asked for."""
+def forwarded(environment: Mapping[str, str], also: Sequence[str]) -> dict[str, str]:
+    """Return the variables to send to the hosts: those that concern training, without secrets, and those in `also`."""
     return {
         name: value
         for name, value in environment.items()
-        if name in asked_for or (TRAVELLING.fullmatch(name) and not SECRET.fullmatch(name))
+        if name in also or (FORWARDED.fullmatch(name) and not SECRET.fullmatch(name))
     }
 
 
@@ -86,10 +89,10 @@ def travelling(environment: Mapping[str, str], asked_for: Sequence[str]) -> dict
 
 
 def read_hostfile(path: Path) -> list[str]:
-    """The hosts of a file, each NAME or USER@NAME, one a line; what follows a # is a comment.
+    """Return the hosts in a file, NAME or USER@NAME, one per line; # begins a comment.
 
     Raises:
-        ValueError: with one line on what is wrong with the file.
+        ValueError: the file is unusable; the message is one line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -99,12 +102,12 @@ def read_hostfile(path: Path) -> list[str]:
         raise ValueError(f"'{path}' is not a text file") from error
     hosts = [host for line in lines if (host := line.partition("#")[0].strip())]
     if not hosts:
-        raise ValueError(f"'{path}' names no host; write one host name a line into it")
+        raise ValueError(f"'{path}' names no host; write one host name per line into it")
     for host in hosts:
         if not re.fullmatch(r"(?!-)([^\s,@]+@)?[^\s,@]+", host):
             raise ValueError(f"'{path}' has the line '{host}', which is not one host name")
         if re.fullmatch(r"[^:]+:\d+", host):
-            raise ValueError(f"'{path}' has the line '{host}'; ssh's port is no part of a name: see --help")
+            raise ValueError(f"'{path}' has the line '{host}'; ssh's port is not part of a name: see --help")
     names = [name_of(host).lower() for host in hosts]
     for name in names:
         if names.count(name) > 1:
@@ -113,14 +116,14 @@ def read_hostfile(path: Path) -> list[str]:
 
 
 def name_of(host: str) -> str:
-    """A host's name without the user to log in as."""
+    """Return a host's name without the user to log in as."""
     return host.rpartition("@")[2]
 
 
 class Host:
-    """One host: how to reach it, what runs there and how it ended. Stands in for ColossalAI's HostInfo too.
+    """One host: how to reach it, the process that runs there, and how that ended. Replaces ColossalAI's HostInfo too.
 
-    ColossalAI's own fails with a traceback when a name does not resolve, this machine's own included.
+    ColossalAI's own ends with a traceback if a name does not resolve, even this machine's.
     """
 
     def __init__(self, hostname: str, port: int | None = None):
@@ -128,7 +131,7 @@ class Host:
         self.process: subprocess.Popen | None = None
         self.failed_at: float | None = None
         self.is_local_host = False
-        with contextlib.suppress(OSError, UnicodeError):  # a name may be known to ssh alone
+        with contextlib.suppress(OSError, UnicodeError):  # only ssh may know the name
             addresses = socket.getaddrinfo(self.hostname, None, type=socket.SOCK_STREAM)
             self.is_local_host = any(self._is_ours(*address) for address in addresses)
 
@@ -140,7 +143,7 @@ class Host:
         return False
 
     def command(self, *remote: str) -> list[str]:
-        """The command line that runs `remote` there."""
+        """Return the command line that runs `remote` on this host."""
         if self.is_local_host:
             return list(remote)
         port = ["-p", str(self.port)] if self.port else []
@@ -148,8 +151,8 @@ class Host:
         return [*ssh, self.login, "exec " + shlex.join(remote)]
 
     def problem(self, folder: str) -> str | None:
-        """What keeps a run from starting there, or None."""
-        if self.login.startswith("-"):  # ssh would take it for an option
+        """Return the reason why a run cannot start on this host, or None."""
+        if self.login.startswith("-"):  # ssh would read it as an option
             return "is not the name of a host"
         needed = f"cd {shlex.quote(folder)} 2>/dev/null || {{ echo has no folder {shlex.quote(folder)}; exit 1; }}\n"
         for file in (sys.executable, str(Path(__file__).resolve())):
@@ -170,7 +173,7 @@ class Host:
         return f"{words[-1] if words else how_it_ended(answer.returncode)}; try: ssh {self.login} true"
 
     def start(self, order: dict, prefix: str) -> None:
-        """Starts the ranks of a host, and threads that pass on what they print, each line after `prefix`."""
+        """Start a host's ranks, and threads that pass on their output, each line after `prefix`."""
         command = self.command(sys.executable, str(Path(__file__).resolve()), SERVE)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
@@ -212,24 +215,24 @@ def _pass_on(source: IO[bytes], target: BinaryIO, prefix: str) -> None:
             if read:
                 target.write(prefix.encode() + line)
                 target.flush()
-        except BrokenPipeError:  # nobody reads on: the run is to end, as any program would
+        except BrokenPipeError:  # end the run, as any program ends whose reader has gone
             read = False
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Runner:
-    """Stands in for ColossalAI's MultiNodeRunner, whose calls these are.
+    """Replacement of ColossalAI's MultiNodeRunner, with the same methods.
 
-    That one sends every variable of the environment on a command line without quoting it, waits for the hosts one after
-    another, and leaves processes running on the others when one host fails or it is killed itself.
+    ColossalAI's sends the whole environment, unquoted, on a command line, waits for one host after another, and leaves
+    processes running when a host fails or when it is killed itself.
     """
 
     def connect(self, host_info_list: Iterable[Host], workdir: str, env: dict[str, str]) -> None:
         self.hosts, self.folder = list(host_info_list), workdir
-        self.word: str | None = None  # to the hosts
-        self.environment = travelling(os.environ, os.environ.get("LAUNCH_ENV", "").split())
+        self.word: str | None = None  # latest order to the hosts
+        self.environment = forwarded(os.environ, os.environ.get("LAUNCH_ENV", "").split())
         if "HF_TOKEN" in os.environ and "HF_TOKEN" not in self.environment:
-            say("HF_TOKEN stays here; LAUNCH_ENV=HF_TOKEN sends it to the hosts")
+            say("HF_TOKEN is not sent to the hosts; LAUNCH_ENV=HF_TOKEN sends it")
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
             problems = list(pool.map(lambda host: host.problem(workdir), self.hosts))
         for host, problem in zip(self.hosts, problems, strict=True):
@@ -244,7 +247,8 @@ class Runner:
 
     def _interrupt(self, number: int, frame: object) -> None:
         self.word = KILL if self.word and number == signal.SIGINT else STOP
-        say(f"{signal.Signals(number).name}: {'ending at once' if self.word == KILL else 'the run is to save and end'}")
+        effect = "ending at once" if self.word == KILL else "the run saves a checkpoint and ends"
+        say(f"{signal.Signals(number).name}: {effect}")
 
     def send(self, hostinfo: Host, cmd: str) -> None:
         prefix = "" if hostinfo is self.hosts[0] else f"[{hostinfo.hostname}] "
@@ -252,14 +256,14 @@ class Runner:
         hostinfo.start(order, prefix)
 
     def recv_from_all(self) -> None:
-        """Watches the hosts to their end, and exits with the run's status."""
+        """Wait for all hosts to end, and exit with the run's status."""
         told, ending_at = None, math.inf
         while None in [host.status() for host in self.hosts]:
             failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
             if time.monotonic() > failed_at + GRACE_SECONDS and self.word != KILL:
                 self.word = END
             if time.monotonic() > failed_at + GRACE_SECONDS + 2 * KILL_SECONDS:
-                for host in self.hosts:  # one that neither ends nor answers
+                for host in self.hosts:  # some neither end nor answer
                     host.process.kill()
             if self.word != told:
                 told = self.word
@@ -269,8 +273,8 @@ class Runner:
             time.sleep(POLL_SECONDS)
         for host in self.hosts:
             host.drain()
-        # The cause is one that failed before the others were told to end; more likely one that was killed or cut off
-        # than a program that ended by itself.
+        # The likely cause comes first: a host that failed before the others were told to end, and one that was killed
+        # or cut off before a program that ended by itself.
         failures = [host for host in self.hosts if host.failed_at]
         failures.sort(key=lambda host: (host.failed_at > ending_at, host.exit_status() <= 128, host.failed_at))
         for host in failures:
@@ -279,7 +283,7 @@ class Runner:
 
 
 def hosts_of(hostfile: str, ssh_port: int | None) -> Any:
-    """Stands in for ColossalAI's fetch_hostfile, which takes comments for names, and a file without any for none."""
+    """Replace ColossalAI's fetch_hostfile, which reads comments as names, and ignores a file without hosts."""
     hosts = importlib.import_module("colossalai.cli.launcher.hostinfo").HostInfoList()
     try:
         for host in read_hostfile(Path(hostfile)):
@@ -300,7 +304,7 @@ def list_hosts(hostfile: str) -> int:
 
 
 def as_one_word(argument: str) -> str:
-    """An argument as shlex.split takes it whole, ending as it ends, since ColossalAI looks for `.py` there."""
+    """Quote an argument for shlex.split, but keep its end, where ColossalAI looks for `.py`."""
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", argument, flags=re.ASCII) or "''"
 
 
@@ -308,20 +312,20 @@ def main() -> int:
     arguments = sys.argv[1:]
     script = next((position for position, word in enumerate(arguments) if word.endswith(".py")), None)
     if script is not None:
-        # Without `--` it would take those flags of the program that are spelled like its own, such as -m.
+        # Without `--`, `colossalai run` would take the program's flags that are spelled like its own, such as -m.
         arguments[script:] = ["--", *map(as_one_word, arguments[script:])]
     engine: Any = importlib.import_module("colossalai.cli.launcher.run")
     engine.MultiNodeRunner, engine.HostInfo, engine.fetch_hostfile = Runner, Host, hosts_of
-    command_line = importlib.import_module("colossalai.cli.launcher").run  # of the same name as its module
+    command_line = importlib.import_module("colossalai.cli.launcher").run  # it has the same name as its module
     try:
         command_line.main(arguments, prog_name="run_on_hosts.py")
     except Exception as error:
-        if not str(error).startswith("Hostname "):  # its words for a host of --include or --exclude that is not there
+        if not str(error).startswith("Hostname "):  # --include or --exclude names an unknown host
             raise
         say(f"error: --hostfile: {error}; --include and --exclude take names that are in it")
         return NOTHING_STARTED
     except SystemExit as end:
-        # Its own complaints, about a missing hosts file for one, end with exit(): None, which a shell sees as success.
+        # ColossalAI's own refusals, such as a missing hosts file, call exit() with None, which a shell sees as success.
         return NOTHING_STARTED if end.code is None else int(end.code)
     return 0
 
@@ -330,9 +334,9 @@ def main() -> int:
 
 
 class Ranks:
-    """What runs on a host: torchrun's agent in this process, and its ranks as children.
+    """A host's side of the run: torchrun's agent in this process, and its ranks as children.
 
-    The launcher's words come on standard input, whose end is the launcher's. Ranks get an empty one.
+    The launcher's orders arrive on standard input, which closes when the launcher is gone. Ranks get an empty one.
     """
 
     def __init__(self) -> None:
@@ -343,7 +347,7 @@ class Ranks:
     def run(self) -> int:
         order = json.loads(self.words.readline())
         os.chdir(order["folder"])
-        # Else torch complains once a connection where addresses have no names.
+        # Otherwise torch warns about every connection to an address without a name.
         os.environ.update({"TORCH_CPP_LOG_LEVEL": "ERROR", **order["environment"]})
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -353,7 +357,7 @@ class Ranks:
         try:
             options = parse_args(order["command"][1:])
             if options.nproc_per_node != "1":
-                os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, with four lines about it
+                os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it, with a four-line warning
             run(options)
         except ChildFailedError as error:
             number, failure = error.get_first_failure()
@@ -369,13 +373,13 @@ class Ranks:
         self._end(SAVE_SECONDS)
 
     def _end(self, seconds: float | None) -> None:
-        """Asks the ranks to end, and kills those that have not done so after `seconds`, unless that is None."""
+        """Send SIGTERM to the ranks, and SIGKILL after `seconds`; None: never."""
         ranks = psutil.Process().children()
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.terminate()
         if not ranks:
-            os.kill(os.getpid(), signal.SIGTERM)  # still waiting for the other hosts
+            os.kill(os.getpid(), signal.SIGTERM)  # the agent still waits for the other hosts
         if seconds is not None:
             timer = threading.Timer(seconds, self._kill)
             timer.daemon = True
@@ -386,7 +390,7 @@ class Ranks:
         for rank in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
-        time.sleep(5)  # for torchrun's agent to report them
+        time.sleep(5)  # for torchrun's agent to report the ranks
         os._exit(128 + signal.SIGKILL)
 
 

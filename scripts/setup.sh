@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# Installs everything the programs need into .venv in the repository. Later runs reuse it and end at once.
+# Installs everything that the programs need into .venv in the repository. Later runs reuse it and end at once.
 #
-#   bash scripts/setup.sh         what training needs
-#   bash scripts/setup.sh --dev   also what scripts/test.sh needs
+#   bash scripts/setup.sh         packages for training
+#   bash scripts/setup.sh --dev   also those for scripts/test.sh
 #
 # Environment:
-#   PYTHON=/path/python3.12     the interpreter to make .venv with (3.11 or later; default: python3)
-#   LLAMA_PYTHON=/path/python   use this interpreter as it is, with its own torch and ColossalAI, and install nothing:
-#                               for machines that come with them, or have no network
+#   PYTHON=/path/python3.12     the interpreter that creates .venv (3.11 or later; default: python3)
+#   LLAMA_PYTHON=/path/python   use this interpreter with its own torch and ColossalAI, and install nothing: for
+#                               machines that come with them, or have no network
 
-# Other scripts source this file and call set_up. It leaves the repository root as the working directory, and
-# $python as the interpreter to run.
+# Other scripts source this file and call set_up, which changes to the repository root and sets $python.
 set -euo pipefail
 
 readonly MINIMUM_PYTHON=3.11
 readonly INSTALL_LOG=.venv/install.log
-readonly INSTALLING=.venv/installing # exists until a new .venv is complete; an interrupted one is made again
+readonly INSTALLING=.venv/installing # exists until a new .venv is complete, so that an interrupted one is created again
 
 say() { echo "setup: $*"; }
 fail() {
@@ -28,25 +27,25 @@ usage() { sed -n '2,/^[^#]*$/{/^#/s/^# \{0,1\}//p}' "$1"; }
 
 python_version() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
 
-# Runs a command with its output in the log, whose end is shown if the command fails.
+# Runs a command with its output in the log, and shows the end of the log if the command fails.
 logged() {
     if ! "$@" >>"$INSTALL_LOG" 2>&1; then
         tail -n 20 "$INSTALL_LOG" >&2
-        fail "this failed: $* (all of its output: $INSTALL_LOG)"
+        fail "this failed: $* (full output: $INSTALL_LOG)"
     fi
 }
 
 make_environment() {
     local base=${PYTHON:-python3} version have
     version=$(python_version "$base") ||
-        fail "there is no working '$base'; install Python $MINIMUM_PYTHON or later, or set PYTHON to its path"
+        fail "'$base' does not run; install Python $MINIMUM_PYTHON or later, or set PYTHON to its path"
     have=$(python_version .venv/bin/python || true)
-    # Without PYTHON an environment that works is kept, whatever python3 has become since.
+    # Without PYTHON, a working environment is kept even if python3 has changed since.
     if [[ ! -e $INSTALLING && -n $have && (-z ${PYTHON:-} || $have == "$version") ]]; then
         return
     fi
     [[ $(printf '%s\n' "$MINIMUM_PYTHON" "$version" | sort -V | head -n 1) == "$MINIMUM_PYTHON" ]] ||
-        fail "'$base' is Python $version, but $MINIMUM_PYTHON or later is needed; set PYTHON to the path of another"
+        fail "'$base' is Python $version, but $MINIMUM_PYTHON or later is needed; set PYTHON to the path of one"
     say "making .venv with Python $version"
     rm -rf .venv
     mkdir .venv
@@ -54,7 +53,7 @@ make_environment() {
     logged "$base" -m venv .venv
 }
 
-# Installs, unless that was done with these very files and this Python. The stamp is written after success.
+# Installs, unless these very files were installed with this Python before. Success writes a stamp.
 install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
     local stamp=.venv/$1.stamp message=$2 state
     shift 2
@@ -91,9 +90,9 @@ set_up() { # [--dev]
         python=$LLAMA_PYTHON
         return
     fi
-    ( # The lock on the repository folder lasts as long as this subshell.
+    ( # The lock on the repository folder lasts until this subshell ends.
         flock --nonblock 9 || {
-            say "waiting for another set-up of this folder to end"
+            say "waiting for another setup of this folder to end"
             flock 9
         }
         make_environment

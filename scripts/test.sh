@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lints and tests, in the environment that scripts/setup.sh makes.
+# Lints and tests, in the environment that scripts/setup.sh creates.
 #
-#   bash scripts/test.sh                        lint, then all tests
-#   bash scripts/test.sh tests/unit/test_attn.py -x  pytest alone, with these arguments
+#   bash scripts/test.sh                             lint, then all tests
+#   bash scripts/test.sh tests/unit/test_attn.py -x  only pytest, with these arguments
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -15,7 +15,7 @@ fi
 
 set_up --dev
 export HF_HUB_OFFLINE=1  # tests bring their own data
-export OMP_NUM_THREADS=1 # several processes of a test share the cores
+export OMP_NUM_THREADS=1 # a test's processes share the cores
 
 if (($# == 0)); then
     "$python" -m ruff check .

@@ -1,11 +1,11 @@
-"""Kills a small run again and again, at random instants and in every phase of a save, and checks that nothing is lost.
+"""Kill a small run repeatedly, at random times and in every phase of a save, and check that nothing is lost.
 
     python scripts/torture.py --data quickstart/data --tokenizer quickstart/tokenizer --times 200 --processes 2
 
-Each time, a run is killed with SIGKILL, one rank or all of them, and started again with `-f latest` until it ends; its
-final master weights and moments must equal those of the undisturbed run bit for bit, and its metrics.jsonl must hold
-every step once. Half of the kills come at a random time, half at a random file operation of a checkpoint. The same
---seed kills at the same places. Ends with a table: fault, times tried, times survived.
+Each time, SIGKILL ends one rank of a run, or all, and the run is resumed with `-f latest`. Its final master weights and
+moments must equal the undisturbed run's bit for bit, and its metrics.jsonl must list every step once. Half of the kills
+come at a random time, half at a random file operation of a checkpoint. The same --seed kills in the same places. The
+output ends with a table: fault, times tried, times survived.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -32,22 +32,30 @@ STEPS, SAVE_INTERVAL = 6, 2
 FILE_OPERATIONS = ("sync", "write_json", "write_tensors", "checksum", "replace_folder")
 
 
+class Fault(NamedTuple):
+    """A kill: its kind and its place; `finished` if the run, resumed or not, reached its end."""
+
+    kind: str
+    place: str
+    finished: bool = False
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="text that pretrain.py reads, with --tokenizer's vocabulary")
+    parser.add_argument("--data", required=True, help="data set for pretrain.py")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--times", type=int, default=200, help="kills (default: 200)")
+    parser.add_argument("--times", type=int, default=200, help="number of kills (default: 200)")
     parser.add_argument("--processes", type=int, default=1, help="ranks of the run (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def child() -> None:
-    """Runs pretrain.main(), which kills itself at the file operation that TORTURE_OPERATION numbers on TORTURE_RANK."""
+    """Run pretrain.main(); on rank TORTURE_RANK, kill it at file operation number TORTURE_OPERATION."""
     sys.path.insert(0, str(REPOSITORY))
-    from runtime import console, process
+    from runtime import process
 
-    console.quiet_third_parties()
+    process.prepare()
     import pretrain
     from checkpointing import writer
     from runtime import files
@@ -86,7 +94,7 @@ def start(args: argparse.Namespace, folder: Path, cache: Path, **environment: st
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """Kills a launcher and its ranks, which it starts in sessions of their own and which would outlive it."""
+    """Kill a launcher and its ranks, which it starts in sessions of their own, so that they would outlive it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
         for victim in [launcher, *launcher.children(recursive=True)]:
@@ -96,14 +104,14 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of a launcher's ranks."""
+    """Return the process ids of a launcher's ranks."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [child.pid for child in psutil.Process(process.pid).children()]
     return []
 
 
 def digest(folder: Path) -> str:
-    """Of the last checkpoint's optimizer files: master weights and moments."""
+    """Return a hash of the last checkpoint's master weights and moments."""
     result = hashlib.sha256()
     (last,) = (folder / "checkpoint").glob(f"epoch*-step{STEPS}")
     for path in sorted((last / "optimizer").iterdir()):
@@ -115,59 +123,58 @@ def steps_logged(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+def kill_once(args: argparse.Namespace, chance: random.Random, folder: Path, cache: Path, seconds: float) -> Fault:
+    """Start a run that takes `seconds` if undisturbed, kill it in a random way, and resume it if it did not finish."""
+    if chance.random() < 0.5:
+        operation, victim = chance.randint(1, 60), chance.randrange(args.processes)
+        fault = Fault(f"file operation, one rank of {args.processes}", f"operation {operation} of rank {victim}")
+        process = start(args, folder, cache, TORTURE_OPERATION=str(operation), TORTURE_RANK=str(victim))
+        process.wait()
+    else:
+        one = args.processes > 1 and chance.random() < 0.5
+        delay = chance.uniform(0.3, 1.0) * seconds
+        fault = Fault(f"random time, {'one rank' if one else 'all ranks'}", f"after {delay:.1f} s")
+        process = start(args, folder, cache)
+        time.sleep(delay)
+        if ranks := ranks_of(process) if one else []:
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+            process.wait()
+    kill_all(process)
+    finished = process.returncode == 0 or start(args, folder, cache).wait() == 0
+    return fault._replace(finished=finished)
+
+
 def main() -> int:
     args = parse_args()
     chance = random.Random(args.seed)
-    table = collections.defaultdict(lambda: [0, 0])
+    tried, survived = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
-        work = Path(temporary)
-        undisturbed = work / "undisturbed"
+        undisturbed, folder, cache = (Path(temporary, name) for name in ("undisturbed", "run", "cache"))
         undisturbed.mkdir()
         started = time.monotonic()
-        if start(args, undisturbed, work / "cache").wait() != 0:
+        if start(args, undisturbed, cache).wait() != 0:
             print((undisturbed / "output.txt").read_text())
             return 1
-        duration, expected = time.monotonic() - started, digest(undisturbed)
-        print(f"undisturbed run: {duration:.1f} s, {expected[:16]}", flush=True)
+        seconds, expected = time.monotonic() - started, digest(undisturbed)
+        print(f"undisturbed run: {seconds:.1f} s, {expected[:16]}", flush=True)
         for number in range(1, args.times + 1):
-            folder = work / "run"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            if chance.random() < 0.5:
-                fault = f"file operation, one rank of {args.processes}"
-                operation, victim = chance.randint(1, 60), chance.randrange(args.processes)
-                where = f"operation {operation} of rank {victim}"
-                process = start(
-                    args, folder, work / "cache", TORTURE_OPERATION=str(operation), TORTURE_RANK=str(victim)
-                )
-                process.wait()
-            else:
-                one = args.processes > 1 and chance.random() < 0.5
-                fault = "random instant, one rank" if one else "random instant, all ranks"
-                delay = chance.uniform(0.3, 1.0) * duration
-                where = f"after {delay:.1f} s"
-                process = start(args, folder, work / "cache")
-                time.sleep(delay)
-                ranks = ranks_of(process) if one else []
-                if ranks:
-                    os.kill(chance.choice(ranks), signal.SIGKILL)
-                    process.wait()
-            kill_all(process)
-            finished = process.returncode == 0 or start(args, folder, work / "cache").wait() == 0
-            survived: bool = (
-                finished and digest(folder) == expected and steps_logged(folder) == list(range(1, STEPS + 1))
-            )
-            table[fault][0] += 1
-            table[fault][1] += survived
-            print(f"{number}/{args.times} {fault}, {where}: {'survived' if survived else 'LOST'}", flush=True)
-            if not survived:
+            fault = kill_once(args, chance, folder, cache, seconds)
+            every_step_once = list(range(1, STEPS + 1))
+            good = fault.finished and digest(folder) == expected and steps_logged(folder) == every_step_once
+            tried[fault.kind] += 1
+            survived[fault.kind] += good
+            result = "survived" if good else "LOST"
+            print(f"{number}/{args.times} {fault.kind}, {fault.place}: {result}", flush=True)
+            if not good:
                 kept = Path(tempfile.mkdtemp(prefix="torture-lost-"))
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
                 print(f"  kept in {kept}", flush=True)
     print("\n| fault | tried | survived |\n|---|---|---|")
-    for fault, (tried, good) in sorted(table.items()):
-        print(f"| {fault} | {tried} | {good} |")
-    return int(any(tried != good for tried, good in table.values()))
+    for kind, times in sorted(tried.items()):
+        print(f"| {kind} | {times} | {survived[kind]} |")
+    return int(tried != survived)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,6 @@ def locked_folder() -> Iterator[Path]:
 def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
     """Makes this process rank 0 of that many, with a store, as torchrun does; the other ranks never come."""
     stores = []
-    # Nobody asks this rank anything, and threads that wait for questions would abort the interpreter's end.
-    monkeypatch.setattr(ranks, "_in_background", lambda *arguments: None)
 
     def become_rank_0(size: int) -> None:
         port = free_port()
@@ -101,6 +99,8 @@ def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
             monkeypatch.setenv(name, value)
 
     yield become_rank_0
+    if ranks.meeting.cache_info().currsize:
+        ranks.meeting().over.set()
     ranks.meeting.cache_clear()
 
 

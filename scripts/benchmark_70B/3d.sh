@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# LLaMA-2 70B, each layer split over 4 GPUs, the layers over 2 stages: needs a multiple of 8 GPUs. 8 sequences of 4096
-# tokens a data-parallel rank, activations recomputed.
+# LLaMA-2 70B with tensor parallelism over 4 GPUs and 2 pipeline stages: needs a multiple of 8 GPUs. 8 sequences of 4096
+# tokens per data-parallel rank, activation checkpointing.
 #
-#   bash 3d.sh [flags of benchmark.py, which win over those below]
+#   bash 3d.sh [flags of benchmark.py, which override those below]
 #
-# hosts.txt beside this script, one host name a line, makes it run on all of them. --help lists the variables of the
-# environment.
+# With a hosts.txt next to this script, one host name per line, it runs on all of them. --help lists the environment
+# variables.
 set -euo pipefail
 
 # shellcheck source=scripts/launch.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# LLaMA-2 70B with Gemini: all state sharded over the GPUs. 2 sequences of 4096 tokens a GPU, activations recomputed.
+# LLaMA-2 70B with Gemini: all state sharded over GPUs. 2 sequences of 4096 tokens per GPU, activation checkpointing.
 #
-#   bash gemini.sh [flags of benchmark.py, which win over those below]
+#   bash gemini.sh [flags of benchmark.py, which override those below]
 #
-# hosts.txt beside this script, one host name a line, makes it run on all of them. --help lists the variables of the
-# environment.
+# With a hosts.txt next to this script, one host name per line, it runs on all of them. --help lists the environment
+# variables.
 set -euo pipefail
 
 # shellcheck source=scripts/launch.sh

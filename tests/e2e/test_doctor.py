@@ -1,4 +1,4 @@
-"""What scripts/doctor.py finds, on this machine and on ranks of it. test_several_machines.py runs it on two hosts."""
+"""Findings of scripts/doctor.py on this machine and its ranks; test_several_machines.py runs it on two hosts."""
 
 import importlib.metadata
 import sys
@@ -13,7 +13,7 @@ from scripts.doctor import Finding, lines, show
 DOCTOR = ROOT / "scripts" / "doctor.py"
 
 
-def test_all_is_well(tmp_path):
+def test_all_checks_pass(tmp_path):
     """Two ranks under torchrun, with a hosts file that names this machine."""
     (tmp_path / "hosts.txt").write_text("localhost\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
@@ -30,7 +30,7 @@ def test_all_is_well(tmp_path):
     assert not list((tmp_path / "new").rglob("*"))
 
 
-def test_problem_is_a_line_with_its_remedy_and_status_1(tmp_path):
+def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):
     (tmp_path / "hosts.txt").write_text("no-such-name.invalid\n")
     (tmp_path / "file").touch()
     flags = ["--hostfile", tmp_path / "hosts.txt", "-o", tmp_path / "file" / "folder"]
@@ -68,7 +68,7 @@ def test_versions(monkeypatch):
 
 
 def wrong_clock() -> Finding:
-    """The second rank's clock is a minute fast."""
+    """Check clocks of which the second rank's is a minute fast."""
     doctor.socket.gethostname = lambda: f"node{doctor.rank()}"
     now = time.time
     doctor.time.time = lambda: now() + 60 * doctor.rank()
@@ -105,7 +105,7 @@ def test_all_reduce():
         assert "gloo, 3 ranks, 0 MiB: " in finding.detail
 
 
-def test_what_differs_is_shown_for_each_host(capsys):
+def test_findings_that_differ_are_shown_for_each_host(capsys):
     same = Finding("CUDA", None, "no GPU")
     assert show({"node1": same, "node2": same})
     assert capsys.readouterr().out == f"{'-':<7} CUDA           no GPU\n"

@@ -336,7 +336,7 @@ def test_an_exported_checkpoint_of_adapters_is_merged(adapted, export, model_fol
     for path in exported.glob("*.safetensors"):
         tensors, expected = load_file(path), load_file(final / path.name)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    with pytest.raises(InputError, match=r"--base_model: .* is not the model that the adapters were trained beside"):
+    with pytest.raises(InputError, match=r"--base_model: .* is not the model that the adapters were trained on"):
         export(folder / f"epoch1-step{STEPS}", "--output", f"{exported}2", "--base_model", final)
     assert not list(exported.parent.glob(".merged-*"))
 

@@ -1,4 +1,4 @@
-"""A trained model writes."""
+"""Text that a trained model generates."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def final(finished_run):
 
 @pytest.fixture
 def write(monkeypatch, capsys, final):
-    """Returns the program's output."""
+    """Return the program's output."""
 
     def write(*flags, model=final, prompt=PROMPT) -> str:
         command = ["generate.py", "--model", model, "--prompt", prompt, "--max_new_tokens", 12, *flags]
@@ -40,7 +40,7 @@ def write(monkeypatch, capsys, final):
 
 @pytest.fixture
 def problem(write):
-    """The one line with which the program refuses its input."""
+    """Return the one line in which the program refuses its input."""
 
     def problem(*flags, **kwargs) -> str:
         with pytest.raises(InputError) as raised:
@@ -51,7 +51,7 @@ def problem(write):
     return problem
 
 
-def test_likeliest_tokens_are_those_of_transformers(write, final):
+def test_most_probable_tokens_are_those_of_transformers(write, final):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(final, torch_dtype="auto"),
         AutoTokenizer.from_pretrained(final),
@@ -64,7 +64,7 @@ def test_likeliest_tokens_are_those_of_transformers(write, final):
 
 
 def test_a_model_saved_by_transformers_5(final, tmp_path):
-    """This version would pass over the base of its rotary embeddings."""
+    """The pinned version of transformers would ignore the base of its rotary embeddings."""
     shutil.copytree(final, tmp_path / "newer")
     file = tmp_path / "newer" / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def test_checkpoint_with_the_tokenizer_of_the_final_folder_or_a_given_one(
     last = finished_run.save_dir / "epoch0-step3"
     assert write("--temperature", 0, model=last) == write("--temperature", 0)
     alone = shutil.copytree(last, tmp_path / last.name)
-    assert problem(model=alone) == f"--tokenizer: there is none in {tmp_path / 'final'}; give its folder or hub name"
+    assert problem(model=alone) == f"--tokenizer: not found in {tmp_path / 'final'}; give its folder or hub name"
     assert write("--temperature", 0, "--tokenizer", sample / "tokenizer", model=alone) == write("--temperature", 0)
 
 
@@ -99,7 +99,7 @@ def test_prompt_from_standard_input(write, monkeypatch):
     assert write("--temperature", 0, prompt="-") == write("--temperature", 0)
 
 
-def test_words_come_as_they_are_written(write, monkeypatch):
+def test_words_are_printed_as_they_are_generated(write, monkeypatch):
     pieces = []
 
     class Terminal(io.StringIO):
@@ -111,7 +111,7 @@ def test_words_come_as_they_are_written(write, monkeypatch):
     assert len([piece for piece in pieces if piece.strip()]) > 5
 
 
-def test_a_chat_is_written_by_the_template(write, problem, final, tmp_path):
+def test_a_chat_follows_the_template(write, problem, final, tmp_path):
     assert "--chat: the tokenizer has no chat template" in problem("--chat")
     folder = shutil.copytree(final, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(final)
@@ -134,15 +134,15 @@ def test_a_chat_is_written_by_the_template(write, problem, final, tmp_path):
 @pytest.mark.parametrize(
     "prompt", ["x = f ( a , b ) . g ! do n't", "  def f():\n    return </s> 1\n", "<s> a", "", "日本 é\t "]
 )
-def test_the_prompt_is_printed_as_it_is(write, final, tmp_path, prompt):
+def test_the_prompt_is_printed_unchanged(write, final, tmp_path, prompt):
     folder = shutil.copytree(final, tmp_path / "model")
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"clean_up_tokenization_spaces": True}))
     assert write("--temperature", 0, model=folder, prompt=prompt).startswith(prompt)
 
 
-def test_what_is_written_is_what_the_tokenizer_says(capsys, sample_tokenizer):
-    """Spaces at the start of a line and characters of several tokens stay whole."""
+def test_the_output_is_the_tokenizers_text(capsys, sample_tokenizer):
+    """Spaces at the start of a line survive, and so do characters of several tokens."""
     text = "if a:\n    return '日本 😀'\n\n  # two , three"
     prompt, *new = [sample_tokenizer.bos_token_id, *sample_tokenizer.encode(text, add_special_tokens=False)]
     printer = generate.Printer(sample_tokenizer, "")
@@ -159,18 +159,18 @@ def test_a_prompt_that_is_no_text(problem):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--max_new_tokens", 0], "--max_new_tokens: 0 is below the least possible, 1"),
-        (["--temperature", "nan"], "--temperature: nan is not 0 or a positive number"),
-        (["--temperature", -1], "--temperature: -1.0 is not"),
-        (["--top_p", 0.9, "--temperature", 0], "--top_p: takes effect with a --temperature above 0 alone"),
-        (["--top_p", 0], "--top_p: 0.0 is not above 0 and at most 1"),
-        (["--top_p", 1.5], "--top_p: 1.5 is not above 0"),
-        (["--seed", -1], "--seed: -1 is not at least 0"),
+        (["--max_new_tokens", 0], "--max_new_tokens: must be at least 1, not 0"),
+        (["--temperature", "nan"], "--temperature: must be 0 or a positive number, not nan"),
+        (["--temperature", -1], "--temperature: must be 0 or a positive number, not -1.0"),
+        (["--top_p", 0.9, "--temperature", 0], "--top_p: has an effect only with --temperature above 0"),
+        (["--top_p", 0], "--top_p: must be above 0 and at most 1, not 0.0"),
+        (["--top_p", 1.5], "--top_p: must be above 0 and at most 1, not 1.5"),
+        (["--seed", -1], "--seed: must be at least 0 and below 2^63, not -1"),
         (
             ["--max_new_tokens", 125],
-            "tokens of the prompt and 125 new ones are more than the model's context of 128; lower it",
+            "tokens of the prompt and 125 new ones exceed the model's context of 128; lower it",
         ),
-        (["--base_model", "elsewhere"], "holds no adapters that it would go with"),
+        (["--base_model", "elsewhere"], "has no adapters, which this flag is for"),
         (["--tokenizer", "./none"], "--tokenizer: ./none does not exist"),
         (["--model", "./none"], "--model: ./none does not exist"),
         (["--what"], "unrecognized arguments: --what"),
@@ -192,11 +192,11 @@ def test_folders_without_a_model(problem, finished_run, tmp_path):
     assert f"--model: {bare} lacks model-00001-of-" in problem(model=bare)
 
 
-def test_weights_that_are_no_numbers(problem, final, tmp_path):
+def test_weights_that_are_not_finite(problem, final, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(shutil.copytree(final, tmp_path / "final"))
     model.lm_head.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "final")
-    line = f"--model: lm_head.weight in {tmp_path}/final has a NaN or an infinity; give weights without"
+    line = f"--model: lm_head.weight in {tmp_path}/final contains NaN or infinity; give a model with finite weights"
     assert problem(model=tmp_path / "final") == line
 
 

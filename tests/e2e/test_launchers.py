@@ -1,4 +1,4 @@
-"""Signals under the launchers of one machine: a saved checkpoint, and a status that tells."""
+"""Launchers on one machine: signals lead to a saved checkpoint and a telling exit status; hosts files are checked."""
 
 import signal
 import sys
@@ -15,7 +15,7 @@ RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
 
 
 def start(launcher: list, sample_flags: list, folder: Path) -> Run:
-    """Two ranks of a run that lasts."""
+    """Start a long run of two ranks."""
     program = ["--nproc_per_node", 2, "--master_port", 29617, ROOT / "pretrain.py", *sample_flags]
     folders = ["-o", folder / "checkpoint", "-t", folder / "tb_logs"]
     flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000]
@@ -45,12 +45,12 @@ def test_signal_to_the_launcher(sample_flags, sample_dataset, tmp_path, number):
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
         run.process.send_signal(number)
         assert run.wait() == INTERRUPTED, run.output()
-    assert f"{number.name}: the run is to save and end" in run.stderr
+    assert f"{number.name}: the run saves a checkpoint and ends" in run.stderr
     assert_saved(run)
 
 
 def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
-    """Whoever presses Ctrl-C once more does not want to wait for the save."""
+    """A second Ctrl-C does not wait for the save."""
     with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
         run.process.send_signal(signal.SIGHUP)  # the lower of two pending numbers comes first
@@ -68,7 +68,7 @@ def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
         (None, r"cannot be read \(No such file or directory\)"),
     ],
 )
-def test_hosts_files_that_are_not(tmp_path, content, message):
+def test_unusable_hosts_files(tmp_path, content, message):
     if content is not None:
         (tmp_path / "hosts.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -83,7 +83,7 @@ def test_users_and_comments_in_a_hosts_file(tmp_path):
 
 
 def test_a_file_without_hosts_starts_nothing(tmp_path):
-    """Not even on this machine alone."""
+    """Not even on this machine."""
     (tmp_path / "hosts.txt").write_text("# none yet\n")
     command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", tmp_path / "hosts.txt", ROOT / "pretrain.py"]
     with Run(command, tmp_path) as run:

@@ -1,4 +1,4 @@
-"""The sample corpus and its tokenizer, made once, small, by the real command."""
+"""Sample corpus and tokenizer, made once in a small size by the real command."""
 
 import json
 import subprocess
@@ -79,10 +79,10 @@ def test_no_text_occurs_twice(rows):
 
 
 def test_sizes_follow_the_shares(rows):
-    assert sum(piece.share for piece in SLICES) == pytest.approx(1)
+    assert sum(piece.fraction for piece in SLICES) == pytest.approx(1)
     for piece in SLICES:
         size = sum(len(row["text"].encode()) for row in rows[piece.file])
-        wanted = piece.share * MEGABYTES * 1e6
+        wanted = piece.fraction * MEGABYTES * 1e6
         assert wanted <= size <= wanted + 3 * MAX_CHARACTERS
 
 
@@ -98,7 +98,7 @@ def test_a_second_run_changes_nothing(sample):
     before = {path: path.stat().st_mtime_ns for path in sample.rglob("*")}
     again = run(sample, "--megabytes", str(MEGABYTES), "--vocab_size", str(VOCAB_SIZE))
     assert again.returncode == 0
-    assert "already there" in again.stdout
+    assert "already exist" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in sample.rglob("*")} == before
 
 
@@ -125,7 +125,7 @@ def test_unusable_settings_are_named_and_leave_nothing(tmp_path, options, named)
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
+def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.jsonl").write_text("precious")
     failed = run(tmp_path)
@@ -186,7 +186,7 @@ def test_split_long_cuts_between_definitions_and_loses_nothing():
     assert list(split_long("a" * 1000, limit=400)) == ["a" * 1000]
 
 
-def test_novelty_refuses_what_mostly_repeats():
+def test_novelty_refuses_documents_that_mostly_repeat():
     novelty = Novelty()
     licence = "Permission is hereby granted, free of charge, to any person\nobtaining a copy of this software\n"
     assert novelty.is_new("Copyright Ada\n" + licence)

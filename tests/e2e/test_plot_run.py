@@ -1,4 +1,4 @@
-"""Pictures of the logs of real runs."""
+"""Plots of real runs' logs."""
 
 import json
 import shutil
@@ -57,10 +57,10 @@ def test_curves_are_the_runs_own(logs, finished_run):
         (line,) = axis.lines
         assert line.get_xdata().tolist() == [1, 2, 3]
         assert line.get_ydata().tolist() == finished_run.column(key)
-    assert titles(figure)[-1].startswith("TFLOPS/GPU")  # of a CPU no peak is known
+    assert titles(figure)[-1].startswith("TFLOPS/GPU")  # a CPU's peak is unknown
 
 
-def test_tensorboards_events_tell_the_same(logs, tmp_path):
+def test_tensorboard_events_have_the_same_values(logs, tmp_path):
     events = shutil.copytree(logs, tmp_path / "events", ignore=shutil.ignore_patterns("metrics.jsonl"))
     from_events, from_rows = read_run(str(events)), read_run(f"named={logs}")
     assert (from_events.name, from_rows.name) == (str(events), "named")
@@ -71,9 +71,9 @@ def test_tensorboards_events_tell_the_same(logs, tmp_path):
 
 def test_several_runs_by_tokens_with_evaluations_and_mfu(logs, tmp_path):
     rows = [json.loads(row) for row in (logs / "metrics.jsonl").read_text().splitlines()]
-    rows[1] |= {"mfu": 0.5, "eval_loss": 6.0, "grad_norm": None}  # as on a GPU, where fp16 overflowed
+    rows[1] |= {"mfu": 0.5, "eval_loss": 6.0, "grad_norm": None}  # as on a GPU after an fp16 overflow
     other = tmp_path / "metrics.jsonl"
-    other.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 4, "lo')  # being written
+    other.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 4, "lo')  # still being written
     figure = draw([read_run(str(logs)), read_run(f"other={other}")], x="tokens", smooth=2)
     loss, _, grad_norm, _, mfu, legend = figure.axes
     assert mfu.get_title() == "MFU, %"
@@ -84,11 +84,11 @@ def test_several_runs_by_tokens_with_evaluations_and_mfu(logs, tmp_path):
     assert names == [str(logs), "other", "loss on held-out documents"]
 
 
-def test_long_runs_become_means_of_neighbours():
+def test_neighbors_are_averaged_in_long_runs():
     steps = np.arange(1.0, 10_001)
     run = LoggedRun("long", {"step": steps, "loss": steps % 2, "lr": steps})
     position, loss = run.curve("step", "loss")
-    assert len(loss) == plot_run.MOST_POINTS
+    assert len(loss) == plot_run.MAX_POINTS
     assert position[:2].tolist() == [3.0, 8.0]
     np.testing.assert_allclose(loss[:2], [0.6, 0.4])
     _, smooth = LoggedRun("", {"step": steps[:6], "loss": steps[:6]}).curve("step", "loss", smooth=3)
@@ -105,8 +105,8 @@ def test_long_runs_become_means_of_neighbours():
         ('{"loss": 1}\n', ["run"], "line 1: not a row of metrics"),
         ('{"step": 1}\n', ["run", "--x", "hours"], "--x: run has no 'hours'"),
         ('{"step": 1}\n', ["run", "--output", "run.jpg"], "--output: run.jpg does not end in .png"),
-        ('{"step": 1}\n', ["run", "--output", "no/run.png"], "--output: there is no folder "),
-        ('{"step": 1}\n', ["run", "--smooth", "0"], "--smooth: 0 is below"),
+        ('{"step": 1}\n', ["run", "--output", "no/run.png"], "--output: folder "),
+        ('{"step": 1}\n', ["run", "--smooth", "0"], "--smooth: must be at least 1, not 0"),
     ],
 )
 def test_mistakes(monkeypatch, tmp_path, make, arguments, expected):
@@ -122,7 +122,7 @@ def test_mistakes(monkeypatch, tmp_path, make, arguments, expected):
     assert not list(tmp_path.glob("**/*.png"))
 
 
-def test_a_folder_that_may_not_be_written_to(monkeypatch, logs, locked_folder):
+def test_a_folder_without_write_permission(monkeypatch, logs, locked_folder):
     with pytest.raises(InputError, match=f"^--output: no permission to write in {locked_folder}; give another folder$"):
         plot(monkeypatch, logs, "--output", locked_folder / "run.png")
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from launching import ROOT, Run, start_pretrain
-from runtime.console import KEYBOARD_INTERRUPT
-from runtime.process import USAGE_ERROR
+from runtime.process import KEYBOARD_INTERRUPT, USAGE_ERROR
 
 
 def assert_refused(run: Run, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The shell scripts that launch benchmarks and recipes, each run as its users run it, on a small model."""
+"""Shell scripts for benchmarks and recipes, run as users run them, on a small model."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SMALL = ["-c", "test", "-l", 64, "-b", 2]
 
 
 def start_script(script: Path, *args, folder: Path, **env: str) -> Run:
-    """Starts a script from a folder other than the repository, with this interpreter."""
+    """Start a script in a folder outside the repository, with this interpreter."""
     folder.mkdir(parents=True, exist_ok=True)
     return Run(["bash", SCRIPTS / script, *args], folder, {"LLAMA_PYTHON": sys.executable, **env}, cwd=folder)
 
@@ -36,7 +36,7 @@ def run_script(tmp_path):
 
 @pytest.fixture
 def without_program(tmp_path) -> dict[str, str]:
-    """An interpreter that prints the arguments of a program instead of running it."""
+    """Return the environment of an interpreter that prints a program's arguments instead of running it."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(
@@ -47,7 +47,7 @@ def without_program(tmp_path) -> dict[str, str]:
     return {"LLAMA_PYTHON": str(python)}
 
 
-def test_all_of_them_are_found():
+def test_all_benchmark_scripts_are_found():
     names = "70B/3d 70B/gemini 70B/gemini_auto 7B/gemini 7B/gemini_auto"
     assert [str(path) for path in BENCHMARKS] == [f"benchmark_{name}.sh" for name in names.split()]
 
@@ -125,10 +125,10 @@ def test_accumulation_reaches_the_batch_of_the_recipe(script, gpus, flags, steps
     assert run.stderr == ""
 
 
-def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_program):
+def test_a_batch_that_does_not_divide_is_rounded_and_reported(run_script, without_program):
     run = run_script("pretrain_7B.sh", NPROC_PER_NODE="12", **without_program)
     assert "--accumulation_steps\n21\n" in run.stdout
-    assert run.stderr == "pretrain_7B: 4128768 tokens a step, as near to 4194304 as GPUs and flags allow\n"
+    assert run.stderr == "pretrain_7B: 4128768 tokens per step, as close to 4194304 as GPUs and flags allow\n"
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_a_batch_that_does_not_divide_is_rounded_and_said(run_script, without_pr
         ("node1 slots=8\n", {}, "has the line 'node1 slots=8', which is not one host name"),
         ("node1\nnode2\nuser@Node1\n", {}, "names the host 'node1' twice"),
         ("node1,node2\n", {}, "has the line 'node1,node2', which is not one host name"),
-        ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is no part of a name: see --help"),
+        ("node1:2222\n", {}, "has the line 'node1:2222'; ssh's port is not part of a name: see --help"),
         ("# none yet\n", {}, "names no host"),
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),
-        ("node1\n", {}, "NPROC_PER_NODE: this machine has no GPU to tell how many each host has"),
+        ("node1\n", {}, "NPROC_PER_NODE: cannot be derived, since this machine has no GPU; set it"),
         (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
         (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
         (None, {"LLAMA_PYTHON": "/nowhere/python"}, "LLAMA_PYTHON='/nowhere/python' is not a Python that runs"),
@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
 
 
 def test_hosts_beside_the_script_are_used(tmp_path, without_program):
-    """A copy of the repository's scripts, so that no hosts.txt is left in it."""
+    """Use a copy of the scripts, so that no hosts.txt is left in the repository."""
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
     content = "\ufeff# the cluster\r\nroot@node1 # rank 0\r\n\r\nnode2"
     (tmp_path / "scripts" / "benchmark_7B" / "hosts.txt").write_text(content, encoding="utf-8", newline="")
@@ -200,7 +200,7 @@ exit "$status"
 
 
 def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, sample, cache_dir):
-    """With stand-ins for Slurm's commands that start two ranks here, and a signal as Slurm sends it to them."""
+    """Replace Slurm's commands by ones that start two ranks here, and send them the signal that Slurm sends."""
     (tmp_path / "bin").mkdir()
     for name, text in SLURM_COMMANDS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")

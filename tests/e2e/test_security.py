@@ -1,4 +1,4 @@
-"""Files that others have written are data, never code; this user's own stay private."""
+"""Security: foreign files are data, never code; hosts get neither code in names nor secrets."""
 
 import json
 import pickle
@@ -11,11 +11,11 @@ import torch
 from corpus.tokenizer import load_tokenizer
 from runtime.console import InputError
 from scripts import generate
-from scripts.run_on_hosts import Host, travelling
+from scripts.run_on_hosts import Host, forwarded
 
 
 class Code:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -33,7 +33,7 @@ class TestFoldersOfOthers:
 
     @pytest.fixture
     def folder(self, finished_run, marker, tmp_path):
-        """A model whose configuration and tokenizer ask for code that lies beside them."""
+        """A model whose configuration and tokenizer ask for code next to them."""
         folder = shutil.copytree(finished_run.save_dir / "final", tmp_path / "model")
         (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
         for name, entries in (
@@ -51,7 +51,7 @@ class TestFoldersOfOthers:
     def test_code_beside_a_model_is_not_run(self, monkeypatch, folder):
         assert self.write(monkeypatch, folder) == 0
 
-    def test_a_tokenizer_that_is_code_alone(self, folder):
+    def test_a_tokenizer_that_exists_only_as_code(self, folder):
         content = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**content, "tokenizer_class": "Unheard"}))
         with pytest.raises(InputError, match=r"--tokenizer: cannot load"):
@@ -70,10 +70,10 @@ class TestFoldersOfOthers:
 
 
 class TestHosts:
-    def test_names_are_no_options_of_ssh(self):
+    def test_names_cannot_be_options_of_ssh(self):
         assert Host("-oProxyCommand=touch executed").problem("/") == "is not the name of a host"
 
-    def test_names_and_folders_are_no_commands(self, monkeypatch, tmp_path):
+    def test_names_and_folders_cannot_be_commands(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "ssh").write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')  # as sshd runs a command
         (tmp_path / "ssh").chmod(0o755)
@@ -83,8 +83,8 @@ class TestHosts:
             assert "has no folder" in Host(name).problem(folder)
         assert not (tmp_path / "executed").exists()
 
-    def test_secrets_travel_where_they_are_asked_for_alone(self):
+    def test_secrets_are_sent_only_on_request(self):
         plain = {"PATH": "/bin", "HF_HOME": "/hub", "TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}
         secret = {"HF_TOKEN": "1", "AWS_SECRET_ACCESS_KEY": "2", "TORCH_API_KEY": "3", "PYTHON_KEYRING_PASSWORD": "4"}
-        assert travelling(plain | secret | {"EDITOR": "vi"}, []) == plain
-        assert travelling(plain | secret, ["HF_TOKEN"]) == plain | {"HF_TOKEN": "1"}
+        assert forwarded(plain | secret | {"EDITOR": "vi"}, []) == plain
+        assert forwarded(plain | secret, ["HF_TOKEN"]) == plain | {"HF_TOKEN": "1"}

@@ -1,4 +1,4 @@
-"""Training on two hosts, each with its own address, name, home and ssh server; and what is said when one fails."""
+"""Training on two hosts, each with its own address, name, home and ssh server; and reports of a host's failure."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ ODD = {"BASH_FUNC_greet%%": "() { echo hello\n}", "OMP_ODD": "späce 'and' \"$HO
 
 @pytest.fixture
 def cluster(machines, sample, tmp_path):  # noqa: F811
-    """Starts runs of the two hosts on data of their own: the default cache is in each host's home."""
+    """Runs on the two hosts; the default cache is in each host's own home."""
     return Cluster(machines, sample, tmp_path)
 
 
@@ -36,7 +36,7 @@ class Cluster:
         self.flags = [*data, "-p", "zero2", "-x", "bf16", "-o", folder / "checkpoint", "-t", folder / "tb_logs"]
 
     def launch(self, *flags, hostfile=None, **environment):
-        """run_on_hosts.py on the first host."""
+        """Start run_on_hosts.py on the first host."""
         command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", hostfile or self.hostfile, "pretrain.py"]
         return self.first.run(*command, *self.flags, *flags, folder=self.folder, **GLOO, **environment)
 
@@ -48,7 +48,7 @@ class Cluster:
 
 
 def torchrun(cluster, *flags):
-    """What one starts on each host by hand or through a scheduler: the two commands."""
+    """Start torchrun on each host, as one does by hand or through a scheduler."""
     rendezvous = ["--master_addr", NAMES[0], "--master_port", 29501]
     for number, host in enumerate(cluster.hosts):
         command = [*TORCHRUN, "--node_rank", number, *rendezvous, "pretrain.py", *cluster.flags, *flags]
@@ -56,12 +56,12 @@ def torchrun(cluster, *flags):
 
 
 def test_training_and_resuming(cluster):
-    """Started through ssh, resumed under torchrun. Each host has a home of its own, and so a cache of its own."""
+    """Start through ssh, resume under torchrun. Each host has its own home, and therefore its own cache."""
     with cluster.launch("--max_steps", 3, **ODD) as run:
         assert run.wait() == 0, run.output()
     assert "plugin: zero2, 2 data-parallel" in run.stdout
     assert run.stdout.count("plugin:") == 1
-    assert "[node2]" not in run.stdout + run.stderr  # nothing but what rank 0 says
+    assert "[node2]" not in run.stdout + run.stderr  # only rank 0 prints
     for host in cluster.hosts:
         assert (host.home / ".cache" / "llama-training").is_dir()
 
@@ -74,8 +74,8 @@ def test_training_and_resuming(cluster):
     AutoModelForCausalLM.from_pretrained(cluster.folder / "checkpoint" / "final")
 
 
-def test_environment_that_travels(cluster):
-    """The variables that concern training, whatever is in them; no others, and none on a command line."""
+def test_environment_of_the_hosts(cluster):
+    """They get the variables that concern training, whatever their values; no others, and none on a command line."""
     program = cluster.folder / "show.py"
     program.write_text("import os, sys; print(sys.argv[1:], {k: os.environ.get(k) for k in ('OMP_ODD', 'SECRET')})")
     command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", cluster.hostfile, program]
@@ -88,7 +88,7 @@ def test_environment_that_travels(cluster):
 
 
 def test_hosts_that_cannot_be_used(cluster):
-    """Every host's problem is named before anything starts."""
+    """Each host's problem is reported before anything starts."""
     hostfile = cluster.folder / "more.txt"
     hostfile.write_text("node1\nnode2\nno-such-name\n10.77.0.9\n")
     wrong_key = cluster.folder / "wrong"
@@ -107,7 +107,7 @@ def test_hosts_that_cannot_be_used(cluster):
 
 
 def test_killed_rank(cluster):
-    """The other host stops too, a line names the host, nothing is left anywhere, and the run resumes."""
+    """The other host stops too, one line names the host, no process is left, and the run resumes."""
     with cluster.launch("-e", 1000, "-i", 2) as run:
         run.wait_until(lambda: len(run.metrics) >= 4, "the fourth step")
         cluster.second.processes("pretrain.py", "-c")[0].kill()
@@ -127,7 +127,7 @@ def test_killed_rank(cluster):
 
 
 def test_killed_rank_under_torchrun(cluster):
-    """Nobody but the ranks themselves watches over both hosts."""
+    """Only the ranks themselves connect the two hosts."""
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(run) for run in torchrun(cluster, "-e", 1000)]
         runs[0].wait_until(lambda: "step 1/" in runs[0].stdout, "the first step")
@@ -137,7 +137,7 @@ def test_killed_rank_under_torchrun(cluster):
 
 
 def test_killed_launcher(cluster):
-    """The hosts see that it is gone; the run saves and ends on all of them."""
+    """The hosts notice, and the run saves and ends on all of them."""
     with cluster.launch("-e", 1000) as run:
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
         cluster.launcher().kill()
@@ -147,7 +147,7 @@ def test_killed_launcher(cluster):
 
 
 def test_problem_of_one_host(cluster):
-    """Only node2 lacks the tokenizer. It says so itself, and the other does not wait for it for long."""
+    """Only node2 lacks the tokenizer: it says so itself, and the other host soon stops waiting."""
     mount = ["mount", "-t", "tmpfs", "none", cluster.tokenizer]
     cluster.second.call(*mount)
     try:
@@ -161,7 +161,7 @@ def test_problem_of_one_host(cluster):
 
 
 def test_doctor(cluster):
-    """It names the host that has another folder under the same path."""
+    """It reports that the same path is a different folder on the two hosts."""
     shared = cluster.folder / "shared"
     shared.mkdir()
     cluster.second.call("mount", "-t", "tmpfs", "none", shared)
@@ -175,7 +175,7 @@ def test_doctor(cluster):
 
 
 def test_plain_colossalai_run(cluster):
-    """ColossalAI's own launcher, as it comes: PATH has to lead to torchrun, and the key to lie where it looks."""
+    """ColossalAI's own launcher unchanged: it needs torchrun in PATH, and the key in the default place."""
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     command = ["colossalai", "run", "--nproc_per_node", 1, "--hostfile", cluster.hostfile, "pretrain.py"]
     environment = {"PATH": path, **GLOO}

@@ -1,6 +1,6 @@
 """Hosts of a small cluster on one machine: namespaces with their own address, name, processes, home and ssh server.
 
-They vanish with the process that holds them, and with them whatever was started there.
+A host vanishes with the process that holds its namespaces, and with it every process started there.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 from launching import ROOT, Run
 
 NAMES = ("node1", "node2")
-INTERFACE = "eth0"  # named alike on all of them
+INTERFACE = "eth0"  # on every host
 NAMESPACES = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "mount")
 
@@ -51,7 +51,7 @@ def _call(*command) -> None:
 
 
 class Machine:
-    """One host. Its root logs in to the others with the key in its own home; all share the file system else."""
+    """One host. Its root logs in to the others with the key in its home; the file system is otherwise shared."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.home = name, folder / "home"
@@ -67,7 +67,7 @@ class Machine:
         return "Server listening" in self.log.read_text()
 
     def command(self, *command, **environment: str) -> list[str]:
-        """The command line that runs `command` on this host."""
+        """Return the command line that runs `command` on this host."""
         variables = [f"{name}={value}" for name, value in {"HOME": self.home, **environment}.items()]
         enter = ["nsenter", "-t", str(self.init), "-a", f"--wd={ROOT}", "env", *variables]
         return [*enter, *map(str, command)]
@@ -79,7 +79,7 @@ class Machine:
         _call(*self.command(*command))
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Those that run here and have all of `words` on their command lines."""
+        """Return the processes of this host with all of `words` on their command lines."""
         namespace, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
         for process in psutil.process_iter():
             try:

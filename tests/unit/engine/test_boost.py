@@ -14,7 +14,7 @@ from colossalai.nn.optimizer import HybridAdam
 from engine import cpu
 from engine.boost import ADAM_BETAS, build_optimizer
 from engine.job import Optimization
-from engine.launch import gpu, launch, launch_problems
+from engine.launch import gpu_index, launch, launch_problems
 from launching import ROOT
 from processes import run_ranks
 from runtime import ranks, requirements
@@ -125,7 +125,7 @@ class TestLaunch:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert gpu() == index
+        assert gpu_index() == index
 
     @pytest.mark.parametrize(
         ("environment", "problem"),

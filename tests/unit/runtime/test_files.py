@@ -1,4 +1,4 @@
-"""Names and files as other programs and users find them."""
+"""File names that stay inside their folder."""
 
 import pytest
 

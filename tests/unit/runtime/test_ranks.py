@@ -1,4 +1,4 @@
-"""Ranks that meet: variables of launchers, wrappers, starts by hand, and ranks that end before the others."""
+"""Meetings of ranks: launchers' variables, wrappers, starts by hand, and ranks that end, stop or never start."""
 
 import os
 import socket
@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 
 from launching import Run, free_port
 from runtime import ranks
+from runtime.process import RUN_FAILED, USAGE_ERROR
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHED = ("RANK", *ranks.REQUIRED)
@@ -29,7 +30,7 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
 }
 
-# A program of two ranks; its argument is what local rank 0 does while the other waits.
+# A program of two ranks. Its arguments: what local rank 0 does while the other waits, a name, and settings of `ranks`.
 PROGRAM = """
     import os, signal, sys, threading, time
     sys.path.insert(0, {root!r})
@@ -45,7 +46,7 @@ PROGRAM = """
     def main():
         if problems := ranks.launch_problems():
             raise console.InputError(*problems)
-        ranks.LAUNCHER_SECONDS = 1 if sys.argv[2] == "alone" else 30
+        exec(sys.argv[3])
         ranks.meeting()
         ranks.BEAT_SECONDS = 0.2
         answer = ranks.once_per_node(work)
@@ -69,7 +70,7 @@ PROGRAM = """
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Takes the place of every variable of a launcher."""
+    """Return a function that replaces all variables of a launcher."""
 
     def environment(variables):
         for name in VARIABLES:
@@ -111,7 +112,7 @@ class TestLaunchProblems:
             ({"MASTER_ADDR": "ä" * 70}, "MASTER_ADDR: 'ää"),
         ],
     )
-    def test_of_torchruns_variables(self, environment, changes, problem):
+    def test_torchruns_variables(self, environment, changes, problem):
         environment({name: value for name, value in (TORCHRUN | changes).items() if value is not None})
         problems = ranks.launch_problems()
         assert problems == [] if problem is None else (len(problems) == 1 and problems[0].startswith(problem)), problems
@@ -129,7 +130,7 @@ class TestLaunchProblems:
             ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
         ],
     )
-    def test_of_other_launchers(self, environment, variables, problem):
+    def test_other_launchers(self, environment, variables, problem):
         environment(variables)
         assert "".join(ranks.launch_problems())[: len(problem or "")] == (problem or "")
         assert bool(ranks.launch_problems()) == bool(problem)
@@ -141,10 +142,10 @@ class TestLaunchProblems:
             port = str(other.getsockname()[1])
             environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": port})
             assert ranks.launch_problems() == [
-                f"MASTER_PORT: {port} of this machine cannot be used (another program uses it); "
+                f"MASTER_PORT: port {port} of this machine cannot be used (another program uses it); "
                 "give a free port, or unset RANK"
             ]
-            environment(TORCHRUN | {"MASTER_PORT": port})  # another rank expects somebody there
+            environment(TORCHRUN | {"MASTER_PORT": port})  # the port is another rank's
             assert ranks.launch_problems() == []
             environment(TORCHRUN | {"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
             assert ranks.launch_problems() == []
@@ -163,8 +164,8 @@ class TestLaunchProblems:
             },
         )
     )
-    def test_what_is_accepted_is_a_rank_or_a_process_alone(self, given):
-        """Says so from the definition of each variable, by torch's documentation of torchrun."""
+    def test_accepts_exactly_ranks_and_single_processes(self, given):
+        """Compare with the variables' definitions in torchrun's documentation."""
         before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
         os.environ.update(given, TORCHELASTIC_USE_AGENT_STORE="True")
         try:
@@ -201,7 +202,7 @@ LATE = """
 
     def main():
         if console.rank():
-            time.sleep(5)  # by then rank 0 has done all that it has to do
+            time.sleep(5)  # rank 0 is done by then
         print(ranks.once_per_node(lambda: "answer"), flush=True)
         return 0
 
@@ -210,18 +211,20 @@ LATE = """
 
 
 class Started:
-    """Ranks of a program in real processes, each one's output by rank."""
+    """Ranks of a program in real processes."""
 
-    def __init__(self, folder, port, statement="pass", name="run", program=PROGRAM, **changes):
+    def __init__(
+        self, folder, port, statement="pass", name="run", program=PROGRAM, settings="pass", numbers=(0, 1), **changes
+    ):
         folder.mkdir(exist_ok=True)
         path = folder / "program.py"
         path.write_text(textwrap.dedent(program).format(root=str(ROOT)))
         pipe = subprocess.PIPE
         self.processes = []
-        for number in range(2):
+        for number in numbers:
             variables = TORCHRUN | {"RANK": str(number), "LOCAL_RANK": str(number), "MASTER_PORT": str(port)} | changes
             environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
-            command = [sys.executable, path, statement, name]
+            command = [sys.executable, path, statement, name, settings]
             self.processes.append(
                 subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
             )
@@ -239,18 +242,18 @@ class Started:
         self.processes[0].stdin.flush()
 
     def wait_for_waiting(self):
-        """Return the line in which rank 1 says that it waits for rank 0 to work."""
-        return next(line for line in self.processes[1].stderr if "not there yet" not in line)
+        """Return the line in which rank 1 says that it waits for rank 0's work."""
+        return next(line for line in self.processes[1].stderr if "not started yet" not in line)
 
     def ends(self):
-        """Return each rank's exit status, and what it still has printed."""
+        """Return each rank's exit status and its remaining output."""
         outputs = [process.communicate(timeout=120) for process in self.processes]
         return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
 
 
 class TestStartByHand:
     def test_two_runs_at_once_from_one_shell(self, tmp_path):
-        """Neither reads the other's answer. A third on the port of the first is refused, both its ranks."""
+        """Neither reads the other's answer. Both ranks of a third run, on the first's port, are refused."""
         ports = free_port(), free_port()
         with Started(tmp_path / "a", ports[0], name="a") as a, Started(tmp_path / "b", ports[1], name="b") as b:
             line = a.wait_for_waiting()
@@ -264,7 +267,9 @@ class TestStartByHand:
                 for status, output, error in run.ends():
                     assert (status, output) == (0, f"{name} 200000 second\nsum 2.0\n"), error
         assert [status for status, _ in refusals] == [2, 2]
-        assert f"MASTER_PORT: {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
+        assert (
+            f"MASTER_PORT: port {ports[0]} of this machine cannot be used (another program uses it)" in refusals[0][1]
+        )
         assert f"is rank 1 at 127.0.0.1:{ports[0]} already; give each run a port of its own" in refusals[1][1]
         assert [len(error.splitlines()) for _, error in refusals] == [1, 1]
 
@@ -290,7 +295,7 @@ class TestStartByHand:
             assert len(waiting.splitlines()) == 1
 
     def test_rank_0_does_not_end_before_a_late_rank_has_come(self, tmp_path):
-        """As in a dry run of several ranks, which ends without a process group, under torchrun and by hand."""
+        """As in a dry run of several ranks, which needs no process group; under torchrun and by hand."""
         port = free_port()
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         with (
@@ -302,20 +307,68 @@ class TestStartByHand:
         assert [(status, output) for status, output, _ in ends] == [(0, "answer\n")] * 4, ends
 
     def test_answers_of_an_earlier_attempt_are_not_read(self, tmp_path):
-        """torchrun starts the ranks again, with the same store; here the test keeps it."""
+        """torchrun restarts ranks with the same store and counts the restarts; here the test keeps the store."""
         port = free_port()
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        for name in ("old", "new"):
-            with Started(tmp_path, port, name=name, TORCHELASTIC_USE_AGENT_STORE="True") as run:
+        for count, name in enumerate(("old", "new")):
+            attempt = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(count)}
+            with Started(tmp_path, port, name=name, **attempt) as run:
                 run.wait_for_waiting()
                 run.go()
                 for status, output, error in run.ends():
                     assert (status, output) == (0, f"{name} 200000 second\n"), error
         assert store.num_keys() > 0
 
+    def test_a_rank_that_is_stopped(self, tmp_path):
+        """A signal that stops rank 0, or a machine that hangs, breaks no connection of the others."""
+        port = free_port()
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        stop, settings = "os.kill(os.getpid(), signal.SIGSTOP)", "ranks.GONE_SECONDS = 2"
+        with Started(tmp_path, port, stop, settings=settings, TORCHELASTIC_USE_AGENT_STORE="True") as run:
+            run.wait_for_waiting()
+            run.go()
+            error = run.processes[1].stderr.read()
+            assert run.processes[1].wait() == RUN_FAILED
+        assert store.num_keys() > 0
+        host = socket.gethostname()
+        assert error == (
+            f"program.py: on {host}: rank 0 on {host} has shown no sign of life for 2 s, with other ranks waiting; "
+            "it has ended or is stopped: see its own message\n"
+        )
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_a_rank_that_is_never_started(self, tmp_path, number):
+        port = free_port()
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        settings = "ranks.JOIN_SECONDS = 1"
+        launcher = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "run"}
+        with Started(tmp_path, port, settings=settings, numbers=[number], **launcher) as run:
+            run.go()
+            ((status, _, error),) = run.ends()
+        assert store.num_keys() > 0
+        host = socket.gethostname()
+        missing = "rank 1" if number == 0 else f"the rank of LOCAL_RANK 0 on {host}"
+        waiting, refusal = error.splitlines()
+        assert status == USAGE_ERROR
+        assert waiting == f"rank {number} on {host} waits for {missing}, not started yet, at 127.0.0.1:{port}"
+        assert refusal.endswith(
+            f"WORLD_SIZE: {missing} has not come to 127.0.0.1:{port} within 1 s; start all 2 ranks, or lower WORLD_SIZE"
+        )
+
+    def test_rank_0_is_never_started_by_hand(self, tmp_path):
+        port = free_port()
+        with Started(tmp_path, port, settings="ranks.JOIN_SECONDS = 1", numbers=[1]) as run:
+            ((status, _, error),) = run.ends()
+        assert status == USAGE_ERROR
+        assert error.endswith(
+            f"MASTER_ADDR, MASTER_PORT: rank 1 cannot reach 127.0.0.1:{port} (Connection refused); "
+            "start rank 0 there, and check that no firewall blocks the port\n"
+        )
+
     def test_no_store(self, tmp_path):
         port = free_port()
-        with Started(tmp_path, port, name="alone", TORCHELASTIC_USE_AGENT_STORE="True") as run:
+        settings = "ranks.LAUNCHER_SECONDS = 1"
+        with Started(tmp_path, port, settings=settings, TORCHELASTIC_USE_AGENT_STORE="True") as run:
             ends = run.ends()
         for number, (status, output, error) in enumerate(ends):
             assert (status, output) == (2, "")
@@ -328,12 +381,12 @@ class TestStartByHand:
 
 
 def test_a_wrapper_for_each_rank(tmp_path):
-    """The shell of a wrapper is each rank's parent, in a process of its own, as with timeout, numactl or a profiler."""
+    """Each rank's parent is a wrapper's shell, as with timeout, numactl or a profiler."""
     (tmp_path / "wrap.sh").write_text('#!/bin/sh\necho go | "$@"\nexit $?\n')
     (tmp_path / "wrap.sh").chmod(0o755)
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM).format(root=str(ROOT)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--no-python"]
-    program = [tmp_path / "wrap.sh", sys.executable, tmp_path / "program.py", "pass", "run"]
+    program = [tmp_path / "wrap.sh", sys.executable, tmp_path / "program.py", "pass", "run", "pass"]
     with Run([*launcher, *program], tmp_path) as run:
         assert run.wait(120) == 0, run.output()
     assert sorted(run.stdout.splitlines()) == ["run 200000 second"] * 2 + ["sum 2.0"] * 2
