@@ -25,8 +25,9 @@ from checkpointing.adapters import lora_config
 from corpora import error_of
 from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder
+from corpus.order import LengthGroupedOrder
 from corpus.sources import resolve_source
-from data_utils import InstructionDataset, LengthGroupedOrder
+from data_utils import InstructionDataset
 from hub_server import Branches, HubServer
 from launching import optimizer_states, start_finetune, start_pretrain
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name

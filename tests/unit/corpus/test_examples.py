@@ -17,9 +17,9 @@ from corpus import examples
 from corpus.examples import pack, prepare_examples
 from corpus.instructions import ExampleEncoder
 from corpus.manifest import MANIFEST_NAME
-from corpus.order import ShardedSampler
+from corpus.order import LengthGroupedOrder, ShardedSampler
 from corpus.sources import resolve_source
-from data_utils import InstructionDataset, LengthGroupedOrder
+from data_utils import InstructionDataset
 from instruction_rows import PROMPTED, ROWS, encoded, write_rows
 from model_utils import IGNORE_INDEX
 
@@ -98,7 +98,7 @@ class TestPreparedFolder:
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         capsys.readouterr()
         assert prepare(ROWS) == folder
-        assert f"{folder / name} is damaged; tokenizing the data set again" in capsys.readouterr().out
+        assert f"{folder / name} is damaged or missing; tokenizing the data set again" in capsys.readouterr().out
         assert (folder / name).read_bytes() == content
 
     @pytest.mark.parametrize(

@@ -433,7 +433,7 @@ class TestDamage:
         (folder / "manifest.json").write_text(content)
         assert error_of(prepare_dataset, str(folder), tokenizer, tmp_path).startswith(f"--dataset: {folder}")
         (folder / "manifest.json").unlink()
-        assert "is not prepared to its end" in error_of(prepare_dataset, str(folder), tokenizer, tmp_path)
+        assert "is not completely prepared" in error_of(prepare_dataset, str(folder), tokenizer, tmp_path)
         assert prepare()
         assert files_of(folder) == whole
 
@@ -526,7 +526,7 @@ class TestDamage:
         error = process.stderr.splitlines()[-1]
         assert f"--cache_dir: cannot write to {disk}" in error
         assert "No space left on device" in error
-        assert "finished shards are kept: make room and give the same command again" in error
+        assert "make room and run the same command again; finished shards are kept" in error
         kept = (tmp_path / "before").read_text().splitlines()
         assert set(kept) < set(process.stdout.splitlines()), process.stdout + process.stderr
         assert f"going on: {len(kept) - 1} of" in process.stdout
