@@ -269,7 +269,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
     records = [record for number in units if (record := preparation.record(number))]
     if missing := len(units) - len(records):
         say(
-            f"this part is finished; {missing:,} of {len(units):,} units are missing; the last part writes the manifest"
+            f"this part is finished, others lack {missing:,} of {len(units):,} units; the last part writes the manifest"
         )
         return False
     shards = [shard for record in records for shard in record["shards"]]
