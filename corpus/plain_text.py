@@ -163,11 +163,15 @@ def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
     if model["type"] != "BPE" or model["ignore_merges"]:
         return special
     inner = len(model["continuing_subword_prefix"] or "")
-    return special & ({left + right[inner:] for left, right in model["merges"]} | set(filter(_is_character, special)))
+    return special & (
+        {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
+    )
 
 
 def _letters(tables: dict[str, Any]) -> set[str]:
-    return set() if tables["model"].get("byte_fallback") else set(filter(_is_character, _special_words(tables)))
+    if tables["model"].get("byte_fallback"):
+        return set()
+    return {token for token in _special_words(tables) if _is_character(token)}
 
 
 def _special_words(tables: dict[str, Any]) -> set[str]:

@@ -268,9 +268,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
     units = range(len(preparation.units))
     records = [record for number in units if (record := preparation.record(number))]
     if missing := len(units) - len(records):
-        say(
-            f"this part is finished, others lack {missing:,} of {len(units):,} units; the last part writes the manifest"
-        )
+        say(f"this part is finished, others lack {missing:,} of {len(units):,} units; the last writes the manifest")
         return False
     shards = [shard for record in records for shard in record["shards"]]
     skipped = sum((Counter(record["skipped"]) for record in records), Counter())
