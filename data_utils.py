@@ -36,26 +36,21 @@ class TrainingData(Protocol):
     @property
     def fingerprint(self) -> str:
         """Digest that changes with the tokens, and not with the folder that they are in."""
-        ...
 
     @property
     def mean_length(self) -> float:
         """Mean number of tokens in a sequence, without padding."""
-        ...
 
     @property
     def description(self) -> str:
         """One or two lines for people."""
-        ...
 
     @property
     def collate(self) -> Callable | None:
         """Function that makes a batch of items; None stands for torch's default."""
-        ...
 
     def order(self, seed: int) -> Order:
         """Return the order in which a run with this seed reads the sequences."""
-        ...
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
         """Return the settings, beside data, seed and length, that the order depends on; they go into checkpoints.
@@ -63,7 +58,6 @@ class TrainingData(Protocol):
         Args:
             saved: the settings of the run that is resumed; empty for a new run.
         """
-        ...
 
     def __len__(self) -> int: ...
 
@@ -294,6 +288,7 @@ class StreamedDataset(Dataset):
             raise InputError(f"--streaming: the size of {unknown[0]} is not known; prepare the data set instead")
         self.start: dict | None = None
         self._stream: TokenStream | None = None
+        self._buffers: dict[int, tuple[dict, list[np.ndarray]]] = {}  # by number: the stream's state before it
 
     def check(self) -> None:
         """Read a document of every slice. Raises InputError if a slice has none or its file is damaged."""
@@ -314,35 +309,31 @@ class StreamedDataset(Dataset):
         return ENDLESS
 
     def __getitem__(self, position: int) -> dict:
-        if self._stream is None:
-            number, state = (self.start["buffer"], self.start["state"]) if self.start else (0, None)
+        if self._stream is None:  # in the process that reads
+            self._read = self.start["buffer"] * self.buffer if self.start else 0
+            state = self.start["state"] if self.start else None
             weights = self.slice_weights
             self._stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, weights, state)
-            self._sequences: dict[int, np.ndarray] = {}
-            self._states: dict[int, dict] = {}
-            self._read = number * self.buffer
         number, place = divmod(position, self.buffer)
         # Reads the next buffer bit by bit while this one is used, so that no step waits for a whole buffer.
         self._read_until(self._stream, max((number + 1) * self.buffer, position + self.buffer), keep=number)
-        index = number * self.buffer + Permutation(self.buffer, self.seed, number)[place]
-        ids = torch.from_numpy(self._sequences[index].astype(np.int64))
+        state, sequences = self._buffers[number]
+        ids = torch.from_numpy(sequences[Permutation(self.buffer, self.seed, number)[place]].astype(np.int64))
         item = {"input_ids": ids, "labels": ids.clone()}
         if self.document_ends:
             item = mark_documents(item, *self.document_ends)
-        return {**item, "stream": {"buffer": number, "state": self._states[number]}}
+        return {**item, "stream": {"buffer": number, "state": state}}
 
     def _read_until(self, stream: TokenStream, stop: int, keep: int) -> None:
-        for number in [number for number in self._states if number < keep]:
-            del self._states[number]
-            for index in range(number * self.buffer, (number + 1) * self.buffer):
-                self._sequences.pop(index, None)
+        for number in [number for number in self._buffers if number < keep]:
+            del self._buffers[number]
         while self._read < stop:
             number, place = divmod(self._read, self.buffer)
-            if place == 0:
-                self._states[number] = stream.state
+            if place == 0 and number >= keep:
+                self._buffers[number] = (stream.state, [])
             sequence = stream.next_sequence()
             if number >= keep:
-                self._sequences[self._read] = sequence
+                self._buffers[number][1].append(sequence)
             self._read += 1
 
     @staticmethod
@@ -435,11 +426,6 @@ class InstructionDataset(Dataset):
         learned = torch.from_numpy(self._labels[span].copy())
         return {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORE_INDEX)}
 
-    def length(self, index: int) -> int:
-        """Return the number of tokens of example `index`."""
-        span = _span(self._ends, index)
-        return int(span.stop - span.start)
-
     def fix_order(self, saved: dict, global_batch: int) -> dict:
         """Set the group size of LengthGroupedOrder: the global batch at the start of the run. Return it to be saved.
 
@@ -453,7 +439,7 @@ class InstructionDataset(Dataset):
         """Return the order in which a run with this seed reads the items."""
         if self.packed:
             return GlobalOrder(len(self), seed)
-        return LengthGroupedOrder(self, seed, self.group_size)
+        return LengthGroupedOrder(self._ends, seed, self.group_size)
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Pad on the right, where causal attention never looks, to the longest length, rounded up to `multiple`.

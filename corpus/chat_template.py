@@ -5,7 +5,7 @@ template writes it. One thing differs: a special token that a message spells out
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -188,27 +188,14 @@ class _Watched(dict):
         self._use(key)
         return super().__getitem__(key)
 
-    def __contains__(self, key: object) -> bool:
-        self._use(str(key))
-        return super().__contains__(key)
-
     def __iter__(self) -> Iterator[str]:
         for key in super().__iter__():
             self._use(key)
             yield key
 
-    def get(self, key: str, default: Any = None) -> Any:
-        self._use(key)
-        return super().get(key, default)
-
     def __repr__(self) -> str:
         return repr(dict(self.items()))
 
-    def keys(self) -> Any:
-        return list(self)
-
-    def values(self) -> Any:
-        return [self[key] for key in self]
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self]
+    # Mapping's methods call __getitem__ and __iter__; dict's do not.
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore[assignment]
+    __contains__ = Mapping.__contains__  # type: ignore[assignment]

@@ -35,17 +35,11 @@ Segment = tuple[str, bool]  # text; True if the model learns it
 
 
 class Encoded(NamedTuple):
-    """An example.
+    """A tokenized example."""
 
-    Attributes:
-        ids: [length].
-        labels: True where the model learns the token, [length].
-        cut: True if tokens were cut off.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    cut: bool
+    ids: np.ndarray  # [length]
+    labels: np.ndarray  # True where the model learns the token, [length]
+    cut: bool  # True if tokens were cut off
 
 
 def separator(prompt: str, completion: str) -> str:

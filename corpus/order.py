@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from runtime.console import InputError
@@ -18,16 +19,6 @@ class Order(Protocol):
     """Maps a position of the run, counted from 0 over all epochs, to the index of a sequence."""
 
     def __getitem__(self, position: int, /) -> int: ...
-
-
-class Lengths(Protocol):
-    """A number of sequences and the length of each."""
-
-    def __len__(self) -> int: ...
-
-    def length(self, index: int, /) -> int:
-        """Return the number of tokens of sequence `index`."""
-        ...
 
 
 def splitmix64(x: int) -> int:
@@ -170,27 +161,31 @@ class LengthGroupedOrder:
     and its place change from epoch to epoch. Only one window is in memory.
     """
 
-    def __init__(self, lengths: Lengths, seed: int, group_size: int):
-        self.lengths, self.seed, self.group_size = lengths, seed, group_size
+    def __init__(self, ends: Sequence[int] | np.ndarray, seed: int, group_size: int):
+        """
+        Args:
+            ends: the end of each sequence in the stream of all their tokens.
+        """
+        self.ends, self.seed, self.group_size = ends, seed, group_size
         # With fewer than four windows, a small data set would have the same groups in every epoch.
-        groups = min(WINDOW_GROUPS, max(1, len(lengths) // (4 * group_size)))
+        groups = min(WINDOW_GROUPS, max(1, len(ends) // (4 * group_size)))
         self.window_size = groups * group_size
         self._cached: tuple[int, int] | None = None  # epoch and number of the window
         self._window: list[int] = []
 
     def __getitem__(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.lengths))
+        epoch, index = divmod(position, len(self.ends))
         window, place = divmod(index, self.window_size)
         if self._cached != (epoch, window):
             self._cached, self._window = (epoch, window), self._arranged(epoch, window)
         return self._window[place]
 
     def _arranged(self, epoch: int, window: int) -> list[int]:
-        count = len(self.lengths)
+        count = len(self.ends)
         permutation = Permutation(count, self.seed, epoch)
         start = window * self.window_size
         members = [permutation[index] for index in range(start, min(start + self.window_size, count))]
-        members.sort(key=self.lengths.length)
+        members.sort(key=lambda index: self.ends[index] - (self.ends[index - 1] if index else 0))
         whole = len(members) // self.group_size
         order = Permutation(whole, splitmix64(self.seed ^ window), epoch) if whole > 1 else range(whole)
         groups = [members[group * self.group_size :][: self.group_size] for group in order]

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -86,16 +86,8 @@ def prepare_dataset(
         folder = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
         if not is_prepared(folder):
             request = [dataset, revision, *slices]
-            prepare_folder(
-                source,
-                encoder,
-                folder,
-                num_workers,
-                eval_fraction=fraction,
-                request=request,
-                flag="--cache_dir",
-                wait_for_others=True,
-            )
+            choice: dict[str, Any] = {"eval_fraction": fraction, "request": request}
+            prepare_folder(source, encoder, folder, num_workers, flag="--cache_dir", wait_for_others=True, **choice)
             _remove_superseded(folder, [fraction, *request], encoder)
             say(f"kept for the next time in {folder}")
         _check(folder, encoder, fraction)

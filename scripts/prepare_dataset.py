@@ -81,15 +81,8 @@ def main() -> int:
         if source.remark:
             say(source.remark)
         request = [args.dataset, args.dataset_revision, *args.dataset_slices]
-        if not prepare_folder(
-            source,
-            encoder,
-            args.output,
-            args.num_workers,
-            part=args.part,
-            eval_fraction=args.eval_fraction,
-            request=request,
-        ):
+        options = {"part": args.part, "eval_fraction": args.eval_fraction, "request": request}
+        if not prepare_folder(source, encoder, args.output, args.num_workers, **options):
             return 0
         say(f"train on it: pretrain.py -d {shlex.quote(str(args.output))} --tokenizer {shlex.quote(args.tokenizer)}")
     for name, counts in read_manifest(args.output)["slices"].items():

@@ -117,7 +117,7 @@ def run_to_the_end(code, *arguments):
     return Path(output.splitlines()[-1])
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -130,8 +130,8 @@ def test_memory_is_two_buffers(source, encoder):
     dataset = stream_of(source, encoder)
     for position in range(0, 200, 3):
         dataset[position]
-        assert len(dataset._sequences) <= 2 * dataset.buffer
-        assert len(dataset._states) <= 2
+        assert sum(len(sequences) for _, sequences in dataset._buffers.values()) <= 2 * dataset.buffer
+        assert len(dataset._buffers) <= 2
 
 
 def test_documents_are_marked(source, encoder):
