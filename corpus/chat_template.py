@@ -24,13 +24,6 @@ class Unusable(Exception):
     """Raised with the reason, in a few words, why a row cannot be used."""
 
 
-def without_nulls(value: Any) -> Any:
-    """Return the value without the null fields of its objects: Arrow adds a field that one row has to all rows."""
-    if isinstance(value, dict):
-        return {key: without_nulls(field) for key, field in value.items() if field is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 def check_template(tokenizer: PreTrainedTokenizerBase, flag: str, absent: str) -> None:
     """Check that the tokenizer has a usable chat template.
 

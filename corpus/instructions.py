@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from corpus.chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation, without_nulls
+from corpus.chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation
 from corpus.encoder import TextEncoder
 from corpus.rows import read_rows
 from corpus.sources import Source
@@ -165,7 +165,14 @@ def _objects(row: dict, column: str) -> list[dict]:
     objects = _parsed(row, column)
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise Unusable(f"{column} not a list of objects")
-    return without_nulls(objects)
+    return _without_nulls(objects)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without the null fields of its objects: Arrow adds a field that one row has to all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(row: dict, column: str) -> Any:
