@@ -1,4 +1,4 @@
-"""Small corpora, prepared, their tokens by a slow, obvious reference, and Python programs that use the modules."""
+"""Small corpora, prepared folders, a slow and obvious reference for their tokens, and Python programs."""
 
 import inspect
 import itertools
@@ -44,13 +44,13 @@ def stream_of(folder):
 
 
 def documents_of(stream, bos):
-    """The documents of a stream, sorted: where rows name several slices, their order is that of the slices."""
+    """The documents of a stream, sorted, since slices reorder them."""
     starts = [place for place, token in enumerate(stream) if token == bos]
     return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
 
 
 def reference_stream(tokenizer, texts):
-    """One token at a time through SentencePiece, never through the code under test."""
+    """The tokens of the texts by SentencePiece alone."""
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
     stream = []
     for text in texts:

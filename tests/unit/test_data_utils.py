@@ -135,7 +135,7 @@ class TestPacking:
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
-        """Of a shard too large to be checked when it is opened."""
+        """The shard counts as too large to be checked at the start."""
         prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
         dataset = PackedDataset(prepared, 16)
         shard = prepared / dataset.shards[0]["file"]
@@ -213,7 +213,7 @@ class TestMarkDocuments:
 
 
 class NumberedRows:
-    """Encodes rows as ids that follow from their number; in place of ExampleEncoder."""
+    """Stands in for ExampleEncoder; a row's number determines its ids."""
 
     fingerprint, max_length, unused = "an encoder", 24, ()
     encoder = SimpleNamespace(dtype=np.dtype("<u2"))

@@ -1,4 +1,4 @@
-"""A preparation that is killed, damaged, short of room or shared ends with the same files."""
+"""A preparation that is killed, damaged, shared or out of disk space ends with the same files."""
 
 import errno
 import fcntl
@@ -106,7 +106,7 @@ class TestDamage:
         assert "has no locks" in capsys.readouterr().out
 
     def test_full_disk_keeps_what_is_finished(self, tokenizer_folder, slow_source, tmp_path):
-        """A limit on the size of files stands for the disk: only small shards can be written."""
+        """A limit on the size of files stands for the full disk: only small shards can be written."""
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000,) * 2)"
         code = PREPARE.replace('print("ready", flush=True)', limit)
         assert limit in code
@@ -118,7 +118,7 @@ class TestDamage:
         assert files_of(folder) == files_of(run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "b", 2))
 
     def test_disk_without_room(self, tokenizer_folder, slow_source, tmp_path):
-        """A file system in memory, too small for what two processes write, is enlarged for the second call."""
+        """A file system in memory is too small for the shards, and is enlarged for the second call."""
         namespace = ["unshare", "--map-root-user", "--mount"]
         disk = tmp_path / "disk"
         disk.mkdir()

@@ -89,7 +89,7 @@ texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(st.characters(exclude_cate
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    """Trains a vocabulary by its name above."""
+    """A function that trains a vocabulary of CUT or NOT_CUT and returns its file."""
     lines = (inspect.getsource(json.decoder) + inspect.getsource(corpus.encoder)).splitlines()
     paths = {}
 
@@ -117,7 +117,7 @@ class TestParts:
         dtype=st.sampled_from(["<u2", "<u4"]),
     )
     def test_ids_are_those_of_whole_texts(self, vocabulary, monkeypatch, name, documents, sizes, threads, dtype):
-        """Cut in a vocabulary where it is so, else left whole; blocks are crossed, and parts too long for them met."""
+        """Texts are cut with the vocabularies CUT only. They cross blocks, and some parts are too long for a block."""
         for constant, size in zip(("BLOCK_BYTES", "PIECE_CHARACTERS"), sizes, strict=True):
             monkeypatch.setattr(corpus.encoder, constant, size)
         monkeypatch.setattr(corpus.encoder, "FEW_CHARACTERS", 0)
@@ -133,7 +133,7 @@ class TestParts:
     @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(texts, max_size=5), st.booleans())
     def test_ids_are_those_of_the_tokenizer(self, encoder, bare_encoder, monkeypatch, documents, bare):
-        """Of one that puts no space before a text that begins with one, too."""
+        """Also those of a tokenizer that puts no space before a text that begins with one."""
         monkeypatch.setattr(corpus.encoder, "FEW_CHARACTERS", 0)
         encoder = bare_encoder if bare else encoder
         assert encoder.bare_leading_space is bare

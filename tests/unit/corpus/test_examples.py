@@ -1,4 +1,4 @@
-"""Folders of examples: built, damaged, shared and used again; packs of examples."""
+"""Folders of examples are built, used again, repaired if damaged, and built by two nodes at once; packs."""
 
 import contextlib
 import functools
@@ -124,7 +124,7 @@ class TestPreparedFolder:
             assert InstructionDataset(prepare(rows)).description.endswith("; not used: column id, column source")
 
     def test_two_nodes_build_at_once_where_there_are_no_locks(self, prepare, monkeypatch):
-        """The second begins and ends while the first tokenizes, as another host of another name does."""
+        """Another host begins and ends while the first one tokenizes."""
         write, folders = examples._write_packs, []
 
         def overtaken(*arguments):

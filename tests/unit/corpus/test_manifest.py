@@ -1,4 +1,4 @@
-"""Manifests that are damaged, and the documents that are held out."""
+"""Damaged manifests, and held-out documents."""
 
 import functools
 import json

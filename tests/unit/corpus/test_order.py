@@ -112,7 +112,7 @@ class TestMixedOrder:
         st.integers(0, 99),
     )
     def test_any_schedule_of_ranks_and_batches_follows_one_order(self, slices, schedule, seed):
-        """Every run of the schedule makes steps of a batch a rank and ends; the next one resumes on other ranks."""
+        """Each run of the schedule reads some steps and ends; the next one resumes on another number of ranks."""
         sequences = ranges({name: size for name, (size, _) in slices.items()})
         dataset = range(max(numbers.stop for numbers in sequences.values()))
         order = SmallBlocks(sequences, {name: weight for name, (_, weight) in slices.items()}, seed)

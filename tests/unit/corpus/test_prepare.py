@@ -1,4 +1,4 @@
-"""From files of every kind to a prepared folder: what is read, what is refused, what is kept in the cache."""
+"""Preparing files of every kind: those that are read, those that are refused, and the cache."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ GOOD = b'{"text": "fine"}\n'
 
 
 def parquet(*tables):
-    """A file of as many row groups."""
+    """The content of a file with one row group per table."""
     sink = pa.BufferOutputStream()
     with pa.parquet.ParquetWriter(sink, pa.schema({"text": pa.string()})) as writer:
         for table in tables:
@@ -151,7 +151,7 @@ class TestBadInput:
 
 class TestFolders:
     def test_a_folder_of_others_files_is_not_filled(self, tokenizer, tmp_path):
-        """Least of all the data's own, which would be taken for a prepared one from then on."""
+        """Above all not the folder of the data, which would from then on count as prepared."""
         write_jsonl(tmp_path / "x.jsonl", ROWS)
         source = resolve_source(str(tmp_path))
         message = error_of(prepare_folder, source, TextEncoder(tokenizer), tmp_path, 1)
@@ -221,7 +221,7 @@ class TestFolders:
 
 class TestHardInput:
     def test_very_long_and_very_many_documents(self, tokenizer_folder, tmp_path):
-        """50 MB of words, 50 MB of one letter, and a million documents, in little memory; one long line is refused."""
+        """50 MB of words, 50 MB of one letter and a million documents are prepared in little memory."""
         numbers = " ".join(map(str, range(7_000_000)))
         tiny = '{"text": "a"}\n' * 1_000_000
         documents = [json.dumps({"text": text}) + "\n" for text in (numbers, "a" * 50_000_000, "", "\x00\x00")]
@@ -274,7 +274,7 @@ class TestCache:
         assert prepare_dataset(str(source), tokenizer, tmp_path / "cache") != folder
 
     def test_prepared_folder_that_cannot_be_written(self, words, tokenizer, monkeypatch):
-        """A read-only cache serves as long as nothing has to be made."""
+        """A read-only cache works as long as nothing has to be prepared."""
         folder = prepare_dataset(str(words[0]), tokenizer, words[1])
         monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: pytest.fail("written"))
         assert prepare_dataset(str(folder), tokenizer, "/nowhere") == folder

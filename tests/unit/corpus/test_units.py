@@ -1,4 +1,4 @@
-"""Units: files cut and joined, and tokenized in any number of processes."""
+"""Files are cut and joined into units, which any number of processes tokenizes."""
 
 import gzip
 import inspect
@@ -45,7 +45,7 @@ class TestUnits:
         monkeypatch.setattr(units, "MIN_UNIT_BYTES", 2**16)
 
     def test_parts_of_a_file_are_joined_without_a_gap(self, tokenizer, tmp_path):
-        """The file's lines are longer and shorter than a unit, and one ends just where a unit does."""
+        """Some lines are longer than a unit, some are shorter, and one ends exactly where a unit ends."""
         texts = [f"{number} " * (number * 997 % 30_000 + 1) for number in range(12)]
         write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
         size = (tmp_path / "x.jsonl").stat().st_size
@@ -74,7 +74,7 @@ class TestUnits:
         assert sum(shard["documents"] for shard in manifest["shards"]) == manifest["documents"] == 29
 
     def test_a_lone_compressed_file_and_many_small_ones(self, tokenizer, tmp_path):
-        """A compressed file is one unit, encoded in several threads; small files of a slice share a unit."""
+        """A compressed file is one unit, encoded by several threads; small files of a slice share a unit."""
         rows = [{"text": f"document {number} "} for number in range(500)]
         (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
         folder = prepare_dataset(str(tmp_path / "x.jsonl.gz"), tokenizer, tmp_path / "cache", 2)
@@ -101,7 +101,7 @@ class TestUnits:
         assert "more than 64 slices" in error_of(prepare_dataset, str(tmp_path), tokenizer, tmp_path / ".cache")
 
     def test_units_are_those_that_the_preparation_was_begun_with(self, prepared, monkeypatch):
-        """Whatever a later version of the program would make; a plan that names none has those of this one."""
+        """The saved units are kept even if the program would now make others; an older plan has none saved."""
         folder, prepare = prepared
         whole, plan = files_of(folder), folder / ".preparation" / "plan.json"
         lost = [folder / "manifest.json", folder / "tokens-00001.bin", folder / "tokens-00003.bin"]
