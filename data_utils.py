@@ -169,7 +169,7 @@ class PackedDataset(Dataset):
                 self._opened[number] = np.memmap(path, self.dtype, mode="r", shape=self.shards[number]["tokens"])
             except (OSError, ValueError) as error:
                 raise RunError(
-                    f"--dataset: {path} was removed or changed since the run began ({error}); bring it back and resume"
+                    f"--dataset: {path} has gone or changed since the run began ({error}); bring it back and resume"
                 ) from error
         return self._opened[number]
 

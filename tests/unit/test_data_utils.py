@@ -107,7 +107,7 @@ class TestPacking:
         (prepared / "tokens-00000.bin").write_bytes(b"\0\0")
         _, cut = next_batches(iter(loader), 1)
         for reason in (gone, cut):
-            assert reason.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} was removed or changed")
+            assert reason.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
             assert "\n" not in reason
 
     def test_loader_process_ends_with_its_rank_whatever_it_is_doing(self):
