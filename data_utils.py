@@ -1,7 +1,8 @@
-"""Data sets of packed sequences: of a prepared folder, or of random tokens for benchmarks.
+"""Every Dataset that a loop reads: packed and streamed text, examples of fine-tuning, random tokens.
 
-`corpus/prepare.py` writes the folder of tokens that `PackedDataset` reads; `corpus/order.py` has the order of the
-sequences. S is the sequence length, `max_length`.
+`corpus/prepare.py` writes the folder that PackedDataset reads, `corpus/examples.py` that of InstructionDataset;
+`corpus/order.py` has the orders in which a run reads the sequences. B is the batch size, S the sequence length:
+`max_length`, or for examples the length of the longest in the batch, rounded up.
 """
 
 import hashlib
@@ -21,24 +22,69 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from corpus.encoder import TextEncoder
-from corpus.examples import _listing
-from corpus.manifest import HELD_OUT, MANIFEST_NAME, TRAIN, read_manifest
-from corpus.order import GlobalOrder, MixedOrder, Order, Permutation, splitmix64
+from corpus.manifest import HELD_OUT, MANIFEST_NAME, TRAIN, list_skipped, read_manifest
+from corpus.order import GlobalOrder, LengthGroupedOrder, MixedOrder, Order, Permutation, splitmix64
 from corpus.sources import Source
 from corpus.stream import TokenStream
 from model_utils import IGNORE_INDEX
 from runtime.console import InputError, RunError, size_text
 
 
-class PackedDataset(Dataset):
-    """A split of a prepared folder in sequences of S tokens: its shards, one behind the other, cut every S tokens.
+class TrainingData(Protocol):
+    """Interface of the data sets that a run trains on: PackedDataset, StreamedDataset and InstructionDataset."""
 
-    With `slice_weights` the shards of each slice are put together and cut by themselves, so that every sequence is of
-    one slice; `slices` then names them and the sequences of each, and `order` draws from them by weight.
+    @property
+    def fingerprint(self) -> str:
+        """Digest that changes with the tokens, and not with the folder that they are in."""
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of tokens in a sequence, without padding."""
+
+    @property
+    def description(self) -> str:
+        """One or two lines for people."""
+
+    @property
+    def collate(self) -> Callable | None:
+        """Function that makes a batch of items; None stands for torch's default."""
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which a run with this seed reads the sequences."""
+
+    def fix_order(self, saved: dict, global_batch: int) -> dict:
+        """Return the settings, beside data, seed and length, that the order depends on; they go into checkpoints.
+
+        Args:
+            saved: the settings of the run that is resumed; empty for a new run.
+        """
+
+    def __len__(self) -> int: ...
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise InputError unless the file has the expected number of bytes."""
+    found = path.stat().st_size if path.is_file() else 0
+    if found != expected:
+        raise InputError(
+            f"--dataset: {path} has {found} bytes instead of {expected}; delete its folder to prepare it anew"
+        )
+
+
+class PackedDataset(Dataset):
+    """A split of a prepared folder as sequences of S tokens: its shards, concatenated and cut every S tokens.
+
+    With `slice_weights`, the shards of each slice are concatenated and cut separately, so each sequence comes from one
+    slice; `order` then draws from the slices by weight.
 
     Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels. With
-    `document_ends`, the ids of the tokens BOS and EOS, items hold what keeps documents apart (see `mark_documents`).
-    Raises InputError if a shard is missing or of the wrong size, or if the stream is shorter than one sequence.
+    `document_ends`, the ids of BOS and EOS, `mark_documents` adds what keeps documents apart.
+
+    Attributes:
+        slices: the sequences of each slice, by its name; without `slice_weights`, all under the name "".
+
+    Raises:
+        InputError: a shard is missing or has the wrong size, or there are fewer than S tokens.
     """
 
     def __init__(
@@ -64,7 +110,7 @@ class PackedDataset(Dataset):
         self._shard_ends = list(itertools.accumulate(shard["tokens"] for shard in self.shards))
         self._opened: dict[int, np.memmap] = {}
         for shard in self.shards:
-            self._check_size(self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
+            check_size(self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
         self.slices: dict[str, range] = {}
         self._first_sequences, self._first_tokens = [0], [0]
         for name in sorted(streams):
@@ -74,7 +120,7 @@ class PackedDataset(Dataset):
             self._first_sequences.append(self.slices[name].stop)
             self._first_tokens.append(self._first_tokens[-1] + tokens)
         if slice_weights:
-            self.order(seed=0)  # which checks them
+            self.order(seed=0)  # checks the weights
         if len(self) == 0 and split == HELD_OUT:
             raise InputError(
                 f"--eval_fraction: {self._first_tokens[-1]} tokens are held out, and a sequence takes {max_length}; "
@@ -86,14 +132,6 @@ class PackedDataset(Dataset):
             raise InputError(
                 f"--max_length: one sequence takes {max_length} tokens, but the whole data set has "
                 f"{self._first_tokens[-1]}{held_out} ({self.folder}); lower --max_length or give more data"
-            )
-
-    @staticmethod
-    def _check_size(path: Path, expected: int) -> None:
-        found = path.stat().st_size if path.is_file() else 0
-        if found != expected:
-            raise InputError(
-                f"--dataset: {path} has {found} bytes instead of {expected}; delete its folder to prepare it anew"
             )
 
     def __len__(self) -> int:
@@ -140,14 +178,15 @@ class PackedDataset(Dataset):
 
     @property
     def mean_length(self) -> float:
-        """Tokens in a sequence."""
+        """Number of tokens in a sequence."""
         return self.max_length
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Settings that sequences and their order depend on beside data, seed and length."""
+        """Return the settings, beside data, seed and length, that the order depends on."""
         return {"slice_weights": self.slice_weights, "document_mask": self.document_ends is not None}
 
     def order(self, seed: int) -> Order:
+        """Return the order in which a run with this seed reads the sequences."""
         if self.slice_weights:
             return MixedOrder(self.slices, self.slice_weights, seed)
         return GlobalOrder(len(self), seed)
@@ -156,6 +195,7 @@ class PackedDataset(Dataset):
 
     @property
     def description(self) -> str:
+        """One or two lines for people."""
         text = f"{len(self):,} sequences of {self.max_length} tokens; {self.tail_tokens} tokens left over"
         if self.slice_weights:
             order = MixedOrder(self.slices, self.slice_weights, seed=0)
@@ -164,22 +204,22 @@ class PackedDataset(Dataset):
 
     @property
     def tail_tokens(self) -> int:
-        """Tokens that fill no whole sequence, at the end of all or of each slice, and are left out."""
+        """Number of tokens left out because they fill no whole sequence, at the end of the data or of each slice."""
         return self._first_tokens[-1] - len(self) * self.max_length
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that changes with the tokens to train on, wherever they lie and whatever `max_length` is."""
+        """SHA-256 that changes with the tokens to train on; the folder and `max_length` have no influence."""
         shards = [shard["sha256"] for shard in self.manifest["shards"] if shard.get("split", TRAIN) == TRAIN]
         content = [self.manifest["dtype"], self.manifest["tokenizer_fingerprint"], shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[str, torch.Tensor]:
-    """Adds `position_ids`, int64 [S], which restart at 0 at each BOS, whose label then does not count.
+    """Return the item with `position_ids`, int64 [S], that restart at 0 at each BOS, and that BOS ignored as a label.
 
-    BOS alone marks the documents, since TextEncoder writes none inside of one. Where a tokenizer has the same token for
-    both, a document opens with the second of two.
+    BOS is enough to find documents, since TextEncoder writes none inside one. If BOS and EOS are the same token, a
+    document opens with the second of two.
     """
     ids = item["input_ids"]
     opens = ids == bos
@@ -192,7 +232,7 @@ def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[st
 
 
 class RandomDataset(Dataset):
-    """Sequences of random tokens, for benchmarks: sequence i is a function of (seed, i). Items as in PackedDataset."""
+    """Sequences of random tokens for benchmarks; sequence i is a function of (seed, i). Items as in PackedDataset."""
 
     def __init__(self, num_sequences: int, max_length: int, vocab_size: int, seed: int):
         self.num_sequences, self.max_length, self.vocab_size, self.seed = num_sequences, max_length, vocab_size, seed
@@ -210,10 +250,11 @@ ENDLESS = 2**62
 
 
 class StreamedDataset(Dataset):
-    """Sequences by their position in the order of the run, to be asked for in ascending positions.
+    """Sequences read from the source's files while training runs.
 
-    Items are those of PackedDataset, and `stream`, from which a later run goes on: the state of the stream where the
-    buffer begins that the item is of, and that buffer's number.
+    The index is the position in the run's order; read positions in ascending order. Items are those of PackedDataset
+    with `stream`, from which a later run continues: the number of the item's buffer, and the state of the stream at its
+    start.
     """
 
     def __init__(
@@ -226,13 +267,13 @@ class StreamedDataset(Dataset):
         document_ends: tuple[int, int] | None = None,
         slice_weights: dict[str, float] | None = None,
     ):
-        """Reads nothing yet.
+        """Check the arguments; reads no file.
 
         Args:
-            buffer: sequences that are shuffled together; two such buffers are in memory.
+            buffer: number of sequences that are shuffled together; two such buffers are in memory.
 
         Raises:
-            InputError: a weight's slice is not there, or the size of a file is not known.
+            InputError: a slice with a weight is missing, or the size of a file is unknown.
         """
         self.source, self.encoder, self.max_length, self.seed = source, encoder, max_length, seed
         self.buffer, self.document_ends, self.slice_weights = buffer, document_ends, slice_weights
@@ -247,64 +288,62 @@ class StreamedDataset(Dataset):
             raise InputError(f"--streaming: the size of {unknown[0]} is not known; prepare the data set instead")
         self.start: dict | None = None
         self._stream: TokenStream | None = None
+        self._buffers: dict[int, tuple[dict, list[np.ndarray]]] = {}  # by number: the stream's state before it
 
     def check(self) -> None:
-        """Reads a document of every slice. Raises InputError if there is none, or the file is damaged."""
+        """Read a document of every slice. Raises InputError if a slice has none or its file is damaged."""
         stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights)
         for reader in stream.readers.values():
             reader.next_text()
 
     def resume(self, stream: dict | None) -> None:
-        """Goes on from what an item of an earlier run had as `stream`."""
+        """Continue from the `stream` of an item of an earlier run."""
         self.start = stream
 
     @property
     def mean_length(self) -> float:
-        """Tokens in a sequence."""
+        """Number of tokens in a sequence."""
         return self.max_length
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, position: int) -> dict:
-        if self._stream is None:
-            number, state = (self.start["buffer"], self.start["state"]) if self.start else (0, None)
+        if self._stream is None:  # in the process that reads
+            self._read = self.start["buffer"] * self.buffer if self.start else 0
+            state = self.start["state"] if self.start else None
             weights = self.slice_weights
             self._stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, weights, state)
-            self._sequences: dict[int, np.ndarray] = {}
-            self._states: dict[int, dict] = {}
-            self._read = number * self.buffer
         number, place = divmod(position, self.buffer)
-        # The next buffer is read as this one is used up, so that no step waits for a whole buffer.
+        # Reads the next buffer bit by bit while this one is used, so that no step waits for a whole buffer.
         self._read_until(self._stream, max((number + 1) * self.buffer, position + self.buffer), keep=number)
-        index = number * self.buffer + Permutation(self.buffer, self.seed, number)[place]
-        ids = torch.from_numpy(self._sequences[index].astype(np.int64))
+        state, sequences = self._buffers[number]
+        ids = torch.from_numpy(sequences[Permutation(self.buffer, self.seed, number)[place]].astype(np.int64))
         item = {"input_ids": ids, "labels": ids.clone()}
         if self.document_ends:
             item = mark_documents(item, *self.document_ends)
-        return {**item, "stream": {"buffer": number, "state": self._states[number]}}
+        return {**item, "stream": {"buffer": number, "state": state}}
 
     def _read_until(self, stream: TokenStream, stop: int, keep: int) -> None:
-        for number in [number for number in self._states if number < keep]:
-            del self._states[number]
-            for index in range(number * self.buffer, (number + 1) * self.buffer):
-                self._sequences.pop(index, None)
+        for number in [number for number in self._buffers if number < keep]:
+            del self._buffers[number]
         while self._read < stop:
             number, place = divmod(self._read, self.buffer)
-            if place == 0:
-                self._states[number] = stream.state
+            if place == 0 and number >= keep:
+                self._buffers[number] = (stream.state, [])
             sequence = stream.next_sequence()
             if number >= keep:
-                self._sequences[self._read] = sequence
+                self._buffers[number][1].append(sequence)
             self._read += 1
 
     @staticmethod
     def collate(items: list[dict]) -> dict:
+        """Return the items as a batch, with the `stream` of the last one as JSON."""
         batch = default_collate([{name: item[name] for name in item if name != "stream"} for item in items])
         return {**batch, "stream": json.dumps(items[-1]["stream"])}
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Settings that sequences and their order depend on beside data, seed and length."""
+        """Return the settings, beside data, seed and length, that the order depends on."""
         return {
             "slice_weights": self.slice_weights,
             "document_mask": self.document_ends is not None,
@@ -324,65 +363,30 @@ class StreamedDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the names of the files, their content, and the tokenizer."""
+        """Digests of the files' names, of their content, and of the tokenizer."""
         names = json.dumps([(file.path, file.slice) for file in self.source.files])
         return f"{xxhash.xxh3_64(names.encode()).hexdigest()} {self.source.fingerprint} {self.encoder.fingerprint}"
 
     def continues(self, fingerprint: str) -> bool:
-        """Return True if a position in the stream of that fingerprint holds here too; files may have been corrected."""
+        """Return True if a position in the stream with that fingerprint is valid here; file contents may differ."""
         return fingerprint.split()[::2] == self.fingerprint.split()[::2]
 
 
-class TrainingData(Protocol):
-    """Interface of the data sets that a run trains on: packed, streamed, or examples."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the tokens do, wherever they lie."""
-        ...
-
-    @property
-    def mean_length(self) -> float:
-        """Tokens in a sequence, without padding."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """For people, in a line or two."""
-        ...
-
-    @property
-    def collate(self) -> Callable | None:
-        """Makes a batch of items; None: torch's default does."""
-        ...
-
-    def order(self, seed: int) -> Order:
-        """In which a run of this seed reads the sequences."""
-        ...
-
-    def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Return the settings that the order depends on beside data, seed and length; `saved`: the resumed run's."""
-        ...
-
-    def __len__(self) -> int: ...
-
-
-PAD_MULTIPLE = 8  # lengths that tensor cores take well
-WINDOW_GROUPS = 64
+PAD_MULTIPLE = 8  # lengths that suit tensor cores
 
 
 class InstructionDataset(Dataset):
-    """The examples of a prepared folder, or packs of them.
+    """The examples in a folder of `prepare_examples`, or packs of them.
 
-    Items are {"input_ids": int64 [length], "labels": int64 [length]}; a pack has `position_ids` too, which restart at 0
-    with each example.
+    Items are {"input_ids": int64 [length], "labels": int64 [length]}; a pack also has `position_ids`, which restart at
+    0 with each example.
 
     Args:
-        packed: an item is a pack of examples.
-        multiple: batches are padded to a multiple of it, and of PAD_MULTIPLE.
+        packed: each item is a pack of examples.
+        multiple: pad batches to a multiple of this and of PAD_MULTIPLE.
 
     Raises:
-        InputError: a file of the folder is missing or of the wrong size.
+        InputError: a file of the folder is missing or has the wrong size.
     """
 
     def __init__(self, folder: Path, packed: bool = False, multiple: int = 1):
@@ -390,32 +394,18 @@ class InstructionDataset(Dataset):
         self.multiple = int(np.lcm(PAD_MULTIPLE, multiple))
         self.group_size = 1
         self.manifest = json.loads((self.folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        for name, file in self.manifest["files"].items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != file["bytes"]:
-                raise InputError(
-                    f"--dataset: {path} has {found} bytes instead of {file['bytes']}; "
-                    "delete its folder to prepare it anew"
-                )
-        self._open()
+        self._tokens = self._mapped("tokens.bin", np.dtype(self.manifest["dtype"]).newbyteorder("<"))
+        self._labels = self._mapped("labels.bin", np.bool_)
+        self._ends = self._mapped("ends.bin", "<i8")
+        self._members = self._mapped("packs.bin", "<i8")
+        self._pack_ends = self._mapped("pack_ends.bin", "<i8")
 
-    def _open(self) -> None:
-        def mapped(name: str, dtype: npt.DTypeLike) -> np.memmap:
-            return np.memmap(self.folder / name, dtype, mode="r")
+    def _mapped(self, name: str, dtype: npt.DTypeLike) -> np.memmap:
+        check_size(self.folder / name, self.manifest["files"][name]["bytes"])
+        return np.memmap(self.folder / name, dtype, mode="r")
 
-        self._tokens = mapped("tokens.bin", np.dtype(self.manifest["dtype"]).newbyteorder("<"))
-        self._labels = mapped("labels.bin", np.bool_)
-        self._ends = mapped("ends.bin", "<i8")
-        if self.packed:
-            self._members, self._pack_ends = mapped("packs.bin", "<i8"), mapped("pack_ends.bin", "<i8")
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if not isinstance(value, np.memmap)}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __reduce__(self) -> tuple:  # a pickled memmap would hold the file's content
+        return InstructionDataset, (self.folder, self.packed, self.multiple), {"group_size": self.group_size}
 
     def __len__(self) -> int:
         return len(self._pack_ends if self.packed else self._ends)
@@ -425,44 +415,37 @@ class InstructionDataset(Dataset):
             raise IndexError(f"sequence {index} of {len(self)}")
         if not self.packed:
             return self._example(index)
-        first = self._pack_ends[index - 1] if index else 0
-        examples = [self._example(number) for number in self._members[first : self._pack_ends[index]]]
+        examples = [self._example(number) for number in self._members[_span(self._pack_ends, index)]]
         item = {name: torch.cat([example[name] for example in examples]) for name in ("input_ids", "labels")}
         item["position_ids"] = torch.cat([torch.arange(len(example["labels"])) for example in examples])
         return item
 
     def _example(self, number: int) -> dict[str, torch.Tensor]:
-        span = slice(self._ends[number - 1] if number else 0, self._ends[number])
+        span = _span(self._ends, number)
         ids = torch.from_numpy(self._tokens[span].astype(np.int64))
         learned = torch.from_numpy(self._labels[span].copy())
         return {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORE_INDEX)}
 
-    def length(self, index: int) -> int:
-        """Tokens of an example."""
-        return int(self._ends[index] - (self._ends[index - 1] if index else 0))
-
     def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Sets the size of the groups of LengthGroupedOrder: the global batch, or that of the start of the run.
+        """Set the group size of LengthGroupedOrder: the global batch at the start of the run. Return it to be saved.
 
         Args:
-            saved: the settings of the run that is resumed; empty for a new one.
-
-        Returns:
-            The setting to save.
+            saved: the settings of the run that is resumed; empty for a new run.
         """
         self.group_size = saved.get("length_group", global_batch)
         return {"length_group": self.group_size}
 
     def order(self, seed: int) -> Order:
+        """Return the order in which a run with this seed reads the items."""
         if self.packed:
             return GlobalOrder(len(self), seed)
-        return LengthGroupedOrder(self, seed, self.group_size)
+        return LengthGroupedOrder(self._ends, seed, self.group_size)
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pads on the right to the length of the longest, rounded up, where causal attention never looks.
+        """Pad on the right, where causal attention never looks, to the longest length, rounded up to `multiple`.
 
         Returns:
-            `input_ids`, `labels` and, of packs, `position_ids`, [B, S]; `token_count`, [1], without padding.
+            `input_ids`, `labels` and, for packs, `position_ids`, [B, S]; `token_count`, [1], without padding.
         """
         lengths = [len(item["input_ids"]) for item in items]
         longest = -(-max(lengths) // self.multiple) * self.multiple
@@ -470,19 +453,19 @@ class InstructionDataset(Dataset):
         for name, filler in (("input_ids", 0), ("labels", IGNORE_INDEX)):
             rows = [*(item[name] for item in items), torch.empty(longest, dtype=torch.int64)]
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=filler)[:-1]
-        if self.packed:  # padding is one more example
+        if self.packed:  # the padding counts as one more example
             rows = [torch.cat([item["position_ids"], torch.arange(longest - len(item["labels"]))]) for item in items]
             batch["position_ids"] = torch.stack(rows)
         return batch
 
     @property
     def longest(self) -> int:
-        """Positions of a batch that holds the longest example."""
+        """Length of a batch with the longest example."""
         return -(-self.manifest["longest"] // self.multiple) * self.multiple
 
     @property
     def mean_length(self) -> float:
-        """Tokens in a sequence, without padding."""
+        """Mean number of tokens in an item, without padding."""
         return self.manifest["tokens"] / len(self)
 
     @property
@@ -491,49 +474,17 @@ class InstructionDataset(Dataset):
         packs = f" in {len(self):,} packs" if self.packed else ""
         return (
             f"{manifest['examples']:,} examples{packs} of {self.mean_length:.1f} tokens on average, the longest of "
-            f"{manifest['longest']:,}; {manifest['cut']:,} cut off; "
-            f"skipped rows: {_listing(manifest['skipped']) or 'none'}"
+            f"{manifest['longest']:,}; {manifest['cut']:,} cut off; skipped rows: {list_skipped(manifest['skipped'])}"
             + (f"; not used: {', '.join(unused)}" if (unused := manifest.get("unused")) else "")
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with tokens and labels, and with how they are put into sequences."""
+        """SHA-256 that changes with tokens, labels and packing."""
         content = [self.manifest["dtype"], self.manifest["encoder_fingerprint"], self.manifest["files"], self.packed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class LengthGroupedOrder:
-    """The endless order of a run's sequences, the same on every rank, in groups of similar length.
-
-    Within an epoch each sequence comes exactly once. As in GlobalOrder, a permutation keyed by (seed, epoch) mixes all
-    of them; each window of it is sorted by length and cut into groups, which another permutation puts in order. So a
-    group is one optimizer step's worth of like lengths, while its members and its place change with the epoch.
-    A function of position alone, in memory for one window.
-    """
-
-    def __init__(self, dataset: InstructionDataset, seed: int, group_size: int):
-        self.dataset, self.seed, self.group_size = dataset, seed, group_size
-        # At least four windows, else a small data set would have the same groups in every epoch.
-        groups = min(WINDOW_GROUPS, max(1, len(dataset) // (4 * group_size)))
-        self.window_size = groups * group_size
-        self._cached: tuple[int, int] | None = None  # epoch and number of the window
-        self._window: list[int] = []
-
-    def __getitem__(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.dataset))
-        window, place = divmod(index, self.window_size)
-        if self._cached != (epoch, window):
-            self._cached, self._window = (epoch, window), self._arranged(epoch, window)
-        return self._window[place]
-
-    def _arranged(self, epoch: int, window: int) -> list[int]:
-        count = len(self.dataset)
-        permutation = Permutation(count, self.seed, epoch)
-        start = window * self.window_size
-        members = [permutation[index] for index in range(start, min(start + self.window_size, count))]
-        members.sort(key=self.dataset.length)
-        whole = len(members) // self.group_size
-        order = Permutation(whole, splitmix64(self.seed ^ window), epoch) if whole > 1 else range(whole)
-        groups = [members[group * self.group_size :][: self.group_size] for group in order]
-        return [*itertools.chain.from_iterable(groups), *members[whole * self.group_size :]]
+def _span(ends: np.ndarray, index: int) -> slice:
+    """Return the range of run `index`, where run i ends at ends[i]."""
+    return slice(ends[index - 1] if index else 0, ends[index])

@@ -1,11 +1,11 @@
-"""Chats as text and ids by a tokenizer's chat template, the same in training and in generate.py.
+"""Turns chats into text and ids with a tokenizer's chat template, in fine-tuning and in scripts/generate.py.
 
-The ids are those of `tokenizer.apply_chat_template(messages, tools, tokenize=True)`, with BOS only where the template
-writes it. One thing differs: a special token that somebody spelled in a message stays text.
+The ids are those of `tokenizer.apply_chat_template(messages, tools, tokenize=True)`, so BOS is there only if the
+template writes it. One thing differs: a special token that a message spells out stays text.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -15,30 +15,23 @@ from corpus.encoder import TextEncoder
 from corpus.plain_text import unknown_refused
 from runtime.console import InputError, first_line
 
-MARK = "\ufdd0"  # around a special token that a message spells; no character, but free for such uses (Unicode, 23.7)
-TOOLS = "column tools"  # among the keys that were used
+MARK = "\ufdd0"  # put around a special token that a message spells out; a noncharacter, for such uses (Unicode 23.7)
+TOOLS = "column tools"  # stands for the tools in `ChatTemplate.used`
 REASON_CHARACTERS = 80
 
 
 class Unusable(Exception):
-    """The reason why a row cannot be used, in a few words."""
-
-
-def without_nulls(value: Any) -> Any:
-    """Return the value without the null fields of its objects: where one row has a field, Arrow gives it to all."""
-    if isinstance(value, dict):
-        return {key: without_nulls(field) for key, field in value.items() if field is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    """Raised with the reason, in a few words, why a row cannot be used."""
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, flag: str, absent: str) -> None:
-    """Refuse a tokenizer without a chat template that can be used.
+    """Check that the tokenizer has a usable chat template.
 
     Args:
-        absent: what to say where it has none.
+        absent: message for a tokenizer without one.
 
     Raises:
-        InputError: there is none, several and none called `default`, or one with an error of syntax.
+        InputError: it has none, several but none called `default`, or one with a syntax error.
     """
     templates = tokenizer.chat_template
     if not templates:
@@ -56,16 +49,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase, flag: str, absent: str) -
                 f"{flag}: the tokenizer's chat template{f' {name!r}' * bool(name)} is not valid, line {error.lineno}: "
                 f"{first_line(error)}; correct it, or give another tokenizer"
             ) from error
-        except Exception:  # whatever it refuses in this message, it may take others
+        except Exception:  # it may accept other messages
             continue
 
 
 class ChatTemplate:
-    """Writes chats and turns them into ids.
+    """Writes chats as text and turns the text into ids.
 
     Attributes:
-        given: keys of the messages so far.
-        used: those among them that the template has asked for, and TOOLS if it has asked for these.
+        given: keys of all messages so far.
+        used: keys that the template has read so far, and TOOLS if it has read the tools.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder):
@@ -82,10 +75,10 @@ class ChatTemplate:
         self._special = re.compile(f"{MARK}?(?:{longest_first}){MARK}?")
 
     def write(self, messages: Sequence[dict], tools: list[dict] | None = None, ask: bool = False) -> str:
-        """Return the text of a chat, with MARK around special tokens that the messages spell.
+        """Return the text of a chat, with MARK around special tokens that the messages spell out.
 
         Args:
-            ask: what opens an answer follows the last message.
+            ask: append the opening of an answer.
 
         Raises:
             Unusable: the template fails, or refuses the messages.
@@ -112,11 +105,11 @@ class ChatTemplate:
         return [self._marked(item) for item in value] if isinstance(value, list) else value
 
     def may_refuse(self, text: str) -> bool:
-        """Tell the texts for which `tokenize` may raise Unusable."""
+        """Return True if `tokenize` may raise Unusable for the text."""
         return self._normalizing or MARK in text
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts of `write`. Raises Unusable, but only for texts that it may refuse."""
+        """Return the ids of texts from `write`. Raises Unusable, but only if `may_refuse` one of them."""
         if not texts:
             return []
         plain = [text.replace(MARK, "") for text in texts]
@@ -127,7 +120,7 @@ class ChatTemplate:
         ]
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
-        """Return `ids` of `text` with the ids of letters in the place of each special token within MARKs."""
+        """Return the ids with each special token within MARKs replaced by the ids of its letters."""
         matches = list(self._special.finditer(text))
         found = [match[0] for match in matches]
         surplus = sum(number in self._special_ids for number in ids) - len(found)
@@ -141,18 +134,18 @@ class ChatTemplate:
             letters = token.startswith(MARK) and token.endswith(MARK)
             spelled += continuation(self.encoder.tokenize, token.strip(MARK)) if letters else [number]
         if sum(number in self._special_ids for number in spelled) != sum(not token.startswith(MARK) for token in found):
-            raise Unusable("special tokens of the tokenizer spelled in messages")  # letters that merge into one
+            raise Unusable("special tokens of the tokenizer spelled in messages")  # its letters merged
         return spelled
 
     def _took_space(self, match: re.Match) -> bool:
-        """True if the token is one that a message spells and took white space of the text with it."""
+        """Return True if a message spells out the token, and it absorbed white space next to it."""
         beside = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
         spelled = match[0].startswith(MARK) and match[0].strip(MARK) in self._taking_space
         return spelled and any(map(str.isspace, beside))
 
 
 def continuation(tokenize: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:
-    """Return the ids of a text behind a token border: without the space that some tokenizers put before a text."""
+    """Return the ids of a text that follows other tokens: without the space that some tokenizers put before a text."""
     for anchor in ("\n", "0", "|"):
         before, both = tokenize([anchor, anchor + text])
         if both[: len(before)] == before:
@@ -161,7 +154,7 @@ def continuation(tokenize: Callable[[Sequence[str]], list[list[int]]], text: str
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
-    """Return the ids of a prompt, or of a user's message that opens a chat, as fine-tuning has them.
+    """Return the ids of a prompt, or of a user's message that opens a chat, as in fine-tuning.
 
     Raises:
         InputError: the chat template refuses the message.
@@ -178,7 +171,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> lis
 
 
 class _Watched(dict):
-    """A dict that tells `use` which of its keys somebody asked for. Its attribute is one that templates cannot see."""
+    """A dict that reports each key that is read to `use`; templates cannot see attributes with an underscore."""
 
     def __init__(self, content: dict, use: Callable[[str], object]):
         super().__init__(content)
@@ -188,27 +181,14 @@ class _Watched(dict):
         self._use(key)
         return super().__getitem__(key)
 
-    def __contains__(self, key: object) -> bool:
-        self._use(str(key))
-        return super().__contains__(key)
-
     def __iter__(self) -> Iterator[str]:
         for key in super().__iter__():
             self._use(key)
             yield key
 
-    def get(self, key: str, default: Any = None) -> Any:
-        self._use(key)
-        return super().get(key, default)
-
     def __repr__(self) -> str:
         return repr(dict(self.items()))
 
-    def keys(self) -> Any:
-        return list(self)
-
-    def values(self) -> Any:
-        return [self[key] for key in self]
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self]
+    # Mapping's methods call __getitem__ and __iter__; dict's do not.
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore[assignment]
+    __contains__ = Mapping.__contains__  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Texts to token ids, as fast as is proven to give the tokenizer's own ids."""
+"""Turns texts into token ids: the tokenizer's own ids, by a faster way where it is proven to give the same."""
 
 import hashlib
 import itertools
@@ -9,35 +9,32 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from corpus.plain_text import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec
 from corpus.tokenizer import vocabulary_size
 
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 FEW_CHARACTERS = 2**11
-BLOCK_BYTES = 2**22  # in which equal parts are encoded once
-PARTS_AT_ONCE = 64  # the longer a text is, the slower is SentencePiece
-OPEN, CLOSE, LINE_END = SIGNS = b"\xfe\xff\n"  # the first two are in no UTF-8 text
+BLOCK_BYTES = 2**22  # equal parts in a block are encoded once
+PARTS_AT_ONCE = 64  # SentencePiece is slower on longer texts
+OPEN, CLOSE, LINE_END = SIGNS = b"\xfe\xff\n"  # the first two never occur in UTF-8
 
 
 class TextEncoder:
     """Turns documents into BOS + ids + EOS.
 
-    The ids are the tokenizer's. A special token spelled out in a document, such as `</s>`, stays text; a token that was
-    added and is not special is used. SentencePiece itself, which is faster, does it where `tokenizer_tables` proves
-    that it gives the same ids.
+    The ids are the tokenizer's, except that a special token spelled out in a document, such as `</s>`, stays text.
+    Added tokens that are not special are used. SentencePiece itself, which is faster, encodes the documents if
+    `equal_sentencepiece` proves that it gives the same ids.
 
-    Byte-pair encoding joins no two bytes that no token of the vocabulary has side by side. So the documents are cut
-    between all such bytes, and of the parts, which are words or less, those that are equal are encoded once; the ids
-    stay what they are. This takes a model that falls back to bytes: others make one token of unknown characters in a
-    row.
+    Byte-pair encoding never joins two bytes that are adjacent in no token of the vocabulary. Cutting the documents
+    between all such bytes therefore keeps the ids. The parts are words or shorter, and equal parts are encoded only
+    once. This needs a model with byte fallback; without it, adjacent unknown characters become one token.
 
-    SentencePiece and its lists need up to 70 bytes of memory a character. So where a part is very long, as a run of one
-    letter can be, a document above PIECE_CHARACTERS is encoded in pieces, cut where no token could lie across the cut;
-    only if there is no such place among MAX_PIECE_CHARACTERS, it is cut anyway.
+    SentencePiece needs up to 70 bytes of memory per character. If a part is very long, such as a run of one letter, a
+    document above PIECE_CHARACTERS is encoded in pieces, cut at places that no token can span. If there is no such
+    place within MAX_PIECE_CHARACTERS, the document is cut anyway.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -45,12 +42,12 @@ class TextEncoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         self._plain_text = PlainText(tokenizer)
-        self.letters = self._plain_text.letters  # special tokens that every text may hold
-        # SentencePiece puts a space before every text, some tokenizers not before one that begins with a space.
+        self.letters = self._plain_text.letters  # special tokens that text may contain
+        # SentencePiece puts a space before every text; some tokenizers do not if the text begins with a space.
         self.sentencepiece, self.bare_leading_space = equal_sentencepiece(tokenizer, self._plain_text)
 
     def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """One array of `dtype` per document, [number of tokens]."""
+        """Return one array of `dtype` per document, [number of tokens], with BOS and EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if not self.can_cut or sum(map(len, documents)) < FEW_CHARACTERS:
             return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents, threads)]
@@ -63,7 +60,7 @@ class TextEncoder:
         return arrays
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it stands, without BOS and EOS."""
+        """Return the ids of each text, without BOS and EOS."""
         return self._encode(texts)
 
     def _encode(self, documents: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -77,7 +74,7 @@ class TextEncoder:
         return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
 
     def _encode_by_parts(self, documents: Sequence[str], threads: int) -> list[np.ndarray] | None:
-        """Return what `encode` returns, or None if a part is longer than PIECE_CHARACTERS."""
+        """Return the arrays of `encode`, or None if a part is longer than PIECE_CHARACTERS."""
         text = b"".join(map(self._framed, documents))
         arrays, stops, start = [np.empty(0, self.dtype)], [0], 0
         while start < len(text):
@@ -95,13 +92,13 @@ class TextEncoder:
         return [stream[start:stop] for start, stop in itertools.pairwise(stops)]
 
     def _framed(self, document: str) -> bytes:
-        text = document.replace("▁", " ")  # which SentencePiece takes for the same
+        text = document.replace("▁", " ")  # the same character to SentencePiece
         bare = not text or (self.bare_leading_space and text.startswith(" "))
         prefix = "" if bare or not self._rules.normalizer_spec.add_dummy_prefix else " "
         return b"%c%b%c" % (OPEN, (prefix + text).encode(), CLOSE)
 
     def _encode_block(self, block: np.ndarray, ends: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the parts of a block, SIGNS before them left out, and where those of each part end."""
+        """Return the ids of a block without its leading SIGNS, and where the ids of each part end."""
         offsets = np.append(0, ends).astype(np.int32)
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
         parts = pa.Array.from_buffers(pa.binary(), len(ends), buffers).dictionary_encode()
@@ -112,7 +109,7 @@ class TextEncoder:
         return np.frombuffer(data, self.dtype, ends_of_ids[-1]), ends_of_ids
 
     def _encode_parts(self, parts: list[bytes], threads: int) -> pa.BinaryArray:
-        """The ids of SIGNS and of these parts, each as bytes of `dtype`. A line end parts them for SentencePiece."""
+        """Return the ids of SIGNS and of each part as bytes of `dtype`. Line ends separate parts for SentencePiece."""
         *prefix, line_end = self._line_end
         texts = [b"\n".join([b"", *parts[i : i + PARTS_AT_ONCE]]) for i in range(0, len(parts), PARTS_AT_ONCE)]
         encoded = self.sentencepiece.encode(texts, num_threads=threads)
@@ -126,7 +123,7 @@ class TextEncoder:
         return pa.Array.from_buffers(pa.binary(), len(SIGNS) + len(parts), buffers)
 
     def _encode_in_pieces(self, document: str, threads: int) -> Iterator[list[int]]:
-        """The ids of the pieces of a document. All but the first are encoded behind a line end, which is taken off."""
+        """Yield the ids of each piece of a document. Those after the first are encoded with a line end in front."""
         start, prefix = 0, ""
         while start < len(document):
             stop = self._place_to_cut(document, start)
@@ -135,7 +132,7 @@ class TextEncoder:
             start, prefix = stop, "\n"
 
     def _place_to_cut(self, document: str, start: int) -> int:
-        """The first place from PIECE_CHARACTERS on that separates two characters which no token has side by side."""
+        """Return the first place beyond PIECE_CHARACTERS between two characters that are adjacent in no token."""
         last = min(start + MAX_PIECE_CHARACTERS, len(document))
         for place in range(start + PIECE_CHARACTERS, last):
             if document[place - 1 : place + 1].replace(" ", "▁") not in self._neighbours:
@@ -148,12 +145,12 @@ class TextEncoder:
 
     @cached_property
     def _neighbours(self) -> set[str]:
-        """Every pair of characters that stand side by side in some token."""
+        """All pairs of characters that are adjacent in some token."""
         return neighbours(self._rules)
 
     @cached_property
     def _cuts(self) -> np.ndarray:
-        """True where a text may be cut between two bytes, [65536]: before a character, if no token has both of them."""
+        """True for two bytes that a text may be cut between, [65536]: no token has both; a character begins there."""
         pieces = [piece.piece for piece in self._rules.pieces if piece.type in FOUND_IN_TEXT]
         joined = np.frombuffer("\n".join(pieces).replace("▁", " ").encode(), np.uint8)
         cuts = np.ones((256, 256), bool)
@@ -168,7 +165,7 @@ class TextEncoder:
 
     @cached_property
     def can_cut(self) -> bool:
-        """Parts of a text can be encoded by themselves: it is encoded as it stands, and a line end by itself."""
+        """True if parts of a text can be encoded separately: no normalization, and line ends join no other token."""
         if not self.sentencepiece or not plain_spec(self._rules) or any("\n" in pair for pair in self._neighbours):
             return False
         rules = self._rules.trainer_spec
@@ -176,7 +173,7 @@ class TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that the ids depend on, those of special tokens too."""
+        """SHA-256 of everything that the ids depend on, special tokens included."""
         frame = [
             self.tokenizer.bos_token_id,
             self.tokenizer.eos_token_id,

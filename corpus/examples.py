@@ -1,19 +1,19 @@
-"""Data sets of fine-tuning: examples, tokenized once into a folder, and batches of them.
+"""Builds the folder of tokenized examples that `data_utils.InstructionDataset` reads.
 
 The folder holds
 
-    tokens.bin      the examples' tokens, one after the other, little-endian uint16 (uint32 above 65536)
-    labels.bin      one byte a token, 1 where it is to be learned
-    ends.bin        the number of tokens up to the end of each example, int64
-    packs.bin       the examples by pack, int64, and pack_ends.bin, the number of examples up to the end of each pack
-    manifest.json
+    tokens.bin      the tokens of all examples, concatenated; little-endian uint16 (uint32 for a vocabulary above 65536)
+    labels.bin      one byte per token, 1 if the model learns it
+    ends.bin        where each example ends in tokens.bin, in tokens; int64
+    packs.bin       the numbers of the examples, pack by pack; int64
+    pack_ends.bin   where each pack ends in packs.bin, in examples; int64
+    manifest.json   counts, and the sizes and checksums of the other files
 
-B is the batch size, S the length of its longest sequence, rounded up.
+Checkpoints refer to these files: the data set's fingerprint is computed from their checksums.
 """
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -21,32 +21,30 @@ from array import array
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from corpus.instructions import Encoded, ExampleEncoder
-from corpus.manifest import MANIFEST_NAME
+from corpus.manifest import MANIFEST_NAME, list_skipped
 from corpus.order import Permutation
 from corpus.rows import read_rows
 from corpus.sources import Source
-from corpus.units import follow_parent
+from corpus.workers import call, forked_pool
 from runtime.console import InputError, first_line, say
 from runtime.files import checksum, exclusive_lock, sync, write_json
 
 FORMAT_VERSION = 2
 BATCH_ROWS = 256
-PARALLEL_BYTES = 2**23  # of a source that several processes tokenize
+PARALLEL_BYTES = 2**23  # a source of this size is tokenized on all cores
 PACK_WINDOW = 2**14  # examples
-COMPLETE, ABSENT = "complete", "absent"
 
 
 def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -> Path:
-    """Return the folder with the examples of `source`, built in `cache_dir` unless it is there and undamaged.
+    """Return the folder in `cache_dir` with the examples of `source`; build it unless it is there and undamaged.
 
-    One process a node checks and builds, the others wait; a build that is killed leaves nothing that looks complete.
+    One process of a node checks and builds, the others wait. A build that is killed leaves nothing that looks complete.
 
     Raises:
         InputError: no row can be used, or `cache_dir` cannot be written to.
@@ -55,15 +53,14 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
         say(source.remark)
     key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint])
     folder = Path(cache_dir) / f"examples-{hashlib.sha256(key.encode()).hexdigest()}"
-    if _state(folder) == COMPLETE:
+    if not _damaged_file(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder.with_suffix(".lock"), "the data set is being tokenized; waiting for it"):
-            state = _state(folder)
-            if state not in (COMPLETE, ABSENT):
-                say(f"{folder / state} is damaged; tokenizing the data set again")
-            if state != COMPLETE:
+            if damaged := _damaged_file(folder):
+                if folder.exists():
+                    say(f"{damaged} is damaged or missing; tokenizing the data set again")
                 _build(folder, source, encoder)
     except OSError as error:
         raise InputError(
@@ -73,21 +70,20 @@ def prepare_examples(source: Source, encoder: ExampleEncoder, cache_dir: Path) -
     return folder
 
 
-def _state(folder: Path) -> str:
-    """Return COMPLETE, ABSENT, or the name of a file that is not as it was written."""
-    name = MANIFEST_NAME
+def _damaged_file(folder: Path) -> Path | None:
+    """Return the first file that is missing or differs from what was written, or None."""
+    path = folder / MANIFEST_NAME
     try:
-        if not (folder / name).is_file():
-            return ABSENT
-        manifest = json.loads((folder / name).read_bytes())
+        manifest = json.loads(path.read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
-            return name
+            return path
         for name, expected in manifest["files"].items():
-            if checksum(folder / name) != expected:
-                return name
+            path = folder / name
+            if checksum(path) != expected:
+                return path
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return name
-    return COMPLETE
+        return path
+    return None
 
 
 def _digest(content: object) -> str:
@@ -97,7 +93,7 @@ def _digest(content: object) -> str:
 def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
     for stale in (folder, *folder.parent.glob(f"{folder.name}.{socket.gethostname()}.*.partial")):
         shutil.rmtree(stale, ignore_errors=True)
-    # Where the file system has no locks, other nodes build the same at the same time.
+    # On a file system without locks, another node may build the same folder at the same time.
     partial = folder.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir()
     try:
@@ -105,10 +101,9 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
         if not lengths:
             raise InputError(
                 f"--dataset: {_files(source)} of {source.name} has no usable row "
-                f"(skipped: {_listing(skipped) or 'none'}); correct the rows or give others"
+                f"(skipped: {list_skipped(skipped)}); correct the rows or give others"
                 + (", or raise --max_length" if any("--max_length" in reason for reason in skipped) else "")
             )
-        (partial / "ends.bin").write_bytes(np.cumsum(lengths, dtype="<i8").tobytes())
         _write_packs(partial, lengths, encoder.max_length)
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         manifest = {
@@ -137,14 +132,19 @@ def _build(folder: Path, source: Source, encoder: ExampleEncoder) -> None:
         sync(folder.parent)
         say(
             f"tokenized {len(lengths):,} examples of {source.name} into {sum(lengths):,} tokens; "
-            f"skipped rows: {_listing(skipped) or 'none'}"
+            f"skipped rows: {list_skipped(skipped)}"
         )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _files(source: Source) -> str:
+    first, more = source.files[0].path, len(source.files) - 1
+    return f"{first} and {more} more" if more else first
+
+
 def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tuple[array, Counter, int]:
-    """Writes tokens.bin and labels.bin; returns the lengths, the skipped rows by reason, and how many were cut."""
+    """Write tokens, labels and ends. Return the lengths, the skipped rows by reason, and how many examples were cut."""
     lengths, skipped, cut = array("q"), Counter(), 0
     bar = tqdm(total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with bar, open(folder / "tokens.bin", "wb") as tokens, open(folder / "labels.bin", "wb") as labels:
@@ -158,48 +158,35 @@ def _write_examples(folder: Path, source: Source, encoder: ExampleEncoder) -> tu
                 lengths.append(len(example.ids))
                 cut += example.cut
             bar.update(read_bytes)
+    (folder / "ends.bin").write_bytes(np.cumsum(lengths, dtype="<i8").tobytes())
     return lengths, skipped, cut
 
 
 def _encoded_batches(source: Source, encoder: ExampleEncoder) -> Iterator[tuple[list[Encoded | str], int]]:
-    """Examples in the order of the rows, and how many more bytes of their file are read; on all cores if worth it."""
+    """Yield encoded batches in the order of the rows, each with the number of bytes read for it."""
     workers = len(os.sched_getaffinity(0)) if source.size >= PARALLEL_BYTES else 1
     if workers == 1:
         yield from ((list(encoder.encode(rows)), read_bytes) for rows, read_bytes in _row_batches(source))
         return
-    # Forked workers do not import the main program again; they use neither CUDA nor threads of their own.
-    context = multiprocessing.get_context("fork")
-    pending = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
-        for rows, read_bytes in _row_batches(source):
-            pending.append((executor.submit(_encode_in_worker, rows), read_bytes))
-            if len(pending) == 4 * workers:
-                yield _collected(encoder, *pending.popleft())
-        for future, read_bytes in pending:
-            yield _collected(encoder, future, read_bytes)
+    batches, pending = _row_batches(source), deque()
+    with forked_pool(workers, encoder) as pool:
+        while True:
+            while len(pending) < 4 * workers and (batch := next(batches, None)):
+                pending.append((pool.submit(call, _encode, batch[0]), batch[1]))
+            if not pending:
+                return
+            future, read_bytes = pending.popleft()
+            examples, notes = future.result()
+            encoder.take_notes(notes)
+            yield examples, read_bytes
 
 
-def _collected(encoder: ExampleEncoder, future: Future, read_bytes: int) -> tuple[list[Encoded | str], int]:
-    examples, notes = future.result()
-    encoder.take_notes(notes)
-    return examples, read_bytes
-
-
-_worker_encoder: ExampleEncoder  # of a worker process
-
-
-def _start_worker(encoder: ExampleEncoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    follow_parent()
-
-
-def _encode_in_worker(rows: list[dict]) -> tuple[list[Encoded | str], tuple[set[str], ...]]:
-    return list(_worker_encoder.encode(rows)), _worker_encoder.notes
+def _encode(encoder: ExampleEncoder, rows: list[dict]) -> tuple[list[Encoded | str], tuple[set[str], ...]]:
+    return list(encoder.encode(rows)), encoder.notes
 
 
 def _row_batches(source: Source) -> Iterator[tuple[list[dict], int]]:
-    """Rows, and how many more bytes of their file are read."""
+    """Yield batches of rows, each with the number of bytes read for it."""
     for file in source.files:
         rows, position, done = [], 0, 0
         for columns, position in read_rows(file.fetch(), ()):
@@ -210,30 +197,19 @@ def _row_batches(source: Source) -> Iterator[tuple[list[dict], int]]:
         yield rows, position - done
 
 
-def _files(source: Source) -> str:
-    first, more = source.files[0].path, len(source.files) - 1
-    return f"{first} and {more} more" if more else first
-
-
-def _listing(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} with {reason}" for reason, count in sorted(skipped.items()))
-
-
 def _write_packs(folder: Path, lengths: Sequence[int], capacity: int) -> None:
-    """Writes packs.bin and pack_ends.bin."""
-    end, ends = 0, array("q")
-    with open(folder / "packs.bin", "wb") as packs:
-        for members in pack(lengths, capacity):
-            packs.write(np.array(members, "<i8").tobytes())
-            end += len(members)
-            ends.append(end)
+    members, ends = array("q"), array("q")
+    for examples in pack(lengths, capacity):
+        members.extend(examples)
+        ends.append(len(members))
+    (folder / "packs.bin").write_bytes(np.array(members, "<i8").tobytes())
     (folder / "pack_ends.bin").write_bytes(np.array(ends, "<i8").tobytes())
 
 
 def pack(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Groups examples so that the tokens of each group fit into `capacity`.
+    """Yield groups of examples whose tokens fit into `capacity` together.
 
-    Best fit, longest first, among PACK_WINDOW examples that a fixed permutation brings together.
+    Best fit, longest first, among PACK_WINDOW examples at a time, which a fixed permutation chooses.
     """
     order = Permutation(len(lengths), seed=0, epoch=0)
     for start in range(0, len(lengths), PACK_WINDOW):

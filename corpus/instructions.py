@@ -1,9 +1,8 @@
-"""Rows of prompts and completions become ids, some of them to be learned.
+"""Turns rows of fine-tuning into token ids and labels.
 
-A row holds `prompt` and `completion`, or `instruction`, `output` and perhaps `input`, or a chat's `messages`. It
-becomes segments of text, of which the model is to learn some. Segments are joined so that a token never spans two: the
-ids of a prompt in training are those of the same prompt alone, as the model will be asked. A null counts
-as absent: Arrow, and so Parquet, cannot tell them apart.
+A row has `prompt` and `completion`, or `instruction`, `output` and perhaps `input`, or a chat's `messages`. It becomes
+segments of text, some of which the model learns. No token spans two segments, so a prompt has the same ids in training
+as alone at inference. A null counts as absent, since Arrow and Parquet do not distinguish them.
 """
 
 import hashlib
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from corpus.chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation, without_nulls
+from corpus.chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation
 from corpus.encoder import TextEncoder
 from corpus.rows import read_rows
 from corpus.sources import Source
 from runtime.console import InputError
 
-SHAPES = (("prompt", "completion"), ("instruction", "output"), ("messages",))  # columns that a row may come in
+SHAPES = (("prompt", "completion"), ("instruction", "output"), ("messages",))  # the columns of a row
 CHAT = SHAPES[2]
 USED_COLUMNS = {
     SHAPES[0]: {"prompt", "completion", "system", "history"},
@@ -29,27 +28,27 @@ USED_COLUMNS = {
     CHAT: {"messages", "system"},
 }
 FRAME = "Instruction: {}{}\nOutput:"
-TURN_END = "\n\n"  # behind `system` and each turn of `history`
-LEARNED = ("weight", "train")  # keys of a message with which OpenAI and axolotl say whether it is to be learned
-SHAPE_ROWS = 1000  # to look for the columns in
-Segment = tuple[str, bool]  # text, and whether it is to be learned
+TURN_END = "\n\n"  # after `system` and each turn of `history`
+LEARNED = ("weight", "train")  # keys of a message by which OpenAI and axolotl mark it as learned or not
+SHAPE_ROWS = 1000  # rows in which find_shape looks for the columns
+Segment = tuple[str, bool]  # text; True if the model learns it
 
 
 class Encoded(NamedTuple):
-    """An example: ids and whether each is to be learned, [length]; whether tokens were cut off."""
+    """A tokenized example."""
 
-    ids: np.ndarray
-    labels: np.ndarray
-    cut: bool
+    ids: np.ndarray  # [length]
+    labels: np.ndarray  # True where the model learns the token, [length]
+    cut: bool  # True if tokens were cut off
 
 
 def separator(prompt: str, completion: str) -> str:
-    """Return what stands between them: nothing where either brings white space, else a space."""
+    """Return the text between them: a space, or nothing if either has white space there."""
     return "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else " "
 
 
 def row_segments(row: dict, shape: Sequence[str]) -> list[Segment]:
-    """Return the text of a row of prompt and completion, or instruction and output. Raises Unusable."""
+    """Return the segments of a row with prompt and completion, or instruction and output. Raises Unusable."""
     framed = shape[0] == "instruction"
     prompt, completion = _text(row, shape[0], not framed), _text(row, shape[1])
     given = f"\nInput: {_text(row, 'input')}" if framed and row.get("input") not in (None, "") else ""
@@ -62,9 +61,12 @@ def row_segments(row: dict, shape: Sequence[str]) -> list[Segment]:
 
 
 def chat_segments(row: dict, template: ChatTemplate) -> list[Segment]:
-    """Return a chat as its template writes it, the answers of the role `assistant` to be learned. Raises Unusable.
+    """Return a chat's segments as its template writes them; the model learns the assistant's messages.
 
-    An answer that opens the chat, a greeting, answers nothing and is not: no template writes what to put before it.
+    A greeting of the assistant that opens the chat is not learned: no template writes a prompt for it.
+
+    Raises:
+        Unusable: the messages are no usable chat, or the template refuses them.
     """
     messages, learned = _messages(row)
     tools = _objects(row, "tools")
@@ -92,7 +94,7 @@ def chat_segments(row: dict, template: ChatTemplate) -> list[Segment]:
 
 
 def _messages(row: dict) -> tuple[list[dict], list[bool]]:
-    """Return the messages, without what only tells which are to be learned, and whether each is."""
+    """Return the messages without the keys LEARNED, and True or False for each: is it to be learned?"""
     if row.get("messages") is None:
         raise Unusable("messages not a list of objects")
     messages, learned = [], []
@@ -116,7 +118,7 @@ def _messages(row: dict) -> tuple[list[dict], list[bool]]:
 
 
 def _check_null_contents(messages: list[dict], tools: list[dict], template: ChatTemplate) -> None:
-    """Refuse a chat with a null content, as messages of tool calls have, of which the template makes the word None."""
+    """Raise Unusable if the template writes a null content, as tool calls have, as the word None."""
     if any(message["content"] is None for message in messages):
         filled = [message | {"content": message["content"] or ""} for message in messages]
         if template.write(messages, tools).count("None") > template.write(filled, tools).count("None"):
@@ -163,11 +165,18 @@ def _objects(row: dict, column: str) -> list[dict]:
     objects = _parsed(row, column)
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise Unusable(f"{column} not a list of objects")
-    return without_nulls(objects)
+    return _without_nulls(objects)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without the null fields of its objects: Arrow adds a field that one row has to all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(row: dict, column: str) -> Any:
-    """Return a value of a row that may be stored as JSON, as users of Parquet do; an empty list where there is none."""
+    """Return a value that may be stored as a JSON string, as is usual in Parquet; an empty list if there is none."""
     value = row.get(column)
     if isinstance(value, str) and value:
         try:
@@ -178,15 +187,15 @@ def _parsed(row: dict, column: str) -> Any:
 
 
 class ExampleEncoder:
-    """Turns rows into ids and labels: BOS, the segments' tokens, EOS, at most `max_length` of them.
+    """Turns rows into ids and labels: BOS, the segments' tokens, EOS, cut to `max_length`.
 
-    In a chat the template alone writes BOS, and EOS is added where the template has not closed the last answer with it.
+    In a chat only the template writes BOS, and EOS is added unless the template ends the last answer with it.
 
     Args:
-        train_on_prompt: everything is to be learned, not the completion alone.
+        train_on_prompt: the model learns the prompt too.
 
     Attributes:
-        columns: those that the rows so far had with a value.
+        columns: columns that had a value in some row so far.
     """
 
     def __init__(
@@ -202,18 +211,18 @@ class ExampleEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all that ids and labels depend on."""
+        """SHA-256 of everything that ids and labels depend on."""
         template = self.tokenizer.chat_template if self.template else None
         rules = [self.encoder.fingerprint, self.shape, template, self.max_length, self.train_on_prompt]
         if template:
             tokens = sorted(self.tokenizer.special_tokens_map.items())
-            known = ("bos_token", "eos_token")  # to the encoder; a template may write others
+            known = ("bos_token", "eos_token")  # part of the encoder's fingerprint
             rules += [[name, token] for name, token in tokens if name not in known and name in str(template)]
             rules += ["split"] * bool(self.tokenizer.split_special_tokens)
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def encode(self, rows: Sequence[dict]) -> Iterator[Encoded | str]:
-        """An example for each row, or the reason why there is none."""
+        """Yield an example for each row, or the reason why the row cannot be used."""
         usable, reasons = [], {}
         for number, row in enumerate(rows):
             self.columns.update(column for column, value in row.items() if value is not None)
@@ -222,7 +231,7 @@ class ExampleEncoder:
             except Unusable as reason:
                 reasons[number] = str(reason)
             except RecursionError:
-                reasons[number] = "objects too deep in each other"
+                reasons[number] = "objects nested too deeply"
         examples = iter(self._joined(usable))
         for number in range(len(rows)):
             yield reasons[number] if number in reasons else self._framed(*next(examples))
@@ -233,31 +242,31 @@ class ExampleEncoder:
         segments = chat_segments(row, self.template)
         for text in itertools.accumulate(text for text, _ in segments):
             if self.template.may_refuse(text):
-                self.template.tokenize([text])  # raises Unusable, where needed, for this row alone
+                self.template.tokenize([text])  # raises Unusable here, for this row, rather than for the whole batch
         return segments
 
     def _framed(self, ids: list[int], labels: list[bool], last: int) -> Encoded | str:
-        """Frame the ids of a row, whose last segment begins at `last`."""
+        """Add BOS and EOS to a row's ids, whose last segment begins at `last`, and cut them."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if not self.template:
             ids, labels = [bos, *ids, eos], [False, *labels, True]
         elif not self._is_closed(ids[last:]):
             ids, labels = [*ids, eos], [*labels, labels[-1]]
         kept = np.array(labels[: self.max_length]) | self.train_on_prompt
-        kept[0] = False  # nothing precedes it from which it could be predicted
+        kept[0] = False  # no token precedes it to predict it from
         if not kept.any():
             return f"no token of the completion within --max_length {self.max_length}"
         return Encoded(np.array(ids[: self.max_length]), kept, len(ids) > self.max_length)
 
     def _is_closed(self, answer: list[int]) -> bool:
-        """True if nothing but white space follows an EOS at the end."""
+        """Return True if the answer ends with EOS, perhaps followed by white space."""
         for number in reversed(answer):
             if number == self.tokenizer.eos_token_id or self.tokenizer.decode([number]).strip():
                 return number == self.tokenizer.eos_token_id
         return False
 
     def _joined(self, examples: list[list[Segment]]) -> list[tuple[list[int], list[bool], int]]:
-        """Ids of the segments in one, whether each is to be learned, and where the last segment begins."""
+        """Return for each example the ids of all segments, their labels, and where the last segment begins."""
         texts, ids = [""] * len(examples), [[] for _ in examples]
         labels: list[list[bool]] = [[] for _ in examples]
         starts = [0] * len(examples)
@@ -275,22 +284,22 @@ class ExampleEncoder:
         return list(zip(ids, labels, starts, strict=True))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Special tokens spelled out are text, but in a chat, whose template writes them."""
+        """Return the ids of each text. Special tokens are text, except those that a chat template writes."""
         return self.template.tokenize(texts) if self.template else self.encoder.tokenize(texts)
 
     @property
     def notes(self) -> tuple[set[str], ...]:
-        """The columns that the rows so far had, and those that were used; see `take_notes` and `unused`."""
+        """Columns that the rows had so far; for chats also the keys of messages, and those used. See `take_notes`."""
         return (self.columns, self.template.given, self.template.used) if self.template else (self.columns,)
 
     def take_notes(self, notes: tuple[set[str], ...]) -> None:
-        """Add the notes of another process, which has encoded other rows."""
+        """Add the `notes` of another process, which has encoded other rows."""
         for own, new in zip(self.notes, notes, strict=True):
             own |= new
 
     @property
     def unused(self) -> list[str]:
-        """Columns, and keys of messages, on which no example depends."""
+        """Columns and keys of messages that no example depends on."""
         columns, *keys = self.notes
         given, used = keys or (set(), set())
         columns = columns - USED_COLUMNS[self.shape] - ({"tools"} if TOOLS in used else set())
@@ -299,10 +308,10 @@ class ExampleEncoder:
 
 
 def find_shape(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the columns in which the rows come, by the first row that has a value in all of them.
+    """Return the member of SHAPES that the rows have: that of the first row with a value in all its columns.
 
     Raises:
-        InputError: the rows have the columns of no shape, or are chats and the tokenizer has no template for those.
+        InputError: the rows have none of the shapes, or are chats and the tokenizer has no chat template.
     """
     file = source.files[0]
     rows = [row.columns for row in itertools.islice(read_rows(file.fetch(), ()), SHAPE_ROWS)]

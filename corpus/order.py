@@ -1,6 +1,6 @@
-"""The order in which a run reads its sequences: shuffled, mixed from slices by weight, shared among ranks.
+"""The order in which a run reads its sequences: shuffled, mixed by weight or grouped by length, shared among ranks.
 
-Every order is a pure function of seed and position, in memory that no number of sequences changes.
+Every order is a pure function of seed and position. Its memory does not grow with the number of sequences.
 """
 
 import itertools
@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from runtime.console import InputError
 
 
 class Order(Protocol):
-    """The number of the sequence at each position of a run, from 0 on over all epochs."""
+    """Maps a position of the run, counted from 0 over all epochs, to the index of a sequence."""
 
     def __getitem__(self, position: int, /) -> int: ...
 
 
 def splitmix64(x: int) -> int:
-    """One step of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    """Hash a 64-bit number (SplitMix64: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -31,8 +32,8 @@ def splitmix64(x: int) -> int:
 class Permutation(Sequence[int]):
     """A pseudo-random permutation of range(n), keyed by (seed, epoch), in O(1) memory.
 
-    A balanced Feistel network permutes the next power of four; values outside range(n) are sent through it again
-    until they fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A balanced Feistel network permutes the next power of four. A value outside range(n) goes through it again until it
+    falls inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     ROUNDS = 8
@@ -46,7 +47,7 @@ class Permutation(Sequence[int]):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # slices of it are never asked for
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # slices are not supported
         if not 0 <= index < self.n:
             raise IndexError(f"index {index} of {self.n}")
         value = self._feistel(index)
@@ -66,10 +67,10 @@ _permutation = lru_cache(maxsize=256)(Permutation)
 
 
 class GlobalOrder:
-    """The endless order in which a run reads its sequences, the same on every rank.
+    """An endless order over n sequences, the same on every rank; each epoch has every sequence exactly once.
 
-    Position p is the (p % n)-th sequence of epoch p // n, so a batch may straddle two epochs and within an epoch
-    each sequence comes exactly once. Without shuffling, each epoch goes through the sequences as they are stored.
+    Position p is the (p % n)-th sequence of epoch p // n, so a batch may straddle two epochs. Without shuffling, each
+    epoch reads the sequences as they are stored.
     """
 
     def __init__(self, num_sequences: int, seed: int, shuffle: bool = True):
@@ -82,7 +83,7 @@ class GlobalOrder:
         return _permutation(self.num_sequences, self.seed, epoch)[index] if self.shuffle else index
 
 
-# Touvron et al. 2023, "LLaMA" (arXiv:2302.13971) table 1: per cent of the sequences drawn, by RedPajama's names.
+# Percent of the sequences drawn, with RedPajama's names: table 1 of Touvron et al. 2023, "LLaMA" (arXiv:2302.13971).
 LLAMA_WEIGHTS = {
     "common_crawl": 67.0,
     "c4": 15.0,
@@ -95,24 +96,24 @@ LLAMA_WEIGHTS = {
 
 
 class MixedOrder:
-    """An endless order that draws from slices by weight, the same on every rank, in memory that no length changes.
+    """An endless order that draws from slices by weight, the same on every rank.
 
-    Each BLOCK of positions holds a slice as often as its share of the block says, in a pseudo-random arrangement that
-    is a permutation of the block. So how often a slice was drawn before any position follows from the position alone,
-    and with it the epoch of the slice and the place in that epoch's permutation of the slice's sequences.
+    Each block of BLOCK positions draws from a slice a fixed number of times, its share, in pseudo-random order. The
+    position alone therefore gives the number of earlier draws from the slice, which gives the slice's epoch and the
+    place in that epoch's permutation.
     """
 
     BLOCK = 10_000
 
     def __init__(self, slices: dict[str, range], weights: dict[str, float], seed: int):
-        """Draws from `slices`.
+        """Compute the share of each slice.
 
         Args:
             slices: the sequences of each slice.
-            weights: of the slices to draw from, in proportion; rounded to one in BLOCK, and not to none.
+            weights: relative weights of the slices to draw from. Shares are rounded to 1 / BLOCK, and never to 0.
 
         Raises:
-            InputError: a weight's slice is not there, or has no whole sequence.
+            InputError: a slice with a weight is missing, or has no whole sequence.
         """
         missing = [name for name in weights if not slices.get(name)]
         if missing:
@@ -125,7 +126,7 @@ class MixedOrder:
         self.keys = [splitmix64(splitmix64(seed) ^ number) for number in range(len(self.names) + 1)]
         total = sum(weights.values())
         shares = [max(1, round(weights[name] / total * self.BLOCK)) for name in self.names]
-        shares[shares.index(max(shares))] += self.BLOCK - sum(shares)  # what rounding left over
+        shares[shares.index(max(shares))] += self.BLOCK - sum(shares)  # rounding's remainder
         self.bounds = [0, *itertools.accumulate(shares)]
 
     def __getitem__(self, position: int) -> int:
@@ -141,7 +142,7 @@ class MixedOrder:
         return self.bounds[number + 1] - self.bounds[number]
 
     def describe(self, positions: int) -> str:
-        """The share of each slice, and how often so many positions go through it."""
+        """Return the share of each slice and, in brackets, how many epochs of it `positions` positions read."""
         parts = []
         for number, (name, sequences) in enumerate(zip(self.names, self.sequences, strict=True)):
             share = self._share(number) / self.BLOCK
@@ -149,13 +150,55 @@ class MixedOrder:
         return ", ".join(parts)
 
 
-class ShardedSampler(Sampler[int]):
-    """A data-parallel rank's share of the order: positions start + rank, start + rank + num_replicas, ... below stop.
+WINDOW_GROUPS = 64
 
-    `start` and `stop` count sequences over all ranks from the beginning of training, across epochs. Hence a run that
-    resumes at `start` on another number of ranks continues the same order. The first four arguments are those of
-    `torch.utils.data.DistributedSampler`, so that `functools.partial(ShardedSampler, seed=..., start=..., stop=...)`
-    can stand for it.
+
+class LengthGroupedOrder:
+    """An endless order in groups of similar length, the same on every rank; each epoch has every sequence exactly once.
+
+    As in GlobalOrder, a permutation keyed by (seed, epoch) shuffles the sequences. Each window of the result is sorted
+    by length and cut into groups, whose order another permutation shuffles. A group is one optimizer step; its members
+    and its place change from epoch to epoch. Only one window is in memory.
+    """
+
+    def __init__(self, ends: Sequence[int] | np.ndarray, seed: int, group_size: int):
+        """
+        Args:
+            ends: the end of each sequence in the stream of all their tokens.
+        """
+        self.ends, self.seed, self.group_size = ends, seed, group_size
+        # With fewer than four windows, a small data set would have the same groups in every epoch.
+        groups = min(WINDOW_GROUPS, max(1, len(ends) // (4 * group_size)))
+        self.window_size = groups * group_size
+        self._cached: tuple[int, int] | None = None  # epoch and number of the window
+        self._window: list[int] = []
+
+    def __getitem__(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.ends))
+        window, place = divmod(index, self.window_size)
+        if self._cached != (epoch, window):
+            self._cached, self._window = (epoch, window), self._arranged(epoch, window)
+        return self._window[place]
+
+    def _arranged(self, epoch: int, window: int) -> list[int]:
+        count = len(self.ends)
+        permutation = Permutation(count, self.seed, epoch)
+        start = window * self.window_size
+        members = [permutation[index] for index in range(start, min(start + self.window_size, count))]
+        members.sort(key=lambda index: self.ends[index] - (self.ends[index - 1] if index else 0))
+        whole = len(members) // self.group_size
+        order = Permutation(whole, splitmix64(self.seed ^ window), epoch) if whole > 1 else range(whole)
+        groups = [members[group * self.group_size :][: self.group_size] for group in order]
+        return [*itertools.chain.from_iterable(groups), *members[whole * self.group_size :]]
+
+
+class ShardedSampler(Sampler[int]):
+    """Yields one data-parallel rank's share: positions start + rank, start + rank + num_replicas, ... below stop.
+
+    `start` and `stop` count sequences over all ranks and epochs since the beginning of training, so a run that resumes
+    at `start` on another number of ranks continues the same order. The first four arguments are those of
+    `torch.utils.data.DistributedSampler`, which `functools.partial(ShardedSampler, seed=..., start=..., stop=...)`
+    replaces.
     """
 
     def __init__(
@@ -172,7 +215,7 @@ class ShardedSampler(Sampler[int]):
     ):
         """
         Args:
-            order: gives the data set's own order of a seed, instead of GlobalOrder.
+            order: returns the data set's own order for a seed; default: GlobalOrder.
         """
         self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)  # type: ignore[arg-type]
         self.positions = range(start + rank, stop, num_replicas)

@@ -1,4 +1,4 @@
-"""A tokenizer's own tables: text in which special tokens stay text, and the proof that SentencePiece gives its ids."""
+"""Encodes text in which special tokens stay text, and proves when SentencePiece gives the tokenizer's ids."""
 
 import contextlib
 import copy
@@ -25,20 +25,21 @@ Piece = ModelProto.SentencePiece
 FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
 RESERVED = (Piece.CONTROL, Piece.UNKNOWN)
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-HIDDEN = "\ufffe" * 32  # noncharacters: no text has them
+HIDDEN = "\ufffe" * 32  # noncharacters, which no text has
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 
 class PlainText:
-    """A tokenizer's ids of plain text: special tokens spelled out stay text, other added tokens are used.
+    """Encodes plain text: special tokens spelled out stay text, other added tokens are used.
 
-    transformers' `split_special_tokens` is not enough: slow tokenizers ignore it in batches, and the model of a fast
-    one may hold a special token as a word like any other. A text that has it is encoded again without that word.
+    transformers' `split_special_tokens` is not enough. Slow tokenizers ignore it in batches, and the model of a fast
+    one may have a special token in its vocabulary like any word; a text with such a token is encoded again with a model
+    in which that word is renamed.
 
     Attributes:
-        hidden: the ids of those special tokens that the model itself makes of text.
-        letters: special tokens without which text could not be spelled, such as a `!` that is used for padding.
+        hidden: special tokens that the model itself makes from text, and their ids.
+        letters: special tokens that text needs as characters, such as a `!` used for padding.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -67,10 +68,11 @@ class PlainText:
 
     @property
     def _visible(self) -> set[str]:
-        """The added tokens that text may make."""
+        """Added tokens that may come from text."""
         return {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
         if not self.tokenizer.is_fast:
             return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
         with unknown_refused():
@@ -81,12 +83,12 @@ class PlainText:
         return encoded
 
     def _makes_special(self, text: str, ids: list[int]) -> bool:
-        """The unknown token is also that of unknown characters, so the text decides."""
+        """Return True if the ids have a hidden token. The unknown token counts only if the text spells it."""
         return not self._wrong.isdisjoint(ids) or (self._unknown in ids and str(self.tokenizer.unk_token) in text)
 
     @cached_property
     def state(self) -> bytes:
-        """All that the ids depend on, those of special tokens too."""
+        """Everything that the ids depend on, special tokens included."""
         if self.tokenizer.is_fast:
             return json.dumps(self.tables, sort_keys=True).encode()
         with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +96,7 @@ class PlainText:
             return b"".join(path.name.encode() + path.read_bytes() for path in sorted(Path(folder).iterdir()))
 
     def has_additions(self, rules: ModelProto) -> bool:
-        """True if the added tokens are other than the model's own special tokens."""
+        """Return True if there are added tokens besides the model's own special tokens."""
         for id_, token in self.tokenizer.added_tokens_decoder.items():
             own = id_ < len(rules.pieces) and rules.pieces[id_].type in RESERVED
             if not own or rules.pieces[id_].piece != token.content:
@@ -105,7 +107,7 @@ class PlainText:
 
 
 def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All of a fast tokenizer but what depends on a call."""
+    """Return the content of a fast tokenizer's tokenizer.json, without truncation and padding."""
     ids = tokenizer.get_vocab()
     with _silent_stdout() if max(ids.values()) >= len(ids) else contextlib.nullcontext():
         text = tokenizer.backend_tokenizer.to_str()
@@ -114,7 +116,7 @@ def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unknown_refused() -> Iterator[None]:
-    """Turns the error of a fast tokenizer that has no token for a text, not even an unknown one, into InputError."""
+    """Raise InputError if a fast tokenizer has no token for some text, not even an unknown token."""
     try:
         yield
     except Exception as error:  # tokenizers raises no other class
@@ -126,7 +128,7 @@ def unknown_refused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Keeps `tokenizers` from printing every id that is left out."""
+    """Keep `tokenizers` from printing every unused id."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
@@ -146,7 +148,7 @@ def _loaded(tables: dict[str, Any]) -> Tokenizer:
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
     plain = copy.copy(tokenizer)
-    plain.split_special_tokens = False  # it splits other added tokens too
+    plain.split_special_tokens = False  # True would split other added tokens too
     plain._added_tokens_decoder = {
         id_: token for id_, token in tokenizer.added_tokens_decoder.items() if not token.special
     }
@@ -156,10 +158,8 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokeniz
 
 
 def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
-    """The special tokens that the model itself makes of text."""
-    model = tables["model"]
-    words = model["vocab"] if isinstance(model["vocab"], dict) else dict(model["vocab"])
-    special = {token["content"] for token in tables["added_tokens"] if token["special"]} & words.keys()
+    """Return the special tokens that the model itself makes from text."""
+    model, special = tables["model"], _special_words(tables)
     if model["type"] != "BPE" or model["ignore_merges"]:
         return special
     inner = len(model["continuing_subword_prefix"] or "")
@@ -169,12 +169,15 @@ def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
 
 
 def _letters(tables: dict[str, Any]) -> set[str]:
-    model = tables["model"]
-    if model.get("byte_fallback"):
+    if tables["model"].get("byte_fallback"):
         return set()
-    words = model["vocab"] if isinstance(model["vocab"], dict) else dict(model["vocab"])
-    special = (token["content"] for token in tables["added_tokens"] if token["special"])
-    return {token for token in special if _is_character(token) and token in words}
+    return {token for token in _special_words(tables) if _is_character(token)}
+
+
+def _special_words(tables: dict[str, Any]) -> set[str]:
+    """Return the special tokens in the model's vocabulary."""
+    words = dict(tables["model"]["vocab"])
+    return {token["content"] for token in tables["added_tokens"] if token["special"]} & words.keys()
 
 
 def _is_character(token: str) -> bool:
@@ -182,7 +185,7 @@ def _is_character(token: str) -> bool:
 
 
 def _hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
-    """Tables that keep all ids and scores, with names for the tokens `hidden` that no text has."""
+    """Return tables with the same ids and scores in which the tokens `hidden` have names that no text has."""
 
     def name(token: str | None) -> str | None:
         return token + HIDDEN if token is not None and token in hidden else token
@@ -208,22 +211,22 @@ def _visible_merges(model: dict[str, Any], hidden: Container[str]) -> list[tuple
 
 
 def plain_spec(rules: ModelProto) -> bool:
-    """True if SentencePiece encodes a text as it stands, but for a space that is put before it."""
+    """Return True if SentencePiece changes nothing in a text but for adding a space in front."""
     spec = rules.normalizer_spec
     return not spec.precompiled_charsmap and not spec.remove_extra_whitespaces and spec.escape_whitespaces
 
 
 def neighbours(rules: ModelProto) -> set[str]:
-    """Every pair of characters that stand side by side in some token."""
+    """Return all pairs of characters that are adjacent in some token."""
     return {pair for piece in rules.pieces for pair in map("".join, itertools.pairwise(piece.piece))}
 
 
 def equal_sentencepiece(
     tokenizer: PreTrainedTokenizerBase, plain_text: PlainText
 ) -> tuple[SentencePieceProcessor | None, bool]:
-    """SentencePiece where it is proven to give the ids of `plain_text`, else None.
+    """Return SentencePiece if it is proven to give the ids of `plain_text`, else None.
 
-    Also returns True if the tokenizer puts no space before a text that begins with one, as SentencePiece would.
+    Also return True if the tokenizer, unlike SentencePiece, puts no space before a text that begins with one.
     """
     vocab_file = getattr(tokenizer, "vocab_file", None)
     if not vocab_file or any(not token.special for token in tokenizer.added_tokens_decoder.values()):
@@ -231,7 +234,7 @@ def equal_sentencepiece(
     try:
         content = Path(vocab_file).read_bytes()
         rules = ModelProto.FromString(content)
-        if type(tokenizer) is LlamaTokenizer and tokenizer.legacy:  # it leaves all to SentencePiece
+        if type(tokenizer) is LlamaTokenizer and tokenizer.legacy:  # it calls SentencePiece itself
             return SentencePieceProcessor(model_proto=content), False
         prefix = _prefix(tokenizer, plain_text, rules)
         if prefix is None:
@@ -243,7 +246,7 @@ def equal_sentencepiece(
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: ModelProto) -> tuple[bool, bool] | None:
-    """True if a space is put before a text, and True if not before one that begins with a space; None if unproven."""
+    """Return None if nothing is proven. Else True if a space goes before a text, and True if not before a space."""
     if not tokenizer.is_fast:
         if (
             type(tokenizer) is not LlamaTokenizer
@@ -251,7 +254,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: Mo
             or rules.trainer_spec.treat_whitespace_as_suffix
         ):
             return None
-        # It encodes its unknown token before a text that begins with a space, and takes that token's pieces off.
+        # It puts its unknown token before a text that begins with a space, and removes that token's pieces.
         joined = f"{tokenizer.unk_token[-1:]}▁" in neighbours(rules)
         return None if joined else (tokenizer.add_prefix_space, False)
     tables = plain_text.tables
@@ -264,19 +267,19 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: Mo
     scheme = pre_tokenizer.get("prepend_scheme")
     if steps or pre_tokenizer != {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
         return None
-    # TextEncoder puts a line end before a text that begins with a space, and takes its ids off.
+    # TextEncoder puts a line end before a text that begins with a space, and removes its ids.
     bare = scheme != "never"
     return None if bare and any("\n" in pair for pair in neighbours(rules)) else (bare, bare)
 
 
 def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto) -> bool:
-    """True if byte-pair encoding by the tables of a fast tokenizer and by SentencePiece gives the same ids.
+    """Return True if a fast tokenizer's model and SentencePiece give the same ids by byte-pair encoding.
 
-    Both begin with characters and merge, again and again, the pair that makes the best piece. SentencePiece takes the
-    leftmost of equal pieces, tables the merge that stands first, then the leftmost. It is the same merge: which two
-    symbols make a piece depends on the text of the piece alone, since no merge has crossed its borders before. So it is
-    enough that the pieces have the same ids, that every pair which makes a piece is in the tables, in the order of the
-    pieces' scores, and that no two pieces have the same score.
+    Both start from characters and repeatedly merge the pair that makes the best piece. SentencePiece takes the leftmost
+    of equal pieces; a fast tokenizer takes the pair that comes first among its merges, then the leftmost. Both choose
+    the same pair: no earlier merge has crossed a piece's borders, so the text of a piece alone decides which two
+    symbols make it. The ids are therefore equal if the pieces have the same ids, if the merges hold every pair that
+    makes a piece, in the order of the pieces' scores, and if no two pieces have the same score.
     """
     settings = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     if model["type"] != "BPE" or any(model[name] for name in settings) or not model["byte_fallback"]:
@@ -305,7 +308,7 @@ def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto
 
 
 def _as_it_stands(content: bytes, rules: ModelProto, space_first: bool) -> bytes:
-    """A SentencePiece model that encodes text as it stands; `content` itself where it does."""
+    """Return the SentencePiece model without normalization; `content` itself if it has none."""
     wanted = {
         "add_dummy_prefix": space_first,
         "remove_extra_whitespaces": False,
@@ -318,5 +321,5 @@ def _as_it_stands(content: bytes, rules: ModelProto, space_first: bool) -> bytes
     for name, value in other.items():
         setattr(rules.normalizer_spec, name, value)
     rules.trainer_spec.treat_whitespace_as_suffix = False
-    rules.DiscardUnknownFields()  # its self-test among them, which holds for the model as it was
+    rules.DiscardUnknownFields()  # such as its self-test, which is valid only for the original model
     return rules.SerializeToString()

@@ -1,24 +1,24 @@
 """Turns a data set into the folder of tokens that `data_utils.PackedDataset` reads.
 
 The folder holds `tokens-00000.bin`, ... (little-endian uint16, or uint32 for a vocabulary above 65536) and
-`manifest.json`. The shards are ONE stream of documents, BOS ... EOS each; a sequence may span two of them, and nothing
-depends on the sequence length or on the number of processes or machines. `.preparation/` in it has the plan and a
-record of every finished unit (see `dataset_shards`), by which a preparation that was killed goes on, several machines
-share the work, and a shard that is lost is made again.
+`manifest.json`. The shards are one stream of documents, BOS ... EOS each; a sequence may span two shards. Nothing
+depends on the sequence length or on the number of processes or machines.
+
+Its subfolder `.preparation/` has the plan and a record of every finished unit (see `corpus/units.py`). With them a
+killed preparation continues, several machines share the work, and a lost shard is made again.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -28,11 +28,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from corpus.encoder import TextEncoder
-from corpus.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from corpus.manifest import FORMAT_VERSION, MANIFEST_NAME, is_prepared, list_skipped, read_manifest
 from corpus.sources import Source, resolve_source
 from corpus.units import PREPARATION, Preparation, Unit, make_units, read_units, tokenize_units
-from runtime import console
-from runtime.console import InputError
+from runtime.console import InputError, say
 from runtime.files import exclusive_lock, sync, write_json
 from runtime.ranks import once_per_node
 
@@ -40,7 +39,7 @@ CHECKED_AT_START_BYTES = 2**29
 
 
 class Part(NamedTuple):
-    """The share of one of several machines: every `of`-th unit."""
+    """One machine's share of the work: every `of`-th unit."""
 
     number: int = 1
     of: int = 1
@@ -62,67 +61,44 @@ def prepare_dataset(
     slices: Sequence[str] = (),
     eval_fraction: float | None = None,
 ) -> Path:
-    """The folder with the tokens of `dataset`, made in `cache_dir` unless it is there or `dataset` is such a folder.
+    """Return the folder with the tokens of `dataset`: `dataset` itself if it is prepared, else one in `cache_dir`.
 
-    Local rank 0 finds the files and makes the folder, the other local ranks wait; so call it before any collective
-    operation that could time out. Raises InputError on input that cannot be used and on a `cache_dir` that cannot be
-    written.
+    Local rank 0 finds the files and makes the folder while the other local ranks wait. Call it before any collective
+    operation that could time out.
+
+    Raises:
+        InputError: the input cannot be used, or `cache_dir` cannot be written to.
     """
-    return Path(
-        once_per_node(
-            lambda: str(
-                _prepare_in_cache(dataset, tokenizer, Path(cache_dir), num_workers, revision, slices, eval_fraction)
-            )
-        )
-    )
+
+    def prepare() -> str:
+        encoder = TextEncoder(tokenizer)
+        if is_prepared(Path(dataset)) or (Path(dataset) / PREPARATION).is_dir():
+            if revision or slices:
+                flag = "--dataset_slices" if slices else "--dataset_revision"
+                raise InputError(f"{flag}: {dataset} is prepared already and is read as a whole; leave the flag out")
+            _check(Path(dataset), encoder, eval_fraction)
+            return dataset
+        fraction = eval_fraction or 0.0
+        source = resolve_source(dataset, revision=revision, slices=slices)
+        if source.remark:
+            say(source.remark)
+        key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint, fraction])
+        folder = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
+        if not is_prepared(folder):
+            request = [dataset, revision, *slices]
+            choice: dict[str, Any] = {"eval_fraction": fraction, "request": request}
+            prepare_folder(source, encoder, folder, num_workers, flag="--cache_dir", wait_for_others=True, **choice)
+            _remove_superseded(folder, [fraction, *request], encoder)
+            say(f"kept for the next time in {folder}")
+        _check(folder, encoder, fraction)
+        return str(folder)
+
+    return Path(once_per_node(prepare))
 
 
-def _prepare_in_cache(
-    dataset: str,
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: Path,
-    num_workers: int | None,
-    revision: str | None,
-    slices: Sequence[str],
-    eval_fraction: float | None,
-) -> Path:
-    encoder = TextEncoder(tokenizer)
-    if is_prepared(Path(dataset)) or (Path(dataset) / PREPARATION).is_dir():
-        if revision or slices:
-            flag = "--dataset_slices" if slices else "--dataset_revision"
-            raise InputError(f"{flag}: {dataset} is prepared already and is read as a whole; leave it out")
-        return _check(Path(dataset), encoder, eval_fraction)
-    eval_fraction = eval_fraction or 0.0
-    source = resolve_source(dataset, revision=revision, slices=slices)
-    if source.remark:
-        console.say(source.remark)
-    key = json.dumps([FORMAT_VERSION, encoder.fingerprint, source.fingerprint, eval_fraction])
-    folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()
-    if not is_prepared(folder):
-        request = [dataset, revision, *slices]
-        options: dict[str, Any] = {
-            "request": request,
-            "eval_fraction": eval_fraction,
-            "flag": "--cache_dir",
-            "wait_for_others": True,
-        }
-        prepare_folder(source, encoder, folder, num_workers, **options)
-        _remove_superseded(folder, [eval_fraction, *request], encoder)
-        console.say(f"kept for the next time in {folder}")
-    return _check(folder, encoder, eval_fraction)
-
-
-def is_prepared(folder: Path) -> bool:
-    """Return True if a folder has the manifest of a preparation."""
-    try:
-        return "tokenizer_fingerprint" in json.loads((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _check(folder: Path, encoder: TextEncoder, eval_fraction: float | None) -> Path:
+def _check(folder: Path, encoder: TextEncoder, eval_fraction: float | None) -> None:
     if not (folder / MANIFEST_NAME).exists():
-        raise InputError(f"--dataset: {folder} is not prepared to its end; give scripts/prepare_dataset.py once more")
+        raise InputError(f"--dataset: {folder} is not completely prepared; run scripts/prepare_dataset.py once more")
     manifest = read_manifest(folder)
     if manifest["tokenizer_fingerprint"] != encoder.fingerprint:
         raise InputError(f"--dataset: {folder} was prepared with another tokenizer; give that one as --tokenizer")
@@ -132,28 +108,23 @@ def _check(folder: Path, encoder: TextEncoder, eval_fraction: float | None) -> P
         )
     if manifest["total_tokens"] * encoder.dtype.itemsize <= CHECKED_AT_START_BYTES:
         verify(folder)
-    return folder
 
 
 def verify(folder: Path, num_workers: int = 1, flag: str = "--dataset") -> None:
-    """Raises InputError that names `flag`, and every shard whose content is not what the manifest says."""
+    """Compare every shard with its checksum in the manifest. Raises InputError with a line for each damaged one."""
     if not (folder / MANIFEST_NAME).exists():
-        raise InputError(f"{flag}: {folder} holds no finished data set, for it has no {MANIFEST_NAME}")
+        raise InputError(f"{flag}: {folder} has no {MANIFEST_NAME}; prepare the data set to its end")
     shards = read_manifest(folder, flag)["shards"]
     paths = [folder / shard["file"] for shard in shards]
-    with (
-        ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"))
-        if num_workers > 1
-        else (contextlib.nullcontext()) as pool
-    ):
-        digests = (pool.map if pool else map)(_sha256, paths)
+    with ThreadPoolExecutor(num_workers) as pool:  # hashing releases the interpreter lock
+        digests = pool.map(_sha256, paths)
         bar = tqdm(digests, total=len(paths), unit="shard", desc="verifying", disable=None if num_workers > 1 else True)
         damaged = [path for path, shard, digest in zip(paths, shards, bar, strict=True) if digest != shard["sha256"]]
     if damaged:
         raise InputError(
             *(
-                f"{flag}: {path} is damaged or missing; delete it and prepare the data set again, which makes "
-                "the missing shards anew"
+                f"{flag}: {path} is damaged or missing; delete it and prepare the data set again, which makes only "
+                "the missing shards"
                 for path in damaged
             )
         )
@@ -179,17 +150,17 @@ def prepare_folder(
     flag: str = "--output",
     wait_for_others: bool = False,
 ) -> bool:
-    """Makes what is missing of a prepared folder, or of a part of it; whether the folder is then complete.
+    """Make the missing shards of a prepared folder, or of a part of it. Return True if the folder is then complete.
 
     Args:
-        eval_fraction: of the documents, to be kept from training in shards of their own.
-        request: what the user asked for, by which a preparation that was interrupted is known again.
-        flag: the one that named the folder.
-        wait_for_others: wait for another process that works on the same part, instead of refusing.
+        eval_fraction: fraction of the documents that is held out of training, in shards of its own.
+        request: the user's choice of data, which identifies an interrupted preparation.
+        flag: the flag that named the folder, for messages.
+        wait_for_others: wait if another process works on the same part, instead of raising InputError.
 
     Raises:
-        InputError: the input cannot be used, the folder cannot be written or belongs to another data set, or another
-            process works on this part.
+        InputError: the input cannot be used, the folder cannot be written to or belongs to another data set, or another
+            process works on the same part.
     """
     started = time.monotonic()
     try:
@@ -199,10 +170,10 @@ def prepare_folder(
         lock = folder / PREPARATION / f"part-{part.number}-of-{part.of}.lock"
         refusal = f"{flag}: {{holder}} is preparing {part} of {folder}; let it finish, or give another --part"
         waiting = "another job is preparing the same data set; waiting for it"
-        finished = is_prepared(folder) and not os.access(folder, os.W_OK)  # then nothing is written
+        read_only = is_prepared(folder) and not os.access(folder, os.W_OK)
         with (
             contextlib.nullcontext()
-            if finished
+            if read_only
             else exclusive_lock(lock, waiting, None if wait_for_others else refusal)
         ):
             source, units = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
@@ -212,33 +183,33 @@ def prepare_folder(
             missing = [number for number in mine if not preparation.record(number)]
             if missing:
                 if len(missing) < len(mine):
-                    console.say(f"going on: {len(mine) - len(missing):,} of {len(mine):,} pieces are finished")
+                    say(f"going on: {len(mine) - len(missing):,} of {len(mine):,} units are finished")
                 workers = num_workers or len(os.sched_getaffinity(0))
                 threads = max(1, workers // len(missing))
                 preparation = replace(preparation, threads=threads)
                 tokenize_units(preparation, missing, min(workers, len(missing)))
             if not missing and is_prepared(folder):
-                console.say(f"{folder} is complete already")
+                say(f"{folder} is complete already")
                 return True
             return _merge(preparation, time.monotonic() - started)
     except OSError as error:
         remedy = "give a folder that can be written to, with enough room"
         if error.errno == errno.ENOSPC:
-            remedy = "finished shards are kept: make room and give the same command again"
+            remedy = "make room and run the same command again; finished shards are kept"
         raise InputError(
             f"{flag}: cannot write to {error.filename or folder} ({error.strerror or error}); {remedy}"
         ) from error
 
 
 def _has_files(folder: Path) -> bool:
-    """Return True if a folder has more in it than a new file system or a desktop puts there."""
+    """Return True if a folder has files besides those that a new file system or a desktop puts there."""
     return folder.is_dir() and any(path.name[0] != "." and path.name != "lost+found" for path in folder.iterdir())
 
 
 def _agree_on_plan(
     folder: Path, source: Source, encoder: TextEncoder, request: Sequence, flag: str
 ) -> tuple[Source, list[Unit]]:
-    """The source as the first process on this folder found it, and its units, which every later one continues with."""
+    """Return the source and the units in the folder's plan; the first process on the folder writes the plan."""
     path = folder / PREPARATION / "plan.json"
     plan = {
         "format_version": FORMAT_VERSION,
@@ -257,52 +228,49 @@ def _agree_on_plan(
         agreed = json.loads(path.read_bytes())
         first = Source.from_json(agreed["source"])
         units = read_units(agreed.get("units"), first)
-        _ = [agreed[key] for key in plan if key != "units"]  # which plans of earlier versions lack
+        _ = [agreed[key] for key in plan if key != "units"]  # plans of earlier versions have no units
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{flag}: {path} is damaged; delete {folder} and start again") from error
     for name, key in (
         ("format", "format_version"),
         ("tokenizer", "tokenizer_fingerprint"),
-        ("data set, choice of it or --eval_fraction", "request"),
+        ("data set, revision, slices or --eval_fraction", "request"),
     ):
         if agreed[key] != plan[key]:
-            raise InputError(f"{flag}: {folder} holds a preparation with another {name}; give another folder")
+            raise InputError(f"{flag}: {folder} was prepared with another {name}; give another folder")
     if first.fingerprint != source.fingerprint:
         if not first.commit:
             raise InputError(
                 f"{flag}: the files of {source.name} have changed since {folder} was begun; give another folder"
             )
-        console.say(f"going on with {first.name}@{first.commit}, with which {folder} was begun")
+        say(f"going on with {first.name}@{first.commit}, with which {folder} was begun")
     return first, units
 
 
 def _remove_temporary(preparation: Preparation, numbers: range) -> None:
-    """Remove the temporary files that a killed process left of these units."""
+    """Remove the temporary files of these units that a killed process left."""
     for path in preparation.state.glob("tokens-*"):
         if int(re.split("[-.]", path.name)[1]) in numbers:
             path.unlink(missing_ok=True)
 
 
 def _merge(preparation: Preparation, seconds: float) -> bool:
-    """Writes the manifest if every unit has its record; the same one, whoever writes it."""
+    """Write the manifest if every unit has its record, and return True then."""
     folder, source, encoder = preparation.folder, preparation.source, preparation.encoder
     units = range(len(preparation.units))
     records = [record for number in units if (record := preparation.record(number))]
     if missing := len(units) - len(records):
-        console.say(
-            f"finished here; {missing:,} of {len(units):,} pieces are with other parts, the last writes the manifest"
-        )
+        say(f"this part is finished, others lack {missing:,} of {len(units):,} units; the last writes the manifest")
         return False
     shards = [shard for record in records for shard in record["shards"]]
     skipped = sum((Counter(record["skipped"]) for record in records), Counter())
-    reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(skipped.items()))
     documents, tokens = Counter(), Counter()
     for shard in shards:
         documents[shard["slice"]] += shard["documents"]
         tokens[shard["slice"]] += shard["tokens"]
     if not shards:
         raise InputError(
-            f"--dataset: {source.name} has no usable row (skipped: {reasons or 'none'}); "
+            f"--dataset: {source.name} has no usable row (skipped: {list_skipped(skipped)}); "
             "give documents in the column 'text'"
         )
     manifest = {
@@ -324,15 +292,15 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
     write_json(own, manifest)
     own.replace(folder / MANIFEST_NAME)
     sync(folder)
-    console.say(
+    say(
         f"tokenized {documents.total():,} documents into {tokens.total():,} tokens in {seconds:.1f} s; "
-        f"skipped rows: {reasons or 'none'}"
+        f"skipped rows: {list_skipped(skipped)}"
     )
     return True
 
 
 def _remove_superseded(folder: Path, request: Sequence, encoder: TextEncoder) -> None:
-    """Deletes what was begun for an older state of the same data set, was interrupted, and will not be finished."""
+    """Delete interrupted preparations of older states of the same data set; nobody will finish them."""
     for plan_path in folder.parent.glob(f"*/{PREPARATION}/plan.json"):
         begun = plan_path.parent.parent
         if begun == folder or is_prepared(begun):

@@ -1,9 +1,9 @@
-"""Reads a data set while training goes on, without preparing it first.
+"""Reads a data set during training, without preparing it first.
 
-The documents of all slices make one stream of tokens, cut every S tokens: the next document is always of the slice that
-has been read least, in proportion to its size or its weight. Each BUFFER of sequences is then put in a pseudo-random
-order. So there is one global order, as of a prepared data set, whatever the number of ranks. The price is that every
-data-parallel rank reads and tokenizes the whole stream, of which it keeps its share.
+The documents of all slices make one stream of tokens, cut every S tokens. The next document always comes from the slice
+that has been read least in proportion to its size or weight. `data_utils.StreamedDataset` then shuffles each buffer of
+sequences. So there is one global order for any number of ranks, as with a prepared data set. The price is that every
+data-parallel rank reads and tokenizes the whole stream and keeps only its share.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from runtime.console import InputError
 
 @dataclass
 class SlicePosition:
-    """Position in a slice: the next row of a file, the file by its place in the epoch's order.
+    """Position in a slice: the next row to read, and its file's place in the epoch's order.
 
     Attributes:
-        bytes_read: of the slice in this epoch, up to that row.
-        tokens: read from the slice since the beginning of the stream.
+        bytes_read: bytes of the slice before that row, in this epoch.
+        tokens: tokens read from the slice since the beginning of the stream.
     """
 
     epoch: int = 0
@@ -34,7 +34,7 @@ class SlicePosition:
 
 
 class SliceReader:
-    """The usable documents of a slice without end, its files in another order in every epoch."""
+    """Reads the usable documents of a slice endlessly, the files in a new order every epoch."""
 
     def __init__(self, files: list[SourceFile], weight: float | None, seed: int, position: SlicePosition):
         self.files, self.weight, self.seed = files, weight, seed
@@ -58,7 +58,7 @@ class SliceReader:
         return self.files[self._order[number]]
 
     def next_text(self) -> str:
-        """Raises InputError on damaged files, and if a whole epoch has no usable document."""
+        """Return the next usable document. Raises InputError on a damaged file, or if an epoch has no usable one."""
         position, start = self.position, self.position.epoch
         while position.epoch < start + 2:
             file = self._file(position.file)
@@ -82,7 +82,12 @@ class SliceReader:
 
 
 class TokenStream:
-    """Sequences of S tokens from all slices. `state` says where the next one starts, and a new stream goes on there."""
+    """Cuts the documents of all slices into sequences of S tokens.
+
+    Args:
+        weights: relative weights of the slices to read; default: all slices, by size.
+        state: the `state` of an earlier stream, which this one continues.
+    """
 
     def __init__(
         self,
@@ -108,9 +113,9 @@ class TokenStream:
             )
             for number, name in enumerate(sorted(by_slice))
         }
-        self._rest = np.empty(0, encoder.dtype)  # of the document that was read last
-        self._before = self._positions()  # where that document was read
-        self._length = 0  # of it
+        self._rest = np.empty(0, encoder.dtype)  # of the last document
+        self._before = self._positions()  # where it begins
+        self._length = 0  # its tokens
         if state["offset"]:
             self._read_document()
             self._rest = self._rest[state["offset"] :]
@@ -120,7 +125,7 @@ class TokenStream:
 
     @property
     def state(self) -> dict:
-        """JSON: where each slice stood before the document that the next token is of, and that token's place in it."""
+        """Position of the next token, for JSON: each slice's position before its document, and its place in that."""
         if len(self._rest):
             return {"slices": self._before, "offset": self._length - len(self._rest)}
         return {"slices": self._positions(), "offset": 0}
@@ -133,7 +138,7 @@ class TokenStream:
         reader.position.tokens += self._length
 
     def next_sequence(self) -> np.ndarray:
-        """[S], in the encoder's dtype."""
+        """Return the ids of the next sequence, [S], in the encoder's dtype."""
         pieces, missing = [], self.max_length
         while missing:
             if not len(self._rest):

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder or the hub, and what turns documents into ids."""
+"""Loads a tokenizer from a folder or the hub, and checks it."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,15 @@ LLAMA_TOKENIZER = "hf-internal-testing/llama-tokenizer"
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or from the Hugging Face hub, as AutoTokenizer does.
+    """Load a tokenizer from a folder or the Hugging Face hub, as AutoTokenizer does.
 
-    `tokenizer.model` alone is enough: it is read as AutoTokenizer reads it beside the config.json of a LLaMA model.
-    Raises InputError if there is none, if it lacks a BOS or EOS token of its own, or if its ids are random.
+    A folder with only `tokenizer.model` is enough; it is read as if a LLaMA model's config.json were there too.
+
+    Raises:
+        InputError: there is no tokenizer, it lacks a BOS or EOS token of its own, or its ids are random.
     """
     if not name_or_path.strip():
-        raise InputError("--tokenizer: it is empty; give a folder or a hub name, or leave the flag out")
+        raise InputError("--tokenizer: the name is empty; give a folder or a hub name, or leave the flag out")
     path = Path(name_or_path).expanduser()
     if path.is_file():
         raise InputError(f"--tokenizer: {name_or_path} is a file; give the folder that holds it")
@@ -42,12 +44,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         hub.check_name(name_or_path, "--tokenizer", "a folder with a tokenizer")
     try:
         tokenizer = _from_folder(path) if path.is_dir() else _from_hub(name_or_path)
-        if not tokenizer:  # what transformers returns for a damaged tokenizer.model
+        if not tokenizer:  # transformers returns False for a damaged tokenizer.model
             raise ValueError("damaged tokenizer.model")
     except InputError:
         raise
-    # tokenizers raises bare Exception on a damaged file.
-    except Exception as error:
+    except Exception as error:  # tokenizers raises bare Exception on a damaged file
         if path.is_dir() and (problem := _problem_of_settings(path)):
             raise InputError(f"--tokenizer: {problem}") from error
         raise InputError(
@@ -77,7 +78,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of text that has no token; None if there is no such text, as in GPT-2's, whatever `unk_token` says."""
+    """Return the id of unknown text, or None if the model knows all text, as GPT-2's does despite its `unk_token`."""
     if not tokenizer.is_fast:
         return tokenizer.unk_token_id
     model = tables_of(tokenizer)["model"]
@@ -85,12 +86,12 @@ def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id + 1, which is more than the number of tokens where ids are left out."""
+    """Return the largest id + 1; this exceeds the number of tokens if some ids are unused."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:
-    """Refuses a tokenizer that has ids beyond the model's."""
+    """Raise InputError if the tokenizer has ids that the model has no embedding for."""
     if (size := vocabulary_size(tokenizer)) > config.vocab_size:
         holes = "" if size == len(tokenizer) else f" (its {len(tokenizer)} tokens have ids up to {size - 1})"
         raise InputError(
@@ -111,9 +112,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load(name: str, **choice: Any) -> PreTrainedTokenizerBase:
-    """Loads what AutoTokenizer loads, and what transformers 5 has saved."""
+    """Load a tokenizer that AutoTokenizer can load, or that transformers 5 has saved."""
     content = get_tokenizer_config(name, **choice)
-    # transformers 5 names the class anew that reads nothing but tokenizer.json, and has a list of further tokens.
+    # transformers 5 has a new name for the class that reads only tokenizer.json, and lists the extra special tokens.
     loader = PreTrainedTokenizerFast if content.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
     options: dict[str, Any] = {"trust_remote_code": False, **choice}
     if isinstance(extra := content.get("extra_special_tokens"), list):
@@ -122,7 +123,7 @@ def _load(name: str, **choice: Any) -> PreTrainedTokenizerBase:
 
 
 def _problem_of_settings(folder: Path) -> str | None:
-    """Names the setting of a folder that keeps transformers from loading it, and the remedy."""
+    """Return the setting that keeps transformers from loading the folder, and its remedy, or None."""
     settings = folder / "tokenizer_config.json"
     try:
         content = json.loads(settings.read_text(encoding="utf-8"))
@@ -151,15 +152,15 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_hub_has(name: str, revision: str | None) -> None:
-    """Fails at once where from_pretrained would go on retrying for most of a minute."""
+    """Raise InputError at once if the hub has no such tokenizer; from_pretrained would retry for most of a minute."""
     try:
         HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
     except HfHubHTTPError as error:
         raise InputError(
-            f"--tokenizer: {name} is no folder, and the hub refuses it ({hub.status_of(error)}); check the name"
+            f"--tokenizer: {name} is not a folder, and the hub refuses it ({hub.status_of(error)}); check the name"
         ) from error
     except OSError as error:
         raise InputError(
-            f"--tokenizer: {name} is no folder, is not in the hub's cache on this machine, and the hub cannot be "
+            f"--tokenizer: {name} is neither a folder nor in the hub's cache on this machine, and the hub cannot be "
             "reached; give a folder that holds tokenizer.model"
         ) from error

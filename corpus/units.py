@@ -1,8 +1,7 @@
-"""Cuts the files of a data set into units and tokenizes them, each unit in one of many processes, into its own shards.
+"""Cuts the files of a data set into units and tokenizes them in several processes, each unit into its own shards.
 
-A unit is some files of one slice or a part of a large one. It becomes one shard, or several where its rows name several
-slices or some are held out, and is finished when its record is there. So whatever ends the work, finished units need
-not be done again.
+A unit is some files of one slice, or a part of a large file. It becomes one shard, or several if its rows name several
+slices or some are held out. It is finished once its record is written, so an interruption loses only unfinished units.
 """
 
 import contextlib
@@ -11,11 +10,10 @@ import json
 import multiprocessing
 import operator
 import os
-import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +26,21 @@ from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT, TRAIN, is_held_out
 from corpus.rows import Span, can_be_split
 from corpus.sources import Document, Source, SourceFile, unusable
+from corpus.workers import call, forked_pool
 from runtime.console import InputError
 from runtime.files import sync, write_json
-from runtime.process import end_with_parent
 
 PREPARATION = ".preparation"
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**22, 2**14
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**22, 2**30
-UNITS = 2**12  # about as many are made of a large data set, so that its manifest stays small
-COMPRESSION_RATIO = 4  # of text, roughly: what a byte of a compressed file weighs when units are made
+UNITS = 2**12  # about this many for a large data set, so that its manifest stays small
+COMPRESSION_RATIO = 4  # of text, roughly
 MAX_SLICES = 64  # in one unit
 POLL_SECONDS = 0.2
 
 
 class Piece(NamedTuple):
-    """A file of the source, by its index, and the part of it that a unit reads."""
+    """The index of a file of the source, and the part of the file that a unit reads."""
 
     file: int
     span: Span
@@ -53,13 +51,13 @@ Unit = list[Piece]
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything that the processes of one machine need to know."""
+    """The folder, the input and the settings, for all processes of a machine."""
 
     folder: Path
     source: Source
     units: list[Unit]
     encoder: TextEncoder
-    eval_fraction: float = 0.0  # of the documents, kept from training
+    eval_fraction: float = 0.0  # fraction of the documents that is held out of training
     threads: int = 1  # of the tokenizer, in each process
 
     @property
@@ -70,7 +68,7 @@ class Preparation:
         return self.state / f"unit-{unit:05d}.json"
 
     def record(self, unit: int) -> dict | None:
-        """The record of a unit whose shards are there, else None."""
+        """Return the record of a unit, or None if it or one of the shards is missing."""
         try:
             record = json.loads(self.record_path(unit).read_bytes())
             sizes = [(self.folder / shard["file"]).stat().st_size for shard in record["shards"]]
@@ -81,12 +79,12 @@ class Preparation:
 
 
 def make_units(source: Source) -> list[Unit]:
-    """Cuts large files where they can be cut, and puts small neighbours of the same slice together."""
+    """Return units of about equal size: large files are cut if possible, small neighbours in a slice are joined."""
     unit_bytes = min(max(source.size // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     units, room = [], 0
     for index, file in enumerate(source.files):
         weight = file.size if can_be_split(file.path) else file.size * COMPRESSION_RATIO
-        weight = weight or unit_bytes  # of unknown size: a unit of its own
+        weight = weight or unit_bytes  # a file of unknown size is a unit of its own
         parts = -(-file.size // unit_bytes) if can_be_split(file.path) else 1
         if parts > 1:
             ends = [file.size * part // parts for part in range(parts)]
@@ -102,9 +100,10 @@ def make_units(source: Source) -> list[Unit]:
 
 
 def read_units(saved: list | None, source: Source) -> list[Unit]:
-    """The units of a plan; of one that has none, those that `make_units` has always made of its source.
+    """Return the units that a plan has saved; `make_units` gives those of an older plan, which has none.
 
-    Raises ValueError or TypeError if a list does not describe units of that source.
+    Raises:
+        ValueError, TypeError: `saved` does not describe units of that source.
     """
     if saved is None:
         return make_units(source)
@@ -116,7 +115,7 @@ def read_units(saved: list | None, source: Source) -> list[Unit]:
 
 
 class ShardWriter:
-    """Writes the tokens of one slice and split in a unit; they appear under the shard's name when it is closed."""
+    """Writes one slice and split of a unit to a temporary file, which `close` renames to the shard's name."""
 
     def __init__(self, preparation: Preparation, name: str, slice: str, split: str):
         self.slice, self.split = slice, split
@@ -133,7 +132,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self) -> dict:
-        """The entry of the manifest."""
+        """Return the shard's entry for the manifest."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -148,8 +147,8 @@ class ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
 
-def tokenize_unit(preparation: Preparation, number: int, progress: "Progress") -> None:
-    """Writes the shards of a unit, then its record."""
+def tokenize_unit(preparation: Preparation, progress: "Progress", number: int) -> None:
+    """Write the shards of a unit, then its record."""
     writers: dict[tuple[str, str], ShardWriter] = {}
     skipped = Counter()
     try:
@@ -173,7 +172,7 @@ def tokenize_unit(preparation: Preparation, number: int, progress: "Progress") -
 
 
 def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "Progress") -> Iterator[list[Document]]:
-    """The usable documents of a unit, about BATCH_CHARACTERS and at most BATCH_DOCUMENTS at a time."""
+    """Yield the usable documents of a unit in batches of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
     batch, size = [], 0
     for piece in unit:
         file = preparation.source.files[piece.file]
@@ -212,7 +211,7 @@ class Stopped(Exception):
 
 
 class Progress:
-    """Bytes of the input that all processes have read, and whether they are to stop."""
+    """Counts the bytes that all processes have read, and tells the processes to stop."""
 
     def __init__(self) -> None:
         self.bytes = multiprocessing.Value("q", 0)
@@ -226,10 +225,10 @@ class Progress:
 
 
 def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers: int) -> None:
-    """Tokenizes these units in `num_workers` processes, each unit in one.
+    """Tokenize these units in `num_workers` processes.
 
     Raises:
-        InputError: of the first unit that fails, or because a process was killed.
+        InputError: a unit failed, or a process was killed.
     """
     progress = Progress()
     files = preparation.source.files
@@ -239,18 +238,16 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
     with tqdm(total=total if known else None, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         if num_workers <= 1 or not numbers:
             for number in numbers:
-                tokenize_unit(preparation, number, progress)
+                tokenize_unit(preparation, progress, number)
                 bar.update(progress.bytes.value - bar.n)
             return
-        # Forked workers do not import the main program again; they use neither CUDA nor threads of their own.
-        context = multiprocessing.get_context("fork")
-        executor = ProcessPoolExecutor(num_workers, context, _start_worker, (preparation, progress))
+        pool = forked_pool(num_workers, preparation, progress)
         pending: set[Future] = set()
         remaining = iter(numbers)
         try:
             while True:
                 while len(pending) < 2 * num_workers and (unit := next(remaining, None)) is not None:
-                    pending.add(executor.submit(_tokenize_in_worker, unit))
+                    pending.add(pool.submit(call, tokenize_unit, unit))
                 if not pending:
                     break
                 done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
@@ -260,29 +257,8 @@ def tokenize_units(preparation: Preparation, numbers: Sequence[int], num_workers
         except BrokenProcessPool as error:
             raise InputError(
                 f"--num_workers: one of {num_workers} tokenizing processes was killed, most likely for lack of memory; "
-                "finished shards are kept: go on with fewer, scripts/prepare_dataset.py --num_workers"
+                "continue with fewer, scripts/prepare_dataset.py --num_workers; finished shards are kept"
             ) from error
         finally:
             progress.stop.value = 1
-            executor.shutdown(cancel_futures=True)
-
-
-_worker: tuple[Preparation, Progress]  # of a worker process
-
-
-def _start_worker(preparation: Preparation, progress: Progress) -> None:
-    global _worker
-    _worker = preparation, progress
-    follow_parent()
-
-
-def follow_parent() -> None:
-    """Leaves a keyboard interrupt to the process that this one was forked from, and ends when that one does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent()
-
-
-def _tokenize_in_worker(number: int) -> None:
-    preparation, progress = _worker
-    tokenize_unit(preparation, number, progress)
+            pool.shutdown(cancel_futures=True)

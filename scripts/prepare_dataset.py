@@ -1,12 +1,12 @@
-"""Tokenizes a data set into a folder that pretrain.py takes as -d, once for any number of runs.
+"""Tokenizes a data set once, into a folder that pretrain.py reads with -d.
 
     python scripts/prepare_dataset.py -d data/ --tokenizer tokenizer/ --output prepared/
     python scripts/prepare_dataset.py -d togethercomputer/RedPajama-Data-1T --dataset_slices arxiv c4 --output prepared/
-Four machines on one file system, each with its own part; the last to finish writes the manifest:
+Four machines on one file system, each with its own part; the last one to finish writes the manifest:
     python scripts/prepare_dataset.py -d data/ --tokenizer tokenizer/ --output prepared/ --part 2/4
 
-The same command goes on after an interruption, of whatever kind, without doing finished shards again. The result does
-not depend on interruptions, cores or machines, and serves every --max_length.
+After an interruption, the same command continues; finished shards are kept. The result does not depend on
+interruptions, cores or machines, and serves every --max_length.
 """
 
 import sys
@@ -39,26 +39,26 @@ def parse_args() -> argparse.Namespace:
         "--dataset",
         type=user_name,
         default=REDPAJAMA_SAMPLE,
-        help=f"as of pretrain.py (default: {REDPAJAMA_SAMPLE})",
+        help=f"as in pretrain.py (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(parser)
     add_tokenizer_arg(parser)
-    parser.add_argument("--output", type=user_path, required=True, help="folder of the shards and the manifest")
-    parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one for each core)")
+    parser.add_argument("--output", type=user_path, required=True, help="folder for the shards and the manifest")
+    parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one per core)")
     parser.add_argument(
-        "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N shares (default: 1/1, everything)"
+        "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N parts (default: 1/1, everything)"
     )
     parser.add_argument(
-        "--eval_fraction", type=float, default=0.0, help="of the documents, held out of training (default: 0)"
+        "--eval_fraction", type=float, default=0.0, help="fraction of the documents held out of training (default: 0)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read a finished folder and compare every shard with its checksum"
+        "--verify", action="store_true", help="only compare every shard of a finished folder with its checksum"
     )
     args = parser.parse_args()
     if args.num_workers is not None and args.num_workers < 1:
-        raise InputError(f"--num_workers: {args.num_workers} is below the least possible, 1")
+        raise InputError(f"--num_workers: must be at least 1, not {args.num_workers}")
     if not 0 <= args.eval_fraction < 1:
-        raise InputError(f"--eval_fraction: {args.eval_fraction} is not at least 0 and below 1")
+        raise InputError(f"--eval_fraction: must be at least 0 and below 1, not {args.eval_fraction}")
     return args
 
 
@@ -73,7 +73,7 @@ def main() -> int:
     args = parse_args()
     if args.verify:
         verify(args.output, args.num_workers or len(os.sched_getaffinity(0)), "--output")
-        say(f"{args.output}: every shard is as the manifest says")
+        say(f"{args.output}: every shard matches its checksum")
     else:
         encoder = TextEncoder(load_tokenizer(args.tokenizer))
         source = resolve_source(args.dataset, revision=args.dataset_revision, slices=args.dataset_slices)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def parse_slice_weights(text: str) -> dict[str, float]:
-    """`llama`, or `NAME=WEIGHT,...`, as weights by slice. Raises ArgumentTypeError."""
+    """Return the weight of each slice from `llama` or `NAME=WEIGHT,...`. Raises ArgumentTypeError."""
     if text == "llama":
         return LLAMA_WEIGHTS
     weights: dict[str, float] = {}
@@ -41,7 +41,7 @@ def parse_slice_weights(text: str) -> dict[str, float]:
         if not name or not 0 < weights[name] < math.inf:
             raise argparse.ArgumentTypeError(f"{part!r} is neither 'llama' nor NAME=WEIGHT with a weight above 0")
     if sum(weights.values()) == math.inf:
-        raise argparse.ArgumentTypeError(f"the sum of the weights in {text!r} is above the greatest number; lower them")
+        raise argparse.ArgumentTypeError(f"the sum of the weights in {text!r} is infinite; lower them")
     return weights
 
 
@@ -59,7 +59,7 @@ def add_source_args(parser: argparse._ActionsContainer) -> None:
 
 
 def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
-    """The flag of the tokenizer, where a model's own is not at hand."""
+    """Add --tokenizer, for programs that have no model whose tokenizer would be the default."""
     parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
 
 

@@ -26,7 +26,7 @@ from corpora import error_of
 from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder
 from corpus.sources import resolve_source
-from data_utils import InstructionDataset, LengthGroupedOrder
+from data_utils import InstructionDataset
 from hub_server import Branches, HubServer
 from launching import optimizer_states, start_finetune, start_pretrain
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
@@ -136,7 +136,8 @@ def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
     def train(dtype: torch.dtype, lora: bool = False) -> list[float]:
         encoder = ExampleEncoder(sample_tokenizer, ("prompt", "completion"), 128, train_on_prompt=False)
         dataset = InstructionDataset(prepare_examples(resolve_source(str(instructions)), encoder, cache_dir))
-        order = LengthGroupedOrder(dataset, SEED, GLOBAL_BATCH)
+        dataset.fix_order({}, GLOBAL_BATCH)
+        order = dataset.order(SEED)
         model = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype=torch.float32)
         if lora:
             model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))

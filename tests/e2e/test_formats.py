@@ -13,27 +13,9 @@ from launching import ROOT, start_finetune, start_pretrain
 
 FORMATS = ROOT / "tests" / "support" / "formats"
 ROWS = json.loads((FORMATS / "rows.json").read_text())
-PRETRAIN = [
-    "-p",
-    "zero2",
-    "-x",
-    "bf16",
-    "-b",
-    "2",
-    "-l",
-    "32",
-    "-s",
-    "2",
-    "--lr",
-    "1e-2",
-    "-i",
-    "3",
-    "--max_steps",
-    "6",
-    "--eval_interval",
-    "3",
-]
-FINETUNE = ["-p", "zero2", "-x", "bf16", "-b", "4", "--lr", "1e-2", "-e", "2"]
+RECIPE = ["-p", "zero2", "-x", "bf16", "--lr", "1e-2"]
+PRETRAIN = [*RECIPE, "-b", "2", "-l", "32", "-s", "2", "-i", "3", "--max_steps", "6", "--eval_interval", "3"]
+FINETUNE = [*RECIPE, "-b", "4", "-e", "2"]
 
 
 def check(run, expected: list[dict]) -> None:

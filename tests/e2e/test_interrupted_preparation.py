@@ -17,6 +17,7 @@ import sentencepiece
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from corpora import files_of
 from corpus import prepare, units
 from corpus.encoder import TextEncoder
 from corpus.manifest import is_held_out
@@ -30,10 +31,6 @@ PLACES_TO_END = [
     (prepare, "write_json"),
     (prepare, "_merge"),
 ]
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def write_some_files(random, folder):

@@ -1,16 +1,24 @@
-"""Small corpora, their tokens by a slow, obvious reference, and Python programs that use the modules."""
+"""Small corpora, prepared folders, a slow and obvious reference for their tokens, and Python programs."""
 
+import inspect
 import itertools
 import json
 import os
+import pydoc
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from corpus import units
+from corpus.encoder import TextEncoder
+from corpus.prepare import prepare_folder
+from corpus.sources import resolve_source
 from launching import ROOT
 from runtime.console import InputError
 
@@ -36,13 +44,13 @@ def stream_of(folder):
 
 
 def documents_of(stream, bos):
-    """The documents of a stream, sorted: where rows name several slices, their order is that of the slices."""
+    """The documents of a stream, sorted, since slices reorder them."""
     starts = [place for place, token in enumerate(stream) if token == bos]
     return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
 
 
 def reference_stream(tokenizer, texts):
-    """One token at a time through SentencePiece, never through the code under test."""
+    """The tokens of the texts by SentencePiece alone."""
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
     stream = []
     for text in texts:
@@ -63,3 +71,61 @@ def run_python(code, *arguments, **environment):
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def files_of(folder):
+    """The content of a prepared folder's shards and manifest, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def prepare_in_units(folder, tokenizer, monkeypatch):
+    """A folder prepared in several units, and the function that prepares what is missing in it."""
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 1000)
+    write_jsonl(folder / "x.jsonl", [{"text": f"row {i} " * 9} for i in range(60)])
+    encoder = TextEncoder(tokenizer)
+
+    def prepare(**options):
+        return prepare_folder(resolve_source(str(folder / "x.jsonl")), encoder, folder / "out", 1, **options)
+
+    assert prepare()
+    return folder / "out", prepare
+
+
+def write_slow_source(folder):
+    """A file that takes a few seconds to tokenize."""
+    return write_jsonl(folder / "slow.jsonl", [{"text": inspect.getsource(pydoc)[i * 10 :]} for i in range(160)])
+
+
+PREPARE = """
+    import sys
+    from corpus import prepare, tokenizer as loading, units
+    from runtime import console, ranks
+    units.MIN_UNIT_BYTES = 2**20
+    source, tokenizer, cache_dir, num_workers = sys.argv[1:]
+    tokenizer = loading.load_tokenizer(tokenizer)
+    print("ready", flush=True)
+    print(prepare.prepare_dataset(source, tokenizer, cache_dir, int(num_workers)), flush=True)
+    if console.world_size() > 1:
+        ranks.assemble()
+"""
+
+
+def run_to_the_end(code, *arguments):
+    process = run_python(code, *arguments)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return Path(output.splitlines()[-1])
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process_id):
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

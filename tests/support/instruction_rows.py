@@ -1,7 +1,8 @@
-"""Rows of fine-tuning, and their encoding."""
+"""Rows of fine-tuning, encoded, written to a file, and prepared."""
 
 import json
 
+from corpus.examples import prepare_examples
 from corpus.instructions import SHAPES, ExampleEncoder
 from corpus.sources import resolve_source
 
@@ -23,3 +24,10 @@ def encoded(tokenizer, *rows, shape=PROMPTED, max_length=200, train_on_prompt=Fa
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return resolve_source(str(path))
+
+
+def prepare_rows(folder, rows, max_length=64, train_on_prompt=False, *, tokenizer):
+    """The prepared folder of the rows. They are written to a file named by their number, unless it is there."""
+    path = folder / f"rows-{len(rows)}.jsonl"
+    source = resolve_source(str(path)) if path.exists() else write_rows(path, rows)
+    return prepare_examples(source, ExampleEncoder(tokenizer, PROMPTED, max_length, train_on_prompt), folder / "cache")

@@ -1,11 +1,14 @@
-"""Packing and documents in packed sequences, on real files and against slow, obvious references."""
+"""Packed sequences, their documents and batches of examples, against slow, obvious references."""
 
 import functools
+import hashlib
 import itertools
+import json
 import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +20,12 @@ from torch.utils.data import DataLoader
 from corpora import error_of, reference_stream, run_python, stream_of, write_jsonl
 from corpus import units
 from corpus.encoder import TextEncoder
+from corpus.examples import prepare_examples
+from corpus.instructions import Encoded
 from corpus.prepare import prepare_dataset
-from data_utils import PackedDataset, mark_documents
+from data_utils import InstructionDataset, PackedDataset, mark_documents
 from engine.layout import Layout
+from instruction_rows import ROWS, prepare_rows, write_rows
 from model_utils import IGNORE_INDEX
 from training.batches import Batches, StepBatch
 
@@ -135,7 +141,7 @@ class TestPacking:
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
-        """Of a shard too large to be checked when it is opened."""
+        """The shard counts as too large to be checked at the start."""
         prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
         dataset = PackedDataset(prepared, 16)
         shard = prepared / dataset.shards[0]["file"]
@@ -145,6 +151,46 @@ class TestPacking:
         assert batch.micro_batches == []
         assert batch.error.startswith(f"--dataset: {shard} is damaged: it holds the token 65535 of a vocabulary of")
         assert "\n" not in batch.error
+
+
+@pytest.fixture
+def prepare(tmp_path, sample_tokenizer):
+    return functools.partial(prepare_rows, tmp_path, tokenizer=sample_tokenizer)
+
+
+class TestInstructionDataset:
+    def test_are_padded_to_the_longest_rounded_up(self, prepare):
+        dataset = InstructionDataset(prepare(ROWS))
+        items = [dataset[0], dataset[4]]
+        batch = dataset.collate(items)
+        lengths = [len(item["labels"]) for item in items]
+        assert batch["input_ids"].shape == batch["labels"].shape == (2, -(-max(lengths) // 8) * 8)
+        assert batch["token_count"].tolist() == [sum(lengths)]
+        for item, ids, labels in zip(items, batch["input_ids"], batch["labels"], strict=True):
+            assert torch.equal(ids[: len(item["labels"])], item["input_ids"])
+            assert torch.equal(labels[: len(item["labels"])], item["labels"])
+            assert (labels[len(item["labels"]) :] == IGNORE_INDEX).all()
+
+    def test_to_a_multiple_that_sequence_parallelism_divides(self, prepare):
+        dataset = InstructionDataset(prepare(ROWS), multiple=3)
+        assert dataset.collate([dataset[0]])["labels"].shape == (1, 24)
+
+    def test_packs_hold_every_example_once_and_apart(self, prepare):
+        folder = prepare(ROWS * 7)
+        alone, packed = InstructionDataset(folder), InstructionDataset(folder, packed=True)
+        seen = []
+        for item in packed:
+            assert len(item["input_ids"]) <= 64
+            starts = [*(item["position_ids"] == 0).nonzero().flatten().tolist(), len(item["labels"])]
+            for first, last in itertools.pairwise(starts):
+                assert item["position_ids"][first:last].tolist() == list(range(last - first))
+                seen.append((item["input_ids"][first:last].tolist(), item["labels"][first:last].tolist()))
+        expected = [(item["input_ids"].tolist(), item["labels"].tolist()) for item in alone]
+        assert sorted(seen) == sorted(expected)
+        assert len(packed) * 64 < 1.2 * alone.manifest["tokens"]
+        batch = packed.collate([packed[0], packed[1]])
+        assert batch["position_ids"].shape == batch["labels"].shape
+        assert (batch["position_ids"] == 0).sum() >= (packed[0]["position_ids"] == 0).sum() * 2 - 1
 
 
 class TestMarkDocuments:
@@ -170,3 +216,80 @@ class TestMarkDocuments:
         (ids,) = TextEncoder(sample_tokenizer).encode([text])
         assert (ids == sample_tokenizer.bos_token_id).sum() == 1
         assert sample_tokenizer.decode(ids[1:-1]) == text
+
+
+class NumberedRows:
+    """Stands in for ExampleEncoder; a row's number determines its ids."""
+
+    fingerprint, max_length, unused = "an encoder", 24, ()
+    encoder = SimpleNamespace(dtype=np.dtype("<u2"))
+
+    def encode(self, rows):
+        for number in (row["number"] for row in rows):
+            length = 2 + number * number % 23
+            example = Encoded(np.arange(number, number + length), np.arange(length) % 3 > 0, number % 5 == 0)
+            yield "a reason" if number % 11 == 10 else example
+
+
+class TestRecorded:
+    """Values recorded at commit 462033e, which checkpoints hold or the order of a resumed run depends on."""
+
+    @pytest.mark.parametrize(
+        ("packed", "length", "fingerprint", "digest_of_order"),
+        [
+            (
+                False,
+                91,
+                "8d9a4bd482f5dc9466d6f843193da5cbb2ee8ba4a0fe8ff78100daf2445bf340",
+                "d108dcd5d8f170a695c3dba097ce46dfb8a3338e38d7685aded681df09a1fa3f",
+            ),
+            (
+                True,
+                38,
+                "f552e3a879699b52765a5f45fca8c274654b4377a7ff74b404cd1bdeb9de8f15",
+                "b7b6ac1a43328f6a1c5eedb68165fcb2c52c86b1e1483f9e1b9fde3c3a38d030",
+            ),
+        ],
+    )
+    def test_examples(self, tmp_path, packed, length, fingerprint, digest_of_order):
+        source = write_rows(tmp_path / "rows.jsonl", [{"number": number} for number in range(100)])
+        dataset = InstructionDataset(prepare_examples(source, NumberedRows(), tmp_path / "cache"), packed, multiple=3)
+        assert (len(dataset), dataset.fingerprint, dataset.longest) == (length, fingerprint, 24)
+        assert dataset.fix_order({}, 4) == {"length_group": 4}
+        order = dataset.order(seed=7)
+        indices = [order[position] for position in range(3 * length)]
+        assert hashlib.sha256(json.dumps(indices).encode()).hexdigest() == digest_of_order
+        if packed:
+            item = {name: values.tolist() for name, values in dataset[3].items()}
+            ids = [*range(38, 58), *range(41, 45)]
+            places = [*range(20), *range(4)]
+            assert item["input_ids"] == ids
+            assert item["position_ids"] == places
+            assert item["labels"] == [
+                token if place % 3 else IGNORE_INDEX for token, place in zip(ids, places, strict=True)
+            ]
+
+    @pytest.mark.parametrize(
+        ("weights", "order"),
+        [
+            (None, [12, 14, 1, 9, 2, 8, 4, 0, 5, 10, 11, 6]),
+            ({"a": 1.0, "b": 3.0}, [1, 6, 6, 6, 11, 11, 0, 2, 7, 9, 0, 12]),
+        ],
+    )
+    def test_prepared_folder(self, tmp_path, weights, order):
+        """A folder of format version 2."""
+        shards = []
+        for number, (slice, split, tokens) in enumerate(
+            (("b", "train", 70), ("b", "held_out", 40), ("a", "train", 55))
+        ):
+            (np.arange(tokens) * 7 % 90).astype("<u2").tofile(tmp_path / f"{number}.bin")
+            counts = {"documents": 1, "tokens": tokens, "sha256": f"digest {number}"}
+            shards.append({"file": f"{number}.bin", "slice": slice, "split": split, **counts})
+        manifest = {"format_version": 2, "dtype": "uint16", "vocab_size": 90, "tokenizer_fingerprint": "a tokenizer"}
+        manifest |= {"eval_fraction": 0.1, "total_tokens": 165, "shards": shards}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        dataset = PackedDataset(tmp_path, 8, slice_weights=weights)
+        assert dataset.fingerprint == "97a8385e4f8b93d33e0814f2885fc22c28f427b5448514e29c112de17ade3072"
+        assert dataset.fix_order({}, 4) == {"slice_weights": weights, "document_mask": False}
+        assert [dataset.order(seed=5)[position] for position in range(12)] == order
+        assert dataset[3]["input_ids"].tolist() == [token * 7 % 90 for token in range(24, 32)]

@@ -308,7 +308,7 @@ def test_objects_within_objects_without_end(tokenizer):
     for _ in range(900):
         nested = {"a": nested}
     for row in ({"messages": [user("a", b=nested), answer("b")]}, {"messages": [], "tools": [nested]}):
-        assert encoded(tokenizer, row, shape=CHAT) == ["objects too deep in each other"]
+        assert encoded(tokenizer, row, shape=CHAT) == ["objects nested too deeply"]
 
 
 class TestCheckTemplate:

@@ -1,8 +1,7 @@
-"""Folders of examples, packs of them, padding and order by length."""
+"""Folders of examples are built, used again, repaired if damaged, and built by two nodes at once; packs."""
 
 import contextlib
 import functools
-import itertools
 import pickle
 import resource
 
@@ -17,24 +16,15 @@ from corpus import examples
 from corpus.examples import pack, prepare_examples
 from corpus.instructions import ExampleEncoder
 from corpus.manifest import MANIFEST_NAME
-from corpus.order import ShardedSampler
 from corpus.sources import resolve_source
-from data_utils import InstructionDataset, LengthGroupedOrder
-from instruction_rows import PROMPTED, ROWS, encoded, write_rows
+from data_utils import InstructionDataset
+from instruction_rows import PROMPTED, ROWS, encoded, prepare_rows, write_rows
 from model_utils import IGNORE_INDEX
 
 
 @pytest.fixture
 def prepare(tmp_path, sample_tokenizer):
-    """Prepares rows and gives the folder."""
-
-    def prepare(rows, max_length=64, train_on_prompt=False, tokenizer=sample_tokenizer):
-        path = tmp_path / f"rows-{len(rows)}.jsonl"
-        source = resolve_source(str(path)) if path.exists() else write_rows(path, rows)
-        encoder = ExampleEncoder(tokenizer, PROMPTED, max_length, train_on_prompt)
-        return prepare_examples(source, encoder, tmp_path / "cache")
-
-    return prepare
+    return functools.partial(prepare_rows, tmp_path, tokenizer=sample_tokenizer)
 
 
 class TestPreparedFolder:
@@ -98,7 +88,7 @@ class TestPreparedFolder:
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         capsys.readouterr()
         assert prepare(ROWS) == folder
-        assert f"{folder / name} is damaged; tokenizing the data set again" in capsys.readouterr().out
+        assert f"{folder / name} is damaged or missing; tokenizing the data set again" in capsys.readouterr().out
         assert (folder / name).read_bytes() == content
 
     @pytest.mark.parametrize(
@@ -134,7 +124,7 @@ class TestPreparedFolder:
             assert InstructionDataset(prepare(rows)).description.endswith("; not used: column id, column source")
 
     def test_two_nodes_build_at_once_where_there_are_no_locks(self, prepare, monkeypatch):
-        """The second begins and ends while the first tokenizes, as another host of another name does."""
+        """Another host begins and ends while the first one tokenizes."""
         write, folders = examples._write_packs, []
 
         def overtaken(*arguments):
@@ -158,100 +148,11 @@ class TestPreparedFolder:
         assert (prepare(ROWS) / MANIFEST_NAME).is_file()
 
 
-class TestBatches:
-    def test_are_padded_to_the_longest_rounded_up(self, prepare):
-        dataset = InstructionDataset(prepare(ROWS))
-        items = [dataset[0], dataset[4]]
-        batch = dataset.collate(items)
-        lengths = [len(item["labels"]) for item in items]
-        assert batch["input_ids"].shape == batch["labels"].shape == (2, -(-max(lengths) // 8) * 8)
-        assert batch["token_count"].tolist() == [sum(lengths)]
-        for item, ids, labels in zip(items, batch["input_ids"], batch["labels"], strict=True):
-            assert torch.equal(ids[: len(item["labels"])], item["input_ids"])
-            assert torch.equal(labels[: len(item["labels"])], item["labels"])
-            assert (labels[len(item["labels"]) :] == IGNORE_INDEX).all()
-
-    def test_to_a_multiple_that_sequence_parallelism_divides(self, prepare):
-        dataset = InstructionDataset(prepare(ROWS), multiple=3)
-        assert dataset.collate([dataset[0]])["labels"].shape == (1, 24)
-
-    def test_packs_hold_every_example_once_and_apart(self, prepare):
-        folder = prepare(ROWS * 7)
-        alone, packed = InstructionDataset(folder), InstructionDataset(folder, packed=True)
-        seen = []
-        for item in packed:
-            assert len(item["input_ids"]) <= 64
-            starts = [*(item["position_ids"] == 0).nonzero().flatten().tolist(), len(item["labels"])]
-            for first, last in itertools.pairwise(starts):
-                assert item["position_ids"][first:last].tolist() == list(range(last - first))
-                seen.append((item["input_ids"][first:last].tolist(), item["labels"][first:last].tolist()))
-        expected = [(item["input_ids"].tolist(), item["labels"].tolist()) for item in alone]
-        assert sorted(seen) == sorted(expected)
-        assert len(packed) * 64 < 1.2 * alone.manifest["tokens"]
-        batch = packed.collate([packed[0], packed[1]])
-        assert batch["position_ids"].shape == batch["labels"].shape
-        assert (batch["position_ids"] == 0).sum() >= (packed[0]["position_ids"] == 0).sum() * 2 - 1
-
-    @settings(deadline=None, max_examples=50)
-    @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=80))
-    def test_packing(self, lengths):
-        packs = list(pack(lengths, 30))
-        assert sorted(example for members in packs for example in members) == list(range(len(lengths)))
-        sizes = [sum(lengths[example] for example in members) for members in packs]
-        assert max(sizes) <= 30
-        assert sum(size <= 15 for size in sizes) <= 1  # else two of them would have become one
-
-
-class LengthsOnly:
-    def __init__(self, lengths):
-        self.lengths = lengths
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def length(self, index):
-        return self.lengths[index]
-
-
-class TestLengthGroupedOrder:
-    @settings(deadline=None, max_examples=30)
-    @given(
-        lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
-        seed=st.integers(0, 2**32),
-        group=st.integers(1, 9),
-    )
-    def test_each_epoch_has_every_sequence_once_whatever_is_asked_first(self, lengths, seed, group):
-        dataset, count = LengthsOnly(lengths), len(lengths)
-        order = LengthGroupedOrder(dataset, seed, group)
-        forward = [order[position] for position in range(3 * count)]
-        backward = [LengthGroupedOrder(dataset, seed, group)[position] for position in reversed(range(3 * count))]
-        assert forward == backward[::-1]
-        for epoch in range(3):
-            assert sorted(forward[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-    def test_groups_are_of_like_length_and_differ_from_epoch_to_epoch(self):
-        generator = np.random.default_rng(0)
-        lengths = generator.integers(10, 1000, 4096)
-        order = LengthGroupedOrder(LengthsOnly(lengths), 42, 16)
-        epochs = [[order[epoch * 4096 + position] for position in range(4096)] for epoch in range(2)]
-        groups = [np.array(epoch).reshape(-1, 16) for epoch in epochs]
-        padded = sum(lengths[group].max() * 16 for group in groups[0])
-        assert padded < 1.02 * lengths.sum()  # 1.8 times in a plain order
-        together = [{frozenset(group.tolist()) for group in epoch} for epoch in groups]
-        assert len(together[0] & together[1]) == 0
-        means = [lengths[group].mean() for group in groups[0]]
-        assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.2  # not from short to long
-
-    def test_ranks_share_it_and_a_resume_on_others_goes_on(self):
-        dataset = LengthsOnly(list(range(100)))
-        whole = [LengthGroupedOrder(dataset, 1, 8)[position] for position in range(150)]
-
-        def read(ranks, start, stop):
-            order = functools.partial(LengthGroupedOrder, dataset, group_size=8)
-            shares = [
-                list(ShardedSampler(dataset, ranks, rank, seed=1, start=start, stop=stop, order=order))
-                for rank in range(ranks)
-            ]
-            return [index for step in zip(*shares, strict=True) for index in step]
-
-        assert read(2, 0, 60) + read(3, 60, 150) == whole
+@settings(deadline=None, max_examples=50)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=80))
+def test_packing(lengths):
+    packs = list(pack(lengths, 30))
+    assert sorted(example for members in packs for example in members) == list(range(len(lengths)))
+    sizes = [sum(lengths[example] for example in members) for members in packs]
+    assert max(sizes) <= 30
+    assert sum(size <= 15 for size in sizes) <= 1  # else two of them would have become one

@@ -1,4 +1,4 @@
-"""Orders against what they promise: every sequence once, the same on any number of ranks, in no memory."""
+"""Orders: every sequence once an epoch, the same on any number of ranks, in little memory."""
 
 import argparse
 import functools
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpora import error_of
-from corpus.order import LLAMA_WEIGHTS, GlobalOrder, MixedOrder, Permutation, ShardedSampler
+from corpus.order import LLAMA_WEIGHTS, GlobalOrder, LengthGroupedOrder, MixedOrder, Permutation, ShardedSampler
 from training.flags import parse_slice_weights
 
 
@@ -112,7 +112,7 @@ class TestMixedOrder:
         st.integers(0, 99),
     )
     def test_any_schedule_of_ranks_and_batches_follows_one_order(self, slices, schedule, seed):
-        """Every run of the schedule makes steps of a batch a rank and ends; the next one resumes on other ranks."""
+        """Each run of the schedule reads some steps and ends; the next one resumes on another number of ranks."""
         sequences = ranges({name: size for name, (size, _) in slices.items()})
         dataset = range(max(numbers.stop for numbers in sequences.values()))
         order = SmallBlocks(sequences, {name: weight for name, (_, weight) in slices.items()}, seed)
@@ -164,3 +164,47 @@ class TestMixedOrder:
         for text in ("", "a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=inf", "a=1,"):
             with pytest.raises(argparse.ArgumentTypeError, match="NAME=WEIGHT"):
                 parse_slice_weights(text)
+
+
+class TestLengthGroupedOrder:
+    @settings(deadline=None, max_examples=30)
+    @given(
+        lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+        seed=st.integers(0, 2**32),
+        group=st.integers(1, 9),
+    )
+    def test_each_epoch_has_every_sequence_once_whatever_is_asked_first(self, lengths, seed, group):
+        ends, count = np.cumsum(lengths), len(lengths)
+        order = LengthGroupedOrder(ends, seed, group)
+        forward = [order[position] for position in range(3 * count)]
+        backward = [LengthGroupedOrder(ends, seed, group)[position] for position in reversed(range(3 * count))]
+        assert forward == backward[::-1]
+        for epoch in range(3):
+            assert sorted(forward[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+    def test_groups_are_of_like_length_and_differ_from_epoch_to_epoch(self):
+        generator = np.random.default_rng(0)
+        lengths = generator.integers(10, 1000, 4096)
+        order = LengthGroupedOrder(np.cumsum(lengths), 42, 16)
+        epochs = [[order[epoch * 4096 + position] for position in range(4096)] for epoch in range(2)]
+        groups = [np.array(epoch).reshape(-1, 16) for epoch in epochs]
+        padded = sum(lengths[group].max() * 16 for group in groups[0])
+        assert padded < 1.02 * lengths.sum()  # 1.8 times in a plain order
+        together = [{frozenset(group.tolist()) for group in epoch} for epoch in groups]
+        assert len(together[0] & together[1]) == 0
+        means = [lengths[group].mean() for group in groups[0]]
+        assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.2  # not from short to long
+
+    def test_ranks_share_it_and_a_resume_on_others_goes_on(self):
+        dataset = np.cumsum(range(1, 101))
+        whole = [LengthGroupedOrder(dataset, 1, 8)[position] for position in range(150)]
+
+        def read(ranks, start, stop):
+            order = functools.partial(LengthGroupedOrder, dataset, group_size=8)
+            shares = [
+                list(ShardedSampler(dataset, ranks, rank, seed=1, start=start, stop=stop, order=order))
+                for rank in range(ranks)
+            ]
+            return [index for step in zip(*shares, strict=True) for index in step]
+
+        assert read(2, 0, 60) + read(3, 60, 150) == whole

@@ -1,4 +1,4 @@
-"""The stream of a data set that is not prepared: one order for any number of ranks, gone on with exactly."""
+"""Streams of data sets that are not prepared: one order for any number of ranks, continued exactly."""
 
 import functools
 import gzip
@@ -44,7 +44,7 @@ def encoder(sample_tokenizer):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Files of three slices; every document says where it is from, some are long, some rows are not usable."""
+    """Files of three slices; each document names its slice and file, some are long, some rows are unusable."""
     folder = tmp_path_factory.mktemp("stream")
     for name, (files, documents) in SLICES.items():
         (folder / name).mkdir()
@@ -65,13 +65,13 @@ def stream_of(source, encoder, buffer=8, **options):
 
 @pytest.fixture(scope="module")
 def whole(source, encoder):
-    """The sequences of two epochs, in their order, as one rank reads them."""
+    """The sequences of two epochs in the order in which one rank reads them."""
     dataset = stream_of(source, encoder)
     return [dataset[position]["input_ids"].tolist() for position in range(400)]
 
 
 def test_every_document_comes_once_an_epoch(source, encoder):
-    """A buffer of one sequence shuffles nothing, so that the documents stand in the stream as they were read."""
+    """A buffer of one sequence shuffles nothing, so the documents come in the order in which they are read."""
     dataset = stream_of(source, encoder, buffer=1)
     tokens = torch.cat([dataset[position]["input_ids"] for position in range(500)]).numpy()
     starts = np.flatnonzero(tokens == encoder.tokenizer.bos_token_id)
@@ -92,7 +92,7 @@ def test_every_document_comes_once_an_epoch(source, encoder):
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 8)), min_size=1, max_size=4))
 def test_any_schedule_of_ranks_and_batches_follows_one_order(source, encoder, whole, schedule):
-    """Each run is other processes, which know nothing but the position and what an item of the run before had."""
+    """Each run has new processes, which know only the position and the `stream` of the previous run's last item."""
     followed, state = [], None
     for ranks, batch, steps in schedule:
         start = len(followed)
@@ -130,8 +130,8 @@ def test_memory_is_two_buffers(source, encoder):
     dataset = stream_of(source, encoder)
     for position in range(0, 200, 3):
         dataset[position]
-        assert len(dataset._sequences) <= 2 * dataset.buffer
-        assert len(dataset._states) <= 2
+        assert sum(len(sequences) for _, sequences in dataset._buffers.values()) <= 2 * dataset.buffer
+        assert len(dataset._buffers) <= 2
 
 
 def test_documents_are_marked(source, encoder):
@@ -155,7 +155,7 @@ KINDS = (".jsonl", ".gz", ".zst", ".parquet", ".arrow")
 
 
 def write_file(path, texts, batch_rows):
-    """Writes rows in batches, or row groups, of that many."""
+    """Writes a row per text, in batches or row groups of `batch_rows`."""
     lines = "".join(json.dumps({"text": text}) + "\n" * (1 + number % 2) for number, text in enumerate(texts)).encode()
     table = pa.table({"text": pa.array(texts, pa.string())})
     match path.suffix:
@@ -173,7 +173,7 @@ def write_file(path, texts, batch_rows):
 
 
 def read_file(path):
-    """Every text and the bytes that are read by then; compressed files, small as they are here, at once."""
+    """Each text, with the number of bytes read up to it; these small compressed files are read at once."""
     size = path.stat().st_size
     match path.suffix:
         case ".jsonl":
@@ -197,7 +197,7 @@ def read_file(path):
 
 
 def documents_of_slice(files, key):
-    """The usable texts of a slice without end, and how often it is read by then."""
+    """The usable texts of a slice, endlessly, each with the number of epochs read up to it."""
     sizes = [path.stat().st_size for path in files]
     for epoch in itertools.count():
         before = 0
@@ -209,7 +209,7 @@ def documents_of_slice(files, key):
 
 
 def reference_order(slices, weights, tokenizer, length, seed, buffer, count):
-    """The first sequences of the stream, from the files alone: the slice that is behind comes next."""
+    """The first sequences of the stream, computed from the files alone: the slice that is most behind comes next."""
     names = sorted(name for name in slices if not weights or name in weights)
     readers = {
         name: documents_of_slice(slices[name], splitmix64(splitmix64(seed) ^ number))
@@ -232,7 +232,7 @@ def reference_order(slices, weights, tokenizer, length, seed, buffer, count):
 
 
 def follow(make, state, start, stop, ranks, workers, batch):
-    """The sequences of a run from one position to another, and what it saves: that of rank 0's last batch."""
+    """The sequences of a run between two positions, and the state it saves: that of rank 0's last batch."""
     found = {}
     for rank in range(ranks):
         positions = ShardedSampler(range(1), ranks, rank, seed=0, start=start, stop=stop).positions
@@ -250,7 +250,7 @@ def follow(make, state, start, stop, ranks, workers, batch):
 
 
 class RememberingEncoder(TextEncoder):
-    """Encodes a text once: every rank and loader process of every run asks for the same."""
+    """Encodes each text once, since every rank and loader process of every run needs it."""
 
     def encode(self, documents, threads=1):
         return [self.encode_one(document) for document in documents]
@@ -266,7 +266,7 @@ def remembering(tokenizer):
 
 
 def draw_files(random, folder):
-    """The files by slice, at most nine, and what `resolve_source` would make of them."""
+    """At most nine files by slice, and the source that `resolve_source` would return for them."""
     slices, found = {}, []
     for name in "abc"[: random.choice((1, 2, 2, 3))]:
         for number in range(random.randint(1, 3)):
@@ -284,7 +284,7 @@ def draw_files(random, folder):
 @settings(deadline=None, max_examples=100, phases=[Phase.generate])
 @given(case=st.integers(0, 2**32))
 def test_every_kind_of_file_goes_on_where_it_stopped(remembering, case):
-    """Stopped several times, on other ranks and loader processes each time; sources shorter than a buffer too."""
+    """Runs stop and resume on other ranks and loader processes; some sources are shorter than a buffer."""
     random = Random(case)
     with tempfile.TemporaryDirectory() as folder:
         slices, source = draw_files(random, folder)
@@ -305,7 +305,7 @@ def test_every_kind_of_file_goes_on_where_it_stopped(remembering, case):
 
 @pytest.mark.parametrize("suffix", KINDS)
 def test_bytes_read_do_not_depend_on_the_row_that_reading_starts_at(tmp_path, suffix):
-    """A stream mixes slices by them. The compressed files are read in many chunks, row groups are no multiple of 64."""
+    """A stream mixes slices by these bytes. Compressed files take many chunks; row groups are no multiple of 64."""
     path = tmp_path / f"x{suffix}"
     write_file(path, [f"{number} {number**400}" for number in range(3000)], 100)
     rows = list(read_rows(path, ["text"]))
@@ -330,7 +330,7 @@ def test_bytes_read_do_not_depend_on_the_row_that_reading_starts_at(tmp_path, su
     ],
 )
 def test_settings_that_a_resume_may_change(source, encoder, change, expected):
-    """Those that the position depends on are refused where it would be another one, allowed or not."""
+    """A setting that would change the position is refused, even with --allow_changes."""
 
     def plan(state, flags):
         flags = ["-p", "zero2", "--gpus", "4", "-s", "0", "-b", "2", "--max_steps", "9", "--streaming", *flags.split()]
@@ -364,7 +364,7 @@ def test_a_slice_without_documents_is_refused_at_the_start(tmp_path, encoder):
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path, encoder):
-    """Its rows are of one version, or the line says so; the size may be the same."""
+    """All rows come from one version of the file, or one line says otherwise, even if the size is the same."""
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "one"}\n')
     dataset = StreamedDataset(resolve_source(str(path)), encoder, LENGTH, seed=1, buffer=1)

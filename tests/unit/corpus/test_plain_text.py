@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, made at random: the ids of texts are those of AutoTokenizer itself."""
+"""Random tokenizers of every kind: the ids of texts are those of AutoTokenizer itself."""
 
 import functools
 import hashlib
@@ -137,7 +137,7 @@ maybe = st.sampled_from([None, False, True])
 
 @st.composite
 def llama_folders(draw, folder: Path) -> PreTrainedTokenizerBase | None:
-    """Writes a folder of LLaMA's kind. Returns the tokenizer it stands for, where AutoTokenizer cannot tell."""
+    """Writes a folder with a LLaMA tokenizer. Returns the expected one if AutoTokenizer cannot load the folder."""
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(draw(sentencepiece_options)))
     if draw(st.booleans()):
         return LlamaTokenizerFast.from_pretrained(folder)
@@ -164,7 +164,7 @@ def llama_folders(draw, folder: Path) -> PreTrainedTokenizerBase | None:
 
 @st.composite
 def other_folders(draw, folder: Path) -> None:
-    """Writes a folder with a tokenizer.json that no SentencePiece model is beside, with holes in its ids."""
+    """Writes a folder with a tokenizer.json, without a SentencePiece model, some of whose ids are unused."""
     tables = json.loads(byte_level(draw(st.sampled_from([300, 500])), draw(st.booleans())))
     hole = draw(st.sampled_from([0, 7, 2**16]))
     vocabulary = tables["model"]["vocab"]
@@ -184,7 +184,7 @@ def truth(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def compare(encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> None:
-    """The ids are the tokenizer's, but none of them special, which a unigram model makes of a token spelled out."""
+    """The ids are the tokenizer's, and none of them is special, though a unigram model makes those from text."""
     unigram = isinstance(tokenizer.backend_tokenizer.model, models.Unigram)
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
     ids = encoder.tokenize(documents)
@@ -232,7 +232,7 @@ class TestKinds:
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a folder of LLaMA's kind with these options of SentencePiece and these settings, and gives it a number."""
+    """Writes a numbered folder with a LLaMA tokenizer of these SentencePiece options and settings."""
 
     def write(rules: dict | None = None, added: Sequence[AddedToken | str] = (), **settings_of_file) -> Path:
         folder = tmp_path / f"tokenizer{len(list(tmp_path.iterdir()))}"
@@ -267,7 +267,7 @@ class TestFastPath:
         assert encoder.can_cut
 
     def test_needs_the_same_tables(self, write):
-        """Each change below leaves the probes alone, or makes a tokenizer of its own."""
+        """Each change either leaves the ids of the probes as they are, or makes the tokenizer a different one."""
         folder = write(added=["<pad>"])
         tables = json.loads((folder / "tokenizer.json").read_text())
         tables["added_tokens"] = [token for token in tables["added_tokens"] if token["content"] != "<pad>"]
@@ -294,7 +294,7 @@ class TestFastPath:
         assert not sentencepiece_of({}, pre_tokenizer={"type": "Digits", "individual_digits": True})
 
     def test_long_texts(self, write):
-        """Longer than any part, and with a part longer than what is encoded at once."""
+        """Texts longer than any part, with a part longer than a piece."""
         for rules in (
             {},
             {"add_dummy_prefix": False},
@@ -367,7 +367,7 @@ class TestFaults:
         assert "tokenizer_config.json" in message
 
     def test_one_token_may_be_all_where_text_makes_none(self, tmp_path):
-        """As GPT-2's."""
+        """GPT-2's tokenizer is such a one."""
         tokenizer = Tokenizer.from_str(byte_level(300, False))
         token = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **token).save_pretrained(tmp_path)
@@ -409,11 +409,11 @@ class TestFaults:
         shutil.copy(write({"vocab_size": 600}) / "tokenizer.model", stale)
         folders = [plain, special, ordinary, stripped, stale, write(eos_token="<s>"), write({"vocab_size": 600})]
         fingerprints = [encoder_of(folder).fingerprint for folder in folders]
-        assert fingerprints[4] == fingerprints[2]  # whose tokenizer.json alone is read
+        assert fingerprints[4] == fingerprints[2]  # only its tokenizer.json is read
         assert len(set(fingerprints)) == len(folders) - 1
 
     def test_fingerprint_of_plain_folders_stays_what_it_was(self, write):
-        """Prepared folders and checkpoints hold it."""
+        """Prepared folders and checkpoints hold the fingerprint."""
         for settings_of_file, bare in (({}, False), ({"legacy": False}, True)):
             folder = write(**settings_of_file)
             model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
