@@ -182,7 +182,7 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
     """For each clipping, norms, scales, and the largest relative error of this rank's first moments."""
     found = []
     for clipping, moments in zip(clippings, references, strict=True):
-        run = boosted(f"{flags} -x fp16 --lr 1e-3 --gradient_clipping {clipping}")
+        run = boosted(f"{flags} -x fp16 --lr 1e-3 --gradient_clipping {clipping} --seed 0")
         initialize_weights(run)
         scaler = loss_scaler(run.optimizer).grad_scaler
         scaler._growth_step = scaler._growth_interval - 1
