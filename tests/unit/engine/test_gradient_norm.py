@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine import shards
-from engine.shards import MASTER
+from engine.shards import MASTER, local_shards
 from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, load_config
 from processes import boosted, random_states, run_ranks
@@ -26,6 +26,7 @@ LAYOUTS = [
     (2, "-p gemini --tp 2 -tied"),
 ]
 SEQUENCES, LABELS = 4, 4 * 63
+BOUND = 0.01  # that gradients are clipped to
 
 
 def tokens():
@@ -44,9 +45,9 @@ def model_config(tied):
 
 
 @pytest.fixture(scope="module")
-def expected():
-    """The norm of plain PyTorch's gradients, by whether embeddings are tied."""
-    norms = {}
+def gradients():
+    """Plain PyTorch's gradients by name, in float32, by whether embeddings are tied."""
+    found = {}
     for tied in (False, True):
         config = model_config(tied)
         model, values = build_model(config, torch.device("cpu")), weights(config)
@@ -54,26 +55,55 @@ def expected():
             for name, parameter in model.named_parameters():
                 parameter.copy_(values[name])
         F.cross_entropy(model(tokens()).logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
-        squares = {name: parameter.grad.square().sum().item() for name, parameter in model.named_parameters()}
-        norms[tied] = sum(squares.values()) ** 0.5
-        assert sum(value for name, value in squares.items() if "norm" in name) > 0.3 * norms[tied] ** 2
-    return norms
+        found[tied] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        norms = {"norm" in name: 0.0 for name in found[tied]}
+        for name, gradient in found[tied].items():
+            norms["norm" in name] += gradient.square().sum().item()
+        assert norms[True] > 0.3 * sum(norms.values())
+    return found
 
 
 @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
-def test_each_element_counts_once(expected, ranks, flags):
-    norms = run_ranks(ranks, norm_of_a_step, flags)
-    assert norms == pytest.approx([expected["-tied" in flags]] * ranks, rel=2e-2)
+def test_each_element_counts_once(gradients, ranks, flags):
+    right = gradients["-tied" in flags]
+    expected = torch.nn.utils.get_total_norm(list(right.values())).item()
+    results = run_ranks(ranks, norm_of_a_step, flags)
+    norms, moments = [norm for norm, _ in results], whole([part for _, parts in results for part in parts])
+    assert norms == pytest.approx([expected] * ranks, rel=2e-2)
     assert len(set(norms)) == 1  # or ranks would clip by other factors, and drift apart
+    # The first moments are 0.1 of the clipped gradients, whose norm is the bound if they were divided by their own.
+    assert moments.keys() == right.keys()
+    clipped = torch.nn.utils.get_total_norm(list(moments.values())).item() / 0.1
+    assert clipped == pytest.approx(BOUND * norms[0] / (norms[0] + 1e-6), rel=3e-6)  # ColossalAI adds 1e-6
+    for name, gradient in right.items():
+        unclipped = moments[name] / 0.1 * norms[0] / BOUND
+        assert (unclipped - gradient).norm() < 0.05 * gradient.norm(), name
 
 
 def norm_of_a_step(flags):
+    """Return the norm before clipping, and this rank's parts of the first moments."""
     tied, flags = "-tied" in flags, flags.replace("-tied", "")
-    engine = boosted(f"-b 4 {flags}", tie_word_embeddings=tied)
+    engine = boosted(f"-b 4 --gradient_clipping {BOUND} {flags}", tie_word_embeddings=tied)
     values = weights(engine.config)
     shards.restore(engine, lambda name, key: values[name], adam_steps=0)
     group = getattr(engine.plugin, "zero_group" if "gemini" in flags else "dp_group", None)
     number = dist.get_rank(group) if engine.layout.dp > 1 else 0
     batches = tokens().chunk(engine.layout.dp)[number].chunk(engine.job.batch.accumulation_steps)
     forward_backward(engine, [{"input_ids": ids, "labels": ids} for ids in batches], LABELS)
-    return optimizer_step(engine)[0]
+    norm = optimizer_step(engine)[0]
+    own = [shard for shard in local_shards(engine) if shard.start < shard.stop]
+    return norm, [(s.spec.name, s.split_dim, s.tp_rank, s.tp_shape, s.start, s.tensor("exp_avg")) for s in own]
+
+
+def whole(parts):
+    """Put the parts of each tensor together again."""
+    split, tensors = {}, {}
+    for name, dim, tp_rank, shape, start, values in parts:
+        split[name] = dim
+        flat = tensors.setdefault(name, {}).setdefault(tp_rank if dim is not None else 0, torch.zeros(shape.numel()))
+        flat[start : start + len(values)] = values
+    shapes = {name: shape for name, _, _, shape, _, _ in parts}
+    return {
+        name: torch.cat([flats[rank].view(shapes[name]) for rank in sorted(flats)], dim=split[name] or 0)
+        for name, flats in tensors.items()
+    }
