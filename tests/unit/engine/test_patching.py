@@ -34,14 +34,15 @@ RUNS = [  # which together apply every patch
 ]
 OWN_FIELDS = {  # of our classes; gradients; marks that our code leaves on models, and options of a plugin
     *("gradient", "parts", "updated", "grad", "data"),
-    *("recomputed_by", "twice", "__class__", "name_or_path", "make_vocab_size_divisible_by"),
+    *("checkpoint_function", "checkpointed", "__class__", "name_or_path", "make_vocab_size_divisible_by"),
+    *("_growth_step", "_hysteresis_step"),  # the state of a loss scaler, from a checkpoint
 }
 
 
 def replaced(flags: str, prepare: str) -> dict[str, str]:
     """Return the digests of what a run replaces: its start, a step, one that overflows under fp16, and its end."""
     run = boosted(f"{flags} -b 2")
-    shards.initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    shards.initialize_weights(run)
     if prepare == "pieces":
         compilation.fuse(run.model, Fusion.PIECES)
     elif prepare == "layers":
@@ -58,8 +59,8 @@ def replaced(flags: str, prepare: str) -> dict[str, str]:
     torch.compiler.set_stance("force_eager")
     ids = torch.randint(run.config.vocab_size, (2, 32))
     for label_tokens in (62, 1e-6):
-        forward_backward(run.booster, run.model, run.optimizer, [{"input_ids": ids, "labels": ids}], label_tokens)
-        optimizer_step(run.model, run.optimizer)
+        forward_backward(run, [{"input_ids": ids, "labels": ids}], label_tokens)
+        optimizer_step(run)
     torch.distributed.destroy_process_group = lambda *_: None  # run_ranks ends with a barrier
     shut_down(run.plugin)
     return digests()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 import stream_order
-from engine import boost, update
+from engine import hybrid, update
 from engine.adam import Adam
 from engine.shards import MASTER, MOMENTS, initialize_weights, local_shards
 from engine.step import forward_backward, loss_scaler, optimizer_step
@@ -74,21 +74,21 @@ def hazards(flags: str, small: int, ignored: tuple[str, str] | None = None) -> t
     """
     storages = stream_order.watch_storages(ignored)
 
-    class Plugin(boost.HybridParallelPlugin):
+    class Plugin(hybrid.HybridParallelPlugin):
         def __init__(self, **options):
             super().__init__(**options | {"overlap_communication": True})
 
-    boost.HybridParallelPlugin = Plugin
+    hybrid.HybridParallelPlugin = Plugin
     update.SMALL = small
     run = boosted(f"{flags} -x bf16 -b 2")
-    initialize_weights(run.plugin, run.model, run.optimizer, run.config, seed=0)
+    initialize_weights(run)
     assert sum(parameter.numel() >= small for parameter in run.model.unwrap().parameters()) > 2 * update.IN_FLIGHT
     ids = torch.randint(run.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
-    micro_batches = [{"input_ids": ids, "labels": ids}] * run.args.accumulation_steps
+    micro_batches = [{"input_ids": ids, "labels": ids}] * run.job.batch.accumulation_steps
     with storages:
         for _ in range(3):
-            forward_backward(run.booster, run.model, run.optimizer, micro_batches, 62 * len(micro_batches) * 2)
-            optimizer_step(run.model, run.optimizer)
+            forward_backward(run, micro_batches, 62 * len(micro_batches) * 2)
+            optimizer_step(run)
     return sorted(storages.hazards), set(storages.streams.known)
 
 
