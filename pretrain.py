@@ -191,7 +191,7 @@ def main() -> int:
     config.torch_dtype = run.job.dtype
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if not args.dry_run:
-        check_folders(run.outputs, config)
+        check_folders(run.outputs, config, state.step)
     dataset, held_out = open_data(args, tokenizer)
     plan = make_plan(run, dataset, state)
     attention = select_attention(config, args.flash_attention, plan.layout.sp > 1, args.document_mask)

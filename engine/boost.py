@@ -117,6 +117,7 @@ def boost(job: Job) -> Engine:
     model, optimizer, *_ = booster.boost(model, optimizer)
     module.prepare(plugin, model, optimizer)
     restore_rotary_precision(model, device)
-    compilation.fuse(model, fusion, module.compile_layers)
+    compile_layers = gemini.compile_layers if module is gemini else compilation.compile_layers
+    compilation.fuse(model, fusion, compile_layers)
     model.train()
     return Engine(job, booster, model, optimizer, fusion)

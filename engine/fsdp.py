@@ -25,22 +25,11 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from engine.compilation import compile_layers
 from engine.job import Job, recomputed_layers
 from engine.plugin import LocalPart, common_options
 from engine.recomputation import checkpoint_function
 from model_utils import ParameterSpec, build_model, initial_weight
 from runtime.console import say
-
-__all__ = [
-    "build",
-    "compile_layers",
-    "empty_model",
-    "gradient_ranks",
-    "local_part",
-    "prepare",
-    "update_working_weights",
-]
 
 
 def build(job: Job) -> "FSDPPlugin":

@@ -22,21 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from engine import zero
-from engine.compilation import compile_layers
 from engine.job import Job
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from model_utils import build_model
 from runtime.console import world_size
-
-__all__ = [
-    "build",
-    "compile_layers",
-    "empty_model",
-    "gradient_ranks",
-    "local_part",
-    "prepare",
-    "update_working_weights",
-]
 
 
 def build(job: Job) -> HybridParallelPlugin:

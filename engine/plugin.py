@@ -58,10 +58,6 @@ class PluginModule(Protocol):
         """Set the weights that the model computes with from the master weights."""
         ...
 
-    def compile_layers(self, model: Any, /) -> None:
-        """Compile each decoder layer as a whole."""
-        ...
-
 
 def common_options(job: Job) -> dict[str, Any]:
     """Return the arguments that ColossalAI's plugins share."""

@@ -9,22 +9,11 @@ from colossalai.zero import LowLevelZeroOptimizer
 from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from transformers import LlamaForCausalLM
 
-from engine.compilation import compile_layers
 from engine.job import Job
 from engine.plugin import LocalPart, common_options
 from engine.update import reduce_gradients_directly
 from model_utils import build_model
 from runtime.console import world_size
-
-__all__ = [
-    "build",
-    "compile_layers",
-    "empty_model",
-    "gradient_ranks",
-    "local_part",
-    "prepare",
-    "update_working_weights",
-]
 
 
 def build(job: Job) -> LowLevelZeroPlugin:

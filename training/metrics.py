@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import re
@@ -22,10 +21,9 @@ from engine.device import peak_memory
 from planning.throughput import Throughput
 from runtime.console import rank, say, world_size
 from runtime.files import write_json
-from training.plan import TrainState
+from training.plan import OWNER, TrainState, log_owner
 
 LOG_FILE = "metrics.jsonl"
-OWNER = "run.json"  # where the checkpoints of the run lie whose logs a folder holds, seen from there
 LONGEST_ROW = 4096  # bytes of it, with room to spare
 MEAN_STEPS = 20  # of the loss in the summary
 BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
@@ -89,7 +87,7 @@ class Metrics:
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
-        self.run = {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}  # they may move together
+        self.owner = log_owner(save_dir, folder)
         self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
@@ -115,28 +113,12 @@ class Metrics:
     def _open(self) -> FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
-            self._set_aside()
-            write_json(self.folder / OWNER, self.run)
+            write_json(self.folder / OWNER, self.owner)
             self.file = self._open_after(self.folder / LOG_FILE, self.step)
             self.last = self._last_row(self.folder / LOG_FILE)
             self.start -= 3600 * self.last.get("hours", 0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         return self.file
-
-    def _set_aside(self) -> None:
-        """Moves logs that this run does not go on from into a folder, which TensorBoard shows as a run of its own."""
-        owner, found = self.folder / OWNER, None  # older versions left none
-        with contextlib.suppress(ValueError):  # damaged
-            found = json.loads(owner.read_bytes()) if owner.exists() else None
-        logs = [path for pattern in ("metrics*.jsonl", "events.out.tfevents.*") for path in self.folder.glob(pattern)]
-        if not logs or (self.step and found in (None, self.run)):
-            return
-        numbers = itertools.count(1)
-        aside = next(path for number in numbers if not (path := self.folder / f"earlier-{number}").exists())
-        aside.mkdir()
-        for log in logs:
-            log.rename(aside / log.name)
-        self.note([f"--tensorboard_dir: {self.folder} held the logs of another run, which are now in {aside}"])
 
     @staticmethod
     def _open_after(path: Path, step: int) -> FileIO:

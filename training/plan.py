@@ -1,6 +1,9 @@
 """The plan of a run: its position, its length, and the settings that must not change unnoticed."""
 
+import contextlib
+import json
 import math
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +30,7 @@ from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
 
+OWNER = "run.json"  # in a folder of logs: the run that they belong to
 WARMUP_RATIO = 0.03  # of the steps of fine-tuning
 LORA_SIZES = ("lora_rank", "lora_modules")  # no resume may change them, allowed or not: the tensors have their shapes
 
@@ -202,7 +206,29 @@ def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[T
     return state, folder
 
 
-def check_folders(outputs: Outputs, config: LlamaConfig) -> None:
+def log_owner(save_dir: Path, folder: Path) -> dict[str, str]:
+    """Return the run that logs belong to: the path from them to its checkpoints, since both may move together."""
+    return {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}
+
+
+def refuse_foreign_logs(outputs: Outputs, step: int) -> None:
+    """Refuse a folder of logs that this run does not continue.
+
+    Raises:
+        InputError: the logs there belong to another --save_dir, or for a new run to an unknown one.
+    """
+    folder, owner = outputs.tensorboard_dir, None  # older versions wrote none
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads((folder / OWNER).read_bytes())
+    logs = any(next(folder.glob(pattern), None) for pattern in ("metrics*.jsonl", "events.out.tfevents.*"))
+    if logs and owner != log_owner(outputs.save_dir, folder) and (owner or not step):
+        raise InputError(
+            f"--tensorboard_dir: {folder} holds the logs of another run than that of --save_dir {outputs.save_dir}; "
+            "give another folder, or move the logs away"
+        )
+
+
+def check_folders(outputs: Outputs, config: LlamaConfig, step: int) -> None:
     """Refuses, before data are prepared for hours, what `claim_folders` would refuse after; makes no folder.
 
     Raises:
@@ -214,6 +240,7 @@ def check_folders(outputs: Outputs, config: LlamaConfig) -> None:
         claim_save_dir(outputs.save_dir)
     if (outputs.tensorboard_dir / LOCK).exists():
         claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
+    refuse_foreign_logs(outputs, step)
     check_room(outputs.save_dir, config)
 
 
@@ -230,6 +257,7 @@ def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) 
         return
     claim_save_dir(outputs.save_dir)
     claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
+    refuse_foreign_logs(outputs, state.step)
     now, there = resume_state(outputs, tell=lambda _: None)
     if (there, now.step, now.tokens) != (checkpoint, state.step, state.tokens):
         raise InputError(

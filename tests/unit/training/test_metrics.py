@@ -78,31 +78,25 @@ class TestMetrics:
         assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
         assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
 
-    @pytest.mark.parametrize(
-        ("run", "step"), [("run", 0), ("other", 0), ("other", 2)], ids=["begun anew", "new", "resumed"]
-    )
-    def test_logs_of_another_run_are_set_aside_whole(self, tmp_path, capsys, run, step):
-        def read(folder):
-            scalars = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
-            rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-            return [(event.step, event.value) for event in scalars], [(row["step"], row["loss"]) for row in rows]
+    def test_a_run_that_begins_anew_keeps_the_rows_that_it_repeats(self, tmp_path):
+        """As after a kill before its first checkpoint."""
 
-        def log(metrics, steps, loss):
+        def log(steps, loss):
+            metrics = metrics_of(tmp_path, 0)
             for number in steps:
                 metrics.log(values_of(number, loss=loss))
             metrics.close()
 
-        log(metrics_of(tmp_path), (1, 2, 3), loss=7.0)
-        (tmp_path / "metrics.1.jsonl").write_text(line(3))
-        log(metrics_of(tmp_path, step, run), (step + 1,), loss=5.0)
-        assert read(tmp_path / "earlier-1") == 2 * ([(1, 7.0), (2, 7.0), (3, 7.0)],)
-        assert (tmp_path / "earlier-1" / "metrics.1.jsonl").exists()
-        assert read(tmp_path) == 2 * ([(step + 1, 5.0)],)
-        said = f"--tensorboard_dir: {tmp_path} held the logs of another run, which are now in {tmp_path / 'earlier-1'}"
-        assert capsys.readouterr().out.splitlines().count(said) == 1
-        log(metrics_of(tmp_path, step + 1, run), (step + 2,), loss=4.0)
-        assert read(tmp_path)[1] == [(step + 1, 5.0), (step + 2, 4.0)]
-        assert not (tmp_path / "earlier-2").exists()
+        log((1, 2, 3), loss=7.0)
+        log((1, 2), loss=5.0)
+        scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+        assert [(event.step, event.value) for event in scalars] == [(1, 5.0), (2, 5.0)]
+        for name, expected in (
+            ("metrics.jsonl", [(1, 5.0), (2, 5.0)]),
+            ("metrics.1.jsonl", [(n, 7.0) for n in (1, 2, 3)]),
+        ):
+            rows = [json.loads(row) for row in (tmp_path / name).read_text().splitlines()]
+            assert [(row["step"], row["loss"]) for row in rows] == expected
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
     def test_a_damaged_note_of_whose_the_logs_are(self, tmp_path, content):

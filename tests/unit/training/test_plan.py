@@ -1,5 +1,6 @@
 """The plan of a run, and what a resumed one takes over."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 
@@ -12,6 +13,7 @@ from data_utils import PackedDataset
 from model_utils import load_config
 from runs import run_from
 from runtime.console import InputError
+from training import plan
 from training.plan import TrainState, announce, check_folders, claim_folders, make_plan, resume_state
 
 FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
@@ -227,8 +229,35 @@ class TestResumeState:
     def test_checking_the_folders_makes_none(self, tmp_path):
         config = load_config("test")
         config.torch_dtype = torch.bfloat16
-        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), config)
+        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), config, step=0)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.2.jsonl", "events.out.tfevents.1"])
+    @pytest.mark.parametrize(
+        ("owner", "step", "refused"),
+        [
+            ("run", 0, False),  # killed before its first checkpoint
+            ("run", 2, False),
+            ("other", 0, True),
+            ("other", 2, True),
+            (None, 0, True),
+            (None, 2, False),  # of a version that noted no owner
+        ],
+    )
+    def test_logs_of_another_run(self, tmp_path, name, owner, step, refused):
+        logs = tmp_path / "logs"
+        logs.mkdir()
+        (logs / name).touch()
+        if owner:
+            (logs / plan.OWNER).write_text(json.dumps(plan.log_owner(tmp_path / owner, logs)))
+        outputs = outputs_of("-o", str(tmp_path / "run"), "-t", str(logs))
+        if refused:
+            with pytest.raises(InputError, match=f"^--tensorboard_dir: {logs} holds the logs of another run"):
+                plan.refuse_foreign_logs(outputs, step)
+        else:
+            plan.refuse_foreign_logs(outputs, step)
+        (logs / name).unlink()
+        plan.refuse_foreign_logs(outputs, step)
 
     def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
         """As a job that was killed before its first, and is queued again."""
