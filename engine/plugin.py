@@ -27,7 +27,7 @@ class LocalPart(NamedTuple):
     start: int
     stop: int
     storage: torch.Tensor
-    adam_state: dict
+    adam_state: dict[str, Any]
     replicated: bool
 
 

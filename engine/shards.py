@@ -48,7 +48,7 @@ class LocalShard:
     start: int
     stop: int
     storage: torch.Tensor
-    adam_state: dict
+    adam_state: dict[str, Any]
 
     @property
     def tp_size(self) -> int:

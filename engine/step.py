@@ -77,7 +77,7 @@ def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
 
 
-_kinds_of_batch: weakref.WeakKeyDictionary[InterleavedSchedule, tuple] = weakref.WeakKeyDictionary()
+_kinds_of_batch: weakref.WeakKeyDictionary[InterleavedSchedule, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:

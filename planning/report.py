@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from attn import select_attention
 from engine.job import Job, reenters
@@ -57,9 +58,9 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
 class Change:
     """Fields of a job to replace, by its part."""
 
-    parallelism: dict = field(default_factory=dict)
-    batch: dict = field(default_factory=dict)
-    compute: dict = field(default_factory=dict)
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
     no_limit: bool = False  # of memory
 
     def __add__(self, other: "Change") -> "Change":

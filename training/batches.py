@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream ta
 ENDING_SECONDS = 2  # for a loader process
 
 
-def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader:
+def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader[Any]:
     """Return this rank's batches from the state's position to the end, in the plugin's data-parallel coordinate."""
     if state.stream is not None:
         dataset.resume(state.stream)  # type: ignore[attr-defined]  # a stream has a position of its own
@@ -51,7 +52,7 @@ def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: Tra
     return loader
 
 
-def check_same_batch(loader: DataLoader, batch: dict[str, torch.Tensor], data_parallel: int) -> None:
+def check_same_batch(loader: DataLoader[Any], batch: dict[str, torch.Tensor], data_parallel: int) -> None:
     """Asserts that there is one share of the data a data-parallel rank, and one batch among the ranks of a share."""
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
     first = loader.sampler.positions.start  # type: ignore[attr-defined]
@@ -85,7 +86,7 @@ class StepBatch:
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
-    stream: dict | None = None
+    stream: dict[str, Any] | None = None
     error: str | None = None
     label_tokens: int = 0
     tokens: int = 0
@@ -101,7 +102,7 @@ class StepBatch:
 class Batches:
     """One step's batches after the other; the next ones are fetched while the device computes."""
 
-    def __init__(self, loader: DataLoader, accumulation_steps: int, layout: Layout):
+    def __init__(self, loader: DataLoader[Any], accumulation_steps: int, layout: Layout):
         self.loader, self.accumulation_steps, self.layout = loader, accumulation_steps, layout
         self.iterator = iter(loader)
         self.fetched: StepBatch | None = None
@@ -148,7 +149,7 @@ class Batches:
         batch.label_tokens, batch.tokens, batch.positions = (counts[:3] // peers).tolist()
 
 
-def _reason(iterator: Iterator[dict], error: Exception) -> str:
+def _reason(iterator: Iterator[dict[str, Any]], error: Exception) -> str:
     """Return in one line why a loader failed: what became of its process, or its error."""
     processes = getattr(iterator, "_workers", ())
     # A killed process loses its connections, which may be reported, a moment before it has ended.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
 
 
-class Padded(Dataset):
+class Padded(Dataset[Any]):
     """A data set made longer by items whose labels do not count, so that every rank runs as many full batches."""
 
     def __init__(self, dataset: MapDataset, multiple: int):
@@ -43,7 +43,7 @@ class Padded(Dataset):
         return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
 
 
-def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader:
+def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader[Any]:
     """Return this rank's part of a held-out data set, in order: in micro-batches, or with a pipeline in whole steps."""
     batch = engine.job.batch
     batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
@@ -58,7 +58,9 @@ def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader:
     )
 
 
-def evaluate(engine: Engine, loader: DataLoader, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+def evaluate(
+    engine: Engine, loader: DataLoader[Any], stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
     """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
     Collective. Empty where no label counts; None where `stop` has become true on any rank, which is looked at before

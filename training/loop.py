@@ -37,8 +37,8 @@ def train(
     run: Run,
     plan: Plan,
     state: TrainState,
-    loader: DataLoader,
-    held_out: DataLoader | None = None,
+    loader: DataLoader[Any],
+    held_out: DataLoader[Any] | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
@@ -178,7 +178,7 @@ def _update(
 
 
 def _evaluate(
-    engine: Engine, held_out: DataLoader, state: TrainState, row: dict[str, Any], stop: StopRequest | None
+    engine: Engine, held_out: DataLoader[Any], state: TrainState, row: dict[str, Any], stop: StopRequest | None
 ) -> bool:
     """Add the loss on held-out data to a step's row.
 
@@ -203,7 +203,7 @@ def step_seed(seed: int, step: int) -> int:
     return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank())
 
 
-def json_files(engine: Engine, scheduler: LambdaLR, state: TrainState) -> dict[str, dict]:
+def json_files(engine: Engine, scheduler: LambdaLR, state: TrainState) -> dict[str, dict[str, Any]]:
     """Return the JSON files of a checkpoint."""
     running_states = asdict(state) | {"adam_steps": state.adam_steps, "loss_scaler": loss_scaler_state(engine)}
     schedule = {"last_epoch": scheduler.last_epoch, "base_lrs": scheduler.base_lrs}
@@ -211,7 +211,7 @@ def json_files(engine: Engine, scheduler: LambdaLR, state: TrainState) -> dict[s
 
 
 def _catch_up(
-    engine: Engine, run: Run, state: TrainState, held_out: DataLoader | None, metrics: Metrics, stop: StopRequest
+    engine: Engine, run: Run, state: TrainState, held_out: DataLoader[Any] | None, metrics: Metrics, stop: StopRequest
 ) -> bool:
     """Evaluate after a step whose evaluation a signal had ended; return False if a signal ends it again."""
     assert state.unevaluated is not None

@@ -145,7 +145,7 @@ class Metrics:
         return open(path, "ab", buffering=0)
 
     @staticmethod
-    def _last_row(path: Path) -> dict:
+    def _last_row(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LONGEST_ROW))
             rows = file.read().splitlines()
@@ -174,7 +174,7 @@ class Metrics:
         for title, text in {"flags": table, **texts}.items():
             self.board.add_text(title, text, step)
 
-    def log(self, values: dict) -> None:
+    def log(self, values: dict[str, Any]) -> None:
         """Takes one step's values. A disk that is full costs their rows, not the training."""
         if not self.main:
             return
@@ -242,7 +242,7 @@ class Metrics:
             self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
         self.failing = True
 
-    def _write(self, step: int, values: dict) -> None:
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         file = self.file or self._open()
         row, end = f"{json.dumps(values)}\n".encode(), os.fstat(file.fileno()).st_size
         if file.write(row) != len(row):

@@ -113,16 +113,16 @@ class TrainState:
     sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
     tokens: int = 0
     skipped_steps: int = 0  # of `step`, those that updated nothing: fp16 gradients overflowed, or no label counted
-    settings: dict = field(default_factory=dict)  # what must not change unnoticed on a resume, by name
-    stream: dict | None = None  # where a data set that is read as a stream goes on
-    unevaluated: dict | None = None  # the last step's metrics, if a signal came before its evaluation ended
+    settings: dict[str, Any] = field(default_factory=dict)  # that must not change unnoticed on a resume
+    stream: dict[str, Any] | None = None  # where a data set that is read as a stream goes on
+    unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal came before its evaluation ended
     global_batch: int = 0  # sequences in the last step; 0 in checkpoints that do not have it
 
     @property
     def adam_steps(self) -> int:
         return self.step - self.skipped_steps
 
-    def advance(self, plan: "Plan", tokens: int, stream: dict | None, skipped: bool) -> None:
+    def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
         """Count a step that has ended."""
         self.step += 1
         self.sequences += plan.global_batch
