@@ -57,7 +57,7 @@ def test_config_file(problems, tmp_path, content, expected):
         ("numbers.jsonl", b'{"text": 3}\n' * 2, "2 with text not a string"),
         ("latin.jsonl", '{"text": "café"}\n'.encode("latin-1"), "UTF-8"),
         ("cut.jsonl.gz", gzip.compress(ROW * 99)[:-20], "cannot be read"),
-        ("not.jsonl.gz", ROW, "cannot be read"),
+        ("not.jsonl.gz", ROW, "is not compressed; take .gz off its name"),
         ("not.parquet", ROW, "cannot be read"),
         ("words.txt", b"Once upon a time\n", "known kind"),
         ("notes.txt", b"Once upon a time\n", """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE"""),

@@ -304,7 +304,7 @@ def test_quickstart_and_its_printed_command(tmp_path):
     env = {"LLAMA_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     with Run(["bash", tmp_path / "scripts" / "quickstart.sh"], tmp_path / "output", env, cwd=tmp_path.parent) as run:
         assert run.wait(timeout=800) == 0, run.output()  # minutes, and more on a busy machine
-    start, end = map(float, re.search(r"quickstart: loss (\S+) at step 1, (\S+) on average", run.stdout).groups())
+    start, end = map(float, re.search(r"quickstart: loss (\S+) at step 1, (\S+) averaged", run.stdout).groups())
     assert 8 < start < 8.6  # ln 4096 = 8.3, the loss of a model that knows nothing
     assert end < start - 3
     continuation = run.stdout.rpartition('the model continues "Return the":\n')[2]
