@@ -1,6 +1,6 @@
 """Hosts of a small cluster on one machine: namespaces with their own address, name, processes, home and ssh server.
 
-A host vanishes with the process that holds its namespaces, and with it every process started there.
+Killing the process that holds a host's namespaces ends the host and every process on it.
 """
 
 import os
@@ -34,7 +34,8 @@ exec "$(command -v sshd)" -D -e -f /dev/null -o HostKey="$2/host_key" -o Authori
 """
 
 
-def _why_not() -> str | None:
+def _obstacle() -> str | None:
+    """Return the reason why this machine cannot run such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -51,7 +52,7 @@ def _call(*command) -> None:
 
 
 class Machine:
-    """One host. Its root logs in to the others with the key in its home; the file system is otherwise shared."""
+    """One host. Its root user logs in to the others with the key in its home; other files are shared."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.home = name, folder / "home"
@@ -79,7 +80,7 @@ class Machine:
         _call(*self.command(*command))
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Return the processes of this host with all of `words` on their command lines."""
+        """Return the processes of this host whose command lines have all of `words`."""
         namespace, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
         for process in psutil.process_iter():
             try:
@@ -104,8 +105,8 @@ def _wait_until(condition, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory) -> list[Machine]:
-    """Two hosts, node1 and node2, joined by a cable."""
-    if reason := _why_not():
+    """Yield two hosts, node1 and node2, connected by a virtual cable."""
+    if reason := _obstacle():
         pytest.skip(reason)
     root = tmp_path_factory.mktemp("hosts")
     _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / "key")
