@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o stall
 
-Trains on random tokens. Each round makes one save that training waits for, and one in the background while training
-goes on. Prints a line per save, then the medians.
+Trains on random tokens: first some steps without a save, then in each round one save that training waits for and one
+in the background while training goes on. Prints a line per save, then the medians.
 """
 
 import sys
