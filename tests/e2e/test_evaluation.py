@@ -91,8 +91,8 @@ def evaluate_while_training(flags):
             forward_backward(engine, micro_batches, 500)
             norms.append(optimizer_step(engine)[0])
             if evaluating and step == 0:
-                told = dist.get_rank() == dist.get_world_size() - 1
-                results.append(evaluate(engine, loader, lambda told=told: told))
+                stopping = dist.get_rank() == dist.get_world_size() - 1
+                results.append(evaluate(engine, loader, lambda stopping=stopping: stopping))
         results.append(norms)
     return results
 

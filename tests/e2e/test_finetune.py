@@ -218,16 +218,17 @@ def test_evaluation_on_the_split_test(finetune, instructions, tmp_path):
 
 def test_packed_examples_have_the_same_loss_per_token(finetune):
     """Take one step per epoch over all examples: unpacked in one run, packed in the other two."""
-    alone = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
+    unpacked = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
     dry = finetune("-x", "fp32", "--pack", "-b", 1, "--dry_run", "-p", "zero2")
     packs = int(dry.stdout.partition("examples in ")[2].split()[0])
     assert packs < EXAMPLES / 3
     for processes, flags in ((1, "-p zero2"), (2, f"{HYBRID} --tp 1 --pp 2 -a")):
         run = finetune("-x", "fp32", "--pack", "-b", packs, *flags.split(), processes=processes)
-        assert run.column("loss") == pytest.approx(alone.column("loss"), rel=2e-5)
-        assert run.column("tokens") == alone.column("tokens")
+        assert run.column("loss") == pytest.approx(unpacked.column("loss"), rel=2e-5)
+        assert run.column("tokens") == unpacked.column("tokens")
     adapters = finetune("-x", "fp32", "--pack", "-b", packs, "-e", 1, "-p", "zero2", "--lora_rank", 4)
-    assert adapters.column("loss") == pytest.approx(alone.column("loss")[:1], rel=2e-5)  # new adapters change nothing
+    # New adapters change nothing.
+    assert adapters.column("loss") == pytest.approx(unpacked.column("loss")[:1], rel=2e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

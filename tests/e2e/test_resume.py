@@ -375,6 +375,6 @@ def test_other_ranks_and_accumulation_resume_with_the_same_sequences(pretrain, f
     assert run.column("step") == [3, 4, 5, 6]
     assert run.column("loss") == pytest.approx(whole.column("loss")[2:], rel=2e-6)
     if "--eval_fraction" in flags:
-        evaluated = [[row["eval_loss"] for row in which.metrics if row["step"] in (4, 6)] for which in (run, whole)]
+        evaluated = [[row["eval_loss"] for row in each.metrics if row["step"] in (4, 6)] for each in (run, whole)]
         assert evaluated[0] == pytest.approx(evaluated[1], rel=2e-6)
         assert len(evaluated[0]) == 2

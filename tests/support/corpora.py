@@ -117,10 +117,10 @@ def run_to_the_end(code, *arguments):
     return Path(output.splitlines()[-1])
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, what="", seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, what
         time.sleep(0.01)
 
 

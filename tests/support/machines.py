@@ -7,12 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from corpora import wait_until
 from launching import ROOT, Run
 
 NAMES = ("node1", "node2")
@@ -60,7 +60,7 @@ class Machine:
         self.log = folder / "sshd.log"
         with open(self.log, "wb") as log:
             self.holder = subprocess.Popen([*NAMESPACES, *boot], stdout=log, stderr=log)
-        _wait_until(lambda: psutil.Process(self.holder.pid).children(), "the namespaces")
+        wait_until(lambda: psutil.Process(self.holder.pid).children(), "the namespaces")
         self.init = psutil.Process(self.holder.pid).children()[0].pid
 
     def is_up(self) -> bool:
@@ -96,13 +96,6 @@ class Machine:
         self.holder.wait()
 
 
-def _wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory) -> list[Machine]:
     """Yield two hosts, node1 and node2, connected by a virtual cable."""
@@ -131,7 +124,7 @@ def machines(tmp_path_factory) -> list[Machine]:
             machine.call("ip", "addr", "add", f"10.77.0.{number}/24", "dev", INTERFACE)
             machine.call("ip", "link", "set", INTERFACE, "up")
         for machine in started:
-            _wait_until(machine.is_up, f"the ssh server of {machine.name}")
+            wait_until(machine.is_up, f"the ssh server of {machine.name}")
         yield started
     finally:
         for machine in started:

@@ -174,8 +174,8 @@ KERNELS = ("", "-a", "--document_mask", "--document_mask -a -g", "-a -g")
 LENGTH, SEQUENCES = 32, 4
 
 
-def cases(together: int, chance: random.Random) -> list[tuple[dict, str]]:
-    """Return changes to BASE with flags; they cover every value of TRAINED, up to `together` values at a time."""
+def cases(fields_per_case: int, chance: random.Random) -> list[tuple[dict, str]]:
+    """Return changes to BASE with flags that cover all values of TRAINED, at most `fields_per_case` at a time."""
     single = list(REFUSED_BY)
     values = [(name, value) for name in TRAINED for value in TRAINED[name] if (name, value) not in single]
     heads = {
@@ -190,7 +190,7 @@ def cases(together: int, chance: random.Random) -> list[tuple[dict, str]]:
         fields: dict = {}
         for name, value in list(values):
             exclusive = {*heads, "rope_scaling"} if name in {*heads, "rope_scaling"} else {name}
-            if len(fields) < together and not exclusive & fields.keys():
+            if len(fields) < fields_per_case and not exclusive & fields.keys():
                 fields[name] = value
                 values.remove((name, value))
         groups.append(fields)
