@@ -1,9 +1,10 @@
-"""Every kernel of attention that there is here against the plain product of matrices in float64, forward and backward.
+"""Compare every attention kernel of this machine with plain float64 attention, forward and backward.
 
     python benchmarks/attention_accuracy.py
 
-The figures are norms of differences over norms of the reference, the largest of output and the three gradients. bf16
-itself rounds to 2e-3. Inputs are random, the same for all kernels; lengths are even and odd, heads in groups or not.
+An error is the norm of the difference over the norm of the reference, the largest of the output and three gradients.
+bf16 itself rounds to 2e-3. All kernels get the same random inputs, of even and odd lengths, with and without grouped
+heads.
 """
 
 import argparse
@@ -30,13 +31,13 @@ from attn import VARIABLE_LENGTH, document_boundaries
 
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 SHAPES = ((2, 32, 32, 4096, 128), (2, 32, 8, 2047, 128), (2, 12, 4, 129, 64))  # batch, heads, KV heads, length, width
-REPETITIONS = 5  # timed
-NO_KERNEL = ("No available kernel", "No viable backend")  # how torch begins where a kernel does not take an input
+REPETITIONS = 5  # of the timed passes
+NO_KERNEL = ("No available kernel", "No viable backend")  # starts of torch's messages about unsupported inputs
 Tensors = Sequence[torch.Tensor]
 
 
 def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, D], a head at a time: the weights of all of them would not fit."""
+    """Return plain attention [B, H, S, D], one head at a time, as the weights of all heads would not fit."""
     heads = []
     for head in range(query.shape[1]):
         group = head * key.shape[1] // query.shape[1]
@@ -46,12 +47,15 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visib
 
 
 def result(attention: Callable, inputs: Tensors, cotangent: torch.Tensor) -> Tensors:
+    """Return the output and the gradients of query, key and value."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     output = attention(*leaves)
     return output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
 
 
 def kernels(inside_documents: bool, visible: torch.Tensor, boundaries: torch.Tensor) -> dict[str, Callable]:
+    """Return the kernels by name, as functions of query, key and value, [B, H, S, D] each."""
+
     def scaled_dot_product(backend: SDPBackend) -> Callable:
         def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
@@ -69,7 +73,7 @@ def kernels(inside_documents: bool, visible: torch.Tensor, boundaries: torch.Ten
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    warnings.simplefilter("ignore")  # of kernels that do not take an input, which the table says
+    warnings.simplefilter("ignore")  # about kernels that do not support an input; the table says so
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     shapes = SHAPES if device.type == "cuda" else SHAPES[2:]
@@ -92,7 +96,7 @@ def main() -> int:
                 except RuntimeError as error:
                     if not (isinstance(error, NotImplementedError) or str(error).startswith(NO_KERNEL)):
                         raise
-                    print(f"{row}| does not take this | |", flush=True)
+                    print(f"{row}| not supported | |", flush=True)
                     continue
                 errors = [
                     ((ours.double() - theirs).norm() / theirs.norm()).item()

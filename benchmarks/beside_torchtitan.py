@@ -1,7 +1,7 @@
-"""The step that benchmark.py measures, taken by torchtitan: the same model, batch, precision and count of FLOPs.
+"""Time torchtitan on the step that benchmark.py measures: the same model, batch, precision and FLOP count.
 
-Needs torchtitan (0.2.1 was tried). On one GPU it trains in float32 with autocast, on several with FSDP; compiled,
-fused AdamW, clipping, no activation recomputed. What follows `--` goes to torchtitan.
+Needs torchtitan (tested with 0.2.1). It trains in float32 with autocast on one GPU and with FSDP on several; compiled,
+with fused AdamW and clipping, without activation checkpointing. Flags after `--` go to torchtitan.
 
     torchrun --standalone --nproc_per_node 1 benchmarks/beside_torchtitan.py --layers 8 -b 4
 """
@@ -28,7 +28,7 @@ NAME = "llama2"
 
 
 class RandomTokens(BaseDataLoader):
-    """Endless batches of random tokens: inputs and labels, [B, S] each."""
+    """Data loader that yields random tokens without end: inputs and labels, [B, S] each."""
 
     def __init__(self, job_config: JobConfig, vocab_size: int) -> None:
         self.shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
@@ -47,7 +47,7 @@ class RandomTokens(BaseDataLoader):
 
 
 class TimedTrainer(Trainer):
-    """torchtitan's trainer, each of its steps timed between two synchronisations, as benchmark.py's are."""
+    """Trainer of torchtitan that times each step between two synchronizations, as benchmark.py does."""
 
     def __init__(self, job_config: JobConfig) -> None:
         super().__init__(job_config)
@@ -61,7 +61,7 @@ class TimedTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", default="7b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the configuration has")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the configuration's)")
     parser.add_argument("-b", "--batch_size", type=int, default=4)
     parser.add_argument("-l", "--max_length", type=int, default=4096)
     parser.add_argument("-s", "--num_steps", type=int, default=12)
@@ -77,7 +77,7 @@ def main() -> None:
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
         vocab_size=config.vocab_size,
-        multiple_of=256,  # LLaMA's rule: 8/3 of the width, rounded up to it
+        multiple_of=256,  # the FFN size is 8/3 of the width, rounded up to a multiple
         norm_eps=config.rms_norm_eps,
         rope_theta=config.rope_theta,
     )
@@ -94,7 +94,7 @@ def main() -> None:
         "training.seq_len": args.max_length,
         "training.steps": args.num_steps,
         "activation_checkpoint.mode": "none",
-        "metrics.log_freq": args.num_steps + 1,  # a log takes time, and forgets the peak of memory
+        "metrics.log_freq": args.num_steps + 1,  # never: logging takes time and resets the memory peak
     }
     ours = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     job_config = ConfigManager().parse_args([*ours, "--compile.enable", *further])

@@ -1,9 +1,9 @@
-"""Measures how long a checkpoint holds up training, written in the foreground and in the background.
+"""Measure how long training waits for a checkpoint, saved in the foreground and in the background.
 
     python benchmarks/checkpoint_stall.py -c tiny -p zero2 -x bf16 -b 4 -l 256 -o stall
 
-Trains on random tokens. Each round takes a few steps without a save, a save that training waits for to its end, and a
-save in the background with training going on until it is in its place. Prints a line a save, and the medians.
+Trains on random tokens: first some steps without a save, then in each round one save that training waits for and one
+in the background while training goes on. Prints a line per save, then the medians.
 """
 
 import sys
@@ -22,11 +22,11 @@ import time
 
 import torch
 import torch.distributed as dist
-from colossalai.accelerator import get_accelerator
 
 from attn import select_attention
 from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES
 from checkpointing.writer import CheckpointWriter, Retention
+from engine import device
 from engine.boost import boost
 from engine.launch import launch, shut_down
 from engine.shards import initialize_weights
@@ -39,7 +39,7 @@ from training.flags import ArgumentParser, add_plugin_args, add_training_args, j
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("-c", "--config", default="tiny")
-    parser.add_argument("--rounds", type=int, default=3, help="of each kind of save (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of saves of each kind (default: 3)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps timed without a save (default: 5)")
     add_plugin_args(parser)
     add_training_args(parser)
@@ -51,17 +51,16 @@ def main() -> int:
     launch(args.seed)
     engine = boost(job)
     initialize_weights(engine)
-    accelerator = get_accelerator()
 
     def train_step() -> float:
-        """Seconds of one optimizer step."""
+        """Take an optimizer step, and return its seconds."""
         started = time.perf_counter()
         ids = torch.randint(config.vocab_size, (args.batch_size, args.max_length))
         batch = {"input_ids": ids, "labels": ids}
         label_tokens = job.layout.dp * args.batch_size * (args.max_length - 1)
         forward_backward(engine, [batch], label_tokens)
         optimizer_step(engine)
-        accelerator.synchronize()
+        device.synchronize()
         dist.barrier()
         return time.perf_counter() - started
 
@@ -71,18 +70,19 @@ def main() -> int:
 
     for _ in range(3):
         train_step()
-    accelerator.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     quiet = [train_step() for _ in range(args.steps)]
-    peak_before = accelerator.max_memory_allocated()
+    peak_before = device.peak_memory()
     keep_one = Retention(keep_checkpoints=1)
     foreground = CheckpointWriter(args.save_dir, config, keep_one, background=False)
     background = CheckpointWriter(args.save_dir, config, keep_one)
-    rows = {"waited for": [], "in the background": []}
+    rows = {"foreground": [], "background": []}
     during, number = [], 0
     gigabytes = count_parameters(config) * (config.torch_dtype.itemsize + 12) / 1e9
     say(f"{count_parameters(config):,} parameters, {args.plugin} on {console.world_size()} ranks: {gigabytes:.2f} GB")
     for _ in range(args.rounds):
-        for name, writer in (("waited for", foreground), ("in the background", background)):
+        for name, writer in (("foreground", foreground), ("background", background)):
             number += 1
             train_step()
             started = time.perf_counter()
@@ -95,8 +95,8 @@ def main() -> int:
             writer.wait()
             written = time.perf_counter() - started
             rows[name].append((stall, gigabytes / written))
-            say(f"{name}: training waited {stall * 1000:.0f} ms, in its place after {written:.1f} s")
-    peak_after = accelerator.max_memory_allocated()
+            say(f"{name}: training waited {stall * 1000:.0f} ms, complete after {written:.1f} s")
+    peak_after = device.peak_memory()
 
     say("\n| save | training waits, ms (first) | GB/s to disk |\n|---|---|---|")
     for name, values in rows.items():
@@ -104,8 +104,8 @@ def main() -> int:
         stall, rate = statistics.median(stalls[1:] or stalls), statistics.median(rates)
         say(f"| {name} | {stall * 1000:.0f} ({stalls[0] * 1000:.0f}) | {rate:.2f} |")
     say(
-        f"step: {statistics.median(quiet) * 1000:.0f} ms, while a checkpoint is written "
-        f"{statistics.median(during or [float('nan')]) * 1000:.0f} ms; "
+        f"step: {statistics.median(quiet) * 1000:.0f} ms, "
+        f"{statistics.median(during or [float('nan')]) * 1000:.0f} ms while a checkpoint is written; "
         f"peak device memory {peak_before / 1e9:.3f} GB before, {peak_after / 1e9:.3f} GB with saves"
     )
     shut_down(engine.plugin)

@@ -1,12 +1,12 @@
-"""Speed of preparing a data set beside the tokenizer alone and beside the usual path, on the same text and cores.
+"""Compare the speed of preparing a data set with plain SentencePiece and with `datasets`, on the same text and cores.
 
     python benchmarks/data_preparation.py -d sample/data --tokenizer sample/tokenizer --megabytes 60 --rounds 3
 
-Three sides, one after the other in every round, each in as many processes as there are cores:
-- bare: SentencePiece's own encode, of texts that are in memory, its ids thrown away;
-- prepare: everything from the JSONL files to shards and manifest on disk;
-- usual: `datasets` reads the same files, maps the fast tokenizer over them, then groups the ids into sequences.
-Then: opening a prepared set of 10^9 tokens, and the memory of an order over 3 x 10^8 sequences.
+Each round runs three programs, one after the other, each in one process per core:
+- bare: SentencePiece encodes texts that are in memory; the ids are discarded;
+- prepare: our preparation, from JSONL files to shards and manifest on disk;
+- usual: `datasets` reads the same files, maps the fast tokenizer over them, and groups the ids into sequences.
+Then it measures the time to open a prepared set of 10^9 tokens, and the memory of an order over 3 x 10^8 sequences.
 """
 
 import sys
@@ -57,13 +57,13 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="data_preparation.py", description=__doc__)
     parser.add_argument("-d", "--dataset", required=True, help="local JSONL files, repeated to fill --megabytes")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.model")
-    parser.add_argument("--megabytes", type=int, default=60, help="of JSONL to prepare (default: 60)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every side runs (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=60, help="megabytes of JSONL to prepare (default: 60)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: 3)")
     return parser.parse_args()
 
 
 def write_corpus(dataset: str, folder: Path, megabytes: int) -> list[str]:
-    """Writes JSONL files of some megabytes each into `folder`, and returns their texts."""
+    """Write JSONL files of some megabytes each into `folder`, and return their texts."""
     documents = [document.text for file in resolve_source(dataset).files for document in file.documents()]
     texts, size, lines = [], 0, []
     for text in itertools.cycle(documents):
@@ -73,9 +73,9 @@ def write_corpus(dataset: str, folder: Path, megabytes: int) -> list[str]:
         if size >= megabytes * 10**6:
             break
     folder.mkdir()
-    share = -(-len(lines) // (2 * CORES))
-    for number, start in enumerate(range(0, len(lines), share)):
-        (folder / f"corpus-{number:05d}.jsonl").write_text("".join(lines[start : start + share]), encoding="utf-8")
+    rows = -(-len(lines) // (2 * CORES))
+    for number, start in enumerate(range(0, len(lines), rows)):
+        (folder / f"corpus-{number:05d}.jsonl").write_text("".join(lines[start : start + rows]), encoding="utf-8")
     return texts
 
 
@@ -91,19 +91,19 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and all its children that have ended; unlike the clock, no other program lengthens it much."""
+    """Return the CPU time of this process and its ended children; other programs affect it less than wall time."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def bare(texts: list[str], encoder: TextEncoder) -> float:
-    """Seconds from the moment when all processes are there to the end of the last."""
+    """Return the seconds from the moment when all processes are ready to the end of the last."""
     context = multiprocessing.get_context("fork")
     start = context.Barrier(CORES + 1)
 
-    def encode(share: list[list[str]]) -> None:
+    def encode(part: list[list[str]]) -> None:
         start.wait()
-        for batch in share:
+        for batch in part:
             encoder.sentencepiece.encode(batch, num_threads=1)
 
     everything = list(batches(texts))
@@ -125,7 +125,7 @@ def prepare(corpus: Path, encoder: TextEncoder, folder: Path) -> float:
 
 
 def usual(corpus: Path, tokenizer: LlamaTokenizerFast, cache: Path) -> tuple[float, Sequence[list[int]]]:
-    """Seconds, and the ids of each document before they are grouped."""
+    """Return the seconds, and the ids of each document before grouping."""
 
     def tokenize(rows: dict) -> dict:
         ids = tokenizer(rows["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -153,7 +153,7 @@ def stream_of(folder: Path) -> np.ndarray:
 
 
 def opening_seconds(folder: Path, tokenizer_name: str) -> float:
-    """Makes a prepared set of TOKENS zeros in sparse files, and opens it as pretrain.py does, to its first sequence."""
+    """Write a prepared set of TOKENS zeros as sparse files, and time opening it up to the first sequence."""
     tokenizer = load_tokenizer(tokenizer_name)
     folder.mkdir()
     shards: list[dict[str, Any]] = [
@@ -173,7 +173,7 @@ def opening_seconds(folder: Path, tokenizer_name: str) -> float:
 
 
 def order_megabytes() -> float:
-    """Resident memory that an order over SEQUENCES, and a hundred thousand places in it, add to the process."""
+    """Return the resident memory that an order over SEQUENCES, and looking up 10^5 positions, add to the process."""
     before = psutil.Process().memory_info().rss
     order = GlobalOrder(SEQUENCES, seed=0)
     assert all(order[place] < SEQUENCES for place in range(0, SEQUENCES, 3000))
@@ -202,21 +202,21 @@ def main() -> int:
             cpu["usual"].append(cpu_seconds() - started)
             ids = np.concatenate([np.array(document, np.uint16) for document in encoded])
             stream = stream_of(scratch / f"prepared{number}")
-            assert np.array_equal(stream, ids), "prepare and usual differ in their ids"
+            assert np.array_equal(stream, ids), "prepare and usual give different ids"
         plain = sum(map(len, encoder.sentencepiece.encode(texts)))
         print(f"{CORES} processes, {args.megabytes} MB, {len(texts):,} documents, {len(stream):,} tokens")
-        assert encoder.bare_leading_space or plain + 2 * len(texts) == len(stream), "bare gives other ids"
-        for what, measured in (("wall", seconds), ("CPU", cpu)):
-            middle = {side: statistics.median(times) for side, times in measured.items()}
+        assert encoder.bare_leading_space or plain + 2 * len(texts) == len(stream), "bare gives different ids"
+        for kind, measured in (("wall", seconds), ("CPU", cpu)):
+            medians = {side: statistics.median(times) for side, times in measured.items()}
             for side, times in measured.items():
                 every = ", ".join(f"{elapsed:.2f}" for elapsed in times)
                 print(
-                    f"{side:8} {len(stream) / middle[side]:10,.0f} tokens per {what} second, "
-                    f"{middle['bare'] / middle[side]:.2f} of bare, {middle['usual'] / middle[side]:.2f} x usual; "
-                    f"{what} seconds: {every}"
+                    f"{side:8} {len(stream) / medians[side]:10,.0f} tokens per {kind} second, "
+                    f"{medians['bare'] / medians[side]:.2f} of bare, {medians['usual'] / medians[side]:.2f} x usual; "
+                    f"{kind} seconds: {every}"
                 )
         print(f"opening 10^9 tokens: {opening_seconds(scratch / 'large', args.tokenizer):.3f} s")
-    print(f"order over 3 x 10^8 sequences: {order_megabytes():.1f} MB more")
+    print(f"order over 3 x 10^8 sequences: {order_megabytes():.1f} MB")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Trains the same model on the same data in several layouts, and holds each one's losses against the first's.
+"""Train the same model on the same data in several layouts, and compare the losses with the first layout's.
 
     python benchmarks/loss_parity.py -d sample/data --tokenizer sample/tokenizer "1 zero2" "2 gemini" \\
         "2 hybrid_parallel --tp 2 --pp 1"
 
-A layout is a number of GPUs (without one: processes), a plugin, and further flags of pretrain.py. A step has the same
-sequences in every layout. Differences are relative.
+A layout is a number of GPUs (CPU processes on a machine without GPU), a plugin, and further flags of pretrain.py. Each
+step has the same sequences in every layout. Differences are relative.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from training.flags import job_of
 
 
 def losses(layout: str, common: list[str], sequences: int, folder: Path) -> np.ndarray:
-    """Return the loss of each step of a run.
+    """Run a layout, and return the loss of each step.
 
     Raises:
-        InputError: the step's sequences are not divisible by its micro-batches.
+        InputError: `sequences` is not divisible by the micro-batches of a step.
         RunError: the run failed.
     """
     gpus, plugin, *flags = layout.split()
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("-c", "--config", default="tiny")
     parser.add_argument("-l", "--max_length", default="256")
-    parser.add_argument("--sequences", type=int, default=16, help="in a step, over all ranks (default: 16)")
+    parser.add_argument("--sequences", type=int, default=16, help="sequences per step, over all ranks (default: 16)")
     parser.add_argument("--max_steps", default="100")
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--seed", default="42")
@@ -67,7 +67,7 @@ def main() -> int:
     common = ["-d", args.dataset, "--tokenizer", args.tokenizer, "-c", args.config, "-l", args.max_length]
     common += ["--max_steps", args.max_steps, "--lr", args.lr, "--seed", args.seed, "-x", "bf16", "-s", "10"]
 
-    print("| layout | median difference | of 95% | largest | at step | last loss |")
+    print("| layout | median difference | 95th percentile | largest | at step | last loss |")
     print("|---|---|---|---|---|---|", flush=True)
     reference: np.ndarray | None = None
     for layout in args.layouts:

@@ -1,9 +1,9 @@
-"""Compares the memory that dry runs predict with what one GPU measures, for a model of 7B's width with few layers.
+"""Compare the memory that dry runs predict with the memory measured on one GPU, for a few layers of 7B's width.
 
     python benchmarks/memory_check.py    # zero2 and gemini, with and without -g, on this machine's GPU
     python benchmarks/memory_check.py --plugins hybrid_parallel fsdp --layers 8 --batch_size 1
 
-Random tokens, nothing else is needed. Ends with status 1 if a prediction is off by more than --tolerance.
+Needs no data. Exits with status 1 if a prediction is off by more than --tolerance.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.1)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("memory_check: there is no GPU here whose memory could be measured", file=sys.stderr)
+        print("memory_check: no GPU found; run it on a machine with one", file=sys.stderr)
         return process.USAGE_ERROR
 
     wrong = 0

@@ -1,10 +1,10 @@
-"""Runs benchmark.py on 1, 2, 4 ... GPUs of this machine at constant work a GPU, and prints a table.
+"""Run benchmark.py on 1, 2, 4 ... GPUs of this machine with constant work per GPU, and print a table.
 
     python benchmarks/several_gpus.py --gpus 1 2 4 8
     python benchmarks/several_gpus.py "3d --tp 2 -b 8" "3d --pp 2 -b 16" "3d --sp 2 -b 8" --gpus 2
 
-Each layout is a plugin and flags of benchmark.py; flags after `--` go to all of them. `efficiency` is tokens/s a GPU
-relative to the same layout's on the fewest GPUs.
+A layout is a plugin with flags of benchmark.py; flags after `--` apply to all layouts. `efficiency` is tokens/s per GPU
+relative to the same layout on the fewest GPUs.
 """
 
 import argparse
@@ -25,21 +25,21 @@ from model_utils import load_config
 
 
 def launched(program: str, gpus: int, flags: list[str]) -> subprocess.CompletedProcess:
-    """Run one of the programs on that many GPUs to its end; its output and errors are in `stdout`."""
+    """Run a program on `gpus` GPUs to its end; `stdout` of the result holds output and errors."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
     command = [sys.executable, *launcher, str(ROOT / program), *flags]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def measure(gpus: int, flags: list[str], folder: Path) -> dict | str:
-    """Return what benchmark.py writes to --json, or else the last line that it printed."""
+    """Return the results of benchmark.py from --json, or its error message."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     done = launched("benchmark.py", gpus, [*flags, "--json", str(result)])
     if result.is_file():
         return json.loads(result.read_text())
-    said = [line for line in done.stdout.splitlines() if line.startswith("benchmark.py:")]
-    return said[-1] if said else done.stdout[-2000:]
+    errors = [line for line in done.stdout.splitlines() if line.startswith("benchmark.py:")]
+    return errors[-1] if errors else done.stdout[-2000:]
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("layouts", nargs="*", default=["zero2", "gemini"], help="default: zero2 gemini")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("-c", "--config", default="7b")
-    parser.add_argument("--layers", type=int, default=8, help="fewer layers than the model has (default: 8)")
+    parser.add_argument("--layers", type=int, default=8, help="number of layers (default: 8)")
     parser.add_argument("-b", "--batch_size", default="4")
     parser.add_argument("-s", "--num_steps", default="12")
     own, further = sys.argv[1:], []
@@ -55,7 +55,7 @@ def main() -> None:
         own, further = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
 
-    print("| GPUs | layout | tokens/s | a GPU | efficiency | MFU | median step, ms | peak GPU memory, GB |")
+    print("| GPUs | layout | tokens/s | per GPU | efficiency | MFU | median step, ms | peak GPU memory, GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     first: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

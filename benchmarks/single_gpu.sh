@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a few steps of 7B's width with few layers under every plugin, one after another, on one GPU (or, for a trial,
-# a small model on the CPU), and prints a table: tokens/s, MFU, step, peak memory. Further arguments go to benchmark.py.
+# Time a few layers of 7B's width with every plugin on one GPU (or, to try it out, a small model on the CPU), and print
+# tokens/s, MFU, step time and peak memory as a table. Arguments go to benchmark.py.
 #
 #   bash benchmarks/single_gpu.sh
 #   bash benchmarks/single_gpu.sh --no-compile

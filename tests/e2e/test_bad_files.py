@@ -1,4 +1,4 @@
-"""Models, data and checkpoints that cannot be used: main() ends in lines that name them, and nothing is written."""
+"""Unusable models, data and checkpoints: main() reports each in one line and writes nothing."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ ROW = json.dumps(TEXT).encode() + b"\n"
 
 
 def config_file(folder: Path, **changes) -> Path:
-    """A config.json of the model `test` with something changed."""
+    """Write the config.json of the model `test` with some fields changed."""
     path = folder / "config.json"
     path.write_text(json.dumps({**load_config("test").to_dict(), **changes}))
     return path
@@ -85,7 +85,7 @@ def test_damaged_tokenizer(problems, tmp_path):
 
 @pytest.fixture
 def checkpoint(finished_run, few_data, tmp_path) -> tuple[Path, list]:
-    """A copy of a checkpoint, and the flags with which it could be resumed."""
+    """Return a copy of a checkpoint, and the flags that resume it."""
     folder = tmp_path / "saved" / "epoch0-step2"
     shutil.copytree(finished_run.save_dir / "epoch0-step2", folder)
     return folder, ["-d", few_data, "-x", "bf16", "-b", 8, "-s", 1, "-f", folder]
@@ -99,8 +99,8 @@ def test_hugging_face_folder_is_no_checkpoint(problems, checkpoint, finished_run
         assert "--init_from" in problem
 
 
-def test_checkpoints_are_looked_for_before_data_are_prepared(problems, objections, finished_run, tmp_path):
-    """`objections` sees that nothing is written, to the cache either."""
+def test_checkpoints_are_looked_for_before_data_is_prepared(problems, objections, finished_run, tmp_path):
+    """`objections` checks that nothing is written, not even to the cache."""
     taken, cache = finished_run.save_dir, ["--cache_dir", tmp_path / "cache"]
     cases = {
         "--load: no/such/folder does not exist": ["-f", "no/such/folder"],
@@ -130,7 +130,7 @@ def test_incomplete_checkpoint(problems, checkpoint, damage):
 
 
 def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, capsys):
-    """`latest` goes with initial weights, which a job begins from and does not look at when it goes on."""
+    """`-f latest` may be combined with --init_from: the first run starts from it, a resumed one ignores it."""
     folder, flags = checkpoint
     flags += ["--init_from", folder / "model"]
     assert problems(*flags)[0].startswith("--init_from: begins a new run from a model's weights, --load resumes")
@@ -140,7 +140,7 @@ def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, cap
         assert line in capsys.readouterr().out
 
 
-def test_some_folder_is_no_checkpoint(problems, checkpoint, tmp_path):
+def test_folder_that_is_no_checkpoint(problems, checkpoint, tmp_path):
     _, flags = checkpoint
     (problem,) = problems(*flags, "-f", tmp_path)
     assert problem.startswith(f"--load: {tmp_path} is not a checkpoint")

@@ -1,4 +1,4 @@
-"""Flags that cannot be used: main() ends in lines that name them, before it launches, and nothing is written."""
+"""Unusable flags: main() reports each in one line before it launches, and writes nothing."""
 
 import json
 import sys
@@ -147,7 +147,7 @@ def test_every_problem_is_named_at_once(problems):
 
 
 def test_default_warmup_longer_than_the_run(problems, sample, cache_dir, sample_dataset, monkeypatch, tmp_path):
-    """Without -s; whoever gives one may make it longer than the run."""
+    """Only the default is refused: an explicit -s may exceed the length of the run."""
     data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir, "-l", 64]
     flags = ["-c", "test", "-p", "zero2", *data, "--max_steps", 20]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*flags, "--dry_run"])])
@@ -162,8 +162,8 @@ def test_a_prepared_data_set_is_no_stream(problems, sample_dataset):
     assert problem == f"--streaming: {sample_dataset.folder} is prepared, and is read without it; leave the flag out"
 
 
-def test_number_flags_take_no_nonsense(monkeypatch, sample_flags, tmp_path):
-    """Every flag with a number: a value is used, or refused by a line that names the flag."""
+def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
+    """Every numeric flag either accepts a value or refuses it in a line that names the flag."""
     given = [
         *map(str, sample_flags),
         "-p",
@@ -207,8 +207,8 @@ def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
         )
 
 
-def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_path, monkeypatch):
-    """As where someone goes to the data and starts there."""
+def test_folders_of_a_run_may_not_lie_in_its_data(objections, sample_flags, tmp_path, monkeypatch):
+    """This happens to users who start a run in the folder of their data."""
     (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n')
     (tmp_path / "task").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -221,7 +221,7 @@ def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_p
 
     job = job_of(program.parse_args(["-c", "test", "-l", "128", "-p", "zero2"]), load_config("test"))
     assert run_problems(Run("test", job), Path("task"), Path("cache")) == []
-    (tmp_path / "manifest.json").touch()  # as in a prepared folder, of which nothing else is read
+    (tmp_path / "manifest.json").touch()  # a prepared folder: only the files in its manifest are read
     assert run_problems(Run("test", job), Path("."), Path("cache")) == []
 
 

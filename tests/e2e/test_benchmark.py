@@ -1,4 +1,4 @@
-"""benchmark.py: its flags, its arithmetic, and every plugin in two processes on the CPU."""
+"""Flags, arithmetic and output of benchmark.py, and every plugin in two processes on the CPU."""
 
 import json
 import re
@@ -24,8 +24,8 @@ from training.flags import job_of
 CLOSING_LINE = re.compile(
     r"max memory usage:  (\d+\.\d\d) MB, throughput:  (\d+\.\d\d) samples/s, TFLOPS/GPU:  (\d+\.\d\d)"
 )
-GRAD_NORM = 1.162  # of the third step, in all layouts
-TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # of two processes; the same global batch as two data-parallel ones
+GRAD_NORM = 1.162  # in the third step of all layouts
+TENSOR_PARALLEL = ("--tp", "2", "-b", "4")  # two processes; same global batch as data-parallel
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -104,11 +104,11 @@ def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_
 
 
 @pytest.mark.parametrize(("megabytes", "capacity"), [(20_000, 20_000 * 2**20), (10**9, 80 * 10**9)])
-def test_memory_limit_binds_torch_and_is_what_gemini_plans_with(monkeypatch, megabytes, capacity):
+def test_memory_limit_applies_to_torch_and_to_geminis_plan(monkeypatch, megabytes, capacity):
     fractions = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=80 * 10**9))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: fractions.append(args[0]))
     accelerator = Namespace(get_current_device=lambda: torch.device("cuda", 0))
     monkeypatch.setattr(device, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(memory, "get_accelerator", lambda: accelerator)
@@ -118,7 +118,7 @@ def test_memory_limit_binds_torch_and_is_what_gemini_plans_with(monkeypatch, meg
     assert memory.colo_device_memory_capacity(torch.device("cuda", 0)) == pytest.approx(capacity)
 
 
-def test_memory_limit_without_a_gpu_is_said(tmp_path):
+def test_memory_limit_without_a_gpu_is_reported(tmp_path):
     flags = "-c test -p zero2 -l 64 -s 1 -i 0 -m 20000"
     with Run([sys.executable, ROOT / "benchmark.py", *flags.split()], tmp_path) as run:
         assert run.wait() == 0, run.output()
@@ -143,14 +143,14 @@ def test_memory_limit_without_a_gpu_is_said(tmp_path):
         ("-p hybrid_parallel", Layout("hybrid_parallel", tp=4, pp=2, sp=1, dp=2, zero_stage=1)),
     ],
 )
-def test_samples_are_those_of_data_parallel_ranks(flags, layout, become_rank_0):
+def test_data_parallel_ranks_of_each_layout(flags, layout, become_rank_0):
     become_rank_0(16)
     assert job_of(benchmark.parse_args(flags.split()), load_config("7b")).layout == layout
     assert layout.ranks == 16
 
 
 def test_published_figures():
-    """ColossalAI's reference point: 7B on 32 A800, batch 16 each, recomputing; 53.7% of the peak, 40.2% without."""
+    """ColossalAI published 7B on 32 A800, batch 16 per GPU: 53.7% of the peak with recomputation, 40.2% without."""
     sequences = 16 * 32
     seconds = sequences / 24.26
     figures = benchmark_figures(load_config("7b"), [seconds], sequences, 4096, 32, True, "NVIDIA A800-SXM4-80GB")
@@ -159,7 +159,7 @@ def test_published_figures():
     assert figures["tflops_per_gpu"] / 312 == pytest.approx(0.537, abs=5e-4)
     without = benchmark_figures(load_config("7b"), [seconds], sequences, 4096, 32, False, "NVIDIA A800-SXM4-80GB")
     assert without["tflops_per_gpu"] / 312 == pytest.approx(0.402, abs=5e-4)
-    # attention: 12 x 32 layers x 4096 x 4096, in FLOPs a token; the input embedding left out
+    # FLOPs per token: 6 per weight without the input embedding; attention 12 x 32 layers x 4096 x 4096
     flops = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
     assert figures["mfu"] == without["mfu"] == pytest.approx(24.26 * 4096 * flops / 32 / 312e12)
 
@@ -174,7 +174,7 @@ def test_step_times():
 
 
 class Device:
-    """A device that works on after its calls have returned, and a clock."""
+    """A clock, and an asynchronous device whose pending work advances it in synchronize()."""
 
     now = 0.0
     pending = 0.0
@@ -186,7 +186,7 @@ class Device:
         self.now, self.pending = self.now + self.pending, 0.0
 
 
-def test_a_step_is_timed_to_the_end_of_its_work_and_not_of_what_came_before(monkeypatch):
+def test_a_step_is_timed_to_the_end_of_its_own_work_and_without_earlier_work(monkeypatch):
     clock = Device()
     monkeypatch.setattr(throughput, "synchronize", clock.synchronize)
     monkeypatch.setattr(throughput.time, "perf_counter", clock.perf_counter)
@@ -210,10 +210,10 @@ def test_random_sequences_are_a_function_of_seed_and_position():
     assert not any(torch.equal(dataset[3]["input_ids"], other["input_ids"]) for other in others)
 
 
-# ------------------------------------------------------------------------------------------------------------- in work
+# ------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_the_benchmark_does_without_training():
+def test_the_benchmark_loads_neither_checkpointing_nor_the_training_loop():
     program = "import sys, benchmark; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name for name in done.stdout.split() if name.partition(".")[0] in ("training", "checkpointing")}
@@ -249,8 +249,8 @@ def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_p
 
 
 @pytest.mark.parametrize("plugin", ["3d_cpu", "3d --zero 1"])
-def test_nothing_is_said_of_what_was_asked_for(plugin, tmp_path):
-    """ColossalAI warns of ZeRO on one rank."""
+def test_no_warning_about_flags_that_were_given(plugin, tmp_path):
+    """Without our filter ColossalAI warns about ZeRO on one rank."""
     small = f"-c test -l 64 -s 2 -i 1 -p {plugin}"
     with Run([sys.executable, ROOT / "benchmark.py", *small.split()], tmp_path) as run:
         assert run.wait() == 0
@@ -274,7 +274,7 @@ def test_nothing_is_said_of_what_was_asked_for(plugin, tmp_path):
     ],
 )
 def test_two_processes(plugin, flags, tmp_path):
-    """All of them train one model on the same global batch, so that all have the same loss and gradient norm."""
+    """All layouts train one model on the same global batch, so loss and gradient norm agree."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     small = ["-c", "test", "-l", 64, "-b", 2, "-s", 3, "-i", 1, "-a", "-p", plugin, "--json", "result.json"]
     with Run([*launcher, ROOT / "benchmark.py", *small, *flags], tmp_path, cwd=tmp_path) as run:
@@ -299,7 +299,7 @@ def test_two_processes(plugin, flags, tmp_path):
 
     lines = run.stdout.splitlines()
     closing = [line for line in lines if line.startswith("max memory usage")]
-    assert closing == lines[-1:]  # once, and last
+    assert closing == lines[-1:]  # printed once, at the end
     memory, samples, _ = map(float, CLOSING_LINE.fullmatch(closing[0]).groups())
     assert memory == pytest.approx(result["peak_device_memory_bytes"] / 2**20, abs=0.01)
     assert samples == pytest.approx(result["samples_per_second"], abs=0.01)

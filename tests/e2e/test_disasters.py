@@ -1,4 +1,4 @@
-"""What happens to the disk under a run: it fills up, is read-only, or loses and changes bytes of a checkpoint."""
+"""Disk failures during a run: full or read-only disks, and checkpoints with lost or changed bytes."""
 
 import contextlib
 import shutil
@@ -15,7 +15,7 @@ FLAGS = ["-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 6, "-i", 2]
 
 @contextlib.contextmanager
 def file_system(folder: Path, megabytes: float):
-    """A file system of its own in `folder`; skips where this process may not mount one."""
+    """Mount a separate file system at `folder`; skip the test if this process may not mount one."""
     folder.mkdir()
     size = f"size={int(megabytes * 1024)}k"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
@@ -34,7 +34,7 @@ def whole(pretrain):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    """The finished run's checkpoints and logs, free to be damaged, with `final` gone."""
+    """Return a copy of the finished run without `final`, for a test to damage."""
     shutil.copytree(whole.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint" / "final")
     return tmp_path / "run"
@@ -45,7 +45,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def assert_same_states(checkpoint: Path, expected: Path) -> None:
-    """That both hold the same bits of master weights and moments."""
+    """Assert that master weights and moments are equal to the bit."""
     states, others = optimizer_states(checkpoint), optimizer_states(expected)
     assert states.keys() == others.keys()
     assert all(torch.equal(states[name], others[name]) for name in states)
@@ -55,17 +55,17 @@ def size_of(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 
-# The room is taken away by another's file after it was found to be enough.
+# Another file takes up the free space after the check has found enough.
 FILLED = """
 enough = checkpointing.writer.check_room
-def and_then_filled(save_dir, config):
+def check_then_fill(save_dir, config):
     enough(save_dir, config)
     if any(save_dir.glob("epoch*-step2")):
         with open(save_dir / "another's", "wb") as file:
             while file.write(b"x" * 4096):
                 if os.statvfs(save_dir).f_bavail * 4096 < {left}:
                     break
-checkpointing.writer.check_room = and_then_filled
+checkpointing.writer.check_room = check_then_fill
 """
 
 
@@ -97,7 +97,7 @@ def test_disk_without_room_is_refused_before_training(pretrain, whole, tmp_path)
         assert refused.returncode == 2
         assert "--save_dir: a checkpoint takes" in refused.stderr
         assert not refused.metrics
-        assert not (tmp_path / "cache").exists()  # nor were data prepared
+        assert not (tmp_path / "cache").exists()  # data was not prepared either
         assert not (disk / "run").exists()
 
 
@@ -135,7 +135,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink], ids=["truncated", "missing"])
 @pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "lr_scheduler"])
-def test_latest_passes_over_a_checkpoint_with_a_file_short_or_gone(pretrain, whole, copy, file, damage):
+def test_latest_skips_a_checkpoint_with_a_truncated_or_missing_file(pretrain, whole, copy, file, damage):
     last = copy / "checkpoint" / "epoch0-step6"
     damage(last / file)
     run = pretrain(*FLAGS, "-f", "latest", folder=copy)
@@ -156,7 +156,7 @@ def test_a_flipped_bit_is_found_and_named(pretrain, copy, file):
     assert checkpoints(copy / "checkpoint") == [name for name in before if name != "epoch0-step6"]
 
 
-def test_a_run_that_has_ended_makes_no_model_of_a_damaged_checkpoint(pretrain, copy):
+def test_a_finished_run_makes_no_model_from_a_damaged_checkpoint(pretrain, copy):
     damaged = copy / "checkpoint" / "epoch0-step6" / "model" / "model-00003-of-00007.safetensors"
     flip_a_bit(damaged)
     run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
@@ -165,8 +165,8 @@ def test_a_run_that_has_ended_makes_no_model_of_a_damaged_checkpoint(pretrain, c
     assert not (copy / "checkpoint" / "final").exists()
 
 
-def test_half_deleted_checkpoints_are_passed_over(pretrain, whole, copy):
-    """Deleted by hand or by a run that was killed meanwhile: the manifest first, or the folder half."""
+def test_half_deleted_checkpoints_are_skipped(pretrain, whole, copy):
+    """A user or a killed run may have deleted only the manifest, or half of the folder."""
     (copy / "checkpoint" / "epoch0-step6" / "manifest.json").unlink()
     shutil.rmtree(copy / "checkpoint" / "epoch0-step4" / "optimizer")
     run = pretrain(*FLAGS, "-f", "latest", folder=copy)
@@ -176,7 +176,7 @@ def test_half_deleted_checkpoints_are_passed_over(pretrain, whole, copy):
     assert checkpoints(run.save_dir) == ["epoch0-step2", "epoch0-step4", "epoch0-step6", "final"]
 
 
-def test_a_second_run_is_refused_while_the_first_goes_on(start, pretrain, tmp_path):
+def test_a_second_run_is_refused_while_the_first_is_running(start, pretrain, tmp_path):
     with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000) as run:
         run.wait_until(lambda: len(run.metrics) >= 1, "the first step")
         for flag, folder in (("--save_dir", run.save_dir), ("--tensorboard_dir", run.folder / "tb_logs")):
@@ -184,7 +184,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(start, pretrain, tmp_pa
             second = pretrain(*flags, check=False)
             assert second.returncode == 2
             assert f"{flag}: another run (process" in second.stderr
-            assert not (tmp_path / "cache").exists()  # before data are prepared
+            assert not (tmp_path / "cache").exists()  # refused before data is prepared
             assert {path.name for path in second.folder.iterdir()} == {"stdout", "stderr"}
         assert run.returncode is None
         steps = run.column("step")

@@ -1,4 +1,4 @@
-"""Findings of scripts/doctor.py on this machine and its ranks; test_several_machines.py runs it on two hosts."""
+"""Findings of scripts/doctor.py on the ranks of one machine; test_several_machines.py runs it on two hosts."""
 
 import importlib.metadata
 import sys
@@ -14,7 +14,7 @@ DOCTOR = ROOT / "scripts" / "doctor.py"
 
 
 def test_all_checks_pass(tmp_path):
-    """Two ranks under torchrun, with a hosts file that names this machine."""
+    """Run two ranks under torchrun, with a hosts file that names this machine."""
     (tmp_path / "hosts.txt").write_text("localhost\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     flags = ["--hostfile", tmp_path / "hosts.txt", "-o", tmp_path / "new" / "folder"]
@@ -68,7 +68,7 @@ def test_versions(monkeypatch):
 
 
 def wrong_clock() -> Finding:
-    """Check clocks of which the second rank's is a minute fast."""
+    """Check the clocks while rank 1's is a minute fast."""
     doctor.socket.gethostname = lambda: f"node{doctor.rank()}"
     now = time.time
     doctor.time.time = lambda: now() + 60 * doctor.rank()

@@ -1,4 +1,4 @@
-"""Documents that are held out, and evaluation on them under every plugin, which leaves training as it is."""
+"""Held-out documents, and evaluation on them under every plugin without an effect on training."""
 
 import itertools
 import json
@@ -23,11 +23,11 @@ from runtime.process import INTERRUPTED
 from training.evaluation import evaluate, evaluation_loader
 
 HYBRID = "-p hybrid_parallel --tp 1"
-SEQUENCES = 5  # which no number of ranks and no batch divides
+SEQUENCES = 5  # not divisible by any number of ranks or batch size here
 
 
 def held_out():
-    """Sequences of 64 tokens, each with more labels that do not count than the one before."""
+    """Return sequences of 64 tokens, each with more ignored labels than the one before."""
     tokens = torch.randint(1024, (SEQUENCES, 64), generator=torch.Generator().manual_seed(0))
     items = [{"input_ids": ids, "labels": ids.clone()} for ids in tokens]
     for number, item in enumerate(items):
@@ -66,12 +66,12 @@ def test_loss_and_the_training_around_it(expected, ranks, flags):
             "eval_perplexity": pytest.approx(math.exp(expected), rel=3e-2),
         }
         assert unlabelled == {}
-        assert stopped is None  # on every rank, though one alone has been told to
+        assert stopped is None  # on every rank, though only one was told to stop
         assert norms == undisturbed
 
 
 def evaluate_while_training(flags):
-    """Two optimizer steps with evaluations around them, then two from the same weights without."""
+    """Take two optimizer steps with evaluations before and between, then two from the same weights without."""
     states, results = random_states(load_config("test")), []
     for evaluating in (True, False):
         engine = boosted(flags + " -x bf16 --microbatch_size 1")
@@ -91,15 +91,15 @@ def evaluate_while_training(flags):
             forward_backward(engine, micro_batches, 500)
             norms.append(optimizer_step(engine)[0])
             if evaluating and step == 0:
-                told = dist.get_rank() == dist.get_world_size() - 1
-                results.append(evaluate(engine, loader, lambda told=told: told))
+                stopping = dist.get_rank() == dist.get_world_size() - 1
+                results.append(evaluate(engine, loader, lambda stopping=stopping: stopping))
         results.append(norms)
     return results
 
 
 @pytest.fixture(scope="module")
 def folders(sample, sample_tokenizer, tmp_path_factory):
-    """The sample with and without a fifth of its documents held out."""
+    """Return the sample prepared without held-out documents, and with a fifth of them held out."""
     cache = tmp_path_factory.mktemp("held_out")
     data = str(sample / "data")
     return [
@@ -109,19 +109,19 @@ def folders(sample, sample_tokenizer, tmp_path_factory):
 
 
 def documents(folder, split, bos):
-    """Every document of a split, as its ids."""
+    """Return the token ids of every document of a split."""
     tokens = PackedDataset(folder, 1, split=split)
     ids = [tokens[index]["input_ids"].item() for index in range(len(tokens))]
     starts = [*(index for index, token in enumerate(ids) if token == bos), len(ids)]
     return [tuple(ids[start:stop]) for start, stop in itertools.pairwise(starts)]
 
 
-def test_a_document_is_of_one_split_by_its_text(folders, sample, sample_tokenizer):
+def test_a_documents_text_decides_its_split(folders, sample, sample_tokenizer):
     bos = sample_tokenizer.bos_token_id
     everything = documents(folders[0], TRAIN, bos)
     train, test = documents(folders[1], TRAIN, bos), documents(folders[1], HELD_OUT, bos)
     assert sorted(train + test) == sorted(everything)
-    assert not set(train) & set(test)  # a text that comes twice too
+    assert not set(train) & set(test)  # duplicates of a text are in the same split
     assert len(test) / len(everything) == pytest.approx(0.2, abs=0.1)
     for path in (sample / "data").glob("*.jsonl"):
         for row in path.open(encoding="utf-8"):
@@ -138,7 +138,7 @@ def test_a_prepared_folder_keeps_its_fraction(folders, sample_tokenizer, tmp_pat
         prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=0.1)
 
 
-# A signal to the process while it evaluates after the step that follows {step}.
+# Sends a signal to the process during an evaluation once step {step} has been logged.
 SIGNAL_IN_EVALUATION = """
 from training import evaluation
 forward_loss, log, logged = evaluation.forward_loss, metrics.Metrics.log, []
@@ -164,8 +164,8 @@ def test_a_signal_ends_a_run_in_its_evaluation(pretrain):
     assert (run.save_dir / "final").is_dir()
 
 
-def test_an_evaluation_that_a_signal_ended_is_made_up(pretrain, tmp_path):
-    """Of the last step too, in which case the run has not come to its end before."""
+def test_an_evaluation_that_a_signal_ended_is_repeated_on_resume(pretrain, tmp_path):
+    """This includes the evaluation after the last step, without which the run is not finished."""
     flags = ["-p", "zero2", "-x", "bf16", "-b", 1, "--eval_fraction", 0.2, "--eval_interval", 2]
     whole = pretrain(*flags, "--max_steps", 4)
     run = pretrain(*flags, "--max_steps", 4, check=False, change=SIGNAL_IN_EVALUATION.format(step=1))
@@ -187,7 +187,7 @@ def test_an_evaluation_that_a_signal_ended_is_made_up(pretrain, tmp_path):
     assert [row.get("eval_loss") for row in end.metrics] == [row.get("eval_loss") for row in whole.metrics]
 
 
-# What gemini_auto is on a GPU: chunks move, by a plan made in the first training pass.
+# Imitates gemini_auto on a GPU, which moves chunks by a plan made in the first training pass.
 AUTO = """
 boost = training.session.boost
 def boost_with_moving_chunks(job):

@@ -1,4 +1,4 @@
-"""finetune.py from end to end: it learns completions, equals a plain loop under every plugin, resumes, and refuses."""
+"""End-to-end runs of finetune.py: learning, parity with a plain loop, resuming, adapters and refused input."""
 
 import functools
 import io
@@ -28,7 +28,7 @@ from corpus.instructions import ExampleEncoder
 from corpus.sources import resolve_source
 from data_utils import InstructionDataset
 from hub_server import Branches, HubServer
-from launching import optimizer_states, start_finetune, start_pretrain
+from launching import optimizer_states, start_finetune
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
 from runtime.console import InputError
 from runtime.process import USAGE_ERROR
@@ -44,7 +44,7 @@ TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours"
 
 
 def rows() -> list[dict[str, str]]:
-    """Questions of about one length, with answers of one to three words."""
+    """Return questions of similar length, with answers of one to three words."""
     words = keyword.kwlist[: EXAMPLES + 3]
     return [
         {"prompt": f"Which keyword comes after {word}?", "completion": " ".join(words[n + 1 : n + 2 + n % 3])}
@@ -61,7 +61,7 @@ def instructions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(pretrain) -> Path:
-    """A model that has read a little, with what such folders hold on the hub."""
+    """Pretrain a model briefly, and add the files that such folders have on the hub."""
     folder = pretrain("-p", "zero2", "-x", "bf16", "-b", 8, "--lr", "3e-3", "--max_steps", 200).save_dir / "final"
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "do_sample": True}))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -70,7 +70,7 @@ def model_folder(pretrain) -> Path:
 
 @pytest.fixture(scope="session")
 def finetune(tmp_path_factory, model_folder, instructions, cache_dir):
-    """Runs finetune.py to its end, successfully."""
+    """Return a function that runs finetune.py to its successful end."""
     numbers, root = itertools.count(), tmp_path_factory.mktemp("finetuned")
 
     def finetune(*args, **kwargs):
@@ -83,7 +83,7 @@ def finetune(tmp_path_factory, model_folder, instructions, cache_dir):
     return finetune
 
 
-def test_a_pretrained_model_learns_the_completions_and_when_to_end(finetune):
+def test_a_pretrained_model_learns_the_completions_and_where_they_end(finetune):
     run = finetune("-p", "zero2", "-x", "bf16", "-b", 8, "-e", 60, "--lr", "1e-2")
     assert "data: 24 examples" in run.stdout
     model = AutoModelForCausalLM.from_pretrained(run.save_dir / "final")
@@ -110,10 +110,7 @@ def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
         requests = []
         for task, status, processes in ((["--task_name", "none"], USAGE_ERROR, 1), ([], 0, 1), ([], 0, 2)):
             seen = len(hub.requests)
-            run = start_pretrain(
-                *flags, *task, folder=tmp_path / "run", processes=processes, env=environment, program="finetune.py"
-            )
-            with run:
+            with start_finetune(*flags, *task, folder=tmp_path / "run", processes=processes, env=environment) as run:
                 assert run.wait() == status, run.output()
             if status:
                 assert f"has no configuration none; choose of {', '.join(tasks)}" in run.stderr
@@ -130,7 +127,7 @@ def test_the_default_data_set_and_its_tasks_on_the_hub(model_folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
-    """Losses of a plain loop over single examples, never padded; each step's loss is the mean over its labels."""
+    """Return a plain loop over single, unpadded examples; a step's loss is the mean over its labels."""
 
     @functools.cache
     def train(dtype: torch.dtype, lora: bool = False) -> list[float]:
@@ -206,7 +203,7 @@ def test_bf16(finetune, plain_training, layout):
 
 
 def test_evaluation_on_the_split_test(finetune, instructions, tmp_path):
-    """At a learning rate of next to nothing the evaluation's loss is that of training on the same rows."""
+    """With a negligible learning rate, evaluation and training on the same rows have the same loss."""
     for split in ("train", "test"):
         shutil.copy(instructions, tmp_path / f"{split}.jsonl")
     flags = ["-d", tmp_path, "-x", "fp32", "-e", 1, "--lr", "1e-12"]
@@ -220,17 +217,18 @@ def test_evaluation_on_the_split_test(finetune, instructions, tmp_path):
 
 
 def test_packed_examples_have_the_same_loss_per_token(finetune):
-    """One step an epoch, over all examples: alone in one run, in packs in the other two."""
-    alone = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
+    """Take one step per epoch over all examples: unpacked in one run, packed in the other two."""
+    unpacked = finetune("-x", "fp32", "-p", "zero2", "-b", EXAMPLES)
     dry = finetune("-x", "fp32", "--pack", "-b", 1, "--dry_run", "-p", "zero2")
     packs = int(dry.stdout.partition("examples in ")[2].split()[0])
     assert packs < EXAMPLES / 3
     for processes, flags in ((1, "-p zero2"), (2, f"{HYBRID} --tp 1 --pp 2 -a")):
         run = finetune("-x", "fp32", "--pack", "-b", packs, *flags.split(), processes=processes)
-        assert run.column("loss") == pytest.approx(alone.column("loss"), rel=2e-5)
-        assert run.column("tokens") == alone.column("tokens")
+        assert run.column("loss") == pytest.approx(unpacked.column("loss"), rel=2e-5)
+        assert run.column("tokens") == unpacked.column("tokens")
     adapters = finetune("-x", "fp32", "--pack", "-b", packs, "-e", 1, "-p", "zero2", "--lora_rank", 4)
-    assert adapters.column("loss") == pytest.approx(alone.column("loss")[:1], rel=2e-5)  # they begin as nothing
+    # New adapters change nothing.
+    assert adapters.column("loss") == pytest.approx(unpacked.column("loss")[:1], rel=2e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
@@ -265,7 +263,7 @@ ADAPTED = {
 
 @pytest.fixture(scope="module")
 def adapted(finetune):
-    """The run of a layout with adapters."""
+    """Return a function that runs a layout with adapters, once."""
     return functools.cache(lambda layout: finetune(*LORA, *ADAPTED[layout][1].split(), processes=ADAPTED[layout][0]))
 
 
@@ -275,9 +273,9 @@ def test_adapters_train_as_in_a_plain_loop(adapted, plain_training, layout):
 
 
 def test_adapters_write_what_the_merged_model_does(adapted, monkeypatch, capsys):
-    """Without --base_model: the adapters name the model that they were trained beside.
+    """The adapters name their base model, so --base_model is not needed.
 
-    A few tokens only: merged into its bf16 weights the adapters are rounded, and greedy texts part sooner or later.
+    Only a few tokens are compared: merging rounds the adapters to bf16, so greedy texts diverge sooner or later.
     """
     run = adapted("zero2")
     texts = []
@@ -290,7 +288,7 @@ def test_adapters_write_what_the_merged_model_does(adapted, monkeypatch, capsys)
     assert texts[0].startswith(rows()[0]["prompt"])
 
 
-def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_folder):
+def test_checkpoints_hold_only_adapters_for_peft_and_final_the_merged_model(adapted, model_folder):
     run = adapted("zero2")
     folder = run.save_dir / f"epoch1-step{STEPS}" / "model"
     saved = load_file(folder / "adapter_model.safetensors")
@@ -311,7 +309,7 @@ def test_adapters_are_saved_alone_for_peft_and_merged_in_the_end(adapted, model_
 
 @pytest.fixture
 def export(monkeypatch, sample, tmp_path):
-    """Runs export_hf.py on a checkpoint, and returns the folder that it makes."""
+    """Return a function that exports a checkpoint with export_hf.py and returns the folder."""
 
     def export(checkpoint: Path, *flags) -> Path:
         command = [
@@ -342,7 +340,7 @@ def test_an_exported_checkpoint_of_adapters_is_merged(adapted, export, model_fol
     assert not list(exported.parent.glob(".merged-*"))
 
 
-def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(adapted, export, sample, tmp_path):
+def test_a_checkpoint_is_not_exported_with_a_larger_tokenizer(adapted, export, sample, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
     tokenizer.add_tokens([f"extra{n}" for n in range(8)])
     tokenizer.save_pretrained(tmp_path / "larger")
@@ -354,7 +352,7 @@ def test_a_checkpoint_is_not_exported_with_a_tokenizer_that_it_does_not_know(ada
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_name_their_model_for_any_working_directory(model_folder, monkeypatch):
+def test_adapters_name_their_model_by_an_absolute_path_or_hub_name(model_folder, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     for given, named in ((model_folder.name, str(model_folder)), ("meta-llama/some", "meta-llama/some")):
         assert Lora(4).resolved.config(given).base_model_name_or_path == named
@@ -362,15 +360,15 @@ def test_adapters_name_their_model_for_any_working_directory(model_folder, monke
 
 def test_adapters_resume(adapted, finetune):
     whole = adapted("zero2")
-    same = ["--lora_alpha", 8, "--lora_modules", "up_proj,q_proj"]  # in other words
+    same = ["--lora_alpha", 8, "--lora_modules", "up_proj,q_proj"]  # the same settings, written differently
     run = finetune(*LORA, *same, "-p", "zero2", "-b", 8, "-f", whole.save_dir / "epoch0-step2")
     assert run.column("loss") == whole.column("loss")[2:]
     states, expected = (optimizer_states(each.save_dir / f"epoch1-step{STEPS}") for each in (run, whole))
     assert all(torch.equal(value, expected[name]) for name, value in states.items())
 
 
-def test_adapters_do_not_resume_beside_other_weights(adapted, problem, model_folder, tmp_path):
-    """Of the same sizes; a copy in other files is the same model."""
+def test_adapters_do_not_resume_with_other_base_weights(adapted, problem, model_folder, tmp_path):
+    """Weights of the same sizes are told apart; the same weights split into other files are accepted."""
     flags = [*LORA, "-b", 8, "-e", EPOCHS, "--lr", LR, "-f", adapted("zero2").save_dir / "epoch0-step2"]
     model = AutoModelForCausalLM.from_pretrained(model_folder, torch_dtype="auto")
     for name in ("copy", "other"):
@@ -398,7 +396,7 @@ def test_a_dry_run_plans_for_the_longest_example_and_for_adapters(
         return float(line.split()[-3])
 
     whole = peak("-l", 128)
-    assert peak("-l", 64) == whole  # none is as long
+    assert peak("-l", 64) == whole  # no example is longer than 64
     assert peak("-l", 128, "--pack", "-b", 1, "-e", 8) * 8 > whole
     assert peak("-l", 128, "--lora_rank", 4) < whole
 
@@ -408,7 +406,7 @@ def test_a_dry_run_plans_for_the_longest_example_and_for_adapters(
 
 @pytest.fixture
 def problem(monkeypatch, tmp_path, model_folder, instructions):
-    """The line in which main() objects to flags; it must not get as far as launching."""
+    """Return a function that runs main() and returns its error line; main() must not get as far as launching."""
 
     def problem(*args, model: Path | None = model_folder, dataset: Path = instructions) -> str:
         folders = ["-o", tmp_path / "out", "-t", tmp_path / "logs", "--cache_dir", tmp_path / "cache"]
@@ -465,7 +463,7 @@ class TestRefused:
             dataset=path
         )
 
-    def test_rows_that_are_trained_on_are_no_evaluation(self, tmp_path):
+    def test_rows_that_are_trained_on_are_not_evaluated_on(self, tmp_path):
         args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
         for name, held_out in (("test.jsonl", False), ("valid.jsonl", False), ("train.jsonl", True)):
             write(tmp_path / name, *rows())
@@ -478,7 +476,7 @@ class TestRefused:
         ("name", "problem"),
         [("test.jsonl", "/test.jsonl is empty"), ("test.jsonl.xz", "of a kind that is not read (test.jsonl.xz)")],
     )
-    def test_an_evaluation_split_that_cannot_be_read_is_not_passed_over(self, tmp_path, name, problem):
+    def test_an_evaluation_split_that_cannot_be_read_is_refused(self, tmp_path, name, problem):
         write(tmp_path / "train.jsonl", *rows())
         (tmp_path / name).touch()
         args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
@@ -507,7 +505,7 @@ class TestRefused:
         ):
             assert words in problem(*flags.split())
 
-    def test_flags_of_pretraining_alone(self, problem):
+    def test_flags_that_only_pretraining_has(self, problem):
         assert "-c test" in problem("-c", "test")
         assert "--warmup_steps 5" in problem("--warmup_steps", 5)
         assert "above the model's context of 128 tokens" in problem("-l", 129)

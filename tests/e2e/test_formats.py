@@ -1,7 +1,7 @@
-"""Checkpoints, a prepared folder and examples in the formats of an earlier commit go on to the same numbers.
+"""Files written by an earlier commit: resuming from them gives the numbers that the commit logged.
 
-`tests/support/formats` was written by commit 462033e: a prepared folder, checkpoints of pretrain.py and of finetune.py
-with adapters, and in rows.json what each of its runs logged until its end.
+Commit 462033e wrote `tests/support/formats`: a prepared folder, checkpoints of pretrain.py and of finetune.py with
+adapters, and rows.json with the metrics of each run to its end.
 """
 
 import json
@@ -26,14 +26,14 @@ def check(run, expected: list[dict]) -> None:
         assert {name: row[name] for name in before} == pytest.approx(before, rel=1e-6)
 
 
-def test_a_checkpoint_and_a_prepared_folder_go_on(tmp_path):
+def test_a_checkpoint_and_a_prepared_folder_resume(tmp_path):
     shutil.copytree(FORMATS / "pretrained", tmp_path / "checkpoint")
     data = ["-c", FORMATS / "config.json", "-d", FORMATS / "prepared", "--tokenizer", FORMATS / "tokenizer"]
     with start_pretrain(*data, *PRETRAIN, "-f", "latest", folder=tmp_path) as run:
         check(run, ROWS["pretrain"])
 
 
-def test_adapters_go_on(tmp_path):
+def test_adapters_resume(tmp_path):
     shutil.copytree(FORMATS / "finetuned", tmp_path / "checkpoint")
     flags = ["--model_path", FORMATS / "base", "-d", FORMATS / "instructions.jsonl", "--cache_dir", tmp_path / "cache"]
     lora = ["--lora_rank", "2", "-i", "3", "--max_steps", "6", "-f", "latest"]

@@ -27,7 +27,7 @@ def final(finished_run):
 
 @pytest.fixture
 def write(monkeypatch, capsys, final):
-    """Return the program's output."""
+    """Return a function that runs generate.py and returns its output."""
 
     def write(*flags, model=final, prompt=PROMPT) -> str:
         command = ["generate.py", "--model", model, "--prompt", prompt, "--max_new_tokens", 12, *flags]
@@ -40,7 +40,7 @@ def write(monkeypatch, capsys, final):
 
 @pytest.fixture
 def problem(write):
-    """Return the one line in which the program refuses its input."""
+    """Return a function that runs generate.py and returns its one error line."""
 
     def problem(*flags, **kwargs) -> str:
         with pytest.raises(InputError) as raised:
@@ -64,7 +64,7 @@ def test_most_probable_tokens_are_those_of_transformers(write, final):
 
 
 def test_a_model_saved_by_transformers_5(final, tmp_path):
-    """The pinned version of transformers would ignore the base of its rotary embeddings."""
+    """The pinned transformers, left to itself, ignores the rope_theta that version 5 saves."""
     shutil.copytree(final, tmp_path / "newer")
     file = tmp_path / "newer" / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def test_a_model_saved_by_transformers_5(final, tmp_path):
     assert model.config.use_cache
 
 
-def test_samples_depend_on_the_seed_alone(write):
+def test_samples_depend_only_on_the_seed(write):
     first, again, other = (write("--seed", seed, "--temperature", 1) for seed in (1, 1, 2))
     assert first == again != other
     first, other = (write("--seed", seed, "--temperature", 1, "--top_p", 1e-9) for seed in (1, 2))
@@ -89,9 +89,9 @@ def test_checkpoint_with_the_tokenizer_of_the_final_folder_or_a_given_one(
 ):
     last = finished_run.save_dir / "epoch0-step3"
     assert write("--temperature", 0, model=last) == write("--temperature", 0)
-    alone = shutil.copytree(last, tmp_path / last.name)
-    assert problem(model=alone) == f"--tokenizer: not found in {tmp_path / 'final'}; give its folder or hub name"
-    assert write("--temperature", 0, "--tokenizer", sample / "tokenizer", model=alone) == write("--temperature", 0)
+    copied = shutil.copytree(last, tmp_path / last.name)
+    assert problem(model=copied) == f"--tokenizer: not found in {tmp_path / 'final'}; give its folder or hub name"
+    assert write("--temperature", 0, "--tokenizer", sample / "tokenizer", model=copied) == write("--temperature", 0)
 
 
 def test_prompt_from_standard_input(write, monkeypatch):
@@ -120,15 +120,15 @@ def test_a_chat_follows_the_template(write, problem, final, tmp_path):
     )
     tokenizer.save_pretrained(folder)
 
-    def told(tokenizer):
+    def problem_with(tokenizer):
         tokenizer.save_pretrained(folder)
         return problem("--chat", model=folder)
 
     assert write("--chat", model=folder).startswith(f"[user] {PROMPT} ")
     tokenizer.chat_template = {"rag": "{{ 1 }}"}
-    assert "has the chat templates rag and none called 'default'" in told(tokenizer)
+    assert "has the chat templates rag and none called 'default'" in problem_with(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content + 1 }}"
-    assert "--chat: messages that the chat template fails on (TypeError: " in told(tokenizer)
+    assert "--chat: messages that the chat template fails on (TypeError: " in problem_with(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_prompt_is_printed_unchanged(write, final, tmp_path, prompt):
 
 
 def test_the_output_is_the_tokenizers_text(capsys, sample_tokenizer):
-    """Spaces at the start of a line survive, and so do characters of several tokens."""
+    """Leading spaces survive, and so do characters that take several tokens."""
     text = "if a:\n    return '日本 😀'\n\n  # two , three"
     prompt, *new = [sample_tokenizer.bos_token_id, *sample_tokenizer.encode(text, add_special_tokens=False)]
     printer = generate.Printer(sample_tokenizer, "")
@@ -152,7 +152,7 @@ def test_the_output_is_the_tokenizers_text(capsys, sample_tokenizer):
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_a_prompt_that_is_no_text(problem):
+def test_a_prompt_that_is_not_text(problem):
     assert problem(prompt="\udcff") == "--prompt: text is not utf-8; convert it, or set the locale to match"
 
 

@@ -1,4 +1,4 @@
-"""A preparation that is interrupted anywhere, any number of times, ends with the files of one that is not."""
+"""Interrupted preparations: wherever and however often they stop, they end with the same files."""
 
 import functools
 import gzip
@@ -33,8 +33,8 @@ PLACES_TO_END = [
 ]
 
 
-def write_some_files(random, folder):
-    """Of several kinds, slices and sizes; the documents of each slice and split, as they lie there."""
+def write_random_files(random, folder):
+    """Write files of several formats, slices and sizes; return their (text, slice) pairs in file order."""
     documents = {}
     for number in range(random.randint(1, 6)):
         name = f"{random.choice('ab')}-{number:05d}"
@@ -57,7 +57,7 @@ def write_some_files(random, folder):
 
 
 def kill_in(function, calls):
-    """Has this process end, as if killed, before or after the given number of calls of a function."""
+    """Wrap `function` so that the process exits, as if killed, after `calls - 1` calls, or in the first."""
 
     def wrapped(*arguments, **options):
         nonlocal calls
@@ -74,12 +74,12 @@ def kill_in(function, calls):
 @settings(deadline=None, max_examples=20, phases=[Phase.generate])
 @given(case=st.integers(0, 2**32))
 def test_whatever_interrupts_a_preparation_it_ends_with_the_same_files(tokenizer, case):
-    """Killed anywhere, in a worker too, its files lost or cut short, gone on with by a program of other unit sizes."""
+    """Kill the main process or a worker anywhere, delete or truncate files, and continue with other unit sizes."""
     random, encoder = Random(case), TextEncoder(tokenizer)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         data, whole, folder = (Path(name, part) for part in ("data", "whole", "folder"))
         data.mkdir()
-        documents = write_some_files(random, data)
+        documents = write_random_files(random, data)
         eval_fraction = random.choice((0.0, 0.2))
         patch.setattr(units, "MIN_UNIT_BYTES", random.choice((150, 700, 3000)))
         assert prepare_folder(resolve_source(str(data)), encoder, whole, 1, eval_fraction=eval_fraction)

@@ -1,4 +1,4 @@
-"""Launchers on one machine: signals lead to a saved checkpoint and a telling exit status; hosts files are checked."""
+"""Launchers on one machine: signals save a checkpoint and set the exit status; hosts files are checked."""
 
 import signal
 import sys
@@ -53,7 +53,7 @@ def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
     """A second Ctrl-C does not wait for the save."""
     with start(RUN_ON_HOSTS, sample_flags, tmp_path) as run:
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
-        run.process.send_signal(signal.SIGHUP)  # the lower of two pending numbers comes first
+        run.process.send_signal(signal.SIGHUP)  # of two pending signals the lower number is delivered first
         run.process.send_signal(signal.SIGINT)
         assert run.wait() == 128 + signal.SIGKILL, run.output()
     assert "SIGINT: ending at once" in run.stderr
@@ -83,7 +83,7 @@ def test_users_and_comments_in_a_hosts_file(tmp_path):
 
 
 def test_a_file_without_hosts_starts_nothing(tmp_path):
-    """Not even on this machine."""
+    """A hosts file without a host does not mean this machine."""
     (tmp_path / "hosts.txt").write_text("# none yet\n")
     command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", tmp_path / "hosts.txt", ROOT / "pretrain.py"]
     with Run(command, tmp_path) as run:

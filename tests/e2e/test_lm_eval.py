@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the folder that a run leaves, with a task of our own."""
+"""Evaluation of a run's `final` folder by lm-evaluation-harness, on a task of our own."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TASK = {
 
 @torch.no_grad()
 def log_likelihoods(folder) -> list[list[float]]:
-    """Sums of the log-probabilities of each answer's tokens after its question, by the model itself."""
+    """Return for each question and answer the model's summed log-probability of the answer's tokens."""
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32),
         AutoTokenizer.from_pretrained(folder),
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_model(finished_run, tmp_path):
     final = finished_run.save_dir / "final"
     expected = log_likelihoods(final)
     best = [max(range(len(scores)), key=scores.__getitem__) for scores in expected]
-    answers = [best[0], best[1], (best[2] + 1) % 3, best[3]]  # three of four as the model would have it
+    answers = [best[0], best[1], (best[2] + 1) % 3, best[3]]  # the model gets three of four right
     rows = [
         {"question": question, "choices": choices, "answer": answer}
         for (question, choices), answer in zip(QUESTIONS, answers, strict=True)

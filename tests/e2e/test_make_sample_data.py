@@ -1,4 +1,4 @@
-"""Sample corpus and tokenizer, made once in a small size by the real command."""
+"""A small sample corpus and tokenizer, made once by the real command."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def sample(tmp_path_factory) -> Path:
     made = run(folder, "--megabytes", str(MEGABYTES), "--vocab_size", str(VOCAB_SIZE))
     assert made.returncode == 0, made.stderr
     assert len(made.stdout.splitlines()) == 2
-    assert "trainer" not in made.stderr  # SentencePiece's log
+    assert "trainer" not in made.stderr  # no log of SentencePiece
     return folder
 
 
@@ -63,7 +63,7 @@ def test_rows_are_well_formed(rows):
         assert row["text"] == row["text"].strip()
 
 
-def test_meta_differs_between_slices_and_names_no_absolute_path(rows):
+def test_meta_differs_between_slices_and_holds_no_absolute_path(rows):
     metas = {name: slice_rows[0]["meta"] for name, slice_rows in rows.items()}
     assert {type(meta) for meta in metas.values()} == {str, dict}
     assert len({tuple(meta) for meta in metas.values() if isinstance(meta, dict)}) > 2
@@ -78,7 +78,7 @@ def test_no_text_occurs_twice(rows):
     assert len(set(texts)) == len(texts)
 
 
-def test_sizes_follow_the_shares(rows):
+def test_sizes_follow_the_fractions(rows):
     assert sum(piece.fraction for piece in SLICES) == pytest.approx(1)
     for piece in SLICES:
         size = sum(len(row["text"].encode()) for row in rows[piece.file])

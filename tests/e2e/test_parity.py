@@ -1,4 +1,4 @@
-"""Every plugin, layout and precision trains as a plain PyTorch loop does, from the same weights on the same data."""
+"""Parity of every plugin, layout and precision with a plain PyTorch loop on the same weights and data."""
 
 import functools
 import hashlib
@@ -18,14 +18,14 @@ from model_utils import ParameterSpec, initial_weight, load_config, parameter_sp
 
 STEPS = 20
 GLOBAL_BATCH = 8
-LR = 1e-3  # low enough that roundings do not drive correct runs apart within STEPS
+LR = 1e-3  # low enough that rounding does not make correct runs diverge within STEPS
 WARMUP = 4
 CLIPPING = 1.55  # below the norm of most steps, see test_the_plain_loop_trains_and_clips
 FLAGS = ["--max_steps", STEPS, "--lr", LR, "--gradient_clipping", CLIPPING]
 
 
 def learning_rate(step: int) -> float:
-    """Of the step of index `step`: LLaMA's linear warm-up, then half a cosine down to a tenth of the peak."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then a cosine to a tenth of the peak."""
     if step < WARMUP:
         return LR * (step + 1) / WARMUP
     angle = math.pi * (step - WARMUP) / (STEPS - WARMUP)
@@ -34,7 +34,7 @@ def learning_rate(step: int) -> float:
 
 @pytest.fixture(scope="module")
 def fixed_dataset(sample_dataset, tmp_path_factory) -> PackedDataset:
-    """The same on every machine, so that bounds seen on one hold on another: half a Zipf distribution, half a rule."""
+    """Return data that is the same on every machine, as the bounds need: half Zipf-distributed, half by a rule."""
     chance = np.random.default_rng(0)
     tokens = np.minimum(chance.zipf(1.3, 50_000), 1023)
     for position in np.flatnonzero(chance.random(len(tokens) - 1) < 0.5):
@@ -51,7 +51,7 @@ def fixed_dataset(sample_dataset, tmp_path_factory) -> PackedDataset:
 
 @pytest.fixture(scope="module")
 def plain_training(fixed_dataset):
-    """Losses and gradient norms of a plain loop, given the working precision and the steps that update nothing."""
+    """Return a plain loop that takes the working precision and the steps to skip; it returns losses and norms."""
 
     @functools.cache
     def train(dtype: torch.dtype, skipped: tuple[int, ...] = ()) -> tuple[list[float], list[float]]:
@@ -85,7 +85,7 @@ def plain_training(fixed_dataset):
 
 
 def differences(values: list[float | None], reference: list[float]) -> list[float]:
-    """Relative, over all steps but those without a value."""
+    """Return the relative difference at each step that has a value."""
     assert len(values) == len(reference) == STEPS
     pairs = zip(values, reference, strict=True)
     return [abs(value - other) / other for value, other in pairs if value is not None]
@@ -96,13 +96,13 @@ def largest_difference(values: list[float | None], reference: list[float]) -> fl
 
 
 def test_the_plain_loop_trains_and_clips(plain_training):
-    """Else the comparisons below would show little."""
+    """Otherwise the comparisons below would prove little."""
     losses, norms = plain_training(torch.float32)
     assert losses[0] - losses[-1] > 0.5
     assert STEPS / 2 < sum(norm > CLIPPING for norm in norms) < STEPS
 
 
-# Number of processes and flags. Every layout makes the same global batch.
+# Number of processes, and flags. All layouts have the same global batch.
 FP32 = {
     "zero2": (1, "-p zero2 -b 8"),
     "zero2, 2 ranks": (2, "-p zero2 -b 4"),
@@ -151,7 +151,7 @@ def train(pretrain, fixed_dataset):
 
 @pytest.mark.parametrize("layout", FP32.values(), ids=FP32)
 def test_fp32(train, plain_training, layout):
-    """Seen: 2.3e-7 in the losses and 4.0e-6 in the norms, a few roundings of float32."""
+    """Observed: 2.3e-7 in the losses and 4.0e-6 in the norms, a few float32 roundings."""
     losses, norms = plain_training(torch.float32)
     run = train("fp32", layout)
     assert largest_difference(run.column("loss"), losses) < 2e-6
@@ -162,9 +162,9 @@ def test_fp32(train, plain_training, layout):
 
 @pytest.mark.parametrize("layout", BF16.values(), ids=BF16)
 def test_bf16(train, plain_training, layout):
-    """Gradients are rounded to bf16 (2**-9 = 2e-3) at other places in each layout; weights then differ by as much.
+    """Each layout rounds gradients to bf16 (2**-9 = 2e-3) at different places, and weights then differ as much.
 
-    Seen: 7.4e-5 in the losses, 4.0e-3 in the norms; between float32 and bf16 in the plain loop: 9.6e-5 and 2.9e-3.
+    Observed: 7.4e-5 in the losses, 4.0e-3 in the norms; between float32 and bf16 in the plain loop: 9.6e-5 and 2.9e-3.
     """
     losses, norms = plain_training(torch.bfloat16)
     run = train("bf16", layout)
@@ -176,7 +176,7 @@ def test_bf16(train, plain_training, layout):
 
 @pytest.mark.parametrize("layout", FP16.values(), ids=FP16)
 def test_fp16(train, plain_training, layout):
-    """fp16 has three bits more than bf16. Seen: 1.4e-5 and 7.2e-4 from float32."""
+    """fp16 has three mantissa bits more than bf16. Observed: 1.4e-5 and 7.2e-4 from float32."""
     losses, norms = plain_training(torch.float32)
     run = train("fp16", layout)
     assert set(run.column("loss_scale")) == {2.0**16}
@@ -187,9 +187,9 @@ def test_fp16(train, plain_training, layout):
 
 @pytest.mark.parametrize("layout", FP16_OVERFLOW.values(), ids=FP16_OVERFLOW)
 def test_fp16_overflow(train, plain_training, layout):
-    """An overflowing step changes nothing but the loss scale: the plain loop leaves out the same updates.
+    """An overflowing step changes only the loss scale; the plain loop skips the same updates.
 
-    Seen: 2.7e-5 and 1.7e-3.
+    Observed: 2.7e-5 and 1.7e-3.
     """
     run = train("fp16", layout, change="engine.plugin.INITIAL_LOSS_SCALE = 2.0**20")
     skipped = [norm is None for norm in run.column("grad_norm")]
@@ -213,7 +213,7 @@ def test_fp16_overflow(train, plain_training, layout):
     ids=["zero2", "gemini, 2 ranks", "tensor"],
 )
 def test_initial_weights(pretrain, precision, layout):
-    """Master weights after a step with a learning rate too small to change any of them."""
+    """Master weights after one step keep their initial values, as the learning rate is too small to change them."""
     processes, flags = layout
     run = pretrain(*flags.split(), "-x", precision, "--max_steps", 1, "--lr", "1e-30", "--seed", 7, processes=processes)
     saved = optimizer_states(run.save_dir / "epoch0-step1")

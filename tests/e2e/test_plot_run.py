@@ -36,7 +36,7 @@ def titles(figure) -> list[str]:
     return [axis.get_title() for axis in figure.axes if axis.axison]
 
 
-def test_a_users_command(logs, tmp_path):
+def test_plot_run_as_a_command(logs, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "plot_run.py", logs, "--output", tmp_path / "run.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert f"{logs}: step 3, 1.54k tokens, loss " in done.stdout
@@ -44,7 +44,7 @@ def test_a_users_command(logs, tmp_path):
     assert pyplot.imread(tmp_path / "run.png").shape == (520, 1040, 4)
 
 
-def test_curves_are_the_runs_own(logs, finished_run):
+def test_curves_equal_the_logged_values(logs, finished_run):
     figure = draw([read_run(str(logs))])
     expected = [
         ("loss", "loss"),
@@ -57,7 +57,7 @@ def test_curves_are_the_runs_own(logs, finished_run):
         (line,) = axis.lines
         assert line.get_xdata().tolist() == [1, 2, 3]
         assert line.get_ydata().tolist() == finished_run.column(key)
-    assert titles(figure)[-1].startswith("TFLOPS/GPU")  # a CPU's peak is unknown
+    assert titles(figure)[-1].startswith("TFLOPS/GPU")  # instead of MFU, since a CPU's peak is unknown
 
 
 def test_tensorboard_events_have_the_same_values(logs, tmp_path):

@@ -1,4 +1,4 @@
-"""Behaviour of pretrain.py: its flags, output and files."""
+"""Flags, output and files of pretrain.py."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def test_help_lists_the_flags_but_not_the_older_spellings(capsys):
 # ------------------------------------------------------------------------------------------------------------- outputs
 
 
-def test_what_is_printed(finished_run):
+def test_printed_lines(finished_run):
     for line in (
         f"data: {EPOCH} sequences of {SEQUENCE_LENGTH} tokens",
         "global batch: 8 x 1 accumulated x 1 data-parallel = 8 sequences x 64 tokens = 512 tokens",
@@ -120,7 +120,7 @@ def test_what_is_printed(finished_run):
 
 
 def test_steps_without_a_label(pretrain, sample, sample_tokenizer, tmp_path):
-    """Sequences of two tokens that are the end of one document and the beginning of the next, in the first step too."""
+    """Some two-token sequences, the first step's among them, end one document and begin the next: no label counts."""
     data = tmp_path / "short.jsonl"
     data.write_text("".join(f'{{"text": "{word}"}}\n' for word in ("a", "b", "if", "c", "def", "d")))
     tokenizer, ends = sample_tokenizer, (sample_tokenizer.bos_token_id, sample_tokenizer.eos_token_id)
@@ -138,7 +138,7 @@ def test_steps_without_a_label(pretrain, sample, sample_tokenizer, tmp_path):
     assert states["adam_steps"] == sum(counts[order[step]] for step in range(5))
     logged = plot_run.read_run(str(run.folder / "tb_logs"))
     assert list(logged.curve("step", "loss")[0]) == [step + 1 for step in range(5) if counts[order[step]]]
-    logged.columns["loss"][:] = math.nan  # as where no label has counted yet
+    logged.columns["loss"][:] = math.nan  # as before any label has counted
     plot_run.draw([logged])
     assert "loss" not in plot_run.summary(logged)
 
@@ -163,7 +163,7 @@ def test_tensorboard_has_the_same_curves(finished_run):
         assert [point.value for point in points] == pytest.approx(finished_run.column(key), rel=1e-6)
 
 
-def test_tensorboard_tells_what_was_run(finished_run):
+def test_tensorboard_describes_the_run(finished_run):
     events = EventAccumulator(str(finished_run.folder / "tb_logs")).Reload()
     texts = {
         title: events.Tensors(f"{title}/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -177,7 +177,7 @@ def test_tensorboard_tells_what_was_run(finished_run):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
-def test_secrets_of_the_environment_are_written_nowhere(finished_run):
+def test_secrets_in_the_environment_are_not_written(finished_run):
     files = [path for path in finished_run.folder.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
@@ -237,7 +237,7 @@ def test_dry_run_only_prints(monkeypatch, become_rank_0, capsys, tmp_path, sampl
 
 
 def test_init_from(pretrain, finished_run, sample_dataset):
-    """The first loss is that of the given model; a step without a learning rate leaves its weights as they are."""
+    """The first loss equals the given model's; a step with a negligible learning rate keeps its weights."""
     folder = finished_run.save_dir / "final"
     run = pretrain(
         *("--init_from", folder, "-p", "hybrid_parallel", "--tp", 2, "--pp", 1, "-x", "fp32"),
@@ -288,24 +288,24 @@ def test_divergence_stops_the_run(pretrain):
     last = run.column("step")[-1]
     assert last < 9
     assert run.stderr.count("\n") == 1
-    what = rf"pretrain.py: .* at step {last + 1}, learning rate .*: training stopped; resume with -f "
-    assert re.match(what + re.escape(str(run.save_dir / f"epoch0-step{last}")), run.stderr)
+    message = rf"pretrain.py: .* at step {last + 1}, learning rate .*: training stopped; resume with -f "
+    assert re.match(message + re.escape(str(run.save_dir / f"epoch0-step{last}")), run.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- quickstart
 
 
 def test_quickstart_and_its_printed_command(tmp_path):
-    """In a copy of the repository, as a newcomer runs it; then the command that it shows, copied."""
+    """Run the quickstart in a copy of the repository, then the training command that it prints."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for room in (ROOT / "scripts", *(path.parent for path in ROOT.glob("*/__init__.py"))):
         shutil.copytree(room, tmp_path / room.name, dirs_exist_ok=True)
     env = {"LLAMA_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     with Run(["bash", tmp_path / "scripts" / "quickstart.sh"], tmp_path / "output", env, cwd=tmp_path.parent) as run:
-        assert run.wait(timeout=800) == 0, run.output()  # minutes, and more on a busy machine
+        assert run.wait(timeout=800) == 0, run.output()  # takes minutes, longer on a busy machine
     start, end = map(float, re.search(r"quickstart: loss (\S+) at step 1, (\S+) averaged", run.stdout).groups())
-    assert 8 < start < 8.6  # ln 4096 = 8.3, the loss of a model that knows nothing
+    assert 8 < start < 8.6  # ln 4096 = 8.3, the loss of uniform predictions
     assert end < start - 3
     continuation = run.stdout.rpartition('the model continues "Return the":\n')[2]
     assert continuation.startswith("Return the")
@@ -321,8 +321,8 @@ def test_quickstart_and_its_printed_command(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
-SAID = """
-def said(function):
+PRINT_CALLS = """
+def printed(function):
     def call(*args):
         print("called:", function.__name__, flush=True)
         return function(*args)
@@ -330,12 +330,12 @@ def said(function):
 for owner, name in (
     (training.batches.Batches, "_fetch"), (training.loop, "forward_backward"), (training.loop, "optimizer_step")
 ):
-    setattr(owner, name, said(getattr(owner, name)))
+    setattr(owner, name, printed(getattr(owner, name)))
 """
 
 
-def test_next_steps_data_are_fetched_while_the_device_works_and_none_beyond_the_end(pretrain):
-    run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=SAID)
+def test_the_next_batch_is_prefetched_during_the_backward_pass_except_after_the_last_step(pretrain):
+    run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=PRINT_CALLS)
     calls = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("called:")]
     fetch, compute, update = "_fetch", "forward_backward", "optimizer_step"
     assert calls == [fetch, *[compute, fetch, update] * 2, compute, update]

@@ -1,4 +1,4 @@
-"""The commands of the documentation: their programs exist and take their flags; what costs little is run."""
+"""Commands in the documentation: programs exist and accept the flags; cheap commands are run."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ from launching import ROOT, start_finetune
 
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
-# Of a shell script's own flags, or those of the program that it hands them to.
+# A shell script's own flags, or the program that it passes flags to.
 SHELL_SCRIPTS = {
     "scripts/quickstart.sh": [],
     "scripts/setup.sh": ["--dev"],
@@ -34,11 +34,11 @@ ELSEWHERE = {"source", "pip", "echo", "ssh", "ssh-keygen", "ssh-copy-id", "lm_ev
 
 
 class Accepted(Exception):
-    """A program's parser has taken the flags."""
+    """Raised once a program's parser has accepted the flags."""
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every command line in a block of shell commands, and every one that stands in a sentence, by document."""
+    """Return every command line in a bash block or in backticks, with its document."""
     found = []
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_plain_text_becomes_documents(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     each, split = re.findall(r"`([^`]*jq -Rsc[^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert split == TEXT_TO_JSONL  # which an error message has too
+    assert split == TEXT_TO_JSONL  # an error message quotes it too
     subprocess.run(["bash", "-c", each], cwd=tmp_path, check=True)
     subprocess.run(["bash", "-c", split.replace("FILE", "first.txt")], cwd=tmp_path, check=True)
     made = [resolve_source(str(tmp_path / name)) for name in ("texts.jsonl", "first.txt.jsonl")]
@@ -74,7 +74,7 @@ def test_plain_text_becomes_documents(tmp_path):
 
 @pytest.fixture
 def accept(monkeypatch):
-    """Hands flags to a program of the repository, which gets as far as having parsed them."""
+    """Return a function that runs one of the programs until it has parsed the given flags."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args, **kwargs):
@@ -94,7 +94,7 @@ def accept(monkeypatch):
 
 
 def launched(words: list[str]) -> tuple[str, list[str]]:
-    """The program that a launcher would start, and its flags, once the launcher's own are taken."""
+    """Return the program that a command starts, and its flags without a launcher's."""
     if words[0] == "torchrun":
         taken = parse_torchrun(words[1:])
         return taken.training_script, taken.training_script_args
@@ -105,7 +105,7 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
     return words[1], words[2:]
 
 
-def test_they_are_found():
+def test_commands_are_found():
     lines = [line for _, line in commands()]
     assert len(lines) > 50
     assert sum("-d /data/redpajama" in line for line in lines) == 8
@@ -149,8 +149,8 @@ def test_dry_runs_print_what_the_readme_says(monkeypatch, capsys, command, outpu
     assert output in capsys.readouterr().out
 
 
-def test_the_example_of_fine_tuning(sample, start, tmp_path):
-    """As the README goes: pretrain, fine-tune what `final` holds on questions, evaluate, ask. Learnt by heart."""
+def test_the_fine_tuning_example(sample, start, tmp_path):
+    """Follow the README: pretrain, fine-tune `final` on questions, evaluate, and ask a question that it memorized."""
     with start("-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 4, folder=tmp_path / "pretrained") as run:
         assert run.wait() == 0, run.output()
     program, questions = ROOT / "scripts" / "make_sample_instructions.py", tmp_path / "instructions"
@@ -161,7 +161,7 @@ def test_the_example_of_fine_tuning(sample, start, tmp_path):
         assert run.wait() == 0, run.output()
     assert run.column("loss")[-1] < 0.2 < run.column("loss")[0]
     assert "eval_loss" in run.metrics[-1]
-    assert "left out" not in run.stdout  # train.jsonl and test.jsonl are both used
+    assert "left out" not in run.stdout  # both train.jsonl and test.jsonl are used
     row = json.loads((questions / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
     ask = [sys.executable, ROOT / "scripts" / "generate.py", "--model", run.save_dir / "final", "--temperature", "0"]
     answer = subprocess.run([*ask, "--prompt", row["prompt"]], capture_output=True, text=True, check=True)
@@ -176,7 +176,7 @@ def test_paths_in_links_and_tables_exist():
         for name in re.findall(r"`((?:\w+/)+[\w.]*|\w+\.py)`", text):
             folder = ROOT / name.partition("/")[0]
             if not name.endswith((".py", ".sh", ".sbatch")) and not list(folder.glob("*.py")):
-                continue  # a folder that a program writes
+                continue  # a folder that a program creates
             assert any((place / name).exists() for place in (ROOT, ROOT / "scripts", ROOT / "tests")), name
 
 

@@ -1,4 +1,4 @@
-"""Refusals of the programs as processes: one line, the exit status, and nothing written."""
+"""Refused input, with the programs as processes: one line, the exit status, and nothing written."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def assert_refused(run: Run, expected: str) -> None:
 
 
 def test_exit_status_and_output(tmp_path):
-    """Without --tokenizer and offline: what someone meets who has not read the README."""
+    """A new user may start offline and without --tokenizer."""
     with start_pretrain("-d", tmp_path / "data", folder=tmp_path / "run") as run:
         assert run.wait() == USAGE_ERROR
     assert_refused(run, "--tokenizer: hf-internal-testing/llama-tokenizer ")
@@ -72,8 +72,8 @@ sys.meta_path.insert(0, Hidden())
         ("scripts/generate.py", "packaging", None, "a package cannot be imported (No module named 'packaging'); "),
     ],
 )
-def test_packages_of_other_versions_or_missing(tmp_path, program, package, version, expected):
-    """Found before those that are installed: the description of another version, or none of the package."""
+def test_packages_with_wrong_versions_or_missing(tmp_path, program, package, version, expected):
+    """A folder ahead of the installed packages holds another version's metadata, or hides the package."""
     site = tmp_path / "site"
     site.mkdir()
     if version:
@@ -90,8 +90,8 @@ def test_packages_of_other_versions_or_missing(tmp_path, program, package, versi
     assert sorted(set(tmp_path.rglob("*")) - {run.folder, *run.folder.iterdir()}) == before
 
 
-def test_interrupt_during_the_imports_is_no_missing_package(tmp_path):
-    """An import that a Ctrl-C has cut off may come as an ImportError."""
+def test_interrupt_during_imports_is_not_a_missing_package(tmp_path):
+    """A Ctrl-C during an import may surface as an ImportError."""
     (tmp_path / "peft.py").write_text(
         "try:\n    raise KeyboardInterrupt\nexcept BaseException as e:\n    raise ImportError from e"
     )
@@ -101,7 +101,7 @@ def test_interrupt_during_the_imports_is_no_missing_package(tmp_path):
 
 
 def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
-    """The second rank waits for what the first one prepares."""
+    """The second rank waits for the data that the first one prepares."""
     (tmp_path / "file.jsonl").write_text("{")
     run = pretrain("-p", "zero2", "-d", tmp_path / "file.jsonl", processes=2, check=False)
     assert run.returncode != 0
@@ -120,7 +120,7 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
     ],
 )
 def test_scripts_without_a_place_to_write(finished_run, few_data, script, flags):
-    """A folder that cannot be made, for whatever reason: one line, no traceback."""
+    """A folder that cannot be created is reported in one line without a traceback."""
     places = {"run": finished_run.save_dir, "few": few_data, "locked": "/proc/none"}
     command = [sys.executable, ROOT / "scripts" / script, *flags.format(**places).split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A run that ends and goes on, as planned or not, is the run that never ended."""
+"""Resumed runs, stopped on purpose or not: they equal a run that never stopped."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ from runtime.process import INTERRUPTED
 
 GLOBAL_BATCH = 8
 EPOCHS = 3
-STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # an epoch is three steps; with -i 2, step 2 is inside one and step 6 ends one
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")  # metrics that differ from run to run
+STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
+TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")  # metrics that vary between runs
 
-# Number of processes and flags. Every layout makes the same global batch.
+# Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
     "zero2 fp32": (1, "-x fp32 -p zero2 -b 8"),
     "zero2 bf16": (1, "-x bf16 -p zero2 -b 4 --accumulation_steps 2"),
@@ -31,7 +31,7 @@ LAYOUTS = {
     "gemini bf16": (2, "-x bf16 -p gemini -b 2 --accumulation_steps 2"),
     "hybrid fp32": (4, "-x fp32 -p hybrid_parallel --tp 2 --pp 2 -b 8 --microbatch_size 4"),
     "hybrid bf16": (4, "-x bf16 -p hybrid_parallel --tp 2 --pp 2 -b 8 --microbatch_size 4"),
-    # only to resume in
+    # only to resume with
     "zero2 fp32, 2 ranks": (2, "-x fp32 -p zero2 -b 1 --accumulation_steps 4"),
     "zero2 fp32, accumulating": (1, "-x fp32 -p zero2 -b 2 --accumulation_steps 4"),
     "interleaved fp32": (2, "-x fp32 -p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved -b 8"),
@@ -47,12 +47,12 @@ def train(pretrain, few_data, layout: str, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def whole_run(pretrain, few_data):
-    """The uninterrupted run of a layout, which saves at every second step."""
+    """Return a function that gives the uninterrupted run of a layout, saved at every second step."""
     runs = {}
 
     def whole_run(layout: str):
         if layout not in runs:
-            # A resumed fp16 run starts with the scale that it finds, not with this or its own initial one.
+            # Raised, so that a resumed fp16 run which ignored the saved scale would start with another one.
             change = "engine.plugin.INITIAL_LOSS_SCALE = 2.0**20" if layout.endswith("fp16") else None
             runs[layout] = train(pretrain, few_data, layout, change=change)
         return runs[layout]
@@ -61,13 +61,13 @@ def whole_run(pretrain, few_data):
 
 
 def curve(run, after: int = 0) -> list[dict]:
-    """Return the metrics of the run's steps, to the last digit."""
+    """Return the metrics of each step after `after` that two equal runs share exactly."""
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics]
     return [row for row in rows if row["step"] > after]
 
 
 def assert_same_end(run, whole) -> None:
-    """That the last checkpoints hold the same bits."""
+    """Assert that the last checkpoints are equal to the bit."""
     name = f"epoch{EPOCHS - 1}-step{STEPS}"
     states, expected = (optimizer_states(folder / name) for folder in (run.save_dir, whole.save_dir))
     assert states.keys() == expected.keys()
@@ -126,7 +126,7 @@ def test_resume_with_dropout_is_exact(pretrain, few_data, tmp_path, processes, f
         assert without.column("loss") != whole.column("loss")[:1]
 
 
-# Every file of a checkpoint takes a while, and training fails meanwhile.
+# Writes each file of a checkpoint slowly, and makes training fail meanwhile.
 ERROR_WHILE_SAVING = """
 import time
 write_tensors = checkpointing.writer.write_tensors
@@ -155,8 +155,8 @@ def test_an_error_in_training_does_not_cost_the_checkpoint_in_flight(pretrain, f
     assert (run.save_dir / "epoch0-step2" / "manifest.json").is_file()
 
 
-def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sample, tmp_path):
-    """The steps up to there are saved, and the run goes on in the corrected file, whose size differs."""
+def test_a_stream_with_a_broken_row_resumes_once_the_row_is_corrected(pretrain, sample, tmp_path):
+    """The steps before the row are saved; the run resumes from the corrected file, whose size differs."""
     data = tmp_path / "rows.jsonl"
     texts = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
     rows = [json.dumps({"text": text[:250]}) for text in texts[:24]]
@@ -172,7 +172,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     saved = broken.save_dir / f"epoch0-step{step}"
     assert "rows.jsonl, line 13: not valid JSON" in broken.stderr
     assert f"; resume with -f {saved}" in broken.stderr
-    assert broken.stderr.count("Traceback") == 1  # torchrun's
+    assert broken.stderr.count("Traceback") == 1  # from torchrun
 
     data.write_text("\n".join(rows) + "\n")
     refused = pretrain(*flags, "-f", "latest", folder=broken.folder, check=False)
@@ -182,7 +182,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     assert curve(run) == curve(whole)
 
 
-# Kills the loader processes of rank {rank} when step 2 has been logged, as the kernel does where memory runs out.
+# Kills the loader processes of rank {rank} after step 2 is logged, as the kernel does when memory runs out.
 LOADER_KILLED = """
 import multiprocessing
 log = metrics.Metrics.log
@@ -196,8 +196,8 @@ metrics.Metrics.log = log_and_kill
 
 
 @pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
-def test_a_loader_process_that_is_killed_costs_no_step(pretrain, few_data, processes, rank):
-    """All ranks train on and save the data read before."""
+def test_a_killed_loader_process_costs_no_step(pretrain, few_data, processes, rank):
+    """All ranks train on the batches read before and save."""
     flags = ["-d", few_data, "-p", "zero2", "-x", "fp32", "-b", 2 // processes, "--max_steps", 36, "-e", 3, "-i", 100]
     flags += ["--num_workers", 1]
     whole = pretrain(*flags, processes=processes)
@@ -207,14 +207,14 @@ def test_a_loader_process_that_is_killed_costs_no_step(pretrain, few_data, proce
     saved = killed.save_dir / f"epoch{(step - 1) // 12}-step{step}"
     assert "was killed by SIGKILL; out of host memory?; resume with -f" in killed.stderr
     assert f"resume with -f {saved}" in killed.stderr
-    assert killed.stderr.count("Traceback") == processes - 1  # torchrun's
+    assert killed.stderr.count("Traceback") == processes - 1  # from torchrun
     run = pretrain(*flags, "-f", saved, folder=killed.folder, processes=processes)
     assert curve(run) == curve(whole)
     assert run.column("step") == list(range(1, 37))
 
 
 def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
-    """A checkpoint of a resumed run is worth as much as one of the first; a run that has ended writes `final` anew."""
+    """A resumed run's checkpoint can be resumed too; resuming a finished run writes `final` again."""
     whole = whole_run("zero2 bf16")
     folder = train(
         pretrain, few_data, "zero2 bf16", change=SIGNAL.format(name="SIGTERM", step=2, rank=0), check=False
@@ -235,7 +235,7 @@ def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
 @pytest.mark.parametrize(
     ("layout", "other", "tolerance"),
     [
-        # The first loss depends on the restored weights and data alone, the later ones on Adam's moments too.
+        # The first loss depends only on the restored weights and data, later ones also on Adam's moments.
         ("hybrid fp32", "zero2 fp32, accumulating", 2e-6),
         ("zero2 fp32", "zero2 fp32, 2 ranks", 2e-6),
         ("zero2 fp32", "tensor fp32", 2e-6),
@@ -246,7 +246,7 @@ def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
     ],
 )
 def test_resume_in_another_layout(pretrain, few_data, whole_run, layout, other, tolerance):
-    """Tolerances: test_parity.py."""
+    """The tolerances are those of test_parity.py."""
     whole = whole_run(layout)
     run = train(pretrain, few_data, other, "-f", whole.save_dir / "epoch0-step2")
     for key in ("step", "epoch", "tokens", "lr"):
@@ -268,7 +268,7 @@ MATRIX = {
 
 @pytest.mark.matrix
 def test_resume_of_every_plugin_in_every_other(pretrain, few_data):
-    """In bf16, at the learning rate of a real run. Prints the table of the largest differences in the loss."""
+    """Print a table of the largest differences in the loss, in bf16 with the learning rate of a real run."""
     flags = ["-d", few_data, "-e", EPOCHS, "-x", "bf16", "-i", 2, "--lr", "1e-3"]
     runs = {name: pretrain(*flags, *layout.split(), processes=ranks) for name, (ranks, layout) in MATRIX.items()}
     largest = 0
@@ -288,7 +288,7 @@ def test_resume_of_every_plugin_in_every_other(pretrain, few_data):
 
 
 def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, cache_dir):
-    """Split over four ranks, saved, and loaded by transformers, it has the loss that the run goes on with."""
+    """A model saved by four ranks and loaded by transformers has the next loss of the run."""
     run = whole_run("hybrid fp32")
     model = AutoModelForCausalLM.from_pretrained(run.save_dir / "epoch0-step2" / "model")
     dataset = PackedDataset(prepare_dataset(str(few_data), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
@@ -298,7 +298,7 @@ def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, c
     assert loss == pytest.approx(run.column("loss")[2], rel=2e-6)
 
 
-# Sends a signal to the process of one rank when a step has been logged.
+# Sends a signal to one rank after a step is logged.
 SIGNAL = """
 log = metrics.Metrics.log
 def log_and_signal(self, values):
@@ -310,12 +310,12 @@ metrics.Metrics.log = log_and_signal
 
 
 def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):
-    """The steps after the last checkpoint are done again; a newer folder that is incomplete is passed over."""
+    """Steps after the last checkpoint are repeated; a newer, incomplete folder is skipped."""
     whole = whole_run("zero2 bf16")
     killed = train(pretrain, few_data, "zero2 bf16", change=SIGNAL.format(name="SIGKILL", step=7, rank=0), check=False)
     assert killed.returncode == -signal.SIGKILL
     assert curve(killed) == curve(whole)[:7]
-    last = max(killed.save_dir.glob("epoch1-step*"))  # that of step 6 may have been in flight
+    last = max(killed.save_dir.glob("epoch1-step*"))  # step 6's may not have been finished
     incomplete = killed.save_dir / "epoch2-step8"
     shutil.copytree(last, incomplete)
     os.truncate(next((incomplete / "optimizer").iterdir()), 100)
@@ -328,13 +328,13 @@ def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):
 
 
 def test_signal_to_one_rank(pretrain, few_data, whole_run):
-    """All ranks stop after the same step, save, and leave a model that loads; the rest of the run then follows."""
+    """All ranks stop after the same step and save a model that loads; a resumed run takes the remaining steps."""
     whole = whole_run("gemini bf16")
     stopped = train(
         pretrain, few_data, "gemini bf16", change=SIGNAL.format(name="SIGUSR1", step=4, rank=1), check=False
     )
     assert stopped.returncode != 0
-    assert f"exitcode  : {INTERRUPTED}" in stopped.stderr  # torchrun's report; its own status is 1
+    assert f"exitcode  : {INTERRUPTED}" in stopped.stderr  # in torchrun's report; torchrun exits with 1
     assert curve(stopped) == curve(whole)[:5]
     AutoModelForCausalLM.from_pretrained(stopped.save_dir / "final")
 
@@ -346,7 +346,7 @@ def test_signal_to_one_rank(pretrain, few_data, whole_run):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_terminate(start, processes):
-    """SIGTERM from outside, to the program or to its launcher, as a cluster's scheduler sends it."""
+    """A cluster's scheduler sends SIGTERM to the program or to its launcher."""
     with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000, processes=processes) as run:
         run.wait_until(lambda: len(run.metrics) >= 3, "the third step")
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -367,14 +367,14 @@ def test_terminate(start, processes):
         "--streaming --shuffle_buffer 8 --document_mask",
     ],
 )
-def test_other_ranks_and_accumulation_go_on_with_the_same_sequences(pretrain, flags):
-    """Orders other than the default one: a step more or less, or a sequence twice, would be another loss."""
+def test_other_ranks_and_accumulation_resume_with_the_same_sequences(pretrain, flags):
+    """Try other orders than the default; a lost, extra or repeated sequence would change the loss."""
     flags = ["-p", "zero2", "-x", "fp32", "--max_steps", 6, "-i", 2, "--lr", "1e-2", *flags.split()]
     whole = pretrain(*flags, "-b", 8)
     run = pretrain(*flags, "-b", 2, "--accumulation_steps", 2, "-f", whole.save_dir / "epoch0-step2", processes=2)
     assert run.column("step") == [3, 4, 5, 6]
     assert run.column("loss") == pytest.approx(whole.column("loss")[2:], rel=2e-6)
     if "--eval_fraction" in flags:
-        evaluated = [[row["eval_loss"] for row in which.metrics if row["step"] in (4, 6)] for which in (run, whole)]
+        evaluated = [[row["eval_loss"] for row in each.metrics if row["step"] in (4, 6)] for each in (run, whole)]
         assert evaluated[0] == pytest.approx(evaluated[1], rel=2e-6)
         assert len(evaluated[0]) == 2

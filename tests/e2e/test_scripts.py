@@ -1,4 +1,4 @@
-"""Shell scripts for benchmarks and recipes, run as users run them, on a small model."""
+"""Shell scripts of benchmarks and recipes, run as users do, on a small model."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run_script(tmp_path):
 
 @pytest.fixture
 def without_program(tmp_path) -> dict[str, str]:
-    """Return the environment of an interpreter that prints a program's arguments instead of running it."""
+    """Return an environment whose interpreter prints a program's arguments instead of running it."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(
@@ -125,7 +125,7 @@ def test_accumulation_reaches_the_batch_of_the_recipe(script, gpus, flags, steps
     assert run.stderr == ""
 
 
-def test_a_batch_that_does_not_divide_is_rounded_and_reported(run_script, without_program):
+def test_an_indivisible_batch_is_rounded_and_reported(run_script, without_program):
     run = run_script("pretrain_7B.sh", NPROC_PER_NODE="12", **without_program)
     assert "--accumulation_steps\n21\n" in run.stdout
     assert run.stderr == "pretrain_7B: 4128768 tokens per step, as close to 4194304 as GPUs and flags allow\n"
@@ -161,7 +161,7 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
     assert message in line
 
 
-def test_hosts_beside_the_script_are_used(tmp_path, without_program):
+def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
     """Use a copy of the scripts, so that no hosts.txt is left in the repository."""
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
     content = "\ufeff# the cluster\r\nroot@node1 # rank 0\r\n\r\nnode2"
@@ -200,7 +200,7 @@ exit "$status"
 
 
 def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, sample, cache_dir):
-    """Replace Slurm's commands by ones that start two ranks here, and send them the signal that Slurm sends."""
+    """Replace Slurm's commands by ones that start two ranks here, and send the signal that Slurm sends."""
     (tmp_path / "bin").mkdir()
     for name, text in SLURM_COMMANDS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")

@@ -1,4 +1,4 @@
-"""Security: foreign files are data, never code; hosts get neither code in names nor secrets."""
+"""Security: files of others never run as code, host names never become commands, secrets are not sent."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from scripts.run_on_hosts import Host, forwarded
 
 
 class Code:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -33,7 +33,7 @@ class TestFoldersOfOthers:
 
     @pytest.fixture
     def folder(self, finished_run, marker, tmp_path):
-        """A model whose configuration and tokenizer ask for code next to them."""
+        """Return a model folder whose configuration and tokenizer refer to code beside them."""
         folder = shutil.copytree(finished_run.save_dir / "final", tmp_path / "model")
         (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
         for name, entries in (
@@ -58,7 +58,7 @@ class TestFoldersOfOthers:
             load_tokenizer(str(folder))
 
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_a_pickle_is_weights_or_nothing(self, monkeypatch, folder, marker, zipped):
+    def test_a_pickle_that_is_not_weights_is_refused(self, monkeypatch, folder, marker, zipped):
         for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
             path.unlink()
         if zipped:

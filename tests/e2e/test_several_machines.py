@@ -1,4 +1,4 @@
-"""Training on two hosts, each with its own address, name, home and ssh server; and reports of a host's failure."""
+"""Training, and failures, on two hosts that each have their own address, name, home and ssh server."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ ODD = {"BASH_FUNC_greet%%": "() { echo hello\n}", "OMP_ODD": "späce 'and' \"$HO
 
 @pytest.fixture
 def cluster(machines, sample, tmp_path):  # noqa: F811
-    """Runs on the two hosts; the default cache is in each host's own home."""
+    """Return the two hosts as a cluster; each host keeps the default cache in its own home."""
     return Cluster(machines, sample, tmp_path)
 
 
@@ -48,7 +48,7 @@ class Cluster:
 
 
 def torchrun(cluster, *flags):
-    """Start torchrun on each host, as one does by hand or through a scheduler."""
+    """Start torchrun on each host, as users do by hand or through a scheduler."""
     rendezvous = ["--master_addr", NAMES[0], "--master_port", 29501]
     for number, host in enumerate(cluster.hosts):
         command = [*TORCHRUN, "--node_rank", number, *rendezvous, "pretrain.py", *cluster.flags, *flags]
@@ -56,7 +56,7 @@ def torchrun(cluster, *flags):
 
 
 def test_training_and_resuming(cluster):
-    """Start through ssh, resume under torchrun. Each host has its own home, and therefore its own cache."""
+    """Start through ssh and resume under torchrun. Each host has its own home, hence its own cache."""
     with cluster.launch("--max_steps", 3, **ODD) as run:
         assert run.wait() == 0, run.output()
     assert "plugin: zero2, 2 data-parallel" in run.stdout
@@ -75,7 +75,7 @@ def test_training_and_resuming(cluster):
 
 
 def test_environment_of_the_hosts(cluster):
-    """They get the variables that concern training, whatever their values; no others, and none on a command line."""
+    """Hosts get the variables that concern training, whatever their values, no others, and none on a command line."""
     program = cluster.folder / "show.py"
     program.write_text("import os, sys; print(sys.argv[1:], {k: os.environ.get(k) for k in ('OMP_ODD', 'SECRET')})")
     command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", cluster.hostfile, program]
@@ -107,7 +107,7 @@ def test_hosts_that_cannot_be_used(cluster):
 
 
 def test_killed_rank(cluster):
-    """The other host stops too, one line names the host, no process is left, and the run resumes."""
+    """The other host stops too, one line names the host, no process remains, and the run resumes."""
     with cluster.launch("-e", 1000, "-i", 2) as run:
         run.wait_until(lambda: len(run.metrics) >= 4, "the fourth step")
         cluster.second.processes("pretrain.py", "-c")[0].kill()
@@ -127,17 +127,17 @@ def test_killed_rank(cluster):
 
 
 def test_killed_rank_under_torchrun(cluster):
-    """Only the ranks themselves connect the two hosts."""
+    """Nothing connects the two hosts except their ranks."""
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(run) for run in torchrun(cluster, "-e", 1000)]
         runs[0].wait_until(lambda: "step 1/" in runs[0].stdout, "the first step")
-        cluster.second.processes("pretrain.py", "-c")[1].kill()  # after torchrun itself
+        cluster.second.processes("pretrain.py", "-c")[1].kill()  # [0] is torchrun
         assert [run.wait() for run in runs] == [1, 1], [run.output() for run in runs]
     assert "pretrain.py: rank 0 lost the connection to node2 (10.77.0.2): a rank there has ended" in runs[0].stderr
 
 
 def test_killed_launcher(cluster):
-    """The hosts notice, and the run saves and ends on all of them."""
+    """The hosts notice, and the run saves and ends on both."""
     with cluster.launch("-e", 1000) as run:
         run.wait_until(lambda: len(run.metrics) >= 2, "the second step")
         cluster.launcher().kill()
@@ -147,7 +147,7 @@ def test_killed_launcher(cluster):
 
 
 def test_problem_of_one_host(cluster):
-    """Only node2 lacks the tokenizer: it says so itself, and the other host soon stops waiting."""
+    """Only node2 lacks the tokenizer and reports it; the other host soon stops waiting."""
     mount = ["mount", "-t", "tmpfs", "none", cluster.tokenizer]
     cluster.second.call(*mount)
     try:
@@ -161,7 +161,7 @@ def test_problem_of_one_host(cluster):
 
 
 def test_doctor(cluster):
-    """It reports that the same path is a different folder on the two hosts."""
+    """The doctor reports that one path is a different folder on each host."""
     shared = cluster.folder / "shared"
     shared.mkdir()
     cluster.second.call("mount", "-t", "tmpfs", "none", shared)
@@ -175,7 +175,7 @@ def test_doctor(cluster):
 
 
 def test_plain_colossalai_run(cluster):
-    """ColossalAI's own launcher unchanged: it needs torchrun in PATH, and the key in the default place."""
+    """ColossalAI's own launcher works too; it needs torchrun in PATH and the key in the default place."""
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     command = ["colossalai", "run", "--nproc_per_node", 1, "--hostfile", cluster.hostfile, "pretrain.py"]
     environment = {"PATH": path, **GLOO}

@@ -1,4 +1,4 @@
-"""Writers of the same rows in every container that the programs read."""
+"""Writers of rows in every file format that the programs read."""
 
 import gzip
 import json
@@ -67,20 +67,20 @@ def as_saved_splits(rows: Rows, schema: pa.Schema, folder: Path) -> str:
     return str(folder / "rows")
 
 
-def _picked(rows: Rows, schema: pa.Schema) -> datasets.Dataset:
-    """Write the rows twice, and let a filter and a selection leave the second half in the order of the first."""
+def _selection(rows: Rows, schema: pa.Schema) -> datasets.Dataset:
+    """Return the rows as a filtered and reordered view of a larger data set."""
     twice = _dataset([*rows, *reversed(rows)], schema).add_column("kept", [False] * len(rows) + [True] * len(rows))
     kept = twice.filter(lambda kept: kept, input_columns="kept")
     return kept.select(range(len(rows) - 1, -1, -1)).remove_columns("kept")
 
 
 def as_saved_selection(rows: Rows, schema: pa.Schema, folder: Path) -> str:
-    _picked(rows, schema).save_to_disk(folder / "rows")
+    _selection(rows, schema).save_to_disk(folder / "rows")
     return str(folder / "rows")
 
 
 def as_old_saved_selection(rows: Rows, schema: pa.Schema, folder: Path) -> str:
-    """Save a selection as `datasets` 1 did: all the data, and the numbers of the selected rows."""
+    """Save a selection as `datasets` 1 did: all rows, and the indices of the selected ones."""
     saved = folder / "rows"
     _dataset([*rows, *reversed(rows)], schema).save_to_disk(saved, num_shards=2)
     indices = pa.table({"indices": pa.array(range(2 * len(rows) - 1, len(rows) - 1, -1), pa.uint64())})
@@ -113,7 +113,7 @@ LOCAL = (
 
 @contextmanager
 def as_hub(rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[str]:
-    """Serve the rows as Parquet; yields the name of the data set."""
+    """Serve the rows as Parquet on a hub; yield the name of the data set."""
     content = Path(as_parquet(rows, schema, folder)).read_bytes()
     repositories = {"someone/rows": Branches({"main": {"rows.parquet": content}})}
     with HubServer(repositories) as server, pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def as_hub(rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def opened(container: Callable, rows: Rows, schema: pa.Schema, folder: Path) -> Iterator[Source]:
-    """Write rows into a container in this folder; yields the source that `--dataset` finds there."""
+    """Write rows in a format into `folder`; yield the source that `--dataset` finds there."""
     folder.mkdir(parents=True, exist_ok=True)
     found = container(rows, schema, folder)
     with nullcontext(found) if isinstance(found, str) else found as name:

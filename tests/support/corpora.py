@@ -1,4 +1,4 @@
-"""Small corpora, prepared folders, a slow and obvious reference for their tokens, and Python programs."""
+"""Small corpora, prepared folders, a slow and obvious reference for their tokens, and child processes."""
 
 import inspect
 import itertools
@@ -44,13 +44,13 @@ def stream_of(folder):
 
 
 def documents_of(stream, bos):
-    """The documents of a stream, sorted, since slices reorder them."""
+    """Return the documents of a stream, sorted, since slices reorder them."""
     starts = [place for place, token in enumerate(stream) if token == bos]
     return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
 
 
 def reference_stream(tokenizer, texts):
-    """The tokens of the texts by SentencePiece alone."""
+    """Return the tokens of the texts by plain SentencePiece."""
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
     stream = []
     for text in texts:
@@ -60,7 +60,7 @@ def reference_stream(tokenizer, texts):
 
 
 def error_of(function, *arguments, **options):
-    """The single line of the InputError that a call ends in."""
+    """Return the single line of the InputError that a call raises."""
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -74,12 +74,12 @@ def run_python(code, *arguments, **environment):
 
 
 def files_of(folder):
-    """The content of a prepared folder's shards and manifest, by name."""
+    """Return the contents of a prepared folder's shards and manifest, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def prepare_in_units(folder, tokenizer, monkeypatch):
-    """A folder prepared in several units, and the function that prepares what is missing in it."""
+    """Return a folder prepared in several units, and a function that prepares missing parts of it again."""
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", 1000)
     write_jsonl(folder / "x.jsonl", [{"text": f"row {i} " * 9} for i in range(60)])
     encoder = TextEncoder(tokenizer)
@@ -92,7 +92,7 @@ def prepare_in_units(folder, tokenizer, monkeypatch):
 
 
 def write_slow_source(folder):
-    """A file that takes a few seconds to tokenize."""
+    """Write a file that takes a few seconds to tokenize."""
     return write_jsonl(folder / "slow.jsonl", [{"text": inspect.getsource(pydoc)[i * 10 :]} for i in range(160)])
 
 
@@ -117,10 +117,10 @@ def run_to_the_end(code, *arguments):
     return Path(output.splitlines()[-1])
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, what="", seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, what
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback: its API, and files that can be downloaded from any byte on.
+"""Stand-in for the Hugging Face hub on loopback: its API, and downloads that can start at any byte.
 
 It follows https://huggingface.co/docs/hub/api and huggingface_hub's own client.
 """
@@ -20,7 +20,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass
 class Branches:
-    """A repository of a data set or model: the files of each branch, as bytes by path."""
+    """Repository of a data set or model: the files of each branch, as bytes by path."""
 
     branches: dict[str, dict[str, bytes]]
     gated: bool = False
@@ -35,16 +35,16 @@ class Branches:
 
 @dataclass
 class HubServer:
-    """Serves `repositories` by name, and `files` by path as another web server would.
+    """Server of `repositories` by name, and of `files` by path as another web server would.
 
     Attributes:
         requests: (method, path, Range header) of every request so far.
         tokens: (path, Authorization header) of every request so far.
-        break_off: paths whose next download ends after this many bytes.
-        failures: the statuses of the next answers, by (method, path).
-        without_length: paths of files that are sent in chunks, without their length.
+        break_off: the number of bytes after which the next download of a path breaks off.
+        failures: HTTP statuses of the next responses, by (method, path).
+        without_length: paths of files that are sent in chunks, without a length.
         without_version: send `files` without an ETag.
-        hangs_up: end every connection without an answer.
+        hangs_up: close every connection without a response.
     """
 
     repositories: dict[str, Branches] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, name, what, revision):
         repository = self.hub.repositories.get(name)
-        if not repository:  # the hub tells users who are not logged in 401, as for a private one
+        if not repository:  # the hub answers 401 to users who are not logged in, as for a private repository
             self._answer(401, {"error": "Repository not found"}, error="RepoNotFound")
         elif what == "/auth-check":
             self._answer(*((403, {"error": "gated"}, "GatedRepo") if repository.gated else (200, {}, None)))

@@ -1,4 +1,4 @@
-"""Rows of fine-tuning, encoded, written to a file, and prepared."""
+"""Rows for fine-tuning: encoded, written to a file, and prepared."""
 
 import json
 
@@ -27,7 +27,7 @@ def write_rows(path, rows):
 
 
 def prepare_rows(folder, rows, max_length=64, train_on_prompt=False, *, tokenizer):
-    """The prepared folder of the rows. They are written to a file named by their number, unless it is there."""
+    """Return the prepared folder of the rows; reuse the file of as many rows if it exists."""
     path = folder / f"rows-{len(rows)}.jsonl"
     source = resolve_source(str(path)) if path.exists() else write_rows(path, rows)
     return prepare_examples(source, ExampleEncoder(tokenizer, PROMPTED, max_length, train_on_prompt), folder / "cache")

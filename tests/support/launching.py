@@ -1,4 +1,4 @@
-"""Starts pretrain.py as its users do, in processes of its own, and leaves none of them behind."""
+"""Runs of the programs in real processes, started as users start them; none outlives its test."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 240
 POLL_SECONDS = 0.05
-MARK = "LLAMA_TEST_RUN"  # in the environment of every process of a run, wherever its launcher has put it
+MARK = "LLAMA_TEST_RUN"  # set in the environment of every process of a run, whoever started it
 
-# pretrain.py with something changed: what a test cannot ask for on the command line.
+# pretrain.py with a change that no flag makes.
 CHANGED_PROGRAM = """\
 import sys
 sys.path.insert(0, {root!r})
@@ -34,18 +34,18 @@ process.run(pretrain.main, "pretrain.py")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 class Run:
-    """A started command. Leaving its context kills what is left of it.
+    """A started command. Leaving its context kills its remaining processes.
 
     Attributes:
-        folder: where its output goes, and by default its `checkpoint` and `tb_logs`.
-        returncode: exit status of the command (of the launcher, where there is one), or None while it runs.
+        folder: holds stdout and stderr, and by default `checkpoint` and `tb_logs`.
+        returncode: exit status of the command (or its launcher); None while it runs.
     """
 
     def __init__(self, command: list, folder: Path, env: dict[str, str] | None = None, cwd: Path = ROOT):
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict]:
-        """The whole lines of metrics.jsonl."""
+        """The complete rows of metrics.jsonl."""
         path = self.folder / "tb_logs" / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -93,7 +93,7 @@ class Run:
         return [row[key] for row in self.metrics]
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of the run, orphans and those in sessions of their own too."""
+        """Return every living process of the run, including orphans and processes in sessions of their own."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -110,7 +110,7 @@ class Run:
             time.sleep(POLL_SECONDS)
 
     def wait(self, timeout: float = TIMEOUT_SECONDS) -> int:
-        """The exit status, once the command and every process that it started have ended."""
+        """Wait until the command and every process that it started have ended, and return the exit status."""
         self.wait_until(lambda: self.returncode is not None, "the command's end", timeout)
         self.wait_until(lambda: not self.processes(), "the end of all its processes", timeout=20)
         return self.returncode
@@ -119,9 +119,9 @@ class Run:
         return f"exit status {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-6000:]}"
 
 
-def start_finetune(*args, folder: Path, processes: int = 1) -> Run:
-    """Starts finetune.py as `start_pretrain` does pretrain.py."""
-    return start_pretrain(*args, folder=folder, processes=processes, program="finetune.py")
+def start_finetune(*args, folder: Path, processes: int = 1, env: dict[str, str] | None = None) -> Run:
+    """Start finetune.py as `start_pretrain` starts pretrain.py."""
+    return start_pretrain(*args, folder=folder, processes=processes, env=env, program="finetune.py")
 
 
 def start_pretrain(
@@ -132,7 +132,7 @@ def start_pretrain(
     change: str | None = None,
     program: str = "pretrain.py",
 ) -> Run:
-    """Starts pretrain.py with checkpoints and logs in `folder`, under torchrun for several processes.
+    """Start pretrain.py with checkpoints and logs in `folder`, under torchrun if `processes` > 1.
 
     Args:
         change: Python statements that run after the imports of pretrain.py and before its main().
@@ -148,7 +148,7 @@ def start_pretrain(
 
 
 def optimizer_states(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Master weights and Adam moments in a checkpoint, by `PARAMETER.master`, `.exp_avg` and `.exp_avg_sq`."""
+    """Return a checkpoint's master weights and Adam moments by `PARAMETER.master`, `.exp_avg`, `.exp_avg_sq`."""
     states = {}
     for file in sorted((checkpoint / "optimizer").iterdir()):
         states.update(load_file(file))

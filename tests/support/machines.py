@@ -1,18 +1,18 @@
 """Hosts of a small cluster on one machine: namespaces with their own address, name, processes, home and ssh server.
 
-A host vanishes with the process that holds its namespaces, and with it every process started there.
+Killing the process that holds a host's namespaces ends the host and every process on it.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from corpora import wait_until
 from launching import ROOT, Run
 
 NAMES = ("node1", "node2")
@@ -34,7 +34,8 @@ exec "$(command -v sshd)" -D -e -f /dev/null -o HostKey="$2/host_key" -o Authori
 """
 
 
-def _why_not() -> str | None:
+def _obstacle() -> str | None:
+    """Return the reason why this machine cannot run such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -51,7 +52,7 @@ def _call(*command) -> None:
 
 
 class Machine:
-    """One host. Its root logs in to the others with the key in its home; the file system is otherwise shared."""
+    """One host. Its root user logs in to the others with the key in its home; other files are shared."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.home = name, folder / "home"
@@ -59,7 +60,7 @@ class Machine:
         self.log = folder / "sshd.log"
         with open(self.log, "wb") as log:
             self.holder = subprocess.Popen([*NAMESPACES, *boot], stdout=log, stderr=log)
-        _wait_until(lambda: psutil.Process(self.holder.pid).children(), "the namespaces")
+        wait_until(lambda: psutil.Process(self.holder.pid).children(), "the namespaces")
         self.init = psutil.Process(self.holder.pid).children()[0].pid
 
     def is_up(self) -> bool:
@@ -79,7 +80,7 @@ class Machine:
         _call(*self.command(*command))
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Return the processes of this host with all of `words` on their command lines."""
+        """Return the processes of this host whose command lines have all of `words`."""
         namespace, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
         for process in psutil.process_iter():
             try:
@@ -95,17 +96,10 @@ class Machine:
         self.holder.wait()
 
 
-def _wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory) -> list[Machine]:
-    """Two hosts, node1 and node2, joined by a cable."""
-    if reason := _why_not():
+    """Yield two hosts, node1 and node2, connected by a virtual cable."""
+    if reason := _obstacle():
         pytest.skip(reason)
     root = tmp_path_factory.mktemp("hosts")
     _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / "key")
@@ -130,7 +124,7 @@ def machines(tmp_path_factory) -> list[Machine]:
             machine.call("ip", "addr", "add", f"10.77.0.{number}/24", "dev", INTERFACE)
             machine.call("ip", "link", "set", INTERFACE, "up")
         for machine in started:
-            _wait_until(machine.is_up, f"the ssh server of {machine.name}")
+            wait_until(machine.is_up, f"the ssh server of {machine.name}")
         yield started
     finally:
         for machine in started:

@@ -1,4 +1,4 @@
-"""Runs small programs of a test in a process of their own."""
+"""Small programs that a test runs in a process of their own."""
 
 import os
 import subprocess

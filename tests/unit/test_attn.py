@@ -1,4 +1,4 @@
-"""Attention: the choice of kernel, and the model under each against LLaMA written out in float64.
+"""Attention: the choice of kernel, and the model with each kernel against LLaMA written out in float64.
 
 Shapes: B batch, S sequence, H heads, D head dimension.
 """
@@ -29,7 +29,7 @@ VOCAB = 1024
 
 
 def weights_of(config, dtype=torch.float32):
-    """Seeded weights, large enough that attention is far from uniform."""
+    """Return seeded weights, large enough that attention is far from uniform."""
     scale = {"q_proj": 8.0, "k_proj": 8.0}
     return {
         spec.name: (initial_weight(spec, config, 0, CPU) * scale.get(spec.name.split(".")[-2], 1.0)).to(dtype)
@@ -38,7 +38,7 @@ def weights_of(config, dtype=torch.float32):
 
 
 def rotate(states, theta):
-    """RoPE as the rotation of complex numbers, of states [B, H, S, D] with the real halves first (RoFormer, eq. 13)."""
+    """Apply RoPE to states [B, H, S, D], real halves first, by rotating complex numbers (RoFormer, eq. 13)."""
     real, imaginary = states.chunk(2, dim=-1)
     frequencies = theta ** (-torch.arange(real.shape[-1], dtype=torch.float64) / real.shape[-1])
     angles = torch.outer(torch.arange(states.shape[2], dtype=torch.float64), frequencies)
@@ -47,7 +47,7 @@ def rotate(states, theta):
 
 
 def reference_logits(config, weights, tokens):
-    """LLaMA's forward pass after its paper, in float64, with nothing of transformers in it."""
+    """Return the logits [B, S, V] of LLaMA's paper in float64, without code of transformers."""
 
     def normalized(states, name):
         return weights[name] * states / (states.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -122,7 +122,7 @@ class TestSelectAttention:
         assert chosen == f"attention: {line} documents"
         assert config._attn_implementation == kernel
 
-    def test_a_kernel_without_dropout_is_not_taken_for_one_with(self, monkeypatch):
+    def test_a_kernel_without_dropout_is_not_chosen_when_dropout_is_set(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         config = load_config("test")
         config.torch_dtype, config.attention_dropout = torch.bfloat16, 0.1
@@ -151,7 +151,7 @@ class TestKernels:
         assert relative_error(logits, expected) < 2e-6
         for name, parameter in model.named_parameters():
             if length == 1 and ("q_proj" in name or "k_proj" in name):
-                continue  # one position attends to itself alone, whatever the query and key
+                continue  # a single position attends only to itself, whatever query and key are
             assert relative_error(parameter.grad, weights[name].grad) < 2e-5, name
 
     def test_a_later_token_does_not_reach_an_earlier_position(self, kernel):
@@ -162,16 +162,16 @@ class TestKernels:
         assert_causal(lambda tokens: model(tokens).logits)
 
 
-DOCUMENTS = ([1, 40, 2, 88], [131])  # tokens of each document in two sequences; 131 is odd and above a kernel's block
+DOCUMENTS = ([1, 40, 2, 88], [131])  # lengths in two sequences; 131 is odd and exceeds a kernel's block
 
 
 class TestDocuments:
-    """Attention inside documents against the reference run on each of them alone."""
+    """Attention inside documents, against the reference run on each document separately."""
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("kernel", [EAGER, TORCH_FUSED])
-    def test_equal_each_document_alone(self, kernel, kv_heads, checkpointing):
+    def test_equals_separate_documents(self, kernel, kv_heads, checkpointing):
         errors = document_errors(kernel, kv_heads, CPU, torch.float32, checkpointing)
         assert errors.pop("logits") < 2e-6
         assert max(errors.values()) < 2e-5, errors
@@ -179,7 +179,7 @@ class TestDocuments:
     @pytest.mark.gpu
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_variable_length_kernel_equals_them_too(self, kv_heads, dtype):
+    def test_variable_length_kernel_equals_separate_documents(self, kv_heads, dtype):
         errors = document_errors(VARIABLE_LENGTH, kv_heads, torch.device("cuda"), dtype)
         masked = document_errors(EAGER, kv_heads, torch.device("cuda"), dtype)
         for name, error in errors.items():
@@ -193,7 +193,7 @@ class TestDocuments:
 
 
 def document_errors(kernel, kv_heads, device, dtype, checkpointing=False):
-    """Relative error of the logits and of every gradient."""
+    """Return the relative error of the logits and of every gradient."""
     config = load_config("test")
     config.max_position_embeddings, config.num_key_value_heads = 131, kv_heads
     config._attn_implementation = kernel
@@ -208,7 +208,7 @@ def document_errors(kernel, kv_heads, device, dtype, checkpointing=False):
     tokens, positions = random_tokens(2, 131), torch.stack([positions_of(lengths) for lengths in DOCUMENTS])
     cotangent = torch.randn(2, 131, VOCAB, generator=torch.Generator().manual_seed(2)).to(dtype)
 
-    expected = torch.stack([each_document_alone(config, weights, *row) for row in zip(tokens, DOCUMENTS, strict=True)])
+    expected = torch.stack([separate_documents(config, weights, *row) for row in zip(tokens, DOCUMENTS, strict=True)])
     expected.backward(cotangent.double())
     boundaries = document_boundaries(positions)
     logits = model(tokens.to(device), position_ids=positions.to(device), attention_mask=boundaries.to(device)).logits
@@ -221,8 +221,8 @@ def positions_of(lengths):
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-def each_document_alone(config, weights, tokens, lengths):
-    """The reference's logits of a sequence's documents, [S, V]."""
+def separate_documents(config, weights, tokens, lengths):
+    """Return the reference's logits [S, V] of a sequence, one document at a time."""
     return torch.cat([reference_logits(config, weights, part[None])[0] for part in tokens.split(lengths)])
 
 
@@ -241,7 +241,7 @@ def assert_causal(logits_of):
 
 
 class TestSequenceParallel:
-    """Two real ranks, each with half of the positions outside the attention and half of the heads inside."""
+    """Two real ranks; each has half of the positions outside attention and half of the heads inside."""
 
     @pytest.mark.parametrize("kv_heads", [2, 4])
     def test_equals_the_unsplit_reference_and_is_causal(self, kv_heads):
@@ -257,7 +257,7 @@ class TestSequenceParallel:
 
 
 def sequence_parallel_pass(kv_heads):
-    """Logits [B, S, V] and gradients of the sum of their squares, each summed over the ranks' positions."""
+    """Return logits [B, S, V] of all positions, and the gradients of the sum of their squares."""
     asked = job("-p hybrid_parallel --tp 1 --pp 1 --sp 2 -x fp32", num_key_value_heads=kv_heads)
     select_attention(asked.config, flash_attention=False, sequence_parallel=True)
     engine = boost(asked)

@@ -1,4 +1,4 @@
-"""Packed sequences, their documents and batches of examples, against slow, obvious references."""
+"""Packed sequences, their documents and batches of examples, against slow and obvious references."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ from training.batches import Batches, StepBatch
 
 
 def first_batch(loader: DataLoader) -> StepBatch:
-    """Return what a run of one rank reads first."""
+    """Return the first step's batch of a run with one rank."""
     return Batches(loader, accumulation_steps=1, layout=Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2))._fetch()
 
 
@@ -83,7 +83,7 @@ class TestPacking:
         with pytest.raises(IndexError):
             dataset[len(dataset)]
 
-    def test_fingerprint_follows_the_tokens_not_the_place(self, tokenizer, tmp_path):
+    def test_fingerprint_depends_on_the_tokens_not_the_folder(self, tokenizer, tmp_path):
         for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
             (tmp_path / name).mkdir()
             write_jsonl(tmp_path / name / "x.jsonl", [{"text": text}])
@@ -116,7 +116,7 @@ class TestPacking:
             assert batch.error.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
             assert "\n" not in batch.error
 
-    def test_loader_process_ends_with_its_rank_whatever_it_is_doing(self):
+    def test_loader_process_ends_with_its_rank_even_while_reading(self):
         code = """
             import os, time
             from torch.utils.data import DataLoader
@@ -136,12 +136,12 @@ class TestPacking:
             os._exit(9)
         """
         process = run_python(code)
-        output, error = process.communicate(timeout=60)  # to the end of all that hold its output
+        output, error = process.communicate(timeout=60)  # returns once every process that holds its output has ended
         assert (process.returncode, output) == (9, "reading\n"), error
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_token_beyond_the_vocabulary_ends_the_run_in_one_line(self, words, tokenizer, tmp_path, num_workers):
-        """The shard counts as too large to be checked at the start."""
+        """Shards are not read at the start, so the damage shows only in a batch."""
         prepared = Path(shutil.copytree(prepare_dataset(str(words[0]), tokenizer, words[1]), tmp_path / "prepared"))
         dataset = PackedDataset(prepared, 16)
         shard = prepared / dataset.shards[0]["file"]
@@ -159,7 +159,7 @@ def prepare(tmp_path, sample_tokenizer):
 
 
 class TestInstructionDataset:
-    def test_are_padded_to_the_longest_rounded_up(self, prepare):
+    def test_examples_are_padded_to_the_longest_rounded_up(self, prepare):
         dataset = InstructionDataset(prepare(ROWS))
         items = [dataset[0], dataset[4]]
         batch = dataset.collate(items)
@@ -171,13 +171,13 @@ class TestInstructionDataset:
             assert torch.equal(labels[: len(item["labels"])], item["labels"])
             assert (labels[len(item["labels"]) :] == IGNORE_INDEX).all()
 
-    def test_to_a_multiple_that_sequence_parallelism_divides(self, prepare):
+    def test_padding_to_a_multiple_for_sequence_parallelism(self, prepare):
         dataset = InstructionDataset(prepare(ROWS), multiple=3)
         assert dataset.collate([dataset[0]])["labels"].shape == (1, 24)
 
-    def test_packs_hold_every_example_once_and_apart(self, prepare):
+    def test_packs_hold_every_example_once_and_separately(self, prepare):
         folder = prepare(ROWS * 7)
-        alone, packed = InstructionDataset(folder), InstructionDataset(folder, packed=True)
+        unpacked, packed = InstructionDataset(folder), InstructionDataset(folder, packed=True)
         seen = []
         for item in packed:
             assert len(item["input_ids"]) <= 64
@@ -185,9 +185,9 @@ class TestInstructionDataset:
             for first, last in itertools.pairwise(starts):
                 assert item["position_ids"][first:last].tolist() == list(range(last - first))
                 seen.append((item["input_ids"][first:last].tolist(), item["labels"][first:last].tolist()))
-        expected = [(item["input_ids"].tolist(), item["labels"].tolist()) for item in alone]
+        expected = [(item["input_ids"].tolist(), item["labels"].tolist()) for item in unpacked]
         assert sorted(seen) == sorted(expected)
-        assert len(packed) * 64 < 1.2 * alone.manifest["tokens"]
+        assert len(packed) * 64 < 1.2 * unpacked.manifest["tokens"]
         batch = packed.collate([packed[0], packed[1]])
         assert batch["position_ids"].shape == batch["labels"].shape
         assert (batch["position_ids"] == 0).sum() >= (packed[0]["position_ids"] == 0).sum() * 2 - 1
@@ -197,7 +197,7 @@ class TestMarkDocuments:
     @settings(deadline=None)
     @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(0, 5), st.booleans())
     def test_positions_restart_and_first_tokens_are_not_predicted(self, lengths, cut, one_token_for_both):
-        """Documents of BOS, `length` tokens and EOS; the sequence starts `cut` tokens into the first."""
+        """Each document is BOS, `length` tokens and EOS; the sequence starts `cut` tokens into the first."""
         bos, eos = (1, 1) if one_token_for_both else (1, 2)
         cut = min(cut, lengths[0] + 1)
         stream = [[bos, *range(3, 3 + length), eos] for length in lengths]
@@ -219,7 +219,7 @@ class TestMarkDocuments:
 
 
 class NumberedRows:
-    """Stands in for ExampleEncoder; a row's number determines its ids."""
+    """Stand-in for ExampleEncoder whose ids depend only on a row's number."""
 
     fingerprint, max_length, unused = "an encoder", 24, ()
     encoder = SimpleNamespace(dtype=np.dtype("<u2"))
@@ -232,7 +232,7 @@ class NumberedRows:
 
 
 class TestRecorded:
-    """Values recorded at commit 462033e, which checkpoints hold or the order of a resumed run depends on."""
+    """Values recorded at commit 462033e that checkpoints hold or that decide the order of a resumed run."""
 
     @pytest.mark.parametrize(
         ("packed", "length", "fingerprint", "digest_of_order"),
@@ -277,7 +277,7 @@ class TestRecorded:
         ],
     )
     def test_prepared_folder(self, tmp_path, weights, order):
-        """A folder of format version 2."""
+        """A folder of format version 2 keeps its fingerprint and order."""
         shards = []
         for number, (slice, split, tokens) in enumerate(
             (("b", "train", 70), ("b", "held_out", 40), ("a", "train", 55))

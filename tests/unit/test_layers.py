@@ -1,4 +1,4 @@
-"""The rules of the layout: imports point one way, and colossalai and argparse are imported where they belong."""
+"""Rules of the layout: imports point down, and only some modules import colossalai and argparse."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = (  # no module imports one of its own layer, outside its own room, or of a layer above
+LAYERS = (  # a module imports only from its own room and from layers below
     ("pretrain", "finetune", "benchmark"),
     ("training",),
     ("checkpointing", "planning"),
@@ -33,7 +33,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_six_modules_stand_at_the_top_and_one_level_of_rooms_beside_them():
+def test_six_top_level_modules_and_one_level_of_rooms():
     names = {"pretrain", "finetune", "benchmark", "attn", "data_utils", "model_utils"}
     assert {path.stem for path in ROOT.glob("*.py")} == names
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}

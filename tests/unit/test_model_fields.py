@@ -1,4 +1,4 @@
-"""Every field of LlamaConfig, in every layout: trained as plain transformers computes it in float32, or refused."""
+"""Every field of LlamaConfig in every layout: it is refused, or trains as transformers does in float32."""
 
 import contextlib
 import inspect
@@ -48,7 +48,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
-# Values of fields that make another model, which every layout trains, or refuses by its own line (see REFUSED_BY).
+# Values that change the model. Every layout trains them, or refuses them with a message of its own (REFUSED_BY).
 TRAINED: dict[str, list] = {
     "vocab_size": [512, 250],
     "hidden_size": [96],
@@ -68,9 +68,9 @@ TRAINED: dict[str, list] = {
     ],
     "attention_bias": [True],
     "mlp_bias": [True],
-    "attention_dropout": [1.0],  # all is dropped: nothing is left to chance
+    "attention_dropout": [1.0],  # everything is dropped, so the result is not random
     "head_dim": [32],
-    "pad_token_id": [2, -1],  # in transformers this freezes a row, so there the reference has none
+    "pad_token_id": [2, -1],  # unset in the reference: in transformers it freezes a row
 }
 WITHOUT_EFFECT = {
     "max_position_embeddings": 128,
@@ -89,17 +89,17 @@ WITHOUT_EFFECT = {
     "sep_token_id": 3,
     "decoder_start_token_id": 1,
     "task_specific_params": {"a": 1},
-    "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},  # none within the context
-    "initializer_range": 0.5,  # on weights that are given; else see test_initializer_range
+    "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},  # no effect within the context
+    "initializer_range": 0.5,  # no effect on given weights; see test_initializer_range
     "bos_token_id": 5,
     "eos_token_id": [6, 7],
-    # of generate()
+    # settings of generate()
     "max_length": 30,
     "min_length": 1,
     "do_sample": True,
     "early_stopping": True,
     "num_beams": 2,
-    "num_beam_groups": 1,  # transformers refuses groups beside do_sample
+    "num_beam_groups": 1,  # transformers refuses groups with do_sample
     "diversity_penalty": 0.0,
     "temperature": 0.5,
     "top_k": 5,
@@ -143,11 +143,11 @@ REFUSED = {
     "add_cross_attention": True,
     "cross_attention_hidden_size": 64,
     "partial_rotary_factor": 0.5,
-    "hidden_act": "prelu",  # it has weights
+    "hidden_act": "prelu",  # has weights of its own
     "attention_bias": "false",
     "rope_scaling": {"rope_type": "su"},
     "rope_theta": float("nan"),
-    # of other families
+    # fields of other model families
     "sliding_window": 16,
     "embedding_multiplier": 12.0,
     "logits_scaling": 8.0,
@@ -165,7 +165,7 @@ LAYOUTS = {
     "sequence": (2, "-p hybrid_parallel -x fp32 --tp 1 --pp 1 --sp 2 -b 4"),
     "tensor x pipeline": (4, "-p hybrid_parallel -x fp32 --tp 2 --pp 2 -b 4 --microbatch_size 2"),
 }
-# Of TRAINED, the field and the layouts that refuse it, naming a flag.
+# Values of TRAINED that some layouts refuse, naming a flag, and these layouts.
 REFUSED_BY = {
     ("tie_word_embeddings", True): ("pipeline", "tensor x pipeline"),
     ("num_key_value_heads", 1): ("tensor", "sequence", "tensor x pipeline"),
@@ -174,25 +174,30 @@ KERNELS = ("", "-a", "--document_mask", "--document_mask -a -g", "-a -g")
 LENGTH, SEQUENCES = 32, 4
 
 
-def cases(together: int, chance: random.Random) -> list[tuple[dict, str]]:
-    """Changes to BASE, each with flags: every value of the table, `together` of them at a time, drawn by `chance`."""
-    alone = [(name, value) for name, value in REFUSED_BY]
-    values = [(name, value) for name in TRAINED for value in TRAINED[name] if (name, value) not in alone]
-    heads = {"num_attention_heads", "hidden_size", "head_dim", "num_key_value_heads"}  # longrope has as many numbers
+def cases(fields_per_case: int, chance: random.Random) -> list[tuple[dict, str]]:
+    """Return changes to BASE with flags that cover all values of TRAINED, at most `fields_per_case` at a time."""
+    single = list(REFUSED_BY)
+    values = [(name, value) for name in TRAINED for value in TRAINED[name] if (name, value) not in single]
+    heads = {
+        "num_attention_heads",
+        "hidden_size",
+        "head_dim",
+        "num_key_value_heads",
+    }  # they decide the number of longrope's factors
     chance.shuffle(values)
-    groups: list[dict] = [dict([value]) for value in alone]
+    groups: list[dict] = [dict([value]) for value in single]
     while values:
         fields: dict = {}
         for name, value in list(values):
             exclusive = {*heads, "rope_scaling"} if name in {*heads, "rope_scaling"} else {name}
-            if len(fields) < together and not exclusive & fields.keys():
+            if len(fields) < fields_per_case and not exclusive & fields.keys():
                 fields[name] = value
                 values.remove((name, value))
         groups.append(fields)
     flags = itertools.cycle(chance.sample(KERNELS, len(KERNELS)))
     found = [(fields, next(flags)) for fields in [*groups, WITHOUT_EFFECT]]
     found += [({"attention_dropout": 1.0}, kernel) for kernel in ("", "-a", "--document_mask -a -g")]
-    # Above the length from where on it has other frequencies, which --document_mask refuses.
+    # Sequences long enough for longrope's other frequencies, which --document_mask refuses.
     return [*found, ({"rope_scaling": LONGROPE, "original_max_position_embeddings": 16}, "-a")]
 
 
@@ -203,13 +208,13 @@ def write_config(folder: Path, fields: dict) -> Path:
 
 
 def weight_of(name: str, shape: torch.Size) -> torch.Tensor:
-    """Large enough that each field shows, biases and norms too."""
+    """Return weights large enough that every field has an effect, biases and norms too."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode())))
     return 1 + 0.2 * values if name.endswith("norm.weight") else 0.15 * values
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Documents of several lengths; the first sequence has no label that counts, the others some."""
+    """Return documents of several lengths; the first sequence has only ignored labels, the others some."""
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(250, (SEQUENCES, LENGTH), generator=chance)
     ids[:, ::5], ids[:, 1::7] = 2, 249
@@ -221,7 +226,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def reference(fields: dict, flags: str) -> tuple[float, float, float]:
-    """Loss in training, norm of the gradient, and loss in evaluation, of transformers' own model."""
+    """Return training loss, gradient norm and evaluation loss of transformers' own model."""
     values = {**BASE, **fields, "pad_token_id": None, "torch_dtype": None}
     model = LlamaForCausalLM(LlamaConfig.from_dict(values, attn_implementation="eager"))
     with torch.no_grad():
@@ -248,7 +253,7 @@ def reference(fields: dict, flags: str) -> tuple[float, float, float]:
 
 
 def trained(folders: list[str], flags: list[str]) -> list:
-    """The same three numbers under the flags, or the line that refuses the layout."""
+    """Return for each folder and flags the same three numbers, or the line that refuses the layout."""
     return [trained_one(*case) for case in zip(folders, flags, strict=True)]
 
 
@@ -293,10 +298,10 @@ def test_every_field_is_in_the_table():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_as_transformers_computes(name, tmp_path):
-    """Seen: 3e-7 in the losses, 2e-6 in the norm; with Gemini in bf16 4e-4 and 4e-3."""
+    """Observed: 3e-7 in the losses, 2e-6 in the norm; with Gemini in bf16 4e-4 and 4e-3."""
     ranks, flags = LAYOUTS[name]
     seed = random.SystemRandom().randrange(2**32)
-    tried = cases(1 if name == "zero2" else 4, random.Random(seed))  # zero2 starts in a fifth of the others' time
+    tried = cases(1 if name == "zero2" else 4, random.Random(seed))  # zero2 starts five times as fast as the others
     folders = [str(write_config(tmp_path / str(index), fields)) for index, (fields, _) in enumerate(tried)]
     results = run_ranks(ranks, trained, folders, [f"{flags} {kernel}" for _, kernel in tried])
     tolerances = (3e-3, 3e-2, 3e-3) if name == "gemini" else (3e-6, 3e-5, 3e-6)
@@ -317,15 +322,15 @@ def pairs(fields: dict) -> list[tuple]:
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TRAINED.items() for value in values])
-def test_what_the_table_tries_makes_another_model(name, value):
-    """Else the comparison would show nothing."""
+def test_every_trained_value_changes_the_model(name, value):
+    """Otherwise the comparison would prove nothing."""
     if name == "pad_token_id":
         return
     base, changed = reference({}, ""), reference({name: value}, "")
     assert max(abs(a - b) / b for a, b in zip(changed, base, strict=True)) > 1e-3 or value == 0
 
 
-def test_what_the_table_says_has_no_effect_has_none():
+def test_values_without_effect_change_nothing():
     assert reference(WITHOUT_EFFECT, "") == pytest.approx(reference({}, ""), rel=1e-6)
 
 
@@ -344,7 +349,7 @@ def test_neutral_values_are_not_refused(tmp_path, name):
         assert config.to_dict() == load_config(str(write_config(tmp_path, {}))).to_dict()
 
 
-def test_fields_of_files_are_written_anew_and_leftovers_left_out(tmp_path, capfd):
+def test_saved_config_has_fresh_fields_and_no_leftovers(tmp_path, capfd):
     sampling = {"do_sample": True, "temperature": 0.5}
     fields = {
         **WRITTEN_ANEW,
@@ -356,9 +361,9 @@ def test_fields_of_files_are_written_anew_and_leftovers_left_out(tmp_path, capfd
     }
     config = load_config(str(write_config(tmp_path, {**fields, "pad_token_id": 2, **sampling})))
     load_config(str(tmp_path))
-    said = capfd.readouterr().out.splitlines()
+    printed = capfd.readouterr().out.splitlines()
     path = tmp_path / "config.json"
-    assert sorted(said) == [
+    assert sorted(printed) == [
         f"{path}: auto_map is left out of what is saved: the model is transformers' own LLaMA",
         f"{path}: not used and not saved, as LLaMA has no such fields: lora, max_sequence_length, to_dict, "
         "use_return_dict",

@@ -1,4 +1,4 @@
-"""The table of models, their arithmetic, and weights, against closed formulas and a real Hugging Face model."""
+"""Model sizes, their arithmetic, and weights, against closed formulas and a real Hugging Face model."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from runtime.console import InputError
 
 CPU = torch.device("cpu")
 
-# The sizes, written down a second time: layers, hidden, FFN, heads, KV heads, context, vocabulary, parameters.
+# A second copy of the sizes: layers, hidden, FFN, heads, KV heads, context, vocabulary, parameters.
 PUBLISHED = {
     "7b": (32, 4096, 11008, 32, 32, 4096, 32000, 6_738_415_616),
     "13b": (40, 5120, 13824, 40, 40, 4096, 32000, 13_015_864_320),
@@ -68,9 +68,9 @@ class TestSizes:
     def test_counting_allocates_nothing(self):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert count_parameters(load_config("70b")) > 2**36
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB; the model has 2**28
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB; the model would take 2**28
 
-    def test_tied_embeddings_are_one_parameter_and_count_as_the_output(self):
+    def test_tied_embeddings_count_once_as_the_output(self):
         config = load_config("test")
         untied = count_parameters(config)
         config.tie_word_embeddings = True
@@ -80,7 +80,7 @@ class TestSizes:
         model = build_model(config, CPU)
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
-    def test_groups_are_the_layers_and_what_lies_around_them(self):
+    def test_groups_are_the_layers_the_embeddings_the_norm_and_the_head(self):
         groups = list(dict.fromkeys(spec.group for spec in parameter_specs(load_config("test"))))
         layers = [f"model.layers.{number}" for number in range(4)]
         assert groups == ["model.embed_tokens", *layers, "model.norm", "lm_head"]
@@ -93,14 +93,14 @@ class TestFlops:
         assert model_flops_per_token(load_config("7b"), 4096) == 6 * without_embedding + 12 * 32 * 4096 * 4096
 
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-    def test_equals_what_a_forward_and_a_backward_pass_multiply(self, kv_heads):
+    def test_equals_the_counted_flops_of_a_forward_and_a_backward_pass(self, kv_heads):
         config = load_config("test")
         config.num_key_value_heads, config._attn_implementation = kv_heads, "eager"
         batch, length = 2, 48
         model = filled_model(config)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(batch, length, dtype=torch.long)).logits.sum().backward()
-        # The formula counts a norm's weights like a matrix's; the counter sees the outer product that makes the angles.
+        # The formula counts norms like matrices; the counter counts the outer product that computes the rotary angles.
         norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
         angles = 2 * (config.head_dim // 2) * length
         expected = batch * length * (model_flops_per_token(config, length) - 6 * norms) + angles
@@ -147,7 +147,7 @@ class TestLoadConfig:
             ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, {}, "the truncate false"),
         ],
     )
-    def test_rotary_embeddings_that_are_not_trained_as_the_file_says(self, tmp_path, rope, others, problem):
+    def test_contradictory_or_unsupported_rotary_embeddings_are_refused(self, tmp_path, rope, others, problem):
         values = {"model_type": "llama", "rope_parameters": rope} | others
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match=problem):
@@ -246,7 +246,7 @@ class TestInitialWeight:
         assert weight.std().item() == pytest.approx(0.02, rel=0.01)
         assert abs(weight.mean().item()) < 4 * 0.02 / math.sqrt(weight.numel())
 
-    def test_depends_on_seed_and_name_alone(self):
+    def test_depends_only_on_seed_and_name(self):
         weight = self.weight()
         torch.manual_seed(1)
         torch.rand(7)
@@ -256,7 +256,7 @@ class TestInitialWeight:
         assert not torch.equal(self.weight(seed=4), weight)
         assert not torch.equal(self.weight(ParameterSpec("lm_head.weight", self.SPEC.shape)), weight)
 
-    def test_is_the_same_from_one_release_to_the_next(self):
+    def test_is_the_same_in_every_release(self):
         expected = [0.0030029889, 0.0204276014, -0.0275419522]
         assert self.weight().flatten()[:3].tolist() == pytest.approx(expected, abs=1e-9)
 
@@ -283,13 +283,13 @@ class TestBuildModel:
 
 
 class TestRotaryPrecision:
-    """A plugin's `model.to(bfloat16)` rounds the rotary frequencies too; Hugging Face's loading does not."""
+    """A plugin's `model.to(bfloat16)` rounds the rotary frequencies; loading by Hugging Face does not."""
 
     LENGTH = 1024
 
     @pytest.fixture
     def models(self, tmp_path):
-        """(a model cast as plugins cast it, the same as AutoModel loads it in bf16)."""
+        """Return a model cast as plugins do, and the same model as AutoModel loads it in bf16."""
         config = LlamaConfig(**{**load_config("tiny").to_dict(), "num_hidden_layers": 2, "vocab_size": 64})
         config._attn_implementation = "eager"
         model = filled_model(config)
@@ -299,7 +299,7 @@ class TestRotaryPrecision:
         )
         return model.to(torch.bfloat16), reference
 
-    def test_frequencies_and_logits_are_those_of_hugging_face(self, models):
+    def test_frequencies_and_logits_equal_hugging_faces(self, models):
         model, reference = models
         tokens = torch.randint(64, (1, self.LENGTH), generator=torch.Generator().manual_seed(0))
         rotary, exact = model.model.rotary_emb, 10000.0 ** (-torch.arange(0, 64, 2).double() / 64)
