@@ -133,7 +133,7 @@ def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, cap
     """`latest` goes with initial weights, which a job begins from and does not look at when it goes on."""
     folder, flags = checkpoint
     flags += ["--init_from", folder / "model"]
-    assert problems(*flags)[0].startswith("--init_from: begins a new run from a model's weights, --load resumes")
+    assert problems(*flags)[0].startswith("--init_from: starts a new run from a model's weights, --load resumes")
     for save_dir, line in ((folder.parent, "length: 3 "), (folder / "none", "a new run begins")):
         with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
             problems(*flags, "-f", "latest", "-o", save_dir)

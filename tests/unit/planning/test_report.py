@@ -19,15 +19,15 @@ def checked(flags: str) -> None:
     ("flags", "message"),
     [
         ("--gpus 0", "--gpus: must be at least 1, not 0"),
-        ("--gpu V100", "--gpu: 'V100' is none of B200"),
+        ("--gpu V100", "--gpu: 'V100' is not one of B200"),
         (
             "--gpu A100-40GB",
             "--gpu: 'A100-40GB' would be taken for A100 with 80 GB; give A100-SXM4-40GB or A100-PCIE-40GB or "
             "--gpu_memory 40",
         ),
         ("--gpu H100-96GB", "--gpu: 'H100-96GB' would be taken for H100 with 80 GB; give --gpu_memory 96"),
-        ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
-        ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
+        ("--gpu_memory -1", "--gpu_memory: must be a positive number of GB, not -1.0"),
+        ("--mfu 1.5", "--mfu: must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_mistakes(flags, message):
@@ -41,7 +41,7 @@ def test_sizes_that_cards_have(card):
 
 
 def test_gpus_that_a_run_does_not_have():
-    with pytest.raises(InputError, match="--gpus: goes with --dry_run alone"):
+    with pytest.raises(InputError, match="--gpus: takes effect only with --dry_run"):
         checked("--gpus 8")
 
 
@@ -65,7 +65,7 @@ def test_report(capsys, monkeypatch):
 def test_a_small_model_is_told_in_one_unit(capsys, monkeypatch):
     dry_run(monkeypatch, "-c test -l 64 -p zero2 --dry_run")
     out = capsys.readouterr().out
-    assert "memory of a GPU in MB, of 1 (estimate):" in out
+    assert "estimated memory per GPU in MB (GPUs: 1):" in out
     assert re.search(r"\nfits: [1-9]\d*\.\d MB at the peak, on H100 with 80 GB\n", out)
 
 
