@@ -83,9 +83,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_plugin_args(parser, BENCHMARK_PLUGINS)
     gemini = parser.add_argument_group("gemini and gemini_auto")
     gemini.add_argument("--extra_dp", type=int, default=1, help="copies of the sharded model (default: 1)")
-    gemini.add_argument("--shard_param_frac", type=float, default=1.0, help="gemini: fraction of weights sharded (default: 1.0)")
     gemini.add_argument(
-        "--offload_optim_frac", type=float, default=0.0, help="gemini: fraction of the optimizer state offloaded (default: 0.0)"
+        "--shard_param_frac", type=float, default=1.0, help="gemini: fraction of weights to shard (default: 1.0)"
+    )
+    gemini.add_argument(
+        "--offload_optim_frac",
+        type=float,
+        default=0.0,
+        help="gemini: fraction of the optimizer state offloaded (default: 0.0)",
     )
     gemini.add_argument(
         "--offload_param_frac",
@@ -105,7 +110,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("-x", "--xformers", dest="flash_attention", action="store_true", help="the same as -a")
     memory.add_argument("-m", "--memory_limit", type=int, help="MB of GPU memory that a process may use (default: all)")
     memory.add_argument("--json", type=user_path, help="file for inputs and results")
-    memory.add_argument("--profile", type=user_path, help="folder for a trace of one more step per rank, for chrome://tracing")
+    memory.add_argument("--profile", type=user_path, help="folder for traces of one more step, for chrome://tracing")
     add_dry_run_args(parser)
     return parser.parse_args(arguments)
 
@@ -217,7 +222,7 @@ def slowest(step_seconds: list[float]) -> list[float]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the highest peaks of any rank in bytes: allocated by torch on the device, resident in host memory. Collective."""
+    """Return the highest peaks of any rank in bytes: torch's on the device, resident on the host. Collective."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = torch.tensor([device.peak_memory(), host], device=device.current_device())
     dist.all_reduce(peaks, dist.ReduceOp.MAX)

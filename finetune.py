@@ -71,9 +71,7 @@ MAX_LENGTH = 4096
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="finetune.py", description=__doc__)
     model = parser.add_argument_group("model and data")
-    model.add_argument(
-        "--model_path", type=user_name, required=True, help="Hugging Face model folder, or hub name"
-    )
+    model.add_argument("--model_path", type=user_name, required=True, help="Hugging Face model folder, or hub name")
     model.add_argument(
         "-d",
         "--dataset",
@@ -86,7 +84,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--tokenizer", type=user_name, help="hub name or folder (default: the model's own)")
     model.add_argument("--train_on_prompt", action="store_true", help="also learn the prompt (default: off)")
     model.add_argument(
-        "--pack", action="store_true", help="several examples per sequence, each attending only to itself (default: off)"
+        "--pack",
+        action="store_true",
+        help="several examples per sequence, each attending to itself only (default: off)",
     )
     add_loading_args(model)
     add_plugin_args(parser)
@@ -125,7 +125,7 @@ def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
 
 
 def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
-    """Return the engine's job; by default sequences have the model's context, and adapters are not split by tp or pp."""
+    """Return the job; the default length is at most the model's context, and adapters default to tp 1 and pp 1."""
     job = job_of(args, config, length_varies=True)
     if args.max_length is None:
         max_length = min(MAX_LENGTH, config.max_position_embeddings)

@@ -78,8 +78,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset",
         type=user_name,
         default=REDPAJAMA_SAMPLE,
-        help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`, or "
-        f"a folder prepared by scripts/prepare_dataset.py (default: {REDPAJAMA_SAMPLE})",
+        help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`, "
+        f"or a folder prepared by scripts/prepare_dataset.py (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(model)
     add_tokenizer_arg(model)
@@ -154,11 +154,11 @@ def check(args: argparse.Namespace, run: Run) -> None:
             problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
         for name, given in (("fraction", args.eval_fraction), ("interval", "eval_interval" in args.given)):
             if given:
-                problems.append(f"--eval_{name}: a stream has no held-out documents; leave out this flag or --streaming")
+                problems.append(f"--eval_{name}: a stream has no held-out documents; leave out this or --streaming")
     elif "shuffle_buffer" in args.given and not problems:
         problems.append("--shuffle_buffer: takes effect only with --streaming; give that too, or leave it out")
     if args.init_from and args.load not in (None, "latest"):
-        problems.append("--init_from: starts a new run from a model's weights, --load resumes a run; give only one of them")
+        problems.append("--init_from: starts a new run from a model's weights, --load resumes a run; give only one")
     check_job(run.job, take(DryRun, args), args.given, args.document_mask, problems)
 
 

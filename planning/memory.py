@@ -97,7 +97,7 @@ def _state(job: Job, specs: list[ParameterSpec]) -> _State:
 
 
 def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
-    """Return FSDP's state: float32 shards of weights, gradients and moments; the root module and two layers gathered."""
+    """Return FSDP's state: float32 shards of weights, gradients and moments; root module and two layers gathered."""
     parameters = sum(spec.shape.numel() for spec in specs)
     root = sum(spec.shape.numel() for spec in specs if ".layers." not in spec.name)
     layers = len({spec.group for spec in specs if ".layers." in spec.name})
@@ -135,7 +135,7 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
 
 
 def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:
-    """Return the state of LowLevelZeroPlugin and HybridParallelPlugin: full weights, the rest sharded by the ZeRO stage."""
+    """Return the state of LowLevelZeroPlugin and HybridParallelPlugin: full weights, the rest by the ZeRO stage."""
     layout, parameters = job.layout, sum(spec.shape.numel() for spec in specs)
     frozen = 0
     if getattr(job.config, "lora", None) is not None:
@@ -224,7 +224,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
 
     sequences = batch.batch_size
     in_flight: float = 1
-    if layout.pp > 1:  # 1F1B: the first stage holds as many microbatches as there are stages, each next one holds one less
+    if layout.pp > 1:  # 1F1B: the last stage holds one microbatch, each stage before it one more
         sequences = layout.microbatch_size
         warm_up: float = layout.pp - stage
         if layout.chunks > 1:  # InterleavedSchedule counts passes through one range of layers
@@ -242,7 +242,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
-    # The backward pass of the last layer: recomputed activations, gradients of its output and of the FFN's inner values.
+    # In the last layer's backward: recomputed activations, gradients of its output and of the FFN's inner values.
     working = (layer if all_recomputed else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
     if all_recomputed and fused is Fusion.LAYERS:  # measured; kept attention's inputs follow the FFN's gradients
         working += (-3 if keep_attention else 2) * tokens * width * hidden

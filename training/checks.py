@@ -53,7 +53,7 @@ def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str]) -> lis
         return card_problems(plan) + ranks.launch_problems()
     flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
     return launch_problems() + [
-        f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a run has its launcher's GPUs"
+        f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs"
         for name, value in flags.items()
         if value is not None
     ]

@@ -27,7 +27,7 @@ class MapDataset(Protocol):
 
 
 class Padded(Dataset[Any]):
-    """A data set padded with items whose labels do not count, so that all ranks have the same number of full batches."""
+    """A data set padded with items whose labels do not count, so that all ranks have equally many full batches."""
 
     def __init__(self, dataset: MapDataset, multiple: int):
         self.dataset = dataset
@@ -63,8 +63,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
-    Collective. Before each batch it asks `stop`, and returns None if that is true on any rank. The result is empty if no
-    label counts.
+    Collective. Returns None if `stop`, called before each batch, is true on any rank; an empty dict if no label counts.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=current_device())
     layout, model = engine.layout, engine.model

@@ -266,7 +266,9 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         help="resume although data, seed, recipe or length changed; prints each change (default: off)",
     )
     output.add_argument(
-        "--keep_checkpoints", type=int, help="newest checkpoints to keep; the disk needs room for one more (default: all)"
+        "--keep_checkpoints",
+        type=int,
+        help="newest checkpoints to keep; the disk needs room for one more (default: all)",
     )
     output.add_argument("--keep_every", type=int, help="also keep those at multiples of this step (default: none)")
     output.add_argument(
@@ -323,14 +325,14 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
         "--recompute",
         type=_fraction,
         metavar="FRACTION",
-        help="recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows (default: 1 with "
-        "-g, else 0)",
+        help="recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows (default: 1 "
+        "with -g, else 0)",
     )
     compute.add_argument(
         "--keep_attention",
         action="store_true",
-        help="keep attention's output instead of recomputing it: 2 to 4% faster, for 2 more bytes (in fp32 4) per hidden "
-        "unit, token and layer (default: off)",
+        help="keep attention's output instead of recomputing it: a little faster, for 2 more bytes (in fp32 4) per "
+        "hidden unit, token and layer (default: off)",
     )
     compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
     compute.add_argument(
@@ -400,7 +402,7 @@ def add_lora_args(parser: argparse.ArgumentParser) -> None:
     from checkpointing.adapters import MODULES
 
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_rank", type=int, help="train adapters of this rank on frozen weights (default: train all weights)")
+    group.add_argument("--lora_rank", type=int, help="train adapters of this rank on frozen weights (default: none)")
     group.add_argument("--lora_alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 x rank)")
     group.add_argument(
         "--lora_modules",

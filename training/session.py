@@ -42,7 +42,7 @@ def execute(
     launch(run.job.seed)
     check_agreement(outputs.save_dir, state, checkpoint)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
-        say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to continue")
+        say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
         refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
@@ -60,7 +60,9 @@ def execute(
 def _conclude(save_dir: Path, checkpoint: Path, export: Callable[[Path, Path], None], interrupted: bool) -> int:
     """Export the last checkpoint to the folder `final`, and print the next command to run. Collective."""
     final = save_dir / "final"
-    on_rank_zero(lambda: export(checkpoint, final), f"{checkpoint} could not be exported to {final}; make room and resume")
+    on_rank_zero(
+        lambda: export(checkpoint, final), f"{final} could not be made from {checkpoint}; make room and resume"
+    )
     say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
     if interrupted:
         say(f"interrupted: run the same command with -f latest to continue from {checkpoint}")

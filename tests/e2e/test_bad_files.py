@@ -135,7 +135,7 @@ def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, cap
     flags += ["--init_from", folder / "model"]
     assert problems(*flags)[0].startswith("--init_from: starts a new run from a model's weights, --load resumes")
     for save_dir, line in ((folder.parent, "length: 3 "), (folder / "none", "a new run begins")):
-        with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
+        with pytest.raises(pytest.fail.Exception, match="no problem was found"):
             problems(*flags, "-f", "latest", "-o", save_dir)
         assert line in capsys.readouterr().out
 

@@ -202,9 +202,7 @@ def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
     (tmp_path / "link").symlink_to("gone")
     for folder in (tmp_path / "link", tmp_path / "link" / "below"):
         (problem,) = problems(f"--{flag}", folder)
-        assert problem == (
-            f"--{flag}: {tmp_path / 'link'} is a broken link to gone; make that folder, or give another"
-        )
+        assert problem == (f"--{flag}: {tmp_path / 'link'} is a broken link to gone; make that folder, or give another")
 
 
 def test_folders_of_a_run_are_not_among_its_data(objections, sample_flags, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_stream_with_a_broken_row_goes_on_once_that_is_corrected(pretrain, sam
     refused = pretrain(*flags, "-f", "latest", folder=broken.folder, check=False)
     assert "--load: the data was" in refused.stderr
     run = pretrain(*flags, "-f", "latest", "--allow_changes", folder=broken.folder, processes=2)
-    assert "the same files with other content; it goes on at the row where it stopped" in run.stdout
+    assert "the content of the stream's files has changed; it continues at the row where it stopped" in run.stdout
     assert curve(run) == curve(whole)
 
 

@@ -40,7 +40,7 @@ class TestChecks:
             ),
             (
                 "--streaming --max_steps 9 --eval_interval 1000",
-                "--eval_interval: a stream has no held-out documents; leave out this flag or --streaming",
+                "--eval_interval: a stream has no held-out documents; leave out this or --streaming",
             ),
             (
                 "--shuffle_buffer 2048",
@@ -53,11 +53,11 @@ class TestChecks:
             ("--allow_changes", "--allow_changes: takes effect only with --load; give that too, or leave it out"),
             (
                 "--mfu 0.4",
-                "--mfu: takes effect only with --dry_run; give that too, or leave it out: a run has its launcher's GPUs",
+                "--mfu: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs",
             ),
             (
                 "--streaming --max_steps 9 --eval_fraction 0.1",
-                "--eval_fraction: a stream has no held-out documents; leave out this flag or --streaming",
+                "--eval_fraction: a stream has no held-out documents; leave out this or --streaming",
             ),
             ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
         ],
