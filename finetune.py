@@ -139,7 +139,7 @@ def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
 def open_data(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """Return the training data, and those of the split `test` or None.
+    """Return the training data, and the split `test` or None.
 
     One rank per node finds and prepares them while the others wait.
     """

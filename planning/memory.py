@@ -1,8 +1,7 @@
 """Estimate of a run's GPU memory by component, before the run starts.
 
 It is pure arithmetic and needs no GPUs or ranks. It counts the tensors that torch keeps when the code runs; tests
-compare the two. h is the hidden size and f the FFN size; a microbatch counts as a batch, and sequence parallelism
-divides its tokens.
+compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
 from dataclasses import dataclass, replace

@@ -122,7 +122,7 @@ class Metrics:
 
     @staticmethod
     def _open_after(path: Path, step: int) -> FileIO:
-        """Open the file to append after `step`; move the rows of later steps, which the run repeats, to another file."""
+        """Open the file to append after `step`; move rows of later steps, which the run repeats, to another file."""
         kept, later = [], []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
@@ -197,9 +197,8 @@ class Metrics:
             loss = f"loss {values['loss']:.4f}"
         speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
         line = f"{loss}, {lr}, {norm}, {speed}"
-        self.bar.set_postfix_str(
-            f"{loss}, {speed}, {lr}, {norm}", refresh=False
-        )  # most important first: a narrow terminal cuts off the end
+        # The most important figures first: a narrow terminal cuts off the end.
+        self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
@@ -238,7 +237,7 @@ class Metrics:
 
     def _report(self, step: int, error: OSError) -> None:
         if not self.failing:
-            self.note([f"metrics: step {step} and following cannot be logged ({error}); training goes on"])
+            self.note([f"metrics: step {step} and later ones cannot be logged ({error}); training goes on"])
         self.failing = True
 
     def _write(self, step: int, values: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Length:
     num_epochs: int = 1
     max_steps: int | None = None  # None: to the end of the data
     warmup_steps: int | None = None  # None: WARMUP_RATIO of the run
-    warmup_given: bool = False  # on the command line
+    warmup_given: bool = False  # True if it is on the command line
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small."""
@@ -112,15 +112,15 @@ class TrainState:
     step: int = 0  # optimizer steps since the start of training
     sequences: int = 0  # trained on, over all ranks and epochs: the position in the global order
     tokens: int = 0
-    skipped_steps: int = 0  # steps that updated nothing: fp16 gradients overflowed, or no label counted
-    settings: dict[str, Any] = field(default_factory=dict)  # those that a resume must not change unnoticed
+    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, or no label counted
+    settings: dict[str, Any] = field(default_factory=dict)  # a resume must not change them unnoticed
     stream: dict[str, Any] | None = None  # position in a data set that is streamed
     unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation
     global_batch: int = 0  # sequences in the last step; 0 in older checkpoints
 
     @property
     def adam_steps(self) -> int:
-        """Number of updates, which Adam's bias correction needs."""
+        """The number of updates, for Adam's bias correction."""
         return self.step - self.skipped_steps
 
     def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
@@ -332,12 +332,10 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         if state.settings and state.settings.get(name) != value
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
-        raise InputError(sizes[0])  # no flag can allow these
+        raise InputError(sizes[0])  # --allow_changes does not cover them
     if state.stream and "shuffle_buffer" in changes:
         buffer = state.settings["shuffle_buffer"]
-        raise InputError(
-            f"{changes['shuffle_buffer']}; give {buffer}, since the stream cannot continue exactly with another"
-        )
+        raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, or the stream cannot continue exactly")
     if changes and not run.outputs.allow_changes:
         if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
             changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
@@ -395,9 +393,7 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> Non
         f"{plan.layout.dp} data-parallel = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
-    done = (
-        f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens already trained" if plan.trained_steps else ""
-    )
+    done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are done" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")

@@ -54,7 +54,7 @@ class TestPlan:
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
         announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain")
         assert capsys.readouterr().out.splitlines()[-2] == (
-            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens already trained"
+            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are done"
         )
         assert more.total_tokens == 5120 + 7 * 16 * 4096
         assert same.remaining_tokens == 15 * 8 * 4096
