@@ -158,7 +158,7 @@ def placement_problems(job: Job) -> list[str]:
     whole = (placement.shard_param_frac, placement.offload_optim_frac) == (1, 1)
     if not problems and placement.offload_param_frac and not whole:
         problems.append(
-            "--offload_param_frac: takes effect only if all weights are sharded and all optimizer state is offloaded; "
+            "--offload_param_frac: takes effect where all weights are sharded and all optimizer state is offloaded; "
             "give --offload_optim_frac 1 and leave --shard_param_frac out"
         )
     return problems

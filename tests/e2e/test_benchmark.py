@@ -86,7 +86,7 @@ def test_flag(flags, name, value):
         ("-w 0.5", "--warmup_ratio: takes effect only with -p gemini_auto, not with -p gemini"),
         ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect only with -p gemini"),
         ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect only with -p gemini"),
-        ("--offload_param_frac 1", "--offload_param_frac: takes effect only if all weights are sharded"),
+        ("--offload_param_frac 1", "--offload_param_frac: takes effect where all weights are sharded"),
         ("-p zero2 --extra_dp 2", "--extra_dp: takes effect with -p gemini alone, not with -p zero2"),
         ("-p gemini --tp 3", "--tp/--extra_dp: 3 x 1 = 3 does not divide the 8 ranks"),
         ("-p gemini --tp 2 --extra_dp 8", "2 x 8 = 16 does not divide the 8 ranks"),
