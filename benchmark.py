@@ -146,7 +146,9 @@ def placement_problems(job: Job) -> list[str]:
     """Return a line for each flag of Gemini that is not a fraction, or has no effect with the others."""
     placement, plugin = job.placement, job.parallelism.plugin
     problems = [
-        f"--{name}: must be from 0 to 1, not {value}" for name, value in vars(placement).items() if not 0 <= value <= 1
+        f"--{name}: must be between 0 and 1, not {value}"
+        for name, value in vars(placement).items()
+        if not 0 <= value <= 1
     ]
     if problems:
         return problems

@@ -296,7 +296,7 @@ def settle_recomputation(job: Job, dry_run: DryRun) -> Job:
         peak = estimate_memory(job).peak.total
         if peak <= room:
             break
-    warning = "" if peak <= room else "; this will not fit"
+    warning = "" if peak <= room else ", which will not be enough"
     extent = f"{count} of {layers} layers{' except attention' if keep_attention else ''}"
     say(f"recomputation: {extent}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{warning}")
     return job

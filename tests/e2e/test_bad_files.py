@@ -168,7 +168,7 @@ def test_init_from(problems, finished_run, checkpoint, tmp_path):
     cases = {
         "is not a Hugging Face model folder": ["--init_from", folder],
         "num_key_value_heads 2 (not 4)": ["--init_from", model, "-c", config_file(tmp_path, num_key_value_heads=4)],
-        "give one of them": ["--init_from", model, *flags],
+        "give only one": ["--init_from", model, *flags],
     }
     for expected, changed in cases.items():
         (problem,) = problems(*changed)

@@ -78,8 +78,8 @@ def test_flag(flags, name, value):
     ("flags", "message"),
     [
         ("-s 2", "--num_steps: 2 leaves no step to count after --ignore_steps 2"),
-        ("--shard_param_frac 2", "--shard_param_frac: must be from 0 to 1, not 2.0"),
-        ("--warmup_ratio -0.1", "--warmup_ratio: must be from 0 to 1, not -0.1"),
+        ("--shard_param_frac 2", "--shard_param_frac: must be between 0 and 1, not 2.0"),
+        ("--warmup_ratio -0.1", "--warmup_ratio: must be between 0 and 1, not -0.1"),
         ("--json /nowhere/file.json", "--json: folder /nowhere does not exist"),
         ("--json /", "--json: / is a folder; give a file"),
         ("-p fsdp --tp 2", "--tp: takes effect with -p"),

@@ -334,7 +334,7 @@ for owner, name in (
 """
 
 
-def test_the_next_steps_data_are_prefetched_and_none_beyond_the_end(pretrain):
+def test_next_steps_data_are_fetched_while_the_device_works_and_none_beyond_the_end(pretrain):
     run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=SAID)
     calls = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("called:")]
     read, compute, update = "_read", "forward_backward", "optimizer_step"
