@@ -1,10 +1,10 @@
-"""Measures the training step of a LLaMA on random tokens: time, throughput, TFLOPS and peak memory.
+"""Measure the training step of a LLaMA model on random tokens: time, throughput, TFLOPS and peak memory.
 
 One GPU:
     python benchmark.py -c tiny -p zero2 -a
 Eight GPUs of one machine:
     torchrun --standalone --nproc_per_node 8 benchmark.py -c 7b -p gemini -b 16 -g -a
-What it would take, without a GPU:
+Estimate memory and time without a GPU:
     python benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -g -a --dry_run --gpus 32
 """
 
@@ -58,12 +58,12 @@ from training.flags import (
     user_path,
 )
 
-REDPAJAMA_TOKENS = 1.2e12  # what a dry run plans to train on
+REDPAJAMA_TOKENS = 1.2e12  # that a dry run plans to train on
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="benchmark.py", description=__doc__)
-    parser.set_defaults(lr=3e-4, weight_decay=0.1, seed=42, accumulation_steps=1)  # the recipe's; they cost nothing
+    parser.set_defaults(lr=3e-4, weight_decay=0.1, seed=42, accumulation_steps=1)  # no effect on speed
     work = parser.add_argument_group("model and batch")
     known = ", ".join(MODEL_CONFIGS)
     work.add_argument(
@@ -76,22 +76,27 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     work.add_argument("-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank (default: 2)")
     work.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
     work.add_argument("-s", "--num_steps", type=int, default=5, help="optimizer steps to run (default: 5)")
-    work.add_argument("-i", "--ignore_steps", type=int, default=2, help="the first of them, not counted (default: 2)")
+    work.add_argument("-i", "--ignore_steps", type=int, default=2, help="first steps, which do not count (default: 2)")
     work.add_argument(
-        "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0: no clipping (default: 1.0)"
+        "--gradient_clipping", type=float, default=1.0, help="maximum gradient norm; 0: no clipping (default: 1.0)"
     )
     add_plugin_args(parser, BENCHMARK_PLUGINS)
     gemini = parser.add_argument_group("gemini and gemini_auto")
     gemini.add_argument("--extra_dp", type=int, default=1, help="copies of the sharded model (default: 1)")
-    gemini.add_argument("--shard_param_frac", type=float, default=1.0, help="gemini: weights to shard (default: 1.0)")
     gemini.add_argument(
-        "--offload_optim_frac", type=float, default=0.0, help="gemini: optimizer state on the host (default: 0.0)"
+        "--shard_param_frac", type=float, default=1.0, help="gemini: fraction of weights to shard (default: 1.0)"
+    )
+    gemini.add_argument(
+        "--offload_optim_frac",
+        type=float,
+        default=0.0,
+        help="gemini: fraction of the optimizer state offloaded (default: 0.0)",
     )
     gemini.add_argument(
         "--offload_param_frac",
         type=float,
         default=0.0,
-        help="gemini: weights on the host, if all optimizer state is (default: 0.0)",
+        help="gemini: fraction of the weights offloaded, if all optimizer state is (default: 0.0)",
     )
     gemini.add_argument(
         "-w",
@@ -103,15 +108,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_compute_args(parser, precision="bf16")
     memory = parser.add_argument_group("limits and output")
     memory.add_argument("-x", "--xformers", dest="flash_attention", action="store_true", help="the same as -a")
-    memory.add_argument("-m", "--memory_limit", type=int, help="GPU memory a process may take, in MB (default: all)")
-    memory.add_argument("--json", type=user_path, help="write inputs and results to this file")
-    memory.add_argument("--profile", type=user_path, help="folder for a trace of one more step, for chrome://tracing")
+    memory.add_argument("-m", "--memory_limit", type=int, help="MB of GPU memory that a process may use (default: all)")
+    memory.add_argument("--json", type=user_path, help="file for inputs and results")
+    memory.add_argument("--profile", type=user_path, help="folder for traces of one more step, for chrome://tracing")
     add_dry_run_args(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace, job: Job) -> None:
-    """Check every flag before a GPU is touched. Raises InputError with one line a problem."""
+    """Check every flag before a GPU is touched. Raises InputError with one line per problem."""
     problems = placement_problems(job)
     problems += below(1, memory_limit=args.memory_limit)
     problems += below(0, ignore_steps=args.ignore_steps)
@@ -127,9 +132,9 @@ def check(args: argparse.Namespace, job: Job) -> None:
 
 
 def json_problems(file: Path) -> list[str]:
-    """Return a line for what keeps a file from being written."""
+    """Return a line for a reason why the file cannot be written."""
     if not file.parent.is_dir():
-        return [f"--json: there is no folder {file.parent}"]
+        return [f"--json: folder {file.parent} does not exist; create it, or give another file"]
     if file.is_dir():
         return [f"--json: {file} is a folder; give a file"]
     if not os.access(file.parent, os.W_OK | os.X_OK):
@@ -138,10 +143,12 @@ def json_problems(file: Path) -> list[str]:
 
 
 def placement_problems(job: Job) -> list[str]:
-    """Return a line for each flag of Gemini that is no fraction, or has no effect beside the others."""
+    """Return a line for each flag of Gemini that is not a fraction, or has no effect with the others."""
     placement, plugin = job.placement, job.parallelism.plugin
     problems = [
-        f"--{name}: {value} is not between 0 and 1" for name, value in vars(placement).items() if not 0 <= value <= 1
+        f"--{name}: must be between 0 and 1, not {value}"
+        for name, value in vars(placement).items()
+        if not 0 <= value <= 1
     ]
     if problems:
         return problems
@@ -149,7 +156,7 @@ def placement_problems(job: Job) -> list[str]:
     for name, value in vars(placement).items():
         wanted = "gemini_auto" if name == "warmup_ratio" else "gemini"
         if plugin != wanted and value != getattr(default, name):
-            problems.append(f"--{name}: takes effect with -p {wanted} alone, not with -p {plugin}")
+            problems.append(f"--{name}: takes effect only with -p {wanted}, not with -p {plugin}")
     whole = (placement.shard_param_frac, placement.offload_optim_frac) == (1, 1)
     if not problems and placement.offload_param_frac and not whole:
         problems.append(
@@ -160,7 +167,7 @@ def placement_problems(job: Job) -> list[str]:
 
 
 def batches(engine: Engine, num_steps: int) -> Iterator[dict]:
-    """Return this rank's random batches in the plugin's own data-parallel coordinate, one for each step."""
+    """Return this rank's random batches, one per step, split by the plugin's data-parallel coordinate."""
     batch, vocabulary = engine.job.batch, engine.config.vocab_size
     sequences = num_steps * batch.batch_size * engine.layout.dp
     dataset = RandomDataset(sequences, batch.max_length, vocabulary, engine.job.seed)
@@ -168,7 +175,7 @@ def batches(engine: Engine, num_steps: int) -> Iterator[dict]:
 
 
 def announce(model: str, job: Job, attention: str) -> None:
-    """Print what is about to be measured."""
+    """Print the model, the layout and the global batch."""
     parameters, batch, layout = count_parameters(job.config), job.batch, job.layout
     say(f"model: {model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
     say(describe_layout(layout))
@@ -181,7 +188,7 @@ def announce(model: str, job: Job, attention: str) -> None:
 
 @contextlib.contextmanager
 def trace(folder: Path) -> Iterator[None]:
-    """Writes what CPU and GPU do inside it to a file for each rank."""
+    """Write a trace of CPU and GPU activity in the context, one file per rank."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profile:
         yield
@@ -190,15 +197,15 @@ def trace(folder: Path) -> Iterator[None]:
 
 
 def train_step(engine: Engine, batch: dict, label_tokens: int) -> tuple[torch.Tensor, float]:
-    """Run one optimizer step, as in training; return this rank's sum of token losses, and the gradient norm.
+    """Run one optimizer step as in training; return this rank's sum of token losses and the gradient norm.
 
     Raises:
-        RunError: the gradient is not finite, so that the figures would be of no model that trains.
+        RunError: the gradient is not finite, so the figures would not be those of training.
     """
     loss_sum = forward_backward(engine, [batch], label_tokens)
     grad_norm, skipped = optimizer_step(engine)
     if not (skipped or math.isfinite(grad_norm)):
-        raise RunError(f"the gradient norm is {grad_norm}: what was timed is not training")
+        raise RunError(f"the gradient norm is {grad_norm}, so the step timed is not one of training")
     return loss_sum, grad_norm
 
 
@@ -210,14 +217,14 @@ def total(per_rank: torch.Tensor) -> float:
 
 
 def slowest(step_seconds: list[float]) -> list[float]:
-    """Return each step's time on the rank that took longest. Collective."""
+    """Return each step's time on its slowest rank. Collective."""
     times = torch.tensor(step_seconds, dtype=torch.float64, device=device.current_device())
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return times.tolist()
 
 
 def peak_memory() -> dict[str, int]:
-    """Return bytes on the rank that took most: allocated by torch on the device, resident on the host. Collective."""
+    """Return the highest peaks of any rank in bytes: torch's on the device, resident on the host. Collective."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peaks = torch.tensor([device.peak_memory(), host], device=device.current_device())
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
@@ -226,7 +233,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit of what was measured, so that a figure can be repeated."""
+    """Return the device, versions and commit, so that a figure can be reproduced."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -239,7 +246,7 @@ def environment() -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace, job: Job, results: dict) -> None:
-    """Write `--json`, and print what was measured, the line of ColossalAI's published figures last."""
+    """Write `--json` and print the results; the last line has the format of ColossalAI's published figures."""
     if rank() == 0 and args.json:
         values = settings(args) | asdict(job.compute)
         inputs = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
@@ -273,16 +280,16 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory after {device.peak_memory() / MB:.2f} MB at the peak; what helps: "
-            f"{memory_remedies(job, plan)}; --dry_run shows what takes how much"
+            f"{memory_remedies(job, plan)}; --dry_run shows the memory by component"
         ) from error
     return 0
 
 
 def measure(args: argparse.Namespace, job: Job) -> None:
-    """Build the model, time its steps, and report."""
+    """Build the model, time its steps and report them."""
     launch(job.seed)
     if args.memory_limit and not device.limit_memory(args.memory_limit):
-        say("--memory_limit: there is no GPU whose memory it would limit")
+        say("--memory_limit: no effect without a GPU")
     engine = boost(job)
     initialize_weights(engine)
 

@@ -1,4 +1,4 @@
-"""Fine-tunes a LLaMA in Hugging Face's layout on prompts and their completions.
+"""Fine-tune a LLaMA model in Hugging Face's format on prompts and completions.
 
 A laptop, without a GPU:
     python finetune.py --model_path model/ -d instructions.jsonl -p zero2 -x bf16 -b 8 -l 256 -e 10
@@ -71,9 +71,7 @@ MAX_LENGTH = 4096
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="finetune.py", description=__doc__)
     model = parser.add_argument_group("model and data")
-    model.add_argument(
-        "--model_path", type=user_name, required=True, help="model folder in Hugging Face's layout, or a hub name"
-    )
+    model.add_argument("--model_path", type=user_name, required=True, help="Hugging Face model folder, or hub name")
     model.add_argument(
         "-d",
         "--dataset",
@@ -84,9 +82,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--task_name", help=f"configuration of the data set (default: {TASK})")
     model.add_argument("--tokenizer", type=user_name, help="hub name or folder (default: the model's own)")
-    model.add_argument("--train_on_prompt", action="store_true", help="learn the prompt too (default: off)")
+    model.add_argument("--train_on_prompt", action="store_true", help="also learn the prompt (default: off)")
     model.add_argument(
-        "--pack", action="store_true", help="several examples a sequence, each attending to itself alone (default: off)"
+        "--pack",
+        action="store_true",
+        help="several examples per sequence, each attending to itself only (default: off)",
     )
     add_loading_args(model)
     add_plugin_args(parser)
@@ -98,7 +98,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_source(args: argparse.Namespace, split: str) -> Source:
-    """Find the files of a split of --dataset, of its configuration --task_name."""
+    """Find the files of a split of --dataset, in the configuration --task_name."""
     default = TASK if args.dataset == DATASET and not Path(args.dataset).exists() else None
     return resolve_source(
         args.dataset,
@@ -110,27 +110,27 @@ def find_source(args: argparse.Namespace, split: str) -> Source:
 
 
 def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
-    """Find the files of the split `test`, where the data set has one that is not trained on.
+    """Find the files of the split `test`; None if there is no such split or it is the training data.
 
     Raises:
-        InputError: the split is there, but cannot be read.
+        InputError: the split exists but cannot be read.
     """
     if Path(args.dataset).expanduser().is_file():
         return None
     try:
-        test = replace(find_source(args, "test"), remark="")  # the other split has said what is left out
+        test = replace(find_source(args, "test"), remark="")  # already printed for the training split
     except NotFound:
         return None
     return None if set(test.files) & set(train.files) else test
 
 
 def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
-    """Return the engine's part of the flags: by default the model's context, and no division of adapters."""
+    """Return the job; the default length is at most the model's context, and adapters default to tp 1 and pp 1."""
     job = job_of(args, config, length_varies=True)
     if args.max_length is None:
         max_length = min(MAX_LENGTH, config.max_position_embeddings)
         job = replace(job, batch=replace(job.batch, max_length=max_length))
-    if args.lora_rank and args.plugin == "hybrid_parallel":  # which divides no model with adapters
+    if args.lora_rank and args.plugin == "hybrid_parallel":  # it cannot split adapters
         asked = job.parallelism
         job = replace(job, parallelism=replace(asked, tp=asked.tp or 1, pp=asked.pp or 1))
     return job
@@ -139,9 +139,9 @@ def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
 def open_data(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """The data to train on, and those of the split `test` if there is one.
+    """Return the training data, and the split `test` or None.
 
-    One rank of a node finds and prepares them, while the others wait.
+    One rank per node finds and prepares them while the others wait.
     """
 
     def prepare() -> list[str]:
@@ -162,7 +162,7 @@ def open_data(
 
 
 def check(args: argparse.Namespace, run: Run, lora: Lora) -> None:
-    """Check every flag before data or a GPU is touched. Raises InputError with one line a problem."""
+    """Check every flag before data or a GPU is touched. Raises InputError with one line per problem."""
     data = Path(args.dataset, args.task_name or "")
     check_job(run.job, take(DryRun, args), args.given, further=run_problems(run, data, args.cache_dir))
     if problems := lora.problems(run.job.layout):
@@ -170,7 +170,7 @@ def check(args: argparse.Namespace, run: Run, lora: Lora) -> None:
 
 
 def set_weights(engine: Engine, checkpoint: Path | None, pretrained: LazyTensors, folder: Path) -> None:
-    """Give the engine the model's weights, and a checkpoint's; with adapters, both."""
+    """Load the weights of the model or of a checkpoint; with adapters, those of both."""
     adapted = getattr(engine.config, "lora", None) is not None
     if adapted or not checkpoint:
         load_pretrained(pretrained, engine, "--model_path")
@@ -184,7 +184,7 @@ def set_weights(engine: Engine, checkpoint: Path | None, pretrained: LazyTensors
 def main() -> int:
     args = parse_args()
 
-    # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
+    # Find every mistake before a process group, a model or a GPU is touched.
     folder = find_model(args.model_path, "--model_path")
     refuse_other_formats(folder, "--model_path")
     config = load_config(str(folder), "--model_path")

@@ -1,4 +1,4 @@
-"""Pretrains a LLaMA on text in RedPajama's format.
+"""Pretrain a LLaMA model on text in RedPajama's format.
 
 A laptop, without a GPU:
     python pretrain.py -c tiny -p zero2 -d data/ --tokenizer tokenizer/ -x bf16 -b 8 -l 256 -s 20
@@ -78,35 +78,35 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset",
         type=user_name,
         default=REDPAJAMA_SAMPLE,
-        help="file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`; or a name on "
-        f"the hub; or what scripts/prepare_dataset.py made (default: {REDPAJAMA_SAMPLE})",
+        help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`, "
+        f"or a folder prepared by scripts/prepare_dataset.py (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(model)
     add_tokenizer_arg(model)
-    model.add_argument("--init_from", type=user_path, help="Hugging Face model folder to take the initial weights from")
+    model.add_argument("--init_from", type=user_path, help="Hugging Face model folder with the initial weights")
     add_loading_args(model)
     model.add_argument(
         "--slice_weights",
         type=parse_slice_weights,
         metavar="llama|NAME=WEIGHT,...",
-        help="draw from the slices in these proportions, or in those of LLaMA (default: each sequence once an epoch)",
+        help="draw from the slices in these proportions, or in LLaMA's (default: each sequence once per epoch)",
     )
     model.add_argument(
         "--streaming",
         action="store_true",
-        help="read the data set as training goes on, without preparing it; needs --max_steps (default: off)",
+        help="read the data set during training, without preparing it; needs --max_steps (default: off)",
     )
     model.add_argument(
         "--shuffle_buffer",
         type=int,
         default=2048,
         action=Given,
-        help="sequences that are shuffled together in a stream (default: 2048)",
+        help="sequences of a stream that are shuffled together (default: 2048)",
     )
     model.add_argument(
         "--document_mask",
         action="store_true",
-        help="attention stays inside a document, and positions restart with each (default: off, as in LLaMA)",
+        help="keep attention inside a document, and restart positions with each (default: off, as in LLaMA)",
     )
     add_plugin_args(parser)
     add_training_args(parser)
@@ -118,13 +118,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def open_data(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedDataset | StreamedDataset, PackedDataset | None]:
-    """The data to train on, and those that are held out."""
+    """Return the training data, and the held-out data or None."""
     document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
     order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
     choice = {"revision": args.dataset_revision, "slices": args.dataset_slices}
     if args.streaming:
         if is_prepared(Path(args.dataset)):
-            raise InputError(f"--streaming: {args.dataset} is prepared, and is read without it; leave the flag out")
+            raise InputError(f"--streaming: {args.dataset} is already prepared; leave the flag out")
         source = Source.from_json(once_per_node(lambda: resolve_source(args.dataset, **choice).to_json()))
         if source.remark:
             say(source.remark)
@@ -143,10 +143,10 @@ def open_data(
 
 
 def check(args: argparse.Namespace, run: Run) -> None:
-    """Check every flag before data or a GPU is touched. Raises InputError with one line a problem."""
+    """Check every flag before data or a GPU is touched. Raises InputError with one line per problem."""
     problems = run_problems(run, Path(args.dataset), args.cache_dir) + below(1, shuffle_buffer=args.shuffle_buffer)
     if args.eval_fraction is not None and not 0 <= args.eval_fraction < 1:
-        problems.append(f"--eval_fraction: {args.eval_fraction} is not at least 0 and below 1")
+        problems.append(f"--eval_fraction: must be at least 0 and below 1, not {args.eval_fraction}")
     if args.streaming:
         if args.max_steps is None:
             problems.append("--streaming: a stream has no end; give --max_steps")
@@ -154,18 +154,18 @@ def check(args: argparse.Namespace, run: Run) -> None:
             problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
         for name, given in (("fraction", args.eval_fraction), ("interval", "eval_interval" in args.given)):
             if given:
-                problems.append(f"--eval_{name}: documents are held out when a data set is prepared, not from a stream")
+                problems.append(f"--eval_{name}: a stream has no held-out documents; leave out this or --streaming")
     elif "shuffle_buffer" in args.given and not problems:
-        problems.append("--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out")
+        problems.append("--shuffle_buffer: takes effect only with --streaming; give that too, or leave it out")
     if args.init_from and args.load not in (None, "latest"):
-        problems.append("--init_from: begins a new run from a model's weights, --load resumes a run; give one of them")
+        problems.append("--init_from: starts a new run from a model's weights, --load resumes a run; give only one")
     check_job(run.job, take(DryRun, args), args.given, args.document_mask, problems)
 
 
 def set_weights(
     engine: Engine, checkpoint: Path | None, init_from: Path | None, pretrained: LazyTensors | None
 ) -> None:
-    """Give the engine the weights of a checkpoint, or of the model at `init_from`, or initial ones."""
+    """Load the weights of a checkpoint or of the model at `init_from`, or initialize them."""
     if checkpoint:
         load_checkpoint(checkpoint, engine)
     elif pretrained:
@@ -178,7 +178,7 @@ def set_weights(
 def main() -> int:
     args = parse_args()
 
-    # Everything that can be wrong is found here, before a process group, a model or a GPU is touched.
+    # Find every mistake before a process group, a model or a GPU is touched.
     config = load_config(args.config)
     run = run_of(args, job_of(args, config), args.config)
     check(args, run)

@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """A kind of GPU, from its vendor's data sheet."""
+    """A GPU model, with figures of its vendor's data sheet."""
 
     name: str
     peak_tflops: float  # dense bf16 and fp16 tensor-core operations
-    memory_gb: float  # nominal, in 10^9 bytes; most have 7% more, the binary unit
+    memory_gb: float  # nominal, in 10^9 bytes; most have 7% more, since vendors mean GiB
 
 
-# The first whose name is part of the device's name.
+# The first whose name is part of the device's name counts, so longer names come first.
 CARDS = (
     Card("B200", 2250.0, 180),
     Card("H100 PCIe", 756.0, 80),
@@ -28,7 +28,7 @@ CARDS = (
     Card("A100-PCIE-40GB", 312.0, 40),
     Card("A100", 312.0, 80),
     Card("A800", 312.0, 80),
-    Card("L40S", 362.0, 44),  # of 48, the rest corrects memory errors; so in the next
+    Card("L40S", 362.0, 44),  # of 48 GB: error correction takes the rest, also in the A10G
     Card("A10G", 70.0, 22),
     Card("RTX 4090", 165.2, 24),
     Card("RTX 3090", 71.0, 24),
@@ -36,12 +36,12 @@ CARDS = (
 
 
 def find_card(device_name: str) -> Card | None:
-    """The kind of a device, or None for one that is not in the table."""
+    """Return the card of a device, or None if the table lacks it."""
     return next((card for card in CARDS if card.name.lower() in device_name.lower()), None)
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of one device in TFLOPS, or None for a device that is not in the table."""
+    """Return the peak of one device in TFLOPS, or None if the table lacks it."""
     card = find_card(device_name)
     return card.peak_tflops if card else None
 
@@ -51,14 +51,14 @@ class DryRun:
     """The GPUs that a dry run plans for."""
 
     dry_run: bool = False
-    gpu: str | None = None  # kind; None: this machine's, else H100
-    gpu_memory: float | None = None  # GB; None: that of the kind
-    memory_limit: int | None = None  # MB that a process may take of it
+    gpu: str | None = None  # model; None: this machine's, else H100
+    gpu_memory: float | None = None  # GB; None: the model's
+    memory_limit: int | None = None  # MB that a process may use
     mfu: float = 0.4  # fraction of the peak that training reaches
 
 
 def planned_card(plan: DryRun) -> Card:
-    """Return the GPU that is planned for; its memory is `gpu_memory` where that is given, up to `memory_limit`."""
+    """Return the planned GPU; its memory is `gpu_memory` if given, and at most `memory_limit`."""
     name = plan.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H100")
     card = find_card(name) or Card(name, math.nan, plan.gpu_memory or math.nan)
     memory = plan.gpu_memory or card.memory_gb
@@ -68,11 +68,11 @@ def planned_card(plan: DryRun) -> Card:
 
 
 def card_problems(plan: DryRun) -> list[str]:
-    """Return a line for each flag that describes no GPU."""
+    """Return a line for each flag whose value describes no GPU."""
     problems = []
     card, size = find_card(plan.gpu or ""), re.search(r"(\d+) ?GB", plan.gpu or "", re.IGNORECASE)
     if plan.gpu and not card:
-        problems.append(f"--gpu: {plan.gpu!r} is none of {', '.join(card.name for card in CARDS)}")
+        problems.append(f"--gpu: {plan.gpu!r} is not one of {', '.join(card.name for card in CARDS)}")
     elif card and size and plan.gpu_memory is None and abs(int(size[1]) - card.memory_gb) > 0.1 * card.memory_gb:
         others = [other.name for other in CARDS if card.name in other.name and other.memory_gb == int(size[1])]
         problems.append(
@@ -80,7 +80,7 @@ def card_problems(plan: DryRun) -> list[str]:
             + " or ".join([*others, f"--gpu_memory {size[1]}"])
         )
     if plan.gpu_memory is not None and not 0 < plan.gpu_memory < math.inf:
-        problems.append(f"--gpu_memory: {plan.gpu_memory} is not a positive number of GB")
+        problems.append(f"--gpu_memory: must be a positive number of GB, not {plan.gpu_memory}")
     if not 0 < plan.mfu <= 1:
-        problems.append(f"--mfu: {plan.mfu} is not above 0 and at most 1")
+        problems.append(f"--mfu: must be above 0 and at most 1, not {plan.mfu}")
     return problems

@@ -1,4 +1,4 @@
-"""What a dry run prints: memory of a GPU by component, what would fit if that does not, and steps and days."""
+"""The report of a dry run: GPU memory by component, changes that make it fit, and the run's steps and days."""
 
 import copy
 import math
@@ -14,9 +14,9 @@ from runtime.console import say
 
 
 def memory_remedies(job: Job, plan: DryRun) -> str:
-    """Return what fits by the estimate: single changes, else several at once; those that cost least speed first.
+    """Return changes that make the job fit by the estimate: single ones, else combinations; the fastest first.
 
-    Where memory has run out though the estimate fits, only what takes less than that counts.
+    If memory ran out although the estimate fits, only changes that lower the estimate count.
     """
     before, gpus = estimate_memory(job).peak.total, 2 * job.parallelism.ranks
 
@@ -27,7 +27,7 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
         select_attention(changed.config, changed.compute.flash_attention, changed.layout.sp > 1)
         limit = None if change.no_limit else plan.memory_limit
         needed, room = estimate_memory(changed).peak.total, planned_card(replace(plan, memory_limit=limit)).memory_gb
-        return (needed < before or change.no_limit) and not needed > room * 1e9  # NaN: a GPU that is not known
+        return (needed < before or change.no_limit) and not needed > room * 1e9  # NaN: an unknown GPU
 
     compute, batch = job.compute, job.batch
     lean = {} if compute.flash_attention else {"-a": Change(compute=dict(flash_attention=True))}
@@ -43,25 +43,25 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
     others[f"{gpus} GPUs"] = Change(parallelism=dict(gpus=gpus))
 
     largest = next((smaller for smaller in batches if all(map(fits, smaller.values()))), {})
-    if helping := [name for name, change in (lean | largest | others).items() if fits(change)]:
-        return ", ".join(helping)
+    if remedies := [name for name, change in (lean | largest | others).items() if fits(change)]:
+        return ", ".join(remedies)
     for several in (lean, *(lean | smaller for smaller in batches)):
         flags, change = " ".join(several), sum(several.values(), Change())
         if fits(change):
             return flags
-        if helping := [name for name, more in others.items() if fits(change + more)]:
-            return f"{flags} with {' or '.join(helping)}"
+        if remedies := [name for name, more in others.items() if fits(change + more)]:
+            return f"{flags} with {' or '.join(remedies)}"
     return "more GPUs, or larger ones"
 
 
 @dataclass(frozen=True)
 class Change:
-    """Fields of a job to replace, by its part."""
+    """New values of a job's fields, by the part of the job."""
 
     parallelism: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, Any] = field(default_factory=dict)
-    no_limit: bool = False  # of memory
+    no_limit: bool = False  # without --memory_limit
 
     def __add__(self, other: "Change") -> "Change":
         return Change(
@@ -82,17 +82,17 @@ class Change:
 
 
 def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:
-    """Print the memory of a GPU by component, whether it fits, and the time that training takes."""
+    """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes."""
     estimate, card, layout = estimate_memory(job), planned_card(plan), job.layout
     unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
-    say(f"memory of a GPU in {unit}, of {layout.ranks} (estimate):")
+    say(f"estimated memory per GPU in {unit} (GPUs: {layout.ranks}):")
     components = ("weights", "gradients", "optimizer", "activations", "logits", "total")
     say(f"  {'':30}" + "".join(f"{name:>12}" for name in components))
     for phase in estimate.phases:
         figures = "".join(f"{getattr(phase, name) / bytes_of_unit:12.2f}" for name in components)
         say(f"  {phase.name:30}{figures}{'  <- peak' if phase is estimate.peak else ''}")
     if estimate.host:
-        say(f"  and {estimate.host / 1e9:.1f} GB of host memory for each GPU")
+        say(f"  and {estimate.host / 1e9:.1f} GB of host memory per GPU")
     peak, memory = estimate.peak.total, card.memory_gb
     if not math.isnan(memory):
         verdict, remedy = "fits", ""
@@ -102,7 +102,7 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) 
 
     flops = model_flops_per_token(job.config, job.batch.max_length)
     if math.isnan(card.peak_tflops):
-        say(f"time: the peak of {card.name} is not known; name a kind with --gpu")
+        say(f"time: the peak of {card.name} is unknown; name a known GPU with --gpu")
         return
     tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * plan.mfu / flops
     steps = math.ceil(total_tokens / tokens_per_step)

@@ -1,4 +1,4 @@
-"""Throughput of a run: tokens a second, TFLOPS a GPU, and MFU where the device's peak is known."""
+"""Throughput of a run: tokens per second, TFLOPS per GPU, and MFU if the device's peak is known."""
 
 import contextlib
 import statistics
@@ -18,12 +18,12 @@ from planning.cards import peak_tflops
 class Throughput:
     seconds: float
     tokens_per_second: float  # over all GPUs
-    tflops: float  # model TFLOPS of one GPU
-    mfu: float | None  # fraction of the device's peak
+    tflops: float  # model TFLOPS per GPU
+    mfu: float | None  # fraction of the device's peak; None if that is unknown
 
 
 class PerformanceEvaluator:
-    """Measures from one call of `lap` to the next. The caller synchronises the device first."""
+    """Measure the throughput between calls of `lap`. The caller synchronizes the device before each."""
 
     def __init__(self, config: LlamaConfig, seq_length: int, gpus: int, device_name: str):
         self.flops_per_token = model_flops_per_token(config, seq_length)
@@ -32,11 +32,11 @@ class PerformanceEvaluator:
         self.last = time.perf_counter()
 
     def restart(self) -> None:
-        """Leaves what happened since the last lap, such as a checkpoint, out of the next one."""
+        """Exclude the time since the last lap, such as that of a checkpoint, from the next lap."""
         self.last = time.perf_counter()
 
     def lap(self, tokens: int) -> Throughput:
-        """Throughput over `tokens` of all GPUs since the last lap."""
+        """Return the throughput since the last lap, in which all GPUs together trained `tokens`."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         tokens_per_second = tokens / seconds
@@ -45,7 +45,7 @@ class PerformanceEvaluator:
 
 
 class StepTimer:
-    """Seconds of each step, from when the device has done what came before it to when it has done the step."""
+    """Measure the seconds of each step; the device is synchronized before and after it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -68,16 +68,16 @@ def benchmark_figures(
     recomputation: float,
     device_name: str,
 ) -> dict[str, float | list[float] | None]:
-    """What a benchmark reports of its steps; throughput over their sum, as one that trains on would see it.
+    """Return the figures of a benchmark; the throughput is that of all steps together, as in training.
 
     Args:
-        sequences: in a step, over all data-parallel ranks.
-        recomputation: share of the layers whose forward pass the backward pass repeats.
+        sequences: per step, over all data-parallel ranks.
+        recomputation: fraction of the layers that the backward pass recomputes.
 
     Returns:
-        Among others `tflops_per_gpu`, by the count of ColossalAI's published figures (8 x parameters x tokens with
-        recomputation, 6 without, attention left out; in between for a share of the layers), and `model_tflops_per_gpu`
-        and `mfu` by that of `model_flops_per_token`.
+        Among others `tflops_per_gpu`, which counts FLOPs as ColossalAI's published figures do (8 x parameters x tokens
+        with recomputation, 6 without, in between for a fraction of the layers; no attention), and
+        `model_tflops_per_gpu` and `mfu`, which use `model_flops_per_token`.
     """
     mean = statistics.fmean(step_seconds)
     samples_per_second = sequences / mean

@@ -44,23 +44,23 @@ SEED = 42  # the default
 NOBODY = 65534  # user id
 SECRET = "hf_never_to_be_written"
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that are started would ignore it too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that the tests start would ignore it too
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks of a test share the CPU, also where there is a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU even if there is a GPU
 
 
 def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
-    """Return what a run reads between two positions in the order of its data, [stop - start, SEQUENCE_LENGTH]."""
+    """Return the sequences between two positions in the order of a run's data, [stop - start, SEQUENCE_LENGTH]."""
     order = GlobalOrder(len(dataset), SEED)
     return torch.stack([dataset[order[position]]["input_ids"] for position in range(start, stop)])
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
-    """A folder with the corpus in `data`, and `tokenizer`, whose vocabulary is that of the model `test`."""
+    """A folder with the corpus in `data`, and in `tokenizer` a tokenizer with the vocabulary of the model `test`."""
     folder = tmp_path_factory.mktemp("sample")
     program = [sys.executable, ROOT / "scripts" / "make_sample_data.py"]
     subprocess.run([*program, "--output_dir", folder, "--megabytes", "0.5", "--vocab_size", "1024"], check=True)
@@ -69,7 +69,7 @@ def sample(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def locked_folder() -> Iterator[Path]:
-    """A folder that this process may not write to, beside one, `open`, that it may; root asks as another user."""
+    """A folder that this process cannot write to, next to a writable one, `open`; root becomes another user."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         for folder, mode in (("locked", 0o555), ("open", 0o777)):
@@ -77,7 +77,7 @@ def locked_folder() -> Iterator[Path]:
             Path(name, folder).chmod(mode)
         root = os.getuid() == 0
         if root:
-            os.setresuid(NOBODY, 0, 0)  # os.access asks for the real user
+            os.setresuid(NOBODY, 0, 0)  # os.access checks the real user
         try:
             yield Path(name, "locked")
         finally:
@@ -87,7 +87,7 @@ def locked_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
-    """Makes this process rank 0 of that many, with a store, as torchrun does; the other ranks never come."""
+    """Function that makes this process rank 0 of `size`, with a store as from torchrun; the other ranks never start."""
     stores = []
 
     def become_rank_0(size: int) -> None:
@@ -106,12 +106,12 @@ def become_rank_0(monkeypatch) -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]:
-    """Return the problems that a program's main() finds before it launches, given flags and a number of ranks."""
+    """Function that returns the problems that a program's main() finds before the launch, for flags and ranks."""
 
     def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         for owner in (benchmark, session):
-            monkeypatch.setattr(owner, "launch", lambda seed: pytest.fail("nothing was objected to"))
+            monkeypatch.setattr(owner, "launch", lambda seed: pytest.fail("no problem was found"))
         if ranks > 1:
             become_rank_0(ranks)
         before = sorted(tmp_path.rglob("*"))
@@ -126,7 +126,7 @@ def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]
 
 @pytest.fixture
 def problems(objections, tmp_path, sample_flags, sample_dataset) -> Callable[..., list[str]]:
-    """Return the problems that pretrain.py finds."""
+    """Function that returns the problems that pretrain.py finds before the launch."""
 
     def problems(*args, ranks: int = 1) -> list[str]:
         folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "tb_logs"]
@@ -152,7 +152,7 @@ def sample_dataset(sample, sample_tokenizer, cache_dir) -> PackedDataset:
 
 @pytest.fixture(scope="session")
 def few_data(sample, sample_tokenizer, tmp_path_factory) -> Path:
-    """A file of one document that makes EPOCH sequences of SEQUENCE_LENGTH tokens, so that a short run has epochs."""
+    """A file with one document of EPOCH sequences of SEQUENCE_LENGTH tokens, so that a short run has epochs."""
     path = tmp_path_factory.mktemp("few") / "few.jsonl"
     rows = [json.loads(row)["text"] for row in (sample / "data" / "github_sample.jsonl").open(encoding="utf-8")]
     ids = sample_tokenizer("\n".join(rows), add_special_tokens=False)["input_ids"]
@@ -163,14 +163,14 @@ def few_data(sample, sample_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sample_flags(sample, cache_dir) -> list:
-    """The flags that make a run small and quick."""
+    """Flags of a small, quick run."""
     data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir]
     return ["-c", "test", *data, "-l", SEQUENCE_LENGTH, "-s", "4"]
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory, sample_flags, sample_dataset) -> Callable[..., Run]:
-    """Starts a small run in a folder of its own, or in `folder`; `with start(...) as run:` ends it."""
+    """Function that starts a small run in its own folder, or in `folder`; `with start(...) as run:` ends it."""
     numbers = itertools.count()
     root = tmp_path_factory.mktemp("runs")
 
@@ -182,7 +182,7 @@ def start(tmp_path_factory, sample_flags, sample_dataset) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def pretrain(start) -> Callable[..., Run]:
-    """Runs to the end, successfully unless `check` is False; more than `processes=1` of them under torchrun."""
+    """Function that runs to the end, and fails if the run does, unless `check=False`; `processes` > 1 use torchrun."""
 
     def pretrain(*args, check: bool = True, **kwargs) -> Run:
         with start(*args, **kwargs) as run:
@@ -195,14 +195,14 @@ def pretrain(start) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def finished_run(pretrain, few_data) -> Run:
-    """Three steps of zero2 in bf16, one epoch of `few_data`, with a checkpoint at the first and at the end."""
+    """Three steps of zero2 in bf16, one epoch of `few_data`, with checkpoints after step 2 and at the end."""
     secrets = {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET}
     return pretrain("-d", few_data, "-p", "zero2", "-x", "bf16", "-b", 8, "-s", 1, "-i", 2, env=secrets)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """LLaMA's kind of tokenizer, trained on the prose of the standard library, as `tokenizer.model` alone."""
+    """A folder with only `tokenizer.model`: a tokenizer like LLaMA's, trained on the standard library's docs."""
     folder = tmp_path_factory.mktemp("tokenizer")
     modules = (argparse, inspect, itertools, functools, json, gzip, pickle, pydoc, subprocess, textwrap)
     corpus = "\n".join(pydoc.plain(pydoc.render_doc(module)) for module in modules)
@@ -217,7 +217,7 @@ def tokenizer(tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def byte_level_tokenizer():
-    """Like Llama 3's: no space before a text, and tokens of two line ends."""
+    """A tokenizer like Llama 3's: no space before a text, and tokens of two line breaks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -231,7 +231,7 @@ def byte_level_tokenizer():
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
-    """48 JSONL rows in one file, and a session-wide cache: (source, cache_dir)."""
+    """A file of 48 JSONL rows, and a cache for the session: (source, cache_dir)."""
     folder = tmp_path_factory.mktemp("words")
     write_jsonl(folder / "words.jsonl", [{"text": f"row {i} " * (i % 7 + 1)} for i in range(48)])
     return folder / "words.jsonl", folder / "cache"

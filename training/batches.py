@@ -1,4 +1,4 @@
-"""This rank's batches: the loader, the next step's micro-batches, or the reason why there are none."""
+"""This rank's batches: the loader, the micro-batches of each step, and errors of reading them."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ from runtime.console import InputError, RunError
 from runtime.process import follow_rank
 from training.plan import Plan, Run, TrainState
 
-PREFETCHED_BATCHES = 8  # by each loader process: a long document in a stream takes longer than a step of a small model
-ENDING_SECONDS = 2  # for a loader process
+PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
+ENDING_SECONDS = 2  # to wait for the end of a failed loader process
 
 
 def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader[Any]:
-    """Return this rank's batches from the state's position to the end, in the plugin's data-parallel coordinate."""
+    """Return a loader of this rank's batches from the state's position to the end of the plan."""
     if state.stream is not None:
-        dataset.resume(state.stream)  # type: ignore[attr-defined]  # a stream has a position of its own
+        dataset.resume(state.stream)  # type: ignore[attr-defined]  # only streams have it
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
     sampler = partial(ShardedSampler, seed=run.job.seed, start=state.sequences, stop=stop, order=dataset.order)
     loader = engine.plugin.prepare_dataloader(
@@ -53,19 +53,23 @@ def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: Tra
 
 
 def check_same_batch(loader: DataLoader[Any], batch: dict[str, torch.Tensor], data_parallel: int) -> None:
-    """Asserts that there is one share of the data a data-parallel rank, and one batch among the ranks of a share."""
+    """Check that model-parallel peers read the same batch, and each data-parallel rank a part of its own. Collective.
+
+    Raises:
+        AssertionError: the plugin has distributed the data wrongly.
+    """
     digest = hashlib.sha256(batch["input_ids"].numpy().tobytes()).hexdigest()
     first = loader.sampler.positions.start  # type: ignore[attr-defined]
-    by_share: dict[int, str] = {}
-    for number, (share, other) in enumerate(gather((first, digest))):
-        if by_share.setdefault(share, other) != other:
-            raise AssertionError(f"rank {number} reads another batch than its model-parallel peers at {share}")
-    if len(by_share) != data_parallel:
-        raise AssertionError(f"{len(by_share)} shares of the data are read by {data_parallel} data-parallel ranks")
+    by_start: dict[int, str] = {}
+    for number, (start, other) in enumerate(gather((first, digest))):
+        if by_start.setdefault(start, other) != other:
+            raise AssertionError(f"rank {number} reads a different batch than its model-parallel peers at {start}")
+    if len(by_start) != data_parallel:
+        raise AssertionError(f"{data_parallel} data-parallel ranks read {len(by_start)} distinct parts of the data")
 
 
 def _end_of(status: int) -> str:
-    """Describe the end of a process by its exit status, as `multiprocessing` has it."""
+    """Describe the end of a process by its exit status, which is -N after signal N."""
     if status > 0:
         return f"ended with status {status}"
     number = signal.Signals(-status)
@@ -78,11 +82,11 @@ class StepBatch:
     """The data of an optimizer step.
 
     Attributes:
-        micro_batches: this rank's, on the host; none if they could not be read.
-        stream: the position after them in a data set that is read as a stream.
-        error: the reason why this rank has none.
-        label_tokens, tokens, positions: labels that count, tokens, and tokens with padding, over all ranks.
-        ranks_without: ranks that have none.
+        micro_batches: this rank's, in host memory; empty if they could not be read.
+        stream: the position after them, if the data set is a stream.
+        error: the reason why they could not be read.
+        label_tokens, tokens, positions: labels that count, tokens, and tokens plus padding, over all ranks.
+        ranks_without: number of ranks without micro-batches.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
@@ -95,39 +99,39 @@ class StepBatch:
 
     @property
     def padding(self) -> float:
-        """Fraction of the positions that hold padding."""
+        """The fraction of the positions that hold padding."""
         return 1 - self.tokens / self.positions
 
 
 class Batches:
-    """One step's batches after the other; the next ones are fetched while the device computes."""
+    """The batches of each step in turn; the next step's are prefetched while the device computes."""
 
     def __init__(self, loader: DataLoader[Any], accumulation_steps: int, layout: Layout):
         self.loader, self.accumulation_steps, self.layout = loader, accumulation_steps, layout
         self.iterator = iter(loader)
-        self.fetched: StepBatch | None = None
+        self.prefetched: StepBatch | None = None
         self.checked = False
-        self.waited = 0.0  # seconds that the device was idle for the last fetch
-        # torch's handler would raise anywhere, inside a collective operation too; `_fetch` sees that a process is gone.
+        self.waited = 0.0  # seconds that the device was idle during the last prefetch
+        # torch's handler would raise anywhere, even in a collective operation; `_read` notices dead processes itself.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def prefetch(self) -> None:
-        """Fetch the next step's batches while the device works on what was submitted."""
+        """Read the next step's batches while the device works through its queue."""
         idle, start = when_idle(), time.perf_counter()
-        self.fetched = self._fetch()
+        self.prefetched = self._read()
         self.waited = time.perf_counter() - start if idle() else 0.0
 
     def take(self) -> StepBatch:
-        """Return the next step's batches, counted over all ranks. Collective."""
-        batch, self.fetched = self.fetched or self._fetch(), None
+        """Return the next step's batches, with counts over all ranks. Collective."""
+        batch, self.prefetched = self.prefetched or self._read(), None
         self._count(batch)
         if not self.checked and not batch.ranks_without:
             check_same_batch(self.loader, batch.micro_batches[0], self.layout.dp)
             self.checked = True
         return batch
 
-    def _fetch(self) -> StepBatch:
-        """Return the micro-batches of a step, or the error whatever it is: the other ranks wait for this one."""
+    def _read(self) -> StepBatch:
+        """Return the micro-batches of a step, or any error instead of raising it: the other ranks wait for this one."""
         try:
             micro_batches = [next(self.iterator) for _ in range(self.accumulation_steps)]
         except Exception as error:
@@ -136,6 +140,7 @@ class Batches:
         return StepBatch(micro_batches, positions[-1] if positions else None)
 
     def _count(self, batch: StepBatch) -> None:
+        """Set the batch's counts over all ranks. Collective."""
         counts = torch.zeros(4, dtype=torch.int64)
         counts[3] = not batch.micro_batches
         for micro_batch in batch.micro_batches:
@@ -145,14 +150,14 @@ class Batches:
         counts = counts.to(current_device())
         dist.all_reduce(counts)
         batch.ranks_without = int(counts[3])
-        peers = self.layout.tp * self.layout.pp * self.layout.sp  # which read the same
+        peers = self.layout.tp * self.layout.pp * self.layout.sp  # ranks that read the same batch
         batch.label_tokens, batch.tokens, batch.positions = (counts[:3] // peers).tolist()
 
 
 def _reason(iterator: Iterator[dict[str, Any]], error: Exception) -> str:
-    """Return in one line why a loader failed: what became of its process, or its error."""
+    """Return in one line why a loader failed: the end of its process, or its error."""
     processes = getattr(iterator, "_workers", ())
-    # A killed process loses its connections, which may be reported, a moment before it has ended.
+    # The connection of a killed process breaks, and may be reported, a moment before the process has ended.
     sentinels = [process.sentinel for process in processes]
     ending = multiprocessing.connection.wait(sentinels, timeout=ENDING_SECONDS)
     for process in processes:
@@ -162,6 +167,6 @@ def _reason(iterator: Iterator[dict[str, Any]], error: Exception) -> str:
             return f"a loader process, {process.pid}, {_end_of(process.exitcode)}"
     if not isinstance(error, InputError | RunError | OSError):
         traceback.print_exc()
-    # A loader process puts its traceback before its error.
+    # The message from a loader process has a traceback before the error.
     last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return re.sub(r"^runtime\.console\.\w+: ", "", last_line)

@@ -1,4 +1,4 @@
-"""Validation of the flags against one another and the model, before anything is allocated."""
+"""Checks of the flags against each other and the model, before anything is allocated."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from runtime import ranks
 from runtime.console import InputError, below
 from runtime.files import existing_part
 
-if TYPE_CHECKING:  # benchmark.py, which checks a job, does without checkpoints
+if TYPE_CHECKING:  # benchmark.py imports no checkpointing
     from training.plan import Outputs, Run
 
 LARGEST_SEED = 2**32 - 1
@@ -23,21 +23,21 @@ LARGEST_SEED = 2**32 - 1
 def check_job(
     job: Job, plan: DryRun, given: frozenset[str], mixed_lengths: bool = True, further: Sequence[str] = ()
 ) -> None:
-    """Check the flags that all programs share, against one another and the model.
+    """Check the flags that all programs share, against each other and the model.
 
     Args:
-        given: the names of flags on the command line, where that matters.
-        mixed_lengths: sequences of several lengths share a batch.
+        given: the flags with `action=Given` that are on the command line.
+        mixed_lengths: True if a batch holds sequences of different lengths.
         further: problems of the program's own flags.
 
     Raises:
-        InputError: with one line for every problem found.
+        InputError: with one line per problem.
     """
     config, asked = job.config, job.parallelism
     problems = [*further, *job.batch.problems(), *below(1, gpus=asked.gpus), *below(0, seed=job.seed)]
     problems += job.optimization.problems() + job.compute.problems(asked, config.num_hidden_layers)
     if job.seed > LARGEST_SEED:
-        problems.append(f"--seed: {job.seed} is above the greatest possible, {LARGEST_SEED}")
+        problems.append(f"--seed: must be at most {LARGEST_SEED}, not {job.seed}")
     if job.batch.max_length > config.max_position_embeddings:
         context = config.max_position_embeddings
         problems.append(f"--max_length: {job.batch.max_length} is above the model's context of {context} tokens")
@@ -53,17 +53,17 @@ def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str]) -> lis
         return card_problems(plan) + ranks.launch_problems()
     flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
     return launch_problems() + [
-        f"--{name}: goes with --dry_run alone; a launcher sets what a run has"
+        f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs"
         for name, value in flags.items()
         if value is not None
     ]
 
 
 def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
-    """Return a line for each problem with what pretrain.py and finetune.py share beyond the job.
+    """Return a line for each problem of the flags, other than the job's, that pretrain.py and finetune.py share.
 
     Args:
-        dataset: the data's file or folder, which need not be there.
+        dataset: the data's file or folder, which need not exist.
     """
     outputs = run.outputs
     return [
@@ -76,18 +76,18 @@ def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
 
 
 def _outputs_among_data(outputs: "Outputs", data: Path) -> list[str]:
-    """Return a line for each folder of this run within its data, which a resume would read as more of them."""
-    if not data.is_dir() or (data / MANIFEST_NAME).exists():  # that of a prepared folder says what its data are
+    """Return a line for each output folder inside the data, since a resume would read its files as data."""
+    if not data.is_dir() or (data / MANIFEST_NAME).exists():  # the manifest names the data files
         return []
     return [
-        f"--{name}: {folder} lies in --dataset {data}, whose files are read as data; give a folder elsewhere"
+        f"--{name}: {folder} lies in --dataset {data}, so its files would be read as data; give a folder outside"
         for name, folder in (("save_dir", outputs.save_dir), ("tensorboard_dir", outputs.tensorboard_dir))
         if folder.resolve().is_relative_to(data)
     ]
 
 
 def folder_problems(flag: str, folder: Path) -> list[str]:
-    """Return a line for what keeps a folder from being made or written to, without making it."""
+    """Return a line for a reason why the folder cannot be made or written to; do not make it."""
     if problems := _link_problems(flag, folder):
         return problems
     existing = existing_part(folder)
@@ -99,8 +99,8 @@ def folder_problems(flag: str, folder: Path) -> list[str]:
 
 
 def _link_problems(flag: str, folder: Path) -> list[str]:
-    """Return a line for a link to nothing on the way to a folder, which cannot be made in its place."""
+    """Return a line for a broken link in the path of a folder, since no folder can be made in its place."""
     for path in (folder.absolute(), *folder.absolute().parents):
         if path.is_symlink() and not path.exists():
-            return [f"{flag}: {path} is a link to {os.readlink(path)}, which is not there; make that, or give a folder"]
+            return [f"{flag}: {path} is a broken link to {os.readlink(path)}; make that folder, or give another"]
     return []

@@ -1,4 +1,4 @@
-"""The loss on documents that are held out of training, the same under every plugin and number of ranks."""
+"""The loss on held-out data, which does not depend on the plugin or the number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class MapDataset(Protocol):
 
 
 class Padded(Dataset[Any]):
-    """A data set made longer by items whose labels do not count, so that every rank runs as many full batches."""
+    """A data set padded with items whose labels do not count, so that all ranks have equally many full batches."""
 
     def __init__(self, dataset: MapDataset, multiple: int):
         self.dataset = dataset
@@ -44,7 +44,7 @@ class Padded(Dataset[Any]):
 
 
 def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader[Any]:
-    """Return this rank's part of a held-out data set, in order: in micro-batches, or with a pipeline in whole steps."""
+    """Return this rank's part of the held-out data in order: micro-batches, or whole steps with pipeline stages."""
     batch = engine.job.batch
     batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
     padded = Padded(dataset, batch_size * engine.layout.dp)
@@ -63,8 +63,7 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
-    Collective. Empty where no label counts; None where `stop` has become true on any rank, which is looked at before
-    every batch.
+    Collective. Returns None if `stop`, called before each batch, is true on any rank; an empty dict if no label counts.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=current_device())
     layout, model = engine.layout, engine.model

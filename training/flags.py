@@ -1,4 +1,4 @@
-"""The flags that pretraining and fine-tuning share, and their validation before anything is allocated."""
+"""The flags that pretraining, fine-tuning and the benchmark share, and the dataclasses made of them."""
 
 import argparse
 import difflib
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from checkpointing.adapters import Lora
     from training.plan import Run
 
+CLOSE = 0.75  # similarity of two spellings of a flag, from 0 to 1 (difflib)
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
+AUTO = "auto"  # --recompute: as few layers as the memory allows
+Options = TypeVar("Options")
+
 
 def parse_slice_weights(text: str) -> dict[str, float]:
-    """Return the weight of each slice from `llama` or `NAME=WEIGHT,...`. Raises ArgumentTypeError."""
+    """Parse `llama` or `NAME=WEIGHT,...` into the weight of each slice. Raises ArgumentTypeError."""
     if text == "llama":
         return LLAMA_WEIGHTS
     weights: dict[str, float] = {}
@@ -46,29 +51,29 @@ def parse_slice_weights(text: str) -> dict[str, float]:
 
 
 def add_source_args(parser: argparse._ActionsContainer) -> None:
-    """Add the flags that choose a revision and slices of `--dataset`."""
+    """Add the flags for the revision and the slices of `--dataset`."""
     parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: main)")
     parser.add_argument(
         "--dataset_slices",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="read only these slices, such as arxiv or wikipedia: files or folders, or configurations of the data set "
+        help="read only these slices, such as arxiv or wikipedia: files, folders or configurations of the data set "
         "(default: all)",
     )
 
 
 def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
-    """Add --tokenizer, for programs that have no model whose tokenizer would be the default."""
+    """Add --tokenizer, for programs without a model that brings its own."""
     parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
 
 
 def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
-    """The plugin, one of `plugins`, and the sizes of its parallelism."""
+    """Add the flags for the plugin, one of `plugins`, and the sizes of its parallelism."""
     group = parser.add_argument_group("parallelism")
     group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
-    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or what divides)")
-    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or what divides)")
+    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or a divisor)")
+    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or a divisor)")
     group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
     group.add_argument(
         "--zero",
@@ -89,26 +94,18 @@ def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = 
         default="1f1b",
         help="hybrid_parallel: interleaved gives a stage several ranges of layers, so it idles less (default: 1f1b)",
     )
-    group.add_argument("--model_chunks", type=int, help="interleaved: ranges of layers that a stage holds (default: 2)")
-
-
-CLOSE = 0.75  # of two spellings of a flag, as difflib has it
-NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
-
-
-AUTO = "auto"  # --recompute: as few layers as the memory allows
-Options = TypeVar("Options")
+    group.add_argument("--model_chunks", type=int, help="interleaved: ranges of layers per stage (default: 2)")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports mistakes on the command line as InputError, so that one rank prints one line."""
+    """Parser that raises InputError for mistakes on the command line, so that only one rank prints them."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(given=frozenset())
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Also takes a number such as -1e-3 or -inf for the value of the flag before it, as argparse does -1."""
+        """Take -1e-3 or -inf as the value of the flag before it; argparse does so only for numbers such as -1."""
         joined: list[str] = []
         for text in sys.argv[1:] if args is None else args:
             flag = joined[-1] if joined else ""
@@ -128,13 +125,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def user_name(text: str) -> str:
-    """A path or a hub name on the command line.
+    """Return a path or a hub name from the command line, with `~` expanded: shells do not expand it in `--flag=~/x`.
 
-    `~` stands for the home folder, which shells leave to the program in `--flag=~/x`. An empty one, where a shell's
-    variable has no value, would mean the working directory.
+    Raises:
+        ArgumentTypeError: the text is empty, as from an unset shell variable, or too long for a path.
     """
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a path, or leave the flag out")
+        raise argparse.ArgumentTypeError("the value is empty; give a path, or leave the flag out")
     path = os.path.expanduser(text)
     try:
         os.lstat(path)
@@ -145,14 +142,14 @@ def user_name(text: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """A path on the command line, as `user_name` takes it."""
+    """Return a path from the command line, like `user_name`; a URL raises ArgumentTypeError."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this machine")
     return Path(user_name(text))
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's settings by flag; `gradient_checkpoint` is true where any layer is recomputed."""
+    """Return the value of each flag; `gradient_checkpoint` is True if any layer is recomputed."""
     values = {name: value for name, value in vars(args).items() if name != "given"}
     if args.recompute is not None:
         values["gradient_checkpoint"] = args.recompute != 0
@@ -160,13 +157,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def take(kind: type[Options], args: argparse.Namespace) -> Options:
-    """Return the dataclass whose fields are flags that the program has; those that it lacks keep their defaults."""
+    """Return a dataclass filled from the flags of the same names; other fields keep their defaults."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = False) -> Job:
-    """Return the engine's part of what the flags say.
+    """Return the job that the flags describe.
 
     Raises:
         InputError: -g and --recompute 0 contradict each other.
@@ -191,7 +188,7 @@ def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = 
 
 def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None) -> "Run":
     """Return the run that the flags of pretrain.py or finetune.py describe."""
-    from checkpointing.writer import Retention  # here, since benchmark.py does without checkpoints
+    from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.plan import Length, Outputs, Run
 
     length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
@@ -215,7 +212,7 @@ def _fraction(text: str) -> float | str:
 
 
 class Given(argparse.Action):
-    """Store the value, and in `given` that the user has set it."""
+    """Store the value, and add the flag to `given`: it is on the command line."""
 
     def __call__(
         self,
@@ -229,25 +226,25 @@ class Given(argparse.Action):
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
-    """Flags that pretrain.py and finetune.py share."""
+    """Add the flags of batch, optimization, output and plan that pretrain.py and finetune.py share."""
     batch = parser.add_argument_group("batch and duration")
     batch.add_argument("-e", "--num_epochs", type=int, default=1, help="passes over the data (default: 1)")
     batch.add_argument(
         "-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank and micro-batch (default: 2)"
     )
     batch.add_argument(
-        "--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step (default: 1)"
+        "--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: 1)"
     )
     batch.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
-    batch.add_argument("--max_steps", type=int, help="end after this many optimizer steps (default: end of the data)")
+    batch.add_argument("--max_steps", type=int, help="stop after this many optimizer steps (default: end of the data)")
 
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
     optimization.add_argument("-w", "--weight_decay", type=float, default=0.1, help="decoupled (default: 0.1)")
     optimization.add_argument(
-        "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0: no clipping (default: 1.0)"
+        "--gradient_clipping", type=float, default=1.0, help="maximum gradient norm; 0: no clipping (default: 1.0)"
     )
-    optimization.add_argument("--seed", type=int, default=42, help="of weights and data order (default: 42)")
+    optimization.add_argument("--seed", type=int, default=42, help="seed of weights and data order (default: 42)")
 
     add_compute_args(parser, "-x")
 
@@ -261,17 +258,19 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--load",
         type=user_name,
         metavar="PATH|latest",
-        help="checkpoint to resume from; latest: the newest, if any",
+        help="checkpoint folder to resume from, or latest: the newest, if any (default: none)",
     )
     output.add_argument(
         "--allow_changes",
         action="store_true",
-        help="resume with other data, seed, recipe or length than the checkpoint's, and say what is other",
+        help="resume although data, seed, recipe or length changed; prints each change (default: off)",
     )
     output.add_argument(
-        "--keep_checkpoints", type=int, help="newest checkpoints to keep, with room for one more (default: all)"
+        "--keep_checkpoints",
+        type=int,
+        help="newest checkpoints to keep; the disk needs room for one more (default: all)",
     )
-    output.add_argument("--keep_every", type=int, help="keep also those at multiples of this step (default: none)")
+    output.add_argument("--keep_every", type=int, help="also keep those at multiples of this step (default: none)")
     output.add_argument(
         "-t",
         "--tensorboard_dir",
@@ -280,7 +279,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
     )
     output.add_argument(
-        "--log_interval", type=int, default=10, help="optimizer steps between lines in the terminal (default: 10)"
+        "--log_interval", type=int, default=10, help="optimizer steps between terminal lines (default: 10)"
     )
     add_dry_run_args(parser)
 
@@ -296,18 +295,18 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_args(parser: argparse._ActionsContainer) -> None:
-    """Flags of where data are kept once tokenized, and of who reads them."""
+    """Add the flags for the cache of tokenized data and the loader processes."""
     parser.add_argument(
         "--cache_dir",
         type=user_path,
         default="~/.cache/llama-training",
-        help="where tokenized data sets are kept (default: ~/.cache/llama-training)",
+        help="folder for tokenized data sets (default: ~/.cache/llama-training)",
     )
-    parser.add_argument("--num_workers", type=int, default=1, help="loader processes a rank (default: 1)")
+    parser.add_argument("--num_workers", type=int, default=1, help="loader processes per rank (default: 1)")
 
 
 def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, precision: str = "fp16") -> None:
-    """Flags of precision, recomputation and kernels; in benchmark.py -x is an older name of another flag."""
+    """Add the flags of precision, recomputation and kernels; benchmark.py uses -x for another flag."""
     compute = parser.add_argument_group("precision and memory")
     compute.add_argument(
         *precision_short,
@@ -326,14 +325,14 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
         "--recompute",
         type=_fraction,
         metavar="FRACTION",
-        help="fraction of the layers whose activations are recomputed, 0 to 1, or auto: as few as the GPU's memory "
-        "allows (default: 1 with -g, else 0)",
+        help="recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows (default: 1 "
+        "with -g, else 0)",
     )
     compute.add_argument(
         "--keep_attention",
         action="store_true",
-        help="recompute all but attention, whose output is kept: a little faster, for 2 bytes a hidden unit, token and "
-        "layer",
+        help="keep attention's output instead of recomputing it: a little faster, for 2 more bytes (in fp32 4) per "
+        "hidden unit, token and layer (default: off)",
     )
     compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
     compute.add_argument(
@@ -344,13 +343,13 @@ def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, pre
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
-    """Flags of the evaluation on held-out data, a fraction chosen here or a split that the data set has."""
+    """Add the flags of the evaluation on held-out data: a fraction of the documents, or a split of the data set."""
     held_out = parser.add_argument_group("evaluation")
     if by_fraction:
         held_out.add_argument(
             "--eval_fraction",
             type=float,
-            help="share of the documents, chosen by a hash of their text, that is held out of training "
+            help="fraction of the documents held out of training, chosen by a hash of their text "
             "(default: none, or that of a prepared data set)",
         )
     held_out.add_argument(
@@ -363,31 +362,31 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
 
 
 def refuse_interval(args: argparse.Namespace, remedy: str) -> None:
-    """Raise InputError for an --eval_interval on the command line where no data are held out."""
+    """Raise InputError if --eval_interval is on the command line; call it if no data are held out."""
     if "eval_interval" in args.given:
         raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
 
 
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of plans for GPUs that need not be there."""
+    """Add the flags of dry runs, which plan for GPUs that need not be there."""
     plan = parser.add_argument_group("plan")
     plan.add_argument(
-        "--dry_run", action="store_true", help="check everything, print what the run takes and how long, and end"
+        "--dry_run", action="store_true", help="check everything, print the memory and time that the run needs, and end"
     )
     plan.add_argument("--gpus", type=int, help="dry run: plan for this many GPUs (default: the ranks launched)")
-    plan.add_argument("--gpu", help="dry run: their kind, such as A100 (default: this machine's, else H100)")
-    plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: of their kind)")
+    plan.add_argument("--gpu", help="dry run: their model, such as A100 (default: this machine's, else H100)")
+    plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: that of the model)")
     plan.add_argument(
         "--mfu",
         type=float,
         default=0.4,
         action=Given,
-        help="dry run: fraction of their peak that training reaches (default: 0.4)",
+        help="dry run: fraction of their peak FLOPS that training reaches (default: 0.4)",
     )
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
-    """The warm-up's flag, of pretraining alone, and whether it was given."""
+    """Add --warmup_steps, which only pretraining has."""
     parser.add_argument_group("warm-up").add_argument(
         "-s",
         "--warmup_steps",
@@ -399,14 +398,14 @@ def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of adapters; without --lora_rank all weights are trained."""
+    """Add the flags of LoRA adapters; without --lora_rank all weights are trained."""
     from checkpointing.adapters import MODULES
 
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_rank", type=int, help="train adapters of this rank alone (default: all weights)")
-    group.add_argument("--lora_alpha", type=float, help="adapters count alpha / rank times (default: 2 x rank)")
+    group.add_argument("--lora_rank", type=int, help="train adapters of this rank on frozen weights (default: none)")
+    group.add_argument("--lora_alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 x rank)")
     group.add_argument(
         "--lora_modules",
         default=",".join(MODULES),
-        help="linear modules that get one, with commas between (default: all seven of a layer)",
+        help="linear modules that get an adapter, separated by commas (default: all seven of a layer)",
     )

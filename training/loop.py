@@ -1,4 +1,4 @@
-"""The training loop of pretraining and fine-tuning."""
+"""The training loop that pretraining and fine-tuning share."""
 
 import importlib.metadata
 import json
@@ -45,19 +45,19 @@ def train(
 
     Args:
         held_out: data to evaluate on, from `evaluation_loader`.
-        checkpoint: the one that the run resumes from, to be named if training fails before the next.
+        checkpoint: the checkpoint that the run resumes from; messages name it until a newer one is saved.
 
     Returns:
         The last checkpoint, and True if a signal ended the run early.
 
     Raises:
-        RunError: the loss or the gradient is no longer finite, data cannot be read, or a checkpoint not be written.
+        RunError: the loss or the gradient is not finite, data cannot be read, or a checkpoint cannot be written.
     """
     metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
     if checkpoint and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
         return checkpoint, True
     if state.step and engine.config.attention_dropout:
-        say("dropout: goes on as it would have if ranks and layout are the same; with others it draws other masks")
+        say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
     scheduler = build_scheduler(engine, state.step, plan.warmup_steps, plan.total_steps)
     batches = Batches(loader, run.job.batch.accumulation_steps, plan.layout)
     if state.step < plan.total_steps:
@@ -105,7 +105,7 @@ def train(
 
 
 def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Metrics:
-    """Open the logs, and describe the run in TensorBoard; nothing of the environment is in it."""
+    """Open the logs and describe the run in TensorBoard, without environment variables, which may hold secrets."""
     outputs = run.outputs
     done = state.step - bool(state.unevaluated)
     metrics = Metrics(outputs.tensorboard_dir, outputs.save_dir, done, plan.total_steps, outputs.log_interval)
@@ -123,15 +123,15 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
 
 
 class Agreement(NamedTuple):
-    """What all ranks have to know of a step before they update."""
+    """Facts about a step that all ranks must share before the update."""
 
     loss_sum: float  # over all ranks
-    stopping: bool  # any has received a signal
-    save_failed: bool  # any could not write its part of a checkpoint
+    stopping: bool  # any rank has received a signal
+    save_failed: bool  # any rank could not write its part of a checkpoint
 
 
 def agree(engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool) -> Agreement:
-    """Exchange the ranks' losses and states in one all-reduce. Collective."""
+    """Combine the ranks' losses, signals and failures in one all-reduce. Collective."""
     totals = torch.tensor([0.0, stopping, save_failed], dtype=torch.float64, device=current_device())
     totals[0] = loss_sum / engine.layout.tp
     dist.all_reduce(totals)
@@ -141,7 +141,7 @@ def agree(engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: b
 
 @dataclass
 class Guard:
-    """Ends a run whose loss or gradient is no longer finite, or whose steps overflow too often in a row."""
+    """End the run if its loss or gradient is not finite, or too many steps in a row overflow."""
 
     writer: CheckpointWriter
     skipped_in_a_row: int = 0
@@ -157,14 +157,14 @@ class Guard:
 
     def _end(self, reason: str, step: int, lr: float) -> None:
         self.writer.wait()
-        where = f"{reason} at step {step}, learning rate {lr:.3e}"
-        raise RunError(f"{where}: training stopped; {self.writer.how_to_resume}, with a lower --lr or other data")
+        failure = f"{reason} at step {step}, learning rate {lr:.3e}"
+        raise RunError(f"{failure}: training stopped; {self.writer.how_to_resume}, with a lower --lr or other data")
 
 
 def _update(
     engine: Engine, scheduler: LambdaLR, loss_sum: float, label_tokens: int, guard: Guard, step: int
 ) -> StepResult:
-    """Clip and update, unless no label counts, so that nothing can be learnt."""
+    """Clip the gradients and update the weights; without labels that count, skip the step."""
     lr = float(scheduler.get_last_lr()[0])
     scaler = loss_scaler(engine.optimizer)
     loss_scale = scaler.loss_scale if scaler else 1.0
@@ -180,13 +180,13 @@ def _update(
 def _evaluate(
     engine: Engine, held_out: DataLoader[Any], state: TrainState, row: dict[str, Any], stop: StopRequest | None
 ) -> bool:
-    """Add the loss on held-out data to a step's row.
+    """Evaluate, and add the loss on held-out data to the step's row.
 
     Args:
         stop: None if the run is stopping already.
 
     Returns:
-        False if a signal came first; the state then keeps the row, for a resume to evaluate.
+        False if a signal interrupted it; the state then keeps the row, and a resume evaluates.
     """
     evaluation = evaluate(engine, held_out, stop) if stop else None
     state.unevaluated = row if evaluation is None else None
@@ -195,10 +195,10 @@ def _evaluate(
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of this rank's random numbers in a step, those of dropout.
+    """Return the seed of this rank's random numbers, which dropout draws, in a step.
 
-    It is a function of seed, step and rank, so a resume draws the same. All ranks differ, model-parallel ones
-    too, since they hold different attention heads. A recomputed layer draws its numbers again by itself.
+    It depends only on seed, step and rank, so a resume draws the same numbers. It differs on all ranks, even
+    model-parallel ones, since they hold different attention heads. Recomputed layers restore their random state.
     """
     return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank())
 
@@ -213,14 +213,14 @@ def json_files(engine: Engine, scheduler: LambdaLR, state: TrainState) -> dict[s
 def _catch_up(
     engine: Engine, run: Run, state: TrainState, held_out: DataLoader[Any] | None, metrics: Metrics, stop: StopRequest
 ) -> bool:
-    """Evaluate after a step whose evaluation a signal had ended; return False if a signal ends it again."""
+    """Run the evaluation that a signal interrupted in the run before; return False if one interrupts it again."""
     assert state.unevaluated is not None
     evaluation: dict[str, float] | None = {}
     if held_out and engine.may_evaluate:
         evaluation = evaluate(engine, held_out, stop)
     elif held_out:
         plugin = engine.layout.plugin
-        metrics.note([f"evaluation: that of step {state.step} is left out: {plugin} has to train a step first"])
+        metrics.note([f"evaluation: skipped for step {state.step}: {plugin} must train a step first"])
     metrics.log(state.unevaluated | (evaluation or {}))
     if evaluation is None:
         return False
@@ -236,7 +236,7 @@ def _end_without_data(
     writer: CheckpointWriter,
     metrics: Metrics,
 ) -> None:
-    """Save the steps that are not yet saved, and raise RunError with the reason why a rank has no data. Collective."""
+    """Save the `unsaved` state, if any, and raise RunError with the reason why a rank has no data. Collective."""
     if unsaved:
         writer.save(engine, json_files(engine, scheduler, unsaved))
     writer.wait()

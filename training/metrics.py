@@ -1,4 +1,4 @@
-"""Reports of a run on rank 0: TensorBoard, metrics.jsonl and the terminal."""
+"""Logs of a run, written by rank 0: TensorBoard, metrics.jsonl and the terminal."""
 
 import contextlib
 import errno
@@ -24,9 +24,9 @@ from runtime.files import write_json
 from training.plan import OWNER, TrainState, log_owner
 
 LOG_FILE = "metrics.jsonl"
-LONGEST_ROW = 4096  # bytes of it, with room to spare
+LONGEST_ROW = 4096  # bytes, with room to spare
 MEAN_STEPS = 20  # of the loss in the summary
-BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts its end to the terminal's width
+BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts it to the terminal's width
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
 
 
@@ -34,9 +34,9 @@ class StepResult(NamedTuple):
     """The outcome of an optimizer step.
 
     Attributes:
-        loss: mean over the labels that count; None if none does.
+        loss: mean over the labels that count; None without such labels.
         grad_norm: before clipping.
-        skipped: nothing was updated: fp16 gradients overflowed, or no label counts.
+        skipped: True if nothing was updated: fp16 gradients overflowed, or no label counts.
     """
 
     loss: float | None
@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
 def step_row(
     state: TrainState, result: StepResult, throughput: Throughput, waited: float, padding: float
 ) -> dict[str, Any]:
-    """Return what is logged of a step.
+    """Return the row of metrics that is logged for a step.
 
     Args:
         waited: seconds that the device waited for data.
@@ -74,24 +74,24 @@ def step_row(
 
 
 class Metrics:
-    """One row an optimizer step. A run that resumes continues the curves without a seam."""
+    """Writer of one row per optimizer step. A resumed run continues the same curves."""
 
     def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int):
         """
         Args:
-            save_dir: of the checkpoints, by which the run is told from others.
-            step: the step that the run resumes after; what was logged of later ones is dropped.
-            interval: steps between lines in the terminal, where it shows no progress bar.
+            save_dir: folder of the checkpoints, which identifies the run.
+            step: the step after which the run resumes; rows of later steps are set aside.
+            interval: steps between lines in the terminal, if it shows no progress bar.
         """
         self.main = rank() == 0
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
         self.owner = log_owner(save_dir, folder)
-        self.first: tuple[int, float] | None = None  # step logged first, and when: without the start-up's time
+        self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
-        self.trained_before = 0  # tokens up to the step logged first
+        self.trained_before = 0  # tokens up to and including the first step logged
         self.began = self.start = time.monotonic()
         self.bar = tqdm(
             total=total_steps,
@@ -108,7 +108,7 @@ class Metrics:
         try:
             self._open()
         except OSError as error:
-            self._complain(step + 1, error)
+            self._report(step + 1, error)
 
     def _open(self) -> FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,10 +122,7 @@ class Metrics:
 
     @staticmethod
     def _open_after(path: Path, step: int) -> FileIO:
-        """Opens the file for appending, less the rows of later steps, which stay in a numbered file beside it.
-
-        They are those that a resumed run repeats.
-        """
+        """Open the file to append after `step`; move rows of later steps, which the run repeats, to another file."""
         kept, later = [], []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
@@ -152,10 +149,10 @@ class Metrics:
         return json.loads(rows[-1]) if rows else {}
 
     def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
-        """Shows in TensorBoard what is run: its settings as hyperparameters and as a table, and further texts.
+        """Write the run's settings to TensorBoard, as hyperparameters and as a table, and further texts.
 
         Args:
-            step: as in `__init__`; a run that resumes is described anew beside the first description.
+            step: as in `__init__`; each resume adds a description.
             texts: Markdown by title.
         """
         if not self.main or self.board is None:
@@ -164,7 +161,7 @@ class Metrics:
             name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
         }
         for name, value in plain.items():
-            if isinstance(value, str):  # the name of a file may have what UTF-8 has not
+            if isinstance(value, str):  # a file name may hold bytes that are not UTF-8
                 plain[name] = value.encode(errors="backslashreplace").decode()
         for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
             self.board._get_file_writer().add_summary(summary)
@@ -175,7 +172,7 @@ class Metrics:
             self.board.add_text(title, text, step)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Takes one step's values. A disk that is full costs their rows, not the training."""
+        """Log one step's values. If the disk is full, rows are lost but training goes on."""
         if not self.main:
             return
         step, now = values["step"], time.monotonic()
@@ -188,7 +185,7 @@ class Metrics:
         try:
             self._write(step, values)
         except OSError as error:
-            self._complain(step, error)
+            self._report(step, error)
         else:
             self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
@@ -200,7 +197,8 @@ class Metrics:
             loss = f"loss {values['loss']:.4f}"
         speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
         line = f"{loss}, {lr}, {norm}, {speed}"
-        self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)  # a narrow terminal cuts the end
+        # The most important figures first: a narrow terminal cuts off the end.
+        self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
@@ -216,10 +214,10 @@ class Metrics:
         return f", {tqdm.format_interval(seconds)} left"
 
     def summary(self) -> list[str]:
-        """Return the run's results and its speed since the start, saves and evaluations included; on rank 0."""
+        """Return the run's results and its speed including saves and evaluations, as lines for rank 0 to print."""
         if not self.main:
             return []
-        loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no label has counted, so nothing was learnt"
+        loss = f"loss {self.losses[-1]:.4f}" if self.losses else "no labels counted, so nothing was learned"
         if len(self.losses) == MEAN_STEPS:
             loss += f" (mean of the last {MEAN_STEPS} steps: {sum(self.losses) / MEAN_STEPS:.4f})"
         if "eval_loss" in self.last:
@@ -237,9 +235,9 @@ class Metrics:
             lines.append(line)
         return lines
 
-    def _complain(self, step: int, error: OSError) -> None:
+    def _report(self, step: int, error: OSError) -> None:
         if not self.failing:
-            self.note([f"metrics: step {step} and the next cannot be logged ({error}); training goes on without"])
+            self.note([f"metrics: step {step} and later ones cannot be logged ({error}); training goes on"])
         self.failing = True
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
@@ -248,7 +246,7 @@ class Metrics:
         if file.write(row) != len(row):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.failing or self.board is None:  # TensorBoard's own thread ends at its first error
+        if self.failing or self.board is None:  # TensorBoard's thread ends at its first error
             self.board = SummaryWriter(str(self.folder), purge_step=step)
         for key, value in values.items():
             if key not in ("step", "epoch") and value is not None:
@@ -256,7 +254,7 @@ class Metrics:
                 self.board.add_scalar(tag, value, step)
 
     def note(self, messages: list[str]) -> None:
-        """Prints lines between the progress bar's updates."""
+        """Print lines without disturbing the progress bar."""
         for message in messages if self.main else ():
             self.bar.write(message, file=sys.stdout)
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The plan of a run: its position, its length, and the settings that must not change unnoticed."""
+"""The plan of a run: its position, its length, and the settings that a resume must not change unnoticed."""
 
 import contextlib
 import json
@@ -30,9 +30,9 @@ from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
 
-OWNER = "run.json"  # in a folder of logs: the run that they belong to
-WARMUP_RATIO = 0.03  # of the steps of fine-tuning
-LORA_SIZES = ("lora_rank", "lora_modules")  # no resume may change them, allowed or not: the tensors have their shapes
+OWNER = "run.json"  # in the folder of logs: the run that owns them
+WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
+LORA_SIZES = ("lora_rank", "lora_modules")  # a resume cannot change them, since they set the shapes of tensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Length:
     num_epochs: int = 1
     max_steps: int | None = None  # None: to the end of the data
     warmup_steps: int | None = None  # None: WARMUP_RATIO of the run
-    warmup_given: bool = False  # on the command line, not by default
+    warmup_given: bool = False  # True if it is on the command line
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small."""
@@ -51,38 +51,38 @@ class Length:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Folders and intervals of a run's results, and the checkpoint that it goes on from."""
+    """Folders and intervals of a run's results, and the checkpoint to resume from."""
 
     save_dir: Path = Path("checkpoint")
     tensorboard_dir: Path = Path("tb_logs")
     log_interval: int = 10  # steps
     eval_interval: int = 1000  # steps
     load: str | None = None  # a checkpoint, or `latest`
-    allow_changes: bool = False  # go on although data, seed, recipe or length have changed
+    allow_changes: bool = False  # resume although data, seed, recipe or length have changed
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
         if self.allow_changes and not self.load:
-            problems.append("--allow_changes: takes effect with --load alone; give that too, or leave it out")
+            problems.append("--allow_changes: takes effect only with --load; give that too, or leave it out")
         return problems
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as its user asks for it."""
+    """A training run as the user requests it."""
 
-    model: str  # its name, for people
+    model: str  # name, for messages
     job: Job
     length: Length = field(default_factory=Length)
     outputs: Outputs = field(default_factory=Outputs)
     retention: Retention = field(default_factory=Retention)
     lora: Lora | None = None  # None: a program without adapters
-    num_workers: int = 1  # loader processes a rank
-    flags: dict[str, Any] = field(default_factory=dict)  # all of them, for TensorBoard
+    num_workers: int = 1  # loader processes per rank
+    flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
 
     def settings(self, warmup_steps: int) -> dict[str, Any]:
-        """Return what must not change unnoticed on a resume, by the flag's name, beside the data and the length."""
+        """Return the flags that a resume must not change unnoticed; `make_plan` adds the data and the length."""
         optimization = self.job.optimization
         return {
             "seed": self.job.seed,
@@ -95,7 +95,7 @@ class Run:
         }
 
     def problems(self) -> list[str]:
-        """Return a line for each thing that is wrong with the run's own flags."""
+        """Return a line for each mistake in the flags other than the job's."""
         return (
             self.length.problems()
             + self.outputs.problems()
@@ -106,24 +106,25 @@ class Run:
 
 @dataclass
 class TrainState:
-    """Everything that a run carries from one step to the next beside weights and optimizer, saved as one."""
+    """The state of a run besides weights and optimizer; checkpoints save it as a whole."""
 
     epoch: int = 0
     step: int = 0  # optimizer steps since the start of training
-    sequences: int = 0  # consumed, over all ranks and epochs: the position in the global order
+    sequences: int = 0  # trained on, over all ranks and epochs: the position in the global order
     tokens: int = 0
-    skipped_steps: int = 0  # of `step`, those that updated nothing: fp16 gradients overflowed, or no label counted
-    settings: dict[str, Any] = field(default_factory=dict)  # that must not change unnoticed on a resume
-    stream: dict[str, Any] | None = None  # where a data set that is read as a stream goes on
-    unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal came before its evaluation ended
-    global_batch: int = 0  # sequences in the last step; 0 in checkpoints that do not have it
+    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, or no label counted
+    settings: dict[str, Any] = field(default_factory=dict)  # a resume must not change them unnoticed
+    stream: dict[str, Any] | None = None  # position in a data set that is streamed
+    unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation
+    global_batch: int = 0  # sequences in the last step; 0 in older checkpoints
 
     @property
     def adam_steps(self) -> int:
+        """The number of updates, for Adam's bias correction."""
         return self.step - self.skipped_steps
 
     def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
-        """Count a step that has ended."""
+        """Add a completed step."""
         self.step += 1
         self.sequences += plan.global_batch
         self.tokens += tokens
@@ -135,14 +136,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of a run: sequences x tokens a step, and where it ends."""
+    """The arithmetic of a run: sequences and tokens per step, and its length."""
 
     layout: Layout
-    global_batch: int  # sequences in an optimizer step
-    mean_length: float  # tokens in a sequence; packed ones are all of max_length
+    global_batch: int  # sequences per optimizer step
+    mean_length: float  # tokens per sequence; max_length if packed
     total_steps: int
     total_sequences: int  # in all epochs
-    trained_steps: int = 0  # by the checkpoint that is resumed
+    trained_steps: int = 0  # up to the checkpoint, as the next two
     trained_tokens: int = 0
     trained_sequences: int = 0
     num_epochs: int = 1
@@ -165,23 +166,23 @@ class Plan:
         return self.trained_tokens + self.remaining_tokens
 
     def sequences_at(self, step: int) -> int:
-        """Position in the data after a step."""
+        """Return the position in the data after a step."""
         return self.trained_sequences + (step - self.trained_steps) * self.global_batch
 
     def flags_for(self, steps: int) -> str:
-        """Return the flags that make the run so long."""
+        """Return the flags for a run of this many steps."""
         epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
         return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
 
 
 def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
-    """A fresh state, or the one of the checkpoint that `--load` names, and that checkpoint.
+    """Return the state and the path of the checkpoint that `--load` names, or a fresh state and None.
 
     Args:
-        tell: is called with each line on checkpoints that are passed over.
+        tell: called with a message for each checkpoint that is skipped.
 
     Raises:
-        InputError: `--load` names no checkpoint, or the run would mix its own with those of another that are there.
+        InputError: `--load` names no checkpoint, or `--save_dir` holds some that this run would mix with its own.
     """
     folder = find_checkpoint(outputs.load, outputs.save_dir, tell) if outputs.load else None
     newest = next(complete_checkpoints(outputs.save_dir), None)
@@ -207,7 +208,7 @@ def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[T
 
 
 def log_owner(save_dir: Path, folder: Path) -> dict[str, str]:
-    """Return the run that logs belong to: the path from them to its checkpoints, since both may move together."""
+    """Return the owner of logs: the relative path to its checkpoints, which stays valid if both folders move."""
     return {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}
 
 
@@ -215,21 +216,21 @@ def refuse_foreign_logs(outputs: Outputs, step: int) -> None:
     """Refuse a folder of logs that this run does not continue.
 
     Raises:
-        InputError: the logs there belong to another --save_dir, or for a new run to an unknown one.
+        InputError: they belong to another --save_dir, or the run is new and their owner unknown.
     """
-    folder, owner = outputs.tensorboard_dir, None  # older versions wrote none
+    folder, owner = outputs.tensorboard_dir, None  # None: logs of an older version
     with contextlib.suppress(OSError, ValueError):
         owner = json.loads((folder / OWNER).read_bytes())
     logs = any(next(folder.glob(pattern), None) for pattern in ("metrics*.jsonl", "events.out.tfevents.*"))
     if logs and owner != log_owner(outputs.save_dir, folder) and (owner or not step):
         raise InputError(
-            f"--tensorboard_dir: {folder} holds the logs of another run than that of --save_dir {outputs.save_dir}; "
+            f"--tensorboard_dir: {folder} holds the logs of another run, not of --save_dir {outputs.save_dir}; "
             "give another folder, or move the logs away"
         )
 
 
 def check_folders(outputs: Outputs, config: LlamaConfig, step: int) -> None:
-    """Refuses, before data are prepared for hours, what `claim_folders` would refuse after; makes no folder.
+    """Refuse early, before hours of data preparation, what `claim_folders` would refuse later; make no folder.
 
     Raises:
         InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
@@ -245,48 +246,48 @@ def check_folders(outputs: Outputs, config: LlamaConfig, step: int) -> None:
 
 
 def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) -> None:
-    """Takes the folders of checkpoints and logs for this run alone, until it ends.
+    """Lock the folders of checkpoints and logs for this run until it ends.
 
     Args:
-        state, checkpoint: those of `resume_state`, by which the run was planned.
+        state, checkpoint: from `resume_state`; the plan is based on them.
 
     Raises:
-        InputError: as `claim_folder` does, or another run has added or removed checkpoints since.
+        InputError: another run holds a folder, or has added or removed checkpoints since.
     """
     if rank() != 0:
         return
     claim_save_dir(outputs.save_dir)
     claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
     refuse_foreign_logs(outputs, state.step)
-    now, there = resume_state(outputs, tell=lambda _: None)
-    if (there, now.step, now.tokens) != (checkpoint, state.step, state.tokens):
+    new_state, new_checkpoint = resume_state(outputs, tell=lambda _: None)
+    if (new_checkpoint, new_state.step, new_state.tokens) != (checkpoint, state.step, state.tokens):
         raise InputError(
             f"--load: another run has written to --save_dir {outputs.save_dir} since this one started: the "
-            f"checkpoint to resume was {checkpoint or 'none'} and is {there or 'none'} now; start again"
+            f"checkpoint to resume was {checkpoint or 'none'} and is {new_checkpoint or 'none'} now; start again"
         )
 
 
 def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None:
-    """Reads data from their beginning where --allow_changes gives them another order than the checkpoint's."""
+    """Reset the position in the data if --allow_changes permits an order that differs from the checkpoint's."""
     order = {"data": dataset.fingerprint, "seed": run.job.seed, "max_length": run.job.batch.max_length}
     order["slice_weights"] = getattr(dataset, "slice_weights", None)
-    other = [name for name, value in order.items() if state.settings.get(name) != value]
-    if not (state.settings and run.outputs.allow_changes and other):
+    changed = [name for name, value in order.items() if state.settings.get(name) != value]
+    if not (state.settings and run.outputs.allow_changes and changed):
         return
-    stream = other == ["data"] and state.stream and hasattr(dataset, "continues")
+    stream = changed == ["data"] and state.stream and hasattr(dataset, "continues")
     if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
-        say("--load: the stream has the same files with other content; it goes on at the row where it stopped")
+        say("--load: the content of the stream's files has changed; it continues at the row where it stopped")
     else:
-        say("--load: the data are read from their beginning, since they have another order now")
+        say("--load: the order of the data has changed, so they are read from the beginning")
         state.sequences, state.stream = 0, None
 
 
 def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
-    """Works out the run's length, and takes this run's settings into the state.
+    """Return the plan of the run, and store its settings in the state.
 
     Raises:
-        InputError: too little data for a step, a run that has passed its end, a warm-up longer than the run that nobody
-            asked for, or settings that differ from the checkpoint's.
+        InputError: the data are too few for a step, the checkpoint is past the end of the run, the default warm-up is
+            longer than the run, or settings differ from the checkpoint's.
     """
     _settle_position(run, dataset, state)
     length, layout = run.length, run.job.layout
@@ -331,22 +332,22 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         if state.settings and state.settings.get(name) != value
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
-        raise InputError(sizes[0])  # without a rank, or with another, the modules are not what was meant
+        raise InputError(sizes[0])  # --allow_changes does not cover them
     if state.stream and "shuffle_buffer" in changes:
         buffer = state.settings["shuffle_buffer"]
-        raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, with which alone the stream goes on exactly")
+        raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, or the stream cannot continue exactly")
     if changes and not run.outputs.allow_changes:
         if (steps := state.settings.get("schedule_steps")) and "schedule_steps" in changes:
             changes["schedule_steps"] += f"; {plan.flags_for(steps)} keeps it"
         *others, last = changes.values()
-        raise InputError(*others, f"{last}; --allow_changes resumes all the same")
+        raise InputError(*others, f"{last}; --allow_changes resumes anyway")
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
     state.settings = settings
     if state.global_batch not in (0, global_batch) and total_steps > state.step:
         say(
             f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "
-            "--batch_size and --accumulation_steps would keep it"
+            "--batch_size and --accumulation_steps can restore it"
         )
     state.global_batch = global_batch
     return plan
@@ -354,18 +355,18 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
 
 def _setting(name: str) -> str:
     names = {
-        "schedule_steps": "the length of the run, with it of the learning-rate schedule,",
+        "schedule_steps": "the length of the run and its learning-rate schedule",
         "data": "the data",
-        "base_weights": "the model of --model_path, by a sample of its weights,",
+        "base_weights": "the sampled fingerprint of --model_path's weights",
     }
     return names.get(name, f"--{name}")
 
 
 def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None) -> None:
-    """Refuses to train where ranks do not share --save_dir, or have found other things there or elsewhere. Collective.
+    """Refuse to train if ranks do not share --save_dir, or differ in checkpoint, data or flags. Collective.
 
     Raises:
-        InputError: on every rank; the line names the first rank that goes by something else than rank 0.
+        InputError: on every rank; the message names the first rank that differs from rank 0.
     """
     check_shared(save_dir)
     own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
@@ -375,13 +376,13 @@ def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None) 
         for name, expected in views[0][1].items():
             if other.get(name) != expected:
                 raise InputError(
-                    f"{name} is {expected} to rank 0 on {views[0][0]} and {other.get(name)} to rank {number} on "
-                    f"{host}; give all ranks the same flags and files"
+                    f"{name} is {expected} on rank 0 ({views[0][0]}) and {other.get(name)} on rank {number} "
+                    f"({host}); give all ranks the same flags and files"
                 )
 
 
 def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> None:
-    """Prints what is about to run, in a few lines on rank 0."""
+    """Print the model, data, layout, batch and length of the run, on rank 0."""
     job, max_steps = run.job, run.length.max_steps
     parameters = count_parameters(job.config)
     say(f"model: {run.model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
@@ -392,7 +393,7 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> Non
         f"{plan.layout.dp} data-parallel = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
-    done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are trained" if plan.trained_steps else ""
+    done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are done" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")

@@ -11,7 +11,7 @@ MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the fraction of the peak learning rate in a step, counted from 0: linear up, cosine down to a tenth."""
+    """Return the fraction of the peak learning rate at a step, counted from 0: linear up, cosine down to a tenth."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -19,7 +19,7 @@ def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def build_scheduler(engine: Engine, step: int, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Return the schedule at a step; it is a function of the step alone, so that a resume needs nothing else."""
+    """Return the schedule positioned at `step`; it depends only on the step, so a resume needs no other state."""
     optimizer = engine.optimizer.optim
     for group in optimizer.param_groups:
         group["initial_lr"] = engine.job.optimization.lr

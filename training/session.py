@@ -1,4 +1,4 @@
-"""A run from its plan to its final model, as pretrain.py and finetune.py share it."""
+"""A run of pretrain.py or finetune.py, from its plan to its final model."""
 
 import shlex
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def execute(
     set_weights: Callable[[Engine], None],
     export: Callable[[Path, Path], None],
 ) -> int:
-    """Launch, build, train and export; return the exit status of the run.
+    """Launch the ranks, build the model, train and export; return the exit status of the run.
 
     Args:
-        checkpoint: the one to resume from.
-        data: to train on, and held out.
-        set_weights: gives the engine its weights, the checkpoint's or initial ones.
-        export: makes of a checkpoint the folder that is its second argument, on rank 0.
+        checkpoint: the checkpoint to resume from, if any.
+        data: the training data, and the held-out data if any.
+        set_weights: loads the weights of the checkpoint, or the initial ones.
+        export: exports a checkpoint to a folder; called on rank 0.
     """
     dataset, held_out = data
     outputs = run.outputs
@@ -42,7 +42,7 @@ def execute(
     launch(run.job.seed)
     check_agreement(outputs.save_dir, state, checkpoint)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
-        say(f"nothing is left to train: {checkpoint} is the end of the run; more --max_steps or --num_epochs go on")
+        say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
         refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
@@ -58,12 +58,14 @@ def execute(
 
 
 def _conclude(save_dir: Path, checkpoint: Path, export: Callable[[Path, Path], None], interrupted: bool) -> int:
-    """Make the folder `final` of the last checkpoint, and say how to go on. Collective."""
+    """Export the last checkpoint to the folder `final`, and print the next command to run. Collective."""
     final = save_dir / "final"
-    on_rank_zero(lambda: export(checkpoint, final), f"{final} could not be made of {checkpoint}; make room and resume")
+    on_rank_zero(
+        lambda: export(checkpoint, final), f"{final} could not be made from {checkpoint}; make room and resume"
+    )
     say(f"model: {final}, for AutoModelForCausalLM and AutoTokenizer")
     if interrupted:
-        say(f"interrupted: the same command with -f latest goes on from {checkpoint}")
+        say(f"interrupted: run the same command with -f latest to continue from {checkpoint}")
     else:
         say(f'try it: {shlex.join(["python", str(GENERATE), "--model", str(final), "--prompt"])} "Once upon a time"')
     return INTERRUPTED if interrupted else 0

@@ -133,9 +133,9 @@ def test_initial_weights_and_a_checkpoint(problems, checkpoint, monkeypatch, cap
     """`-f latest` may be combined with --init_from: the first run starts from it, a resumed one ignores it."""
     folder, flags = checkpoint
     flags += ["--init_from", folder / "model"]
-    assert problems(*flags)[0].startswith("--init_from: begins a new run from a model's weights, --load resumes")
+    assert problems(*flags)[0].startswith("--init_from: starts a new run from a model's weights, --load resumes")
     for save_dir, line in ((folder.parent, "length: 3 "), (folder / "none", "a new run begins")):
-        with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
+        with pytest.raises(pytest.fail.Exception, match="no problem was found"):
             problems(*flags, "-f", "latest", "-o", save_dir)
         assert line in capsys.readouterr().out
 
@@ -168,7 +168,7 @@ def test_init_from(problems, finished_run, checkpoint, tmp_path):
     cases = {
         "is not a Hugging Face model folder": ["--init_from", folder],
         "num_key_value_heads 2 (not 4)": ["--init_from", model, "-c", config_file(tmp_path, num_key_value_heads=4)],
-        "give one of them": ["--init_from", model, *flags],
+        "give only one": ["--init_from", model, *flags],
     }
     for expected, changed in cases.items():
         (problem,) = problems(*changed)

@@ -159,7 +159,7 @@ def test_default_warmup_longer_than_the_run(problems, sample, cache_dir, sample_
 
 def test_a_prepared_data_set_is_no_stream(problems, sample_dataset):
     (problem,) = problems("-d", sample_dataset.folder, "--streaming", "--max_steps", 1)
-    assert problem == f"--streaming: {sample_dataset.folder} is prepared, and is read without it; leave the flag out"
+    assert problem == f"--streaming: {sample_dataset.folder} is already prepared; leave the flag out"
 
 
 def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
@@ -202,9 +202,7 @@ def test_folder_is_a_link_to_nothing(problems, tmp_path, flag):
     (tmp_path / "link").symlink_to("gone")
     for folder in (tmp_path / "link", tmp_path / "link" / "below"):
         (problem,) = problems(f"--{flag}", folder)
-        assert problem == (
-            f"--{flag}: {tmp_path / 'link'} is a link to gone, which is not there; make that, or give a folder"
-        )
+        assert problem == (f"--{flag}: {tmp_path / 'link'} is a broken link to gone; make that folder, or give another")
 
 
 def test_folders_of_a_run_may_not_lie_in_its_data(objections, sample_flags, tmp_path, monkeypatch):
@@ -213,7 +211,7 @@ def test_folders_of_a_run_may_not_lie_in_its_data(objections, sample_flags, tmp_
     (tmp_path / "task").mkdir()
     monkeypatch.chdir(tmp_path)
     assert objections(program, [*sample_flags, "-p", "zero2", "-d", "."]) == [
-        f"--{flag}: {folder} lies in --dataset {tmp_path}, whose files are read as data; give a folder elsewhere"
+        f"--{flag}: {folder} lies in --dataset {tmp_path}, so its files would be read as data; give a folder outside"
         for flag, folder in (("save_dir", "checkpoint"), ("tensorboard_dir", "tb_logs"))
     ]
     (problem,) = objections(program, [*sample_flags, "-p", "zero2", "-d", tmp_path, "-o", "/elsewhere", "-t", "."])

@@ -78,14 +78,14 @@ def test_flag(flags, name, value):
     ("flags", "message"),
     [
         ("-s 2", "--num_steps: 2 leaves no step to count after --ignore_steps 2"),
-        ("--shard_param_frac 2", "--shard_param_frac: 2.0 is not between 0 and 1"),
-        ("--warmup_ratio -0.1", "--warmup_ratio: -0.1 is not between 0 and 1"),
-        ("--json /nowhere/file.json", "--json: there is no folder /nowhere"),
+        ("--shard_param_frac 2", "--shard_param_frac: must be between 0 and 1, not 2.0"),
+        ("--warmup_ratio -0.1", "--warmup_ratio: must be between 0 and 1, not -0.1"),
+        ("--json /nowhere/file.json", "--json: folder /nowhere does not exist"),
         ("--json /", "--json: / is a folder; give a file"),
         ("-p fsdp --tp 2", "--tp: takes effect with -p"),
-        ("-w 0.5", "--warmup_ratio: takes effect with -p gemini_auto alone, not with -p gemini"),
-        ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect with -p gemini alone"),
-        ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect with -p gemini alone"),
+        ("-w 0.5", "--warmup_ratio: takes effect only with -p gemini_auto, not with -p gemini"),
+        ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect only with -p gemini"),
+        ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect only with -p gemini"),
         ("--offload_param_frac 1", "--offload_param_frac: takes effect where all weights are sharded"),
         ("-p zero2 --extra_dp 2", "--extra_dp: takes effect with -p gemini alone, not with -p zero2"),
         ("-p gemini --tp 3", "--tp/--extra_dp: 3 x 1 = 3 does not divide the 8 ranks"),
@@ -122,7 +122,7 @@ def test_memory_limit_without_a_gpu_is_reported(tmp_path):
     flags = "-c test -p zero2 -l 64 -s 1 -i 0 -m 20000"
     with Run([sys.executable, ROOT / "benchmark.py", *flags.split()], tmp_path) as run:
         assert run.wait() == 0, run.output()
-    assert "--memory_limit: there is no GPU whose memory it would limit\n" in run.stdout
+    assert "--memory_limit: no effect without a GPU\n" in run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic

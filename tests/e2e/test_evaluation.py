@@ -203,6 +203,6 @@ def test_an_evaluation_is_left_out_where_the_plugin_has_to_train_first(pretrain)
     run = pretrain(*flags, check=False, change=AUTO + SIGNAL_IN_EVALUATION.format(step=1))
     assert run.returncode == INTERRUPTED
     end = pretrain(*flags, "-f", "latest", folder=run.folder, change=AUTO)
-    assert "evaluation: that of step 2 is left out: gemini has to train a step first" in end.stdout
+    assert "evaluation: skipped for step 2: gemini must train a step first" in end.stdout
     assert end.column("step") == [1, 2, 3, 4]
     assert ["eval_loss" in row for row in end.metrics] == [False, False, False, True]

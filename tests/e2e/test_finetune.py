@@ -377,8 +377,8 @@ def test_adapters_do_not_resume_with_other_base_weights(adapted, problem, model_
         model.save_pretrained(tmp_path / name, max_shard_size="200KB")
         AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / name)
     line = problem(*flags, "-x", "fp32", model=tmp_path / "other")
-    assert line.startswith("--load: the model of --model_path, by a sample of its weights, was ")
-    with pytest.raises(pytest.fail.Exception, match="nothing was objected to"):
+    assert line.startswith("--load: the sampled fingerprint of --model_path's weights was ")
+    with pytest.raises(pytest.fail.Exception, match="no problem was found"):
         problem(*flags, "-x", "fp32", model=tmp_path / "copy")
 
 
@@ -413,7 +413,7 @@ def problem(monkeypatch, tmp_path, model_folder, instructions):
         flags = ["-p", "zero2", "-x", "bf16", "-d", dataset, *folders, *args]
         flags += ["--model_path", model] if model else []
         monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        monkeypatch.setattr(session, "launch", lambda seed: pytest.fail("nothing was objected to"))
+        monkeypatch.setattr(session, "launch", lambda seed: pytest.fail("no problem was found"))
         with pytest.raises(InputError) as raised:
             program.main()
         (line,) = raised.value.problems

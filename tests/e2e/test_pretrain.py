@@ -269,8 +269,8 @@ training.batches.ShardedSampler = OwnOrder
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (BY_GLOBAL_RANK, "2 shares of the data are read by 1 data-parallel ranks"),
-        (OWN_ORDER, "rank 1 reads another batch than its model-parallel peers"),
+        (BY_GLOBAL_RANK, "1 data-parallel ranks read 2 distinct parts of the data"),
+        (OWN_ORDER, "rank 1 reads a different batch than its model-parallel peers"),
     ],
 )
 def test_model_parallel_peers_must_read_the_same_batch(pretrain, change, message):
@@ -328,7 +328,7 @@ def printed(function):
         return function(*args)
     return call
 for owner, name in (
-    (training.batches.Batches, "_fetch"), (training.loop, "forward_backward"), (training.loop, "optimizer_step")
+    (training.batches.Batches, "_read"), (training.loop, "forward_backward"), (training.loop, "optimizer_step")
 ):
     setattr(owner, name, printed(getattr(owner, name)))
 """
@@ -337,6 +337,6 @@ for owner, name in (
 def test_the_next_batch_is_prefetched_during_the_backward_pass_except_after_the_last_step(pretrain):
     run = pretrain("-p", "zero2", "-x", "bf16", "--max_steps", 3, change=PRINT_CALLS)
     calls = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("called:")]
-    fetch, compute, update = "_fetch", "forward_backward", "optimizer_step"
-    assert calls == [fetch, *[compute, fetch, update] * 2, compute, update]
+    read, compute, update = "_read", "forward_backward", "optimizer_step"
+    assert calls == [read, *[compute, read, update] * 2, compute, update]
     assert all(0 <= row["data_wait"] < 1 for row in run.metrics)

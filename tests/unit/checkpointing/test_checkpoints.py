@@ -510,7 +510,9 @@ class TestSharedFolder:
 
     def test_other_findings(self, tmp_path):
         (message,) = set(run_ranks(2, objection_to_findings, tmp_path))
-        assert re.match(r"--load: the checkpoint is epoch0-step1 to rank 0 on \S+ and None to rank 1 on \S+;", message)
+        assert re.match(
+            r"--load: the checkpoint is epoch0-step1 on rank 0 \(\S+\) and None on rank 1 \(\S+\);", message
+        )
 
 
 def objection_to_folders(folders):

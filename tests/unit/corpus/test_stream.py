@@ -349,7 +349,7 @@ def test_settings_that_a_resume_may_change(source, encoder, change, expected):
     if expected == "refused":
         message = error_of(plan, saved, f"{first} {change} --allow_changes")
         assert message.startswith("--load: --shuffle_buffer was 8 in the checkpoint and is ")
-        assert message.endswith("now; give 8, with which alone the stream goes on exactly")
+        assert message.endswith("now; give 8, or the stream cannot continue exactly")
         return
     plan(saved, f"{first} {change} --allow_changes")
     assert (saved.sequences, saved.stream) == ((20, state.stream) if expected == "goes on" else (0, None))

@@ -1,4 +1,4 @@
-"""The memory that a dry run predicts, against what the tensors of real training steps take, and published facts."""
+"""The estimate of memory, against the tensors of real training steps and peaks measured on GPUs."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SMALL = "--no-compile -c tiny -b 4 -l 128"
 
 
 class TensorMemory(TorchDispatchMode):
-    """Bytes of all tensors made inside it that are alive, and their peak, after each operation."""
+    """Mode that tracks the bytes of all live tensors created in it; `peak` is the maximum after any operation."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class TensorMemory(TorchDispatchMode):
 
 
 def planned(flags: str, layers: int | None = None) -> Job:
-    """Return benchmark.py's job of these flags, with fewer layers than the model has."""
+    """Return benchmark.py's job for these flags, with `layers` layers if given."""
     args = benchmark.parse_args(flags.split())
     config = load_config(args.config)
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -53,7 +53,7 @@ def planned(flags: str, layers: int | None = None) -> Job:
 
 
 def measured_peaks(flags: str) -> tuple[float, float]:
-    """Peak of this rank's tensors in the model's passes and in the optimizer step, in the second step of training."""
+    """Return the peak bytes of this rank's tensors in the passes and in the optimizer step of the second step."""
     job = planned(flags)
     label_tokens = job.batch.batch_size * job.layout.dp * (job.batch.max_length - 1)
     with TensorMemory() as memory:
@@ -64,7 +64,7 @@ def measured_peaks(flags: str) -> tuple[float, float]:
             forward_backward(engine, [batch], label_tokens)
             passes, memory.peak = memory.peak, 0
             optimizer_step(engine)
-            engine.optimizer.optim._scratch = torch.empty(0)  # what Adam keeps on the host; on a GPU it needs none
+            engine.optimizer.optim._scratch = torch.empty(0)  # Adam's buffer on the CPU; it needs none on a GPU
     return passes, memory.peak
 
 
@@ -77,7 +77,7 @@ def estimate(flags: str, layers: int | None = None) -> MemoryEstimate:
     [
         (1, "-p zero2 -a"),
         (1, "-p zero2 -a -g"),
-        (1, "-p zero2"),  # the attention's weights in full
+        (1, "-p zero2"),  # with the S x S matrices of attention
         (1, "-p zero2 --mixed_precision fp32 -a"),
         (1, "-p gemini -a"),
         (1, "-p gemini -a -g"),
@@ -99,7 +99,7 @@ def estimate(flags: str, layers: int | None = None) -> MemoryEstimate:
         (2, "-p 3d --zero 1 -a"),
     ],
 )
-def test_estimate_is_what_the_tensors_take(ranks, flags):
+def test_estimate_matches_the_tensors_of_real_steps(ranks, flags):
     flags = f"{SMALL} {flags}"
     peaks = run_ranks(ranks, measured_peaks, flags)
     predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
@@ -107,7 +107,7 @@ def test_estimate_is_what_the_tensors_take(ranks, flags):
     assert max(phase.total for phase in predicted.phases[:-1]) == pytest.approx(fullest, rel=0.03)
 
 
-def test_adapters_beside_frozen_weights():
+def test_adapters_with_frozen_weights():
     job = planned("-c tiny -l 128 -p zero2 -a --dry_run --gpus 1")
     job.config.lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     trained = sum(spec.shape.numel() for spec in trained_specs(job.config))
@@ -116,10 +116,10 @@ def test_adapters_beside_frozen_weights():
     assert first.optimizer == 12 * trained
 
 
-# GB that torch allocated at the peak on an H100: width of 7B, 4 layers, 2 sequences of 4096, no recomputation. The
-# logits were still held then, 2 bytes each.
+# Peak GB allocated by torch on an H100: width of 7B, 4 layers, 2 sequences of 4096, no recomputation. At that time
+# the code still held the logits, 2 bytes each.
 MEASURED = {"zero2": 25.4, "hybrid_parallel": 27.5, "zero2_cpu": 12.5, "gemini_auto": 12.7}
-# Compiled, on an H100 or H200: layers, flags, GB, and the fraction by which the estimate may be above.
+# Compiled, on an H100 or H200: layers, flags, GB, and the fraction by which the estimate may exceed it.
 MEASURED_COMPILED = [
     (8, "-p zero2 -b 4", 47.38, 0.01),
     (8, "-p gemini -b 4", 47.38, 0.01),
@@ -177,8 +177,8 @@ def test_measured_on_two_gpus(layers, flags, measured):
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
-def test_layouts_that_were_not_launched():
-    """70B on 512 GPUs: 14 bytes a parameter, with next to no room left in chunks; tp 4 x pp 2 with ZeRO over 64."""
+def test_large_layouts_by_bytes_per_parameter():
+    """70B on 512 GPUs: 14 bytes per parameter, with hardly any unused room in chunks; tp 4 x pp 2 with ZeRO over 64."""
     flags = "-c 70b -b 8 -g -a --dry_run --gpus 512"
     step = estimate(f"{flags} -p gemini").phases[-1]
     assert step.weights + step.optimizer == pytest.approx(14 * 68.98e9 / 512, rel=0.02)
@@ -187,10 +187,10 @@ def test_layouts_that_were_not_launched():
     assert step.optimizer == pytest.approx(12 * 68.98e9 / 8 / 64, rel=0.01)
 
 
-def test_offloaded_state_is_counted_on_the_host():
+def test_offloaded_state_counts_as_host_memory():
     flags = "-c 7b -b 1 -g -a --dry_run --gpus 4"
     assert estimate(f"{flags} -p zero2_cpu").host == pytest.approx(12 * 6.738e9 / 4, rel=0.01)
     assert estimate(f"{flags} -p zero2").host == 0
     half = estimate(f"{flags} -p gemini --offload_optim_frac 0.5")
     assert half.host == pytest.approx(half.peak.optimizer)
-    assert half.host == pytest.approx(6 * 6.738e9 / 4, rel=0.05)  # its smaller chunks have more room left
+    assert half.host == pytest.approx(6 * 6.738e9 / 4, rel=0.05)  # its smaller chunks have more unused room

@@ -1,4 +1,4 @@
-"""Dry runs: what they print, what they say would fit, and mistakes in the GPUs that they are for."""
+"""Dry runs: their report, the changes that they suggest, and mistakes in the flags of GPUs."""
 
 import re
 
@@ -19,15 +19,15 @@ def checked(flags: str) -> None:
     ("flags", "message"),
     [
         ("--gpus 0", "--gpus: must be at least 1, not 0"),
-        ("--gpu V100", "--gpu: 'V100' is none of B200"),
+        ("--gpu V100", "--gpu: 'V100' is not one of B200"),
         (
             "--gpu A100-40GB",
             "--gpu: 'A100-40GB' would be taken for A100 with 80 GB; give A100-SXM4-40GB or A100-PCIE-40GB or "
             "--gpu_memory 40",
         ),
         ("--gpu H100-96GB", "--gpu: 'H100-96GB' would be taken for H100 with 80 GB; give --gpu_memory 96"),
-        ("--gpu_memory -1", "--gpu_memory: -1.0 is not a positive number of GB"),
-        ("--mfu 1.5", "--mfu: 1.5 is not above 0 and at most 1"),
+        ("--gpu_memory -1", "--gpu_memory: must be a positive number of GB, not -1.0"),
+        ("--mfu 1.5", "--mfu: must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_mistakes(flags, message):
@@ -40,8 +40,8 @@ def test_sizes_that_cards_have(card):
     checked(f"--dry_run --gpu {card}")
 
 
-def test_gpus_that_a_run_does_not_have():
-    with pytest.raises(InputError, match="--gpus: goes with --dry_run alone"):
+def test_gpus_without_dry_run():
+    with pytest.raises(InputError, match="--gpus: takes effect only with --dry_run"):
         checked("--gpus 8")
 
 
@@ -54,18 +54,18 @@ def test_report(capsys, monkeypatch):
     dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100")
     out = capsys.readouterr().out
     assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
-    assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 bytes a parameter; 12 / 32
-    # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs a token
+    assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 and 12 / 32 bytes per parameter
+    # 1.2e12 tokens at 40% of 32 x 312 TFLOPS, 46.1 GFLOPs per token
     assert "2,288,819 steps of 524,288 tokens, 1,200,000,000,000 in all" in out
     flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
     days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
     assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
 
 
-def test_a_small_model_is_told_in_one_unit(capsys, monkeypatch):
+def test_a_small_model_is_reported_in_mb(capsys, monkeypatch):
     dry_run(monkeypatch, "-c test -l 64 -p zero2 --dry_run")
     out = capsys.readouterr().out
-    assert "memory of a GPU in MB, of 1 (estimate):" in out
+    assert "estimated memory per GPU in MB (GPUs: 1):" in out
     assert re.search(r"\nfits: [1-9]\d*\.\d MB at the peak, on H100 with 80 GB\n", out)
 
 
@@ -77,7 +77,10 @@ def test_memory_limit_counts(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "remedies"),
     [
-        ("-c 70b -p zero2 -b 4 -g -a --gpus 64", "-p gemini, -p gemini_auto"),  # whatever -b, on whatever number
+        (
+            "-c 70b -p zero2 -b 4 -g -a --gpus 64",
+            "-p gemini, -p gemini_auto",
+        ),  # a smaller -b or twice the GPUs do not suffice
         ("-c 7b -p zero2 -b 4 -g -a --gpus 1", "-p zero2_cpu, -p gemini_auto, 2 GPUs"),
         ("-c 7b -p zero2 -b 16 --gpus 8", "-a -g"),
         ("-c 7b -p zero2 -b 16 -a --gpus 8", "-g, -b 2"),
@@ -93,7 +96,7 @@ def test_memory_limit_counts(capsys, monkeypatch):
         ("-c 70b -p zero2 -g -a --gpus 1", "more GPUs, or larger ones"),
     ],
 )
-def test_what_helps_fits(flags, remedies, capsys, monkeypatch):
+def test_suggested_changes(flags, remedies, capsys, monkeypatch):
     dry_run(monkeypatch, f"{flags} --dry_run")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("does NOT fit: "))
     assert line.partition("; what helps: ")[2] == remedies

@@ -1,4 +1,4 @@
-"""The table of peaks by device name, and the arithmetic of a lap with a clock set by hand."""
+"""Peaks by device name, and the arithmetic of laps by a clock that the test advances."""
 
 import time
 
@@ -36,7 +36,7 @@ def test_peak(device, peak):
 
 
 class Clock:
-    """Stands for time.perf_counter."""
+    """Replacement of time.perf_counter."""
 
     now = 100.0
 
@@ -52,7 +52,7 @@ def clock(monkeypatch):
 
 
 def test_measured_reference_point(clock):
-    """LLaMA-2 7B on one H200 at 9,772 tokens a second: 45.5% of the peak without the recomputation."""
+    """LLaMA-2 7B on one H200 at 9,772 tokens per second: 45.5% of the peak, recomputation not counted."""
     evaluator = PerformanceEvaluator(load_config("7b"), seq_length=4096, gpus=1, device_name="NVIDIA H200")
     clock.now += 2.0
     throughput = evaluator.lap(tokens=9772 * 2)
@@ -61,7 +61,7 @@ def test_measured_reference_point(clock):
     assert throughput.mfu == pytest.approx(0.455, abs=5e-4)
 
 
-def test_each_lap_begins_where_the_last_ended(clock):
+def test_each_lap_starts_at_the_end_of_the_last(clock):
     evaluator = PerformanceEvaluator(load_config("test"), seq_length=64, gpus=2, device_name="cpu")
     clock.now += 0.5
     assert evaluator.lap(100).tokens_per_second == 200
@@ -72,7 +72,7 @@ def test_each_lap_begins_where_the_last_ended(clock):
     assert throughput.mfu is None
 
 
-def test_restart_leaves_out_what_came_before(clock):
+def test_restart_excludes_the_time_before(clock):
     evaluator = PerformanceEvaluator(load_config("test"), seq_length=64, gpus=1, device_name="cpu")
     clock.now += 60.0
     evaluator.restart()

@@ -1,4 +1,4 @@
-"""The batches of each rank, and what becomes of data that cannot be read."""
+"""The batches of each rank, and errors in reading data."""
 
 import errno
 import os
@@ -31,24 +31,24 @@ class TestDataloader:
             (4, "-p hybrid_parallel --tp 2 --pp 1", [0, 0, 1, 1]),
         ],
     )
-    def test_peers_read_the_same_and_others_their_share_of_the_order(self, ranks, flags, coordinates):
+    def test_peers_read_the_same_and_data_parallel_ranks_different_parts(self, ranks, flags, coordinates):
         data_parallel = len(set(coordinates))
         order = GlobalOrder(50, 42, True)
         for batches, coordinate in zip(run_ranks(ranks, read_batches, flags, data_parallel), coordinates, strict=True):
-            positions = range(20 + coordinate, 52, data_parallel)  # from sequence 20 of the order on, 32 in all
+            positions = range(20 + coordinate, 52, data_parallel)  # 32 sequences from position 20 of the order
             assert batches == [[order[first], order[second]] for first, second in pairs(positions)]
 
-    def test_a_peer_with_another_batch_is_found_out(self):
+    def test_a_peer_with_a_different_batch_is_detected(self):
         messages = run_ranks(2, read_differently, "-p hybrid_parallel --tp 2 --pp 1")
-        assert messages == ["rank 1 reads another batch than its model-parallel peers at 20"] * 2
+        assert messages == ["rank 1 reads a different batch than its model-parallel peers at 20"] * 2
 
-    def test_ranks_without_a_share_of_their_own_are_found_out(self):
-        messages = run_ranks(2, count_shares, "-p hybrid_parallel --tp 2 --pp 1")
-        assert messages == ["1 shares of the data are read by 2 data-parallel ranks"] * 2
+    def test_data_parallel_ranks_with_the_same_data_are_detected(self):
+        messages = run_ranks(2, count_parts, "-p hybrid_parallel --tp 2 --pp 1")
+        assert messages == ["2 data-parallel ranks read 1 distinct parts of the data"] * 2
 
 
 class Unreadable:
-    """Like a file on a network that has gone: the second item is not to be had."""
+    """A data set whose second item cannot be read, like a file on a network that is down."""
 
     def __init__(self, bus_error=False):
         self.bus_error = bus_error
@@ -68,15 +68,15 @@ class TestUnreadableData:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_error_in_one_line(self, capfd, workers):
         batches = Batches(DataLoader(Unreadable(), num_workers=workers), 1, ONE_RANK)
-        assert batches._fetch() == StepBatch([{"number": torch.tensor([0])}])
+        assert batches._read() == StepBatch([{"number": torch.tensor([0])}])
         batches.accumulation_steps = 2
-        failed = batches._fetch()
+        failed = batches._read()
         assert failed.micro_batches == []
         assert failed.error.removeprefix("OSError: ") == "[Errno 5] Input/output error: 'tokens.bin'"
         assert capfd.readouterr().err == ""
 
-    def test_bus_error_of_a_loader_process(self):
-        failed = Batches(DataLoader(Unreadable(bus_error=True), num_workers=1), 2, ONE_RANK)._fetch()
+    def test_bus_error_in_a_loader_process(self):
+        failed = Batches(DataLoader(Unreadable(bus_error=True), num_workers=1), 2, ONE_RANK)._read()
         assert failed.micro_batches == []
         assert failed.error.endswith(", was killed by SIGBUS; a file that cannot be read, or /dev/shm full?")
 
@@ -115,7 +115,7 @@ def read_differently(flags):
     return str(caught.value)
 
 
-def count_shares(flags):
+def count_parts(flags):
     loader = loader_of(flags)
     with pytest.raises(AssertionError) as caught:
         check_same_batch(loader, next(iter(loader)), data_parallel=2)

@@ -1,4 +1,4 @@
-"""The validation of flags against one another and the model."""
+"""Checks of the flags against each other and the model."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from runs import problems_of
 HYBRID = "-p hybrid_parallel"
 
 
-class TestValidate:
+class TestChecks:
     def test_defaults_are_valid(self):
         assert problems_of("-c 7b -l 4096") == []
 
@@ -31,7 +31,7 @@ class TestValidate:
             ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
             ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
             ("--eval_interval 0", "--eval_interval: must be at least 1, not 0"),
-            ("--eval_fraction 1", "--eval_fraction: 1.0 is not at least 0 and below 1"),
+            ("--eval_fraction 1", "--eval_fraction: must be at least 0 and below 1, not 1.0"),
             ("--shuffle_buffer 0", "--shuffle_buffer: must be at least 1, not 0"),
             ("--streaming", "--streaming: a stream has no end; give --max_steps"),
             (
@@ -40,21 +40,24 @@ class TestValidate:
             ),
             (
                 "--streaming --max_steps 9 --eval_interval 1000",
-                "--eval_interval: documents are held out when a data set is prepared, not from a stream",
+                "--eval_interval: a stream has no held-out documents; leave out this or --streaming",
             ),
             (
                 "--shuffle_buffer 2048",
-                "--shuffle_buffer: takes effect with --streaming alone; give that too, or leave it out",
+                "--shuffle_buffer: takes effect only with --streaming; give that too, or leave it out",
             ),
             (
                 "--keep_every 4",
                 "--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out",
             ),
-            ("--allow_changes", "--allow_changes: takes effect with --load alone; give that too, or leave it out"),
-            ("--mfu 0.4", "--mfu: goes with --dry_run alone; a launcher sets what a run has"),
+            ("--allow_changes", "--allow_changes: takes effect only with --load; give that too, or leave it out"),
+            (
+                "--mfu 0.4",
+                "--mfu: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs",
+            ),
             (
                 "--streaming --max_steps 9 --eval_fraction 0.1",
-                "--eval_fraction: documents are held out when a data set is prepared, not from a stream",
+                "--eval_fraction: a stream has no held-out documents; leave out this or --streaming",
             ),
             ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
         ],

@@ -14,7 +14,7 @@ from training.flags import job_of, settings
 
 
 class TestFlags:
-    # The table of the specification: flag, short form, default.
+    # Flag, short form, default, as specified.
     @pytest.mark.parametrize(
         ("flag", "short", "default"),
         [
@@ -48,7 +48,7 @@ class TestFlags:
         for spelling in (f"--{flag}", f"-{short}") if short else (f"--{flag}",):
             assert getattr(parse_args([spelling, *arguments]), flag) == value
 
-    def test_older_spellings_are_accepted_and_unlisted(self, capsys):
+    def test_older_spellings_are_accepted_but_not_listed(self, capsys):
         args = parse_args(["--weigth_decay", "0.2", "--grad_checkpoint", "--grad_clip", "3"])
         assert (args.weight_decay, args.gradient_checkpoint, args.gradient_clipping) == (0.2, True, 3.0)
         with pytest.raises(SystemExit):
@@ -79,10 +79,10 @@ class TestFlags:
             ("-x fp8", ["--mixed_precision", "fp8"]),
             ("-b many", ["--batch_size", "many"]),
             ("--learning_rate 1", ["--learning_rate"]),
-            ("--max_step 1", ["--max_step ", "did you mean --max_steps?"]),  # no guessing from the beginning of a flag
+            ("--max_step 1", ["--max_step ", "did you mean --max_steps?"]),  # prefixes of flags are not accepted
             ("--batchsize 2", ["--batchsize", "did you mean --batch_size?"]),
             ("--max_steps 1e3", ["--max_steps", "1e3"]),
-            ("-d=", ["--dataset", "empty"]),  # as a shell's variable without a value leaves it
+            ("-d=", ["--dataset", "empty"]),  # as from an unset shell variable
             ("--save_dir=", ["--save_dir", "empty"]),
             ("--tensorboard_dir=", ["--tensorboard_dir", "empty"]),
             ("--cache_dir=", ["--cache_dir", "empty"]),
@@ -110,7 +110,7 @@ class TestFlags:
 
 
 def test_home_folder_in_flags(monkeypatch, tmp_path):
-    """A shell leaves `~` behind `=` as it stands."""
+    """A shell does not expand `~` after `=`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = ("dataset", "cache_dir", "save_dir", "tensorboard_dir", "load", "init_from")
     args = vars(parse_args([f"--{flag}=~/x" for flag in flags]))
@@ -119,7 +119,7 @@ def test_home_folder_in_flags(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("program", [pretrain, finetune, benchmark])
-def test_recomputing_all_and_nothing(program):
+def test_recompute_and_gradient_checkpoint_together(program):
     model = ["--model_path", "model"] if program is finetune else []
     fractions = {"-g": 1.0, "-g --recompute 0.5": 0.5, "--recompute 0.5": 0.5, "--recompute 0": 0.0}
     for flags, recomputed in fractions.items():

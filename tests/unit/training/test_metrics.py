@@ -1,4 +1,4 @@
-"""TensorBoard, metrics.jsonl and the terminal."""
+"""Logs in TensorBoard, metrics.jsonl and the terminal."""
 
 import io
 import json
@@ -35,7 +35,7 @@ class TestMetrics:
             ([line(1), line(2)[:-1]], [line(1)]),  # torn just before its end
             ([line(1), '{"st'], [line(1)]),
             ([line(1), "\x00" * 8], [line(1)]),
-            ([line(1), "\udcff\n", line(2)], [line(1), line(2)]),  # no UTF-8
+            ([line(1), "\udcff\n", line(2)], [line(1), line(2)]),  # not UTF-8
             ([line(1), "{}\n", "\n", "[]\n", line(2)], [line(1), line(2)]),
             ([], []),
         ],
@@ -50,7 +50,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("step", [0, 2])
     def test_rows_of_later_steps_stay_in_numbered_files(self, tmp_path, step):
-        """A resumed run is going to repeat them."""
+        """The resumed run repeats these steps."""
         rows, path = [line(number) for number in range(1, 5)], tmp_path / "metrics.jsonl"
         for _ in range(2):
             path.write_text("".join(rows))
@@ -75,11 +75,11 @@ class TestMetrics:
             (3, 23.0),
             (4, 24.0),
         ]
-        assert "train/mfu" not in events.Tags()["scalars"]  # no peak is known, so nothing to plot
+        assert "train/mfu" not in events.Tags()["scalars"]  # without a known peak there is nothing to plot
         assert "step 4/4: loss 24.0000, lr 3.00e-04, grad norm 0.500, 1,000 tok/s" in capsys.readouterr().out
 
-    def test_a_run_that_begins_anew_keeps_the_rows_that_it_repeats(self, tmp_path):
-        """As after a kill before its first checkpoint."""
+    def test_a_restarted_run_keeps_the_rows_that_it_repeats(self, tmp_path):
+        """As after a kill before the first checkpoint."""
 
         def log(steps, loss):
             metrics = metrics_of(tmp_path, 0)
@@ -99,7 +99,7 @@ class TestMetrics:
             assert [(row["step"], row["loss"]) for row in rows] == expected
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
-    def test_a_damaged_note_of_whose_the_logs_are(self, tmp_path, content):
+    def test_a_damaged_record_of_the_owner(self, tmp_path, content):
         metrics = metrics_of(tmp_path)
         metrics.log(values_of(1, loss=5))
         metrics.close()
@@ -107,7 +107,7 @@ class TestMetrics:
         metrics_of(tmp_path, 1).close()
         assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
-    def test_checkpoints_and_logs_that_are_moved_together_stay_one_run(self, tmp_path):
+    def test_checkpoints_and_logs_moved_together_continue_one_run(self, tmp_path):
         for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
             metrics = Metrics(folder / "logs", folder / "checkpoint", step, total_steps=4, interval=2)
             metrics.log(values_of(step + 1, loss=5))
@@ -116,7 +116,7 @@ class TestMetrics:
                 folder.rename(tmp_path / "there")
         assert len((tmp_path / "there" / "logs" / "metrics.jsonl").read_text().splitlines()) == 2
 
-    def test_a_skipped_step_is_named(self, tmp_path, capsys):
+    def test_a_skipped_step_is_reported(self, tmp_path, capsys):
         metrics = metrics_of(tmp_path)
         metrics.log({**values_of(1, loss=5), "grad_norm": None, "mfu": 0.4567})
         metrics.close()
@@ -139,12 +139,12 @@ class TestMetrics:
         assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")] == [3]
         assert capsys.readouterr().out.count("cannot be logged") == 1
 
-    def test_a_full_disk_costs_rows_and_not_the_run(self, tmp_path, capsys):
+    def test_a_full_disk_loses_rows_but_not_the_run(self, tmp_path, capsys):
         metrics = metrics_of(tmp_path)
         metrics.log(values_of(1, loss=5))
         size = (tmp_path / "metrics.jsonl").stat().st_size
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, most))  # room for a part of the next row
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, most))  # room for part of the next row
         try:
             for step in (2, 3):
                 metrics.log(values_of(step, loss=5))
@@ -166,7 +166,7 @@ class TestMetrics:
         assert not (tmp_path / "logs").exists()
         assert capsys.readouterr() == ("", "")
 
-    def test_evaluations_have_curves_and_lines_of_their_own(self, tmp_path, capsys):
+    def test_evaluations_have_their_own_curves_and_lines(self, tmp_path, capsys):
         metrics = metrics_of(tmp_path)
         metrics.log(values_of(1, loss=2.0) | {"eval_loss": 3.0, "eval_perplexity": 20.0855})
         metrics.log(values_of(2, loss=1.0))
@@ -196,7 +196,7 @@ class TestMetrics:
 
 
 class TestTime:
-    """With a clock that the test moves."""
+    """Times by a clock that the test advances."""
 
     @pytest.fixture
     def clock(self, monkeypatch) -> list[float]:
@@ -210,7 +210,7 @@ class TestTime:
             metrics.log(values_of(step, loss=step))
         metrics.close()
 
-    def test_hours_go_on_where_a_resumed_run_does(self, tmp_path, clock):
+    def test_hours_continue_in_a_resumed_run(self, tmp_path, clock):
         self.log(clock, metrics_of(tmp_path), (1, 2, 3))
         clock[0] += 1e6
         metrics = metrics_of(tmp_path, step=2)
@@ -222,8 +222,8 @@ class TestTime:
             "speed: 1 tok/s on average, saves and evaluations included",
         ]
 
-    def test_summary_of_paid_hours(self, tmp_path, clock, monkeypatch):
-        """The loss of one step is noise; what GPUs cost has the hours of saves and evaluations in it."""
+    def test_summary_with_gpu_hours(self, tmp_path, clock, monkeypatch):
+        """The loss is averaged, since that of one step is noisy; GPU-hours include saves and evaluations."""
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
         monkeypatch.setenv("WORLD_SIZE", "8")
         metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, interval=10)
@@ -238,7 +238,7 @@ class TestTime:
         ]
         metrics.close()
 
-    def test_time_left_leaves_the_first_step_out(self, tmp_path, clock, capsys):
+    def test_time_left_excludes_the_first_step(self, tmp_path, clock, capsys):
         metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, interval=10)
         clock[0] += 500
         self.log(clock, metrics, range(1, 31), seconds=60)

@@ -1,4 +1,4 @@
-"""The plan of a run, and what a resumed one takes over."""
+"""The plan of a run, and the state that a resumed run takes over."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ class TestPlan:
         assert plan_of(f"-b 1 --max_steps {max_steps}", data=100).total_steps == total
 
     @pytest.mark.parametrize(("batch_size", "total"), [(2, 25), (4, 17), (1, 40), (30, 11)])
-    def test_resume_with_another_batch_goes_on_where_the_data_was_left(self, batch_size, total):
+    def test_resume_with_another_batch_size_continues_at_the_position_in_the_data(self, batch_size, total):
         resumed = dict(step=10, sequences=80)  # ten steps of eight; 120 are left of 200
         if total == 10:
             with pytest.raises(InputError, match="checkpoint is at step 10 and the run ends at step 10"):
@@ -47,14 +47,14 @@ class TestPlan:
         else:
             assert plan_of(f"-b {batch_size}", data=200, **resumed).total_steps == total
 
-    def test_a_resume_tells_of_another_global_batch(self, capsys):
+    def test_a_resume_prints_a_change_of_the_global_batch(self, capsys):
         resumed = dict(step=10, sequences=80, tokens=5120, global_batch=8)
         same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
         announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain")
         assert capsys.readouterr().out.splitlines()[-2] == (
-            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are trained"
+            "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are done"
         )
         assert more.total_tokens == 5120 + 7 * 16 * 4096
         assert same.remaining_tokens == 15 * 8 * 4096
@@ -69,7 +69,7 @@ class TestPlan:
             plan_of("-b 2", data=7)
         assert plan_of("-b 2 -e 2", data=7).total_steps == 1
 
-    def test_default_warmup_longer_than_the_run_is_an_error_and_a_chosen_one_is_not(self):
+    def test_a_warmup_longer_than_the_run_is_an_error_only_by_default(self):
         run = run_from(*FOUR_RANKS, "-b", "1")
         with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
             make_plan(run, PackedStub(100), TrainState())
@@ -106,8 +106,8 @@ class TestPlan:
         ],
     )
     @pytest.mark.parametrize("sequences", [0, 60])
-    def test_tells_what_the_data_do_not_reach_and_what_is_left_out(self, capsys, flags, said, sequences):
-        """From the start, or resumed after steps of four."""
+    def test_prints_steps_beyond_the_data_and_sequences_left_out(self, capsys, flags, said, sequences):
+        """From the start, or resumed after steps of four sequences."""
         run = run_from(*FOUR_RANKS, "-s", "0", "-b", "1", *flags.split())
         state = TrainState(step=sequences // 4, sequences=sequences)
         plan = make_plan(run, PackedStub(100), state)
@@ -122,7 +122,7 @@ def outputs_of(*flags):
 
 
 class PackedStub:
-    """The length of a data set and what identifies it."""
+    """A data set with a length and a fingerprint, but no data."""
 
     fingerprint, tail_tokens = "abc", 5
     slice_weights = document_ends = None
@@ -189,7 +189,7 @@ class TestResumeState:
         assert resume_state(elsewhere) == (state, folder)
 
     def test_another_runs_checkpoints_are_not_mixed_with_this_runs(self, checkpoint, tmp_path):
-        """They would be later removed by --keep_checkpoints, or resumed instead of this run's."""
+        """Otherwise --keep_checkpoints would remove them, or a resume would take them for this run's."""
         folder, _ = checkpoint
         (tmp_path / "other").mkdir()
         there = shutil.copytree(folder, tmp_path / "other" / "epoch0-step3")
@@ -199,12 +199,12 @@ class TestResumeState:
             resume_state(outputs_of("-o", str(there.parent), "-f", str(folder)))
 
     @pytest.mark.parametrize("flags", [(), ("-f", "latest")])
-    def test_a_new_run_does_not_take_the_place_of_a_model(self, tmp_path, flags):
+    def test_a_new_run_does_not_overwrite_a_final_model(self, tmp_path, flags):
         (tmp_path / "final").mkdir()
         with pytest.raises(InputError, match="holds the final model of a run; give another folder"):
             resume_state(outputs_of("-o", str(tmp_path), *flags))
 
-    def test_checkpoints_that_another_run_adds_or_removes_before_the_folder_is_claimed(self, checkpoint, tmp_path):
+    def test_checkpoints_added_or_removed_before_the_folder_is_claimed(self, checkpoint, tmp_path):
         folder, _ = checkpoint
         flags = ["-o", str(tmp_path), "-t", str(tmp_path / "logs")]
         run = run_from(*self.FLAGS, *flags, "-f", "latest")
@@ -241,7 +241,7 @@ class TestResumeState:
             ("other", 0, True),
             ("other", 2, True),
             (None, 0, True),
-            (None, 2, False),  # of a version that noted no owner
+            (None, 2, False),  # written by an older version
         ],
     )
     def test_logs_of_another_run(self, tmp_path, name, owner, step, refused):
@@ -259,8 +259,8 @@ class TestResumeState:
         (logs / name).unlink()
         plan.refuse_foreign_logs(outputs, step)
 
-    def test_latest_begins_a_run_that_has_no_checkpoint_yet(self, tmp_path, capsys):
-        """As a job that was killed before its first, and is queued again."""
+    def test_latest_without_a_checkpoint_starts_a_new_run(self, tmp_path, capsys):
+        """As when a job is killed before its first checkpoint and queued again."""
         (tmp_path / ".epoch0-step9.incomplete").mkdir()
         outputs = outputs_of("-o", str(tmp_path), "-f", "latest")
         assert resume_state(outputs) == (TrainState(), None)
@@ -276,17 +276,17 @@ class TestResumeState:
             (("-b", "4"), "is 12 now; --num_epochs 5 --max_steps 16 keeps it"),
         ],
     )
-    def test_another_length_is_refused_with_what_keeps_it(self, checkpoint, flags, remedy):
+    def test_another_length_is_refused_with_the_flags_that_keep_it(self, checkpoint, flags, remedy):
         flags = [*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"]
         run = run_from(*flags)
         with pytest.raises(InputError) as caught:
             make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
         (problem,) = caught.value.problems
-        assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes all the same")
+        assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes anyway")
         run = run_from(*flags, *remedy.split("; ")[1].split()[:-2])
         assert make_plan(run, PackedStub(43), resume_state(run.outputs)[0]).total_steps == 16
 
-    def test_adapters_of_other_sizes_are_refused_even_where_changes_are_allowed(self):
+    def test_adapters_of_other_sizes_are_refused_even_with_allow_changes(self):
         run = run_from(*self.FLAGS, "-f", "latest", "--allow_changes")
         saved = TrainState(settings={**self.SETTINGS, "lora_rank": 4, "lora_modules": "q_proj"})
         for lora in (Lora(8, lora_modules="q_proj"), Lora(None, lora_modules="q_proj,k_proj")):
@@ -294,7 +294,7 @@ class TestResumeState:
             with pytest.raises(InputError, match=line):
                 make_plan(replace(run, lora=lora), PackedStub(43), saved)
 
-    def test_names_all_that_differs_and_takes_it_when_told_to(self, checkpoint, capsys):
+    def test_lists_all_changes_and_accepts_them_with_allow_changes(self, checkpoint, capsys):
         folder, _ = checkpoint
         dataset = PackedStub(43)
         dataset.fingerprint = "other"
@@ -309,15 +309,15 @@ class TestResumeState:
             "--load: --lr was 0.0003 in the checkpoint and is 0.001 now",
             "--load: the data was abc in the checkpoint and is other now",
         ]
-        assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes all the same")
+        assert caught.value.problems == (*lines[:-1], f"{lines[-1]}; --allow_changes resumes anyway")
 
         run = run_from(*flags, "--allow_changes")
         state, _ = resume_state(run.outputs)
         plan = make_plan(run, dataset, state)
-        assert state.sequences == 0  # other data are read from their beginning
+        assert state.sequences == 0  # other data are read from the beginning
         assert plan.total_steps == 9 + 3 * 43 // 8
         first, *said = capsys.readouterr().out.splitlines()
-        assert first == "--load: the data are read from their beginning, since they have another order now"
+        assert first == "--load: the order of the data has changed, so they are read from the beginning"
         assert [
             line.removesuffix(", as --allow_changes allows") for line in said if "length of the run" not in line
         ] == lines

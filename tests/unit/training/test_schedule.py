@@ -10,7 +10,7 @@ from model_utils import load_config
 from training.schedule import build_scheduler, cosine_with_warmup
 
 
-def test_warm_up_is_linear_from_the_first_step_and_ends_at_the_peak():
+def test_warm_up_is_linear_and_ends_at_the_peak():
     values = [cosine_with_warmup(step, 4, 100) for step in range(5)]
     assert values == [0.25, 0.5, 0.75, 1.0, 1.0]
 
@@ -24,14 +24,14 @@ def test_cosine_ends_at_a_tenth():
     assert falling == sorted(falling, reverse=True)
 
 
-def test_without_warm_up_and_with_nothing_else():
+def test_no_warm_up_and_only_warm_up():
     assert cosine_with_warmup(0, 0, 10) == 1.0
     assert [cosine_with_warmup(step, 10, 10) for step in (0, 9)] == [0.1, 1.0]
     assert cosine_with_warmup(0, 0, 0) > 0
 
 
 @pytest.mark.parametrize("resumed", [0, 1, 4, 7, 19])
-def test_scheduler_is_a_function_of_the_step(resumed):
+def test_a_resumed_schedule_depends_only_on_the_step(resumed):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5.0)
     job = Job(load_config("test"), optimization=Optimization(lr=1e-3))
     engine = SimpleNamespace(job=job, optimizer=SimpleNamespace(optim=optimizer))
