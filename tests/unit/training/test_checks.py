@@ -56,7 +56,7 @@ class TestValidate:
                 "--streaming --max_steps 9 --eval_fraction 0.1",
                 "--eval_fraction: documents are held out when a data set is prepared, not from a stream",
             ),
-            ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
+            ("-p zero2 --tp 2", "--tp: takes effect only with -p hybrid_parallel, not with -p zero2"),
         ],
     )
     def test_each_problem(self, flags, problem):
