@@ -115,7 +115,7 @@ def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
 
 
 def fuse(model: nn.Module, fusion: Fusion, compile_layers: Callable[[Any], None] = compile_layers) -> None:
-    """Compile a boosted model's layers, or replace their element-wise pieces; with Fusion.NONE, run all code eagerly."""
+    """Compile a boosted model's layers, or replace their element-wise pieces; with Fusion.NONE, run eagerly."""
     torch.compiler.set_stance("force_eager" if fusion is Fusion.NONE else "default")
     if fusion is Fusion.LAYERS:
         compile_layers(model)

@@ -137,7 +137,7 @@ def layer_parameters(config: LlamaConfig) -> int:
 
 
 @functools.cache
-def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
+def chunk_sizes(sizes: tuple[int, ...], smallest: int, hidden: int) -> list[int]:
     """Return the sizes of Gemini's chunks for parameters of these sizes, filled in order as ColossalAI does.
 
     ColossalAI takes the chunk size that wastes least memory, leaving out parameters more than three standard deviations
@@ -147,8 +147,8 @@ def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
     mean = sum(sizes) / len(sizes)
     bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     packed = [size for size in sizes if size <= bound]
-    start = math.ceil(max(least, *packed) / hidden) * hidden
-    candidates = range(start, start + least // 8 + 1, hidden)
+    start = math.ceil(max(smallest, *packed) / hidden) * hidden
+    candidates = range(start, start + smallest // 8 + 1, hidden)
     best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
     chunks, left = [], 0
     for size in sizes:
@@ -359,7 +359,7 @@ def compile_layers(model: ModelWrapper) -> None:
 
 
 class _Plain(torch.autograd.Function):
-    """Conversion of parameters to plain tensors over the same storage; dynamo refuses views of Gemini's tensor class."""
+    """Conversion of parameters to plain tensors of the same storage; dynamo refuses views of Gemini's tensor class."""
 
     @staticmethod
     def forward(ctx, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:

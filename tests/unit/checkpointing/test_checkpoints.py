@@ -47,7 +47,7 @@ from runtime.console import InputError, RunError
 from runtime.files import checksum
 from training.plan import TrainState, check_agreement
 
-NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
+NOT_WRITTEN = "the checkpoint could not be written, and no incomplete one is left under its name"
 STATES = {"epoch": 0, "step": 6, "adam_steps": 5, "tokens": 96, "settings": {"schedule_steps": 20, "seed": 3}}
 LAYOUTS = [
     (1, "-p zero2"),
@@ -380,7 +380,7 @@ class TestCheckModel:
         config = load_config("test")
         config.num_hidden_layers, config.vocab_size = 2, 512
         assert error_of(check_model, saved / "model", config, "--load") == (
-            f"--load: {saved / 'model'} is of another model than this run's: "
+            f"--load: {saved / 'model'} holds another model than this run's: "
             "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
         )
 

@@ -218,7 +218,7 @@ class TestRefused:
         assert "lacks 1.safetensors, 3.safetensors, which its index names" in error_of(weights_of, tmp_path)
 
     def test_other_weights_than_the_configuration_describes(self, single):
-        assert "is of another model than this run's" in error_of(check, single, load_config("tiny"))
+        assert "holds another model than this run's" in error_of(check, single, load_config("tiny"))
         weights = load_file(single / "model.safetensors")
 
         def refused(changed):
@@ -231,7 +231,7 @@ class TestRefused:
         assert "q_proj.bias, which its config.json does not describe (1 such)" in refused(more)
         longer = {**weights, "lm_head.weight": torch.zeros(1032, 64)}
         assert "lm_head.weight" in refused(longer)
-        assert "shape [1032, 64], and its config.json makes it [1024, 64]" in refused(longer)
+        assert "shape [1032, 64], but its config.json gives [1024, 64]" in refused(longer)
 
     def test_names_that_leave_the_folder(self, tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
@@ -239,7 +239,7 @@ class TestRefused:
         folder.mkdir()
         for name in ("../1.safetensors", str(tmp_path / "1.safetensors"), "..", ""):
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-            assert f"names {name!r}, which is no file beside it" in error_of(weights_of, folder)
+            assert f"names {name!r}, which is not a file in its folder" in error_of(weights_of, folder)
 
     def test_index_of_other_files(self, tmp_path):
         index = tmp_path / "model.safetensors.index.json"
@@ -261,7 +261,7 @@ class TestRefused:
         other = next(file for file in content["weight_map"].values() if file != first)
         name = min(weights)
         save_file({**load_file(tmp_path / other), name: weights[name]}, tmp_path / other)
-        assert f"both hold {name}; save the model anew" in error_of(weights_of, tmp_path)
+        assert f"both hold {name}; save the model again" in error_of(weights_of, tmp_path)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
     @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -279,8 +279,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("files", "expected"),
         [
-            ("adapter_config.json", "holds an adapter for the model that it was trained beside; merge them"),
-            ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, weights in the format GGUF; load it with transformers, "),
+            ("adapter_config.json", "holds an adapter for the model that it was trained on; merge them"),
+            ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, GGUF weights; load it with transformers, "),
             (
                 "consolidated.00.pth consolidated.01.pth params.json",
                 "consolidated.00.pth, Meta's own format; convert it",
@@ -291,14 +291,14 @@ class TestRefused:
             ),
             (
                 "tf_model.h5",
-                "weights of TensorFlow; load it with transformers, AutoModelForCausalLM.",
+                "TensorFlow weights; load it with transformers, AutoModelForCausalLM.",
             ),
             ("flax_model.msgpack", "from_flax=True"),
-            ("model.onnx", "a graph for inference"),
+            ("model.onnx", "an inference graph"),
             ("model.fp16.safetensors", "a variant of the weights; load it with transformers, "),
             ("model-00001-of-00002.safetensors", "weights without their index, model.safetensors.index.json; download"),
             ("pytorch_model-00002-of-00002.bin", "weights without their index, pytorch_model.bin.index.json"),
-            ("zero_to_fp32.py latest", "a checkpoint of DeepSpeed; run that file"),
+            ("zero_to_fp32.py latest", "a DeepSpeed checkpoint; run that file"),
         ],
     )
     def test_other_formats(self, single, files, expected):
@@ -526,11 +526,11 @@ def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
             branches.commit(name) for name in ("main", "v1")
         ]
         (line,) = find_in_processes(1, "someone/other", environment)
-        assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 401)"
+        assert line == "--model_path: someone/other is not a folder, and the hub refuses it (HTTP 401)"
     for name, there in (("someone/small-llama", found), (f"someone/small-llama@{branches.commit('v1')}", pinned)):
         assert find_in_processes(1, name, environment) == there[:1]  # with no hub to be reached
     (line,) = find_in_processes(1, "someone/other", environment)
-    assert "someone/other is no folder, and it cannot be downloaded" in line
+    assert "someone/other is not a folder, and it cannot be downloaded" in line
 
 
 LINES = """

@@ -48,7 +48,7 @@ class TestValidate:
             ),
             (
                 "--keep_every 4",
-                "--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out",
+                "--keep_every: takes effect only with --keep_checkpoints; give that too, or leave it out",
             ),
             ("--allow_changes", "--allow_changes: takes effect with --load alone; give that too, or leave it out"),
             ("--mfu 0.4", "--mfu: goes with --dry_run alone; a launcher sets what a run has"),
