@@ -44,7 +44,7 @@ class TestLayout:
             (8, f"{HYBRID} --tp 1 --pp 1 --zero 0", 1, 1, 1, 8, 0),
             (8, f"{HYBRID} -b 1", 4, 1, 1, 2, 1),  # one sequence is too few for two stages
             (8, f"{HYBRID} -b 1 --accumulation_steps 2", 4, 2, 1, 1, 0),
-            # No pipeline unless asked for, where it would not combine with another flag.
+            # By default no pipeline if it would not combine with another flag.
             (16, f"{HYBRID} --zero 2", 4, 1, 1, 4, 2),
             (16, f"{HYBRID} --sp 2", 4, 1, 2, 2, 1),
             (8, "-p zero2", 1, 1, 1, 8, 2),
