@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, in Hugging Face's layout, independent of plugin and number of ranks.
 
     epoch0-step1000/
-        model/              config.json, safetensors: what AutoModelForCausalLM loads
+        model/              config.json, safetensors; AutoModelForCausalLM loads it
         optimizer/          float32 master weights and Adam moments, full tensors by parameter name
         lr_scheduler, running_states.json
         manifest.json       every file with size and checksum; written last

@@ -48,7 +48,7 @@ OTHER_FORMATS = {  # other files that a folder may hold: description and remedy
 FORMATS = (None, "pt", "mlx")  # in safetensors metadata: formats that store tensors in transformers' layout
 FLOATING = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")  # in torch, in safetensors
 DESCRIPTIONS = ("*.json", "*.model", "*.jinja")  # configuration and tokenizer
-UNREADABLE = (  # what json, torch.load and safetensors raise on damaged files
+UNREADABLE = (  # errors of json, torch.load and safetensors on damaged files
     OSError,
     ValueError,
     LookupError,

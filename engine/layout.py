@@ -241,11 +241,12 @@ def _pipeline_problems(layout: Layout, batch: Batch, config: LlamaConfig) -> lis
         problems = [f"--microbatch_size: {size} does not divide {product} = {sequences}"]
     elif microbatches < stages:
         problems = [
-            f"--pp: {stages} stages need as many microbatches, but {product} / --microbatch_size = {microbatches}"
+            f"--pp: {stages} stages need at least {stages} microbatches, but {product} / --microbatch_size = "
+            f"{microbatches}"
         ]
     elif layout.chunks > 1 and microbatches % stages:
         problems = [
-            f"--pp_style: interleaved needs a multiple of the {stages} stages as microbatches, but {product} / "
+            f"--pp_style: interleaved needs a number of microbatches divisible by {stages} stages, but {product} / "
             f"--microbatch_size = {microbatches}"
         ]
     return problems + _lines(

@@ -67,7 +67,7 @@ def full_name(source: Any) -> str:
 
 
 def _users(owner: Any, field: str) -> list[Any]:
-    """Return those of the owner and its bases that use `self.field`; for a module, the module."""
+    """Return the owner's class and bases that use `self.field`; for a module, the module itself."""
     if isinstance(owner, ModuleType):
         return [owner]
     bases = [base for base in owner.__mro__ if _package(base) in PATCHED_PACKAGES]
