@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685), in peft's layout.
+"""LoRA: low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685), in peft's layout.
 
-`config.lora`, a peft LoraConfig, marks a configuration whose adapters alone are trained; `model_utils.trained_specs`
-then gives their parameters, and what initialises, saves and loads the trained parameters needs to know no more.
+A configuration with `config.lora`, a peft LoraConfig, trains only its adapters. `model_utils.trained_specs` then lists
+their parameters; initializing, saving and loading need no more than this list.
 """
 
 import copy
@@ -24,11 +24,11 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters beside frozen weights; without a rank all weights are trained.
+    """Settings of the adapters; without a rank all weights are trained.
 
     Attributes:
-        lora_alpha: adapters count alpha / rank times; None: twice the rank.
-        lora_modules: linear modules that get one, with commas between.
+        lora_alpha: adapters are scaled by alpha / rank; None: twice the rank.
+        lora_modules: linear modules that get an adapter, separated by commas.
         base_weights: fingerprint of the frozen weights (pretrained.weights_fingerprint).
     """
 
@@ -39,7 +39,7 @@ class Lora:
 
     @property
     def resolved(self) -> "Lora":
-        """The same with defaults written out, so that a resume in other words is known for the same run."""
+        """The same settings in one form, with defaults filled in, so that a resume can compare them."""
         if not self.lora_rank:
             return self
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
@@ -47,15 +47,15 @@ class Lora:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that no resume may change."""
+        """The settings that a resume must not change."""
         return {name: value for name, value in vars(self).items() if name != "base_weights" or value is not None}
 
     def problems(self, layout: Layout) -> list[str]:
-        """Return a line for each reason that the flags cannot work together."""
+        """Return a line for each flag that is wrong, has no effect, or conflicts with the layout."""
         if self.lora_rank is None:
             given = {"alpha": self.lora_alpha is not None, "modules": self.lora_modules != ",".join(MODULES)}
             return [
-                f"--lora_{name}: takes effect with --lora_rank alone; give that too" for name in given if given[name]
+                f"--lora_{name}: takes effect only with --lora_rank; give that too" for name in given if given[name]
             ]
         problems = below(1, lora_rank=self.lora_rank)
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
@@ -63,18 +63,20 @@ class Lora:
         unknown = [name for name in self.lora_modules.split(",") if name not in MODULES]
         if unknown:
             problems.append(
-                f"--lora_modules: {unknown[0]!r} is no linear module of a layer; choose from {','.join(MODULES)}"
+                f"--lora_modules: {unknown[0]!r} is not a linear module of a layer; choose from {','.join(MODULES)}"
             )
         if layout.plugin in GEMINI_PLUGINS:
-            problems.append(f"--lora_rank: {layout.plugin} has no LoRA; use -p zero2, zero2_cpu or hybrid_parallel")
-        if max(layout.tp, layout.pp, layout.sp) > 1:  # its pipeline looks for layers where peft has moved them
             problems.append(
-                "--lora_rank: hybrid_parallel has LoRA for undivided models alone; use --tp 1 --pp 1 --sp 1"
+                f"--lora_rank: {layout.plugin} does not support LoRA; use -p zero2, zero2_cpu or hybrid_parallel"
+            )
+        if max(layout.tp, layout.pp, layout.sp) > 1:  # its pipeline does not find the layers that peft has wrapped
+            problems.append(
+                "--lora_rank: hybrid_parallel supports LoRA only for undivided models; use --tp 1 --pp 1 --sp 1"
             )
         return problems
 
     def config(self, model_path: str) -> LoraConfig:
-        """Return peft's description of the adapters, which names the model by an absolute path where it is a folder."""
+        """Return peft's configuration of the adapters; a model's folder gets an absolute path."""
         base = Path(model_path)
         return LoraConfig(
             task_type="CAUSAL_LM",
@@ -86,11 +88,11 @@ class Lora:
 
 
 def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path) -> None:
-    """Writes a model folder whose weights are those frozen plus the adapters' products, one layer at a time.
+    """Write a model folder with the adapters merged into the frozen weights, one layer at a time.
 
     Args:
-        adapter: what `write_adapter` has written.
-        weights: of the model that the adapters were trained beside.
+        adapter: folder that `write_adapter` has written.
+        weights: the frozen weights on which the adapters were trained.
     """
     lora, plain = config.lora, copy.deepcopy(config)
     del plain.lora

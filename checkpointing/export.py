@@ -1,4 +1,4 @@
-"""Makes of a checkpoint a folder that AutoModelForCausalLM and AutoTokenizer load."""
+"""Export of checkpoints to folders that AutoModelForCausalLM and AutoTokenizer load."""
 
 import os
 import shutil
@@ -22,12 +22,12 @@ def export_model(
     model: Path | None = None,
     json_files: dict[str, dict] | None = None,
 ) -> None:
-    """Makes of a checkpoint's model a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
+    """Export a checkpoint's model to a folder that AutoModelForCausalLM and AutoTokenizer load, with a model card.
 
-    The weights are hard links where the file system has them, so that the folder costs no space; all else is copied.
+    If the file system allows, weights are hard links and take no space; all other files are copies.
 
     Args:
-        model: the model's folder, where it is not the checkpoint's own.
+        model: the model's folder, if not the checkpoint's own.
         json_files: further JSON files, by name.
 
     Raises:
@@ -62,7 +62,7 @@ def export_merged(
     weights: LazyTensors,
     json_files: dict[str, dict],
 ) -> None:
-    """The same of a checkpoint's adapters, which `config.lora` describes, merged into the `weights` beside them."""
+    """Export a checkpoint's adapters, described by `config.lora`, merged into their frozen `weights`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
         merge(checkpoint / "model", weights, config, Path(folder, "model"))
@@ -74,7 +74,7 @@ def _link_weights(source: str, target: str) -> None:
 
 
 def _model_card(checkpoint: Path) -> str:
-    """The facts of the run that made a checkpoint, as the hub shows them."""
+    """Return a model card with the facts of the run that made a checkpoint."""
     states, config = read_running_states(checkpoint), load_config(str(checkpoint / "model"))
     facts = {
         "parameters": f"{count_parameters(config):,}",

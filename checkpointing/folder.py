@@ -1,12 +1,13 @@
 """Checkpoints: complete or absent, in Hugging Face's layout, independent of plugin and number of ranks.
 
     epoch0-step1000/
-        model/              config.json, safetensors: what AutoModelForCausalLM loads
+        model/              config.json, safetensors; AutoModelForCausalLM loads it
         optimizer/          float32 master weights and Adam moments, full tensors by parameter name
         lr_scheduler, running_states.json
         manifest.json       every file with size and checksum; written last
 
-One file holds one decoder layer. writer.py writes and reader.py restores what this module names, finds and verifies.
+One file holds one decoder layer. This module names, finds and verifies checkpoints; writer.py writes them, and
+reader.py restores them.
 """
 
 import copy
@@ -34,7 +35,7 @@ RUNNING_STATES = "running_states.json"
 CONFIG, MODEL_INDEX = "config.json", "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
-LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of what a kill has cut off
+LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of killed runs
 SHARED_SECONDS = 20  # for other machines to see a new file
 MODEL_KEYS = (
     "num_hidden_layers",
@@ -56,7 +57,7 @@ MODEL_KEYS = (
 
 
 def claim_save_dir(save_dir: Path) -> None:
-    """Takes a folder for this run's checkpoints, as `claim_folder`, and removes what a kill has left in it."""
+    """Claim a folder for this run's checkpoints (see `claim_folder`), and remove what killed runs have left in it."""
     claim_folder(save_dir, "--save_dir")
     for pattern in LEFTOVERS:
         for remains in save_dir.glob(pattern):
@@ -64,10 +65,10 @@ def claim_save_dir(save_dir: Path) -> None:
 
 
 def check_shared(save_dir: Path) -> None:
-    """Refuses a folder that is not one and the same for all ranks. Collective.
+    """Refuse a folder that is not the same for all ranks. Collective.
 
     Raises:
-        InputError: on every rank, with a line that names the first machine that does not see what rank 0 writes.
+        InputError: on every rank; names the first machine that does not see what rank 0 writes.
     """
     seen = save_dir / f".seen-{gather(uuid.uuid4().hex)[0]}"
     on_rank_zero(seen.mkdir, f"--save_dir: {save_dir} could not be written to")
@@ -86,7 +87,7 @@ def check_shared(save_dir: Path) -> None:
 
 
 def check_room(save_dir: Path, config: LlamaConfig) -> None:
-    """Raises InputError where the file system has no room for one checkpoint; the folder need not be there yet."""
+    """Raise InputError if the file system has no room for a checkpoint; the folder need not exist yet."""
     needed, free = checkpoint_bytes(config), shutil.disk_usage(existing_part(save_dir)).free
     if free < needed:
         raise InputError(
@@ -96,9 +97,9 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
 
 
 def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
-    """File name of each trained part of the model (see ParameterSpec.group), the same under every layout."""
+    """Return the file name of each trained part of the model (see ParameterSpec.group), the same in every layout."""
     groups = [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
-    if getattr(config, "lora", None) is None:  # adapters are in layers alone
+    if getattr(config, "lora", None) is None:  # adapters are only in layers
         head = [] if config.tie_word_embeddings else ["lm_head"]
         groups = ["model.embed_tokens", *groups, "model.norm", *head]
     return {
@@ -107,7 +108,7 @@ def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
 
 
 def required_files(config: LlamaConfig) -> set[str]:
-    """All files of a checkpoint beside its manifest, by their paths in it."""
+    """Return the paths in a checkpoint of all its files except the manifest."""
     if getattr(config, "lora", None):
         model = {CONFIG, ADAPTER_FILE, ADAPTER_CONFIG}
     else:
@@ -118,15 +119,15 @@ def required_files(config: LlamaConfig) -> set[str]:
 
 
 def checkpoint_bytes(config: LlamaConfig) -> int:
-    """Size of a checkpoint: trained weights in `config.torch_dtype`, and three float32 numbers for each."""
+    """Return the bytes of a checkpoint: trained weights in `config.torch_dtype`, and three float32 numbers for each."""
     trained = sum(spec.shape.numel() for spec in trained_specs(config))
     return trained * (config.torch_dtype.itemsize + 12)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a safetensors file to disk, readable by those whom the umask lets read it.
+    """Write a safetensors file to disk, with the permissions that the umask gives.
 
-    safetensors writes through a temporary file that its owner alone can read.
+    safetensors writes through a temporary file that only its owner can read.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -136,7 +137,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_model_index(folder: Path, config: LlamaConfig) -> None:
-    """Writes config.json and the index of the safetensors."""
+    """Write config.json and the index of the safetensors files."""
     files, specs = file_names(config, "model"), trained_specs(config)
     size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
     weight_map = {spec.name: files[spec.group] for spec in specs}
@@ -149,9 +150,9 @@ def write_model_index(folder: Path, config: LlamaConfig) -> None:
 
 
 def write_adapter(folder: Path, config: LlamaConfig) -> None:
-    """Joins the files of the adapters' parts into the one that peft loads, with its configuration.
+    """Join the adapters' files into the one that peft loads, and write peft's configuration.
 
-    config.json stays beside it, for a resume to check that it trains the same model.
+    config.json stays, so that a resume can check that it trains the same model.
     """
     files = file_names(config, "model")
     adapters = {}
@@ -165,12 +166,12 @@ def write_adapter(folder: Path, config: LlamaConfig) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, dict] | None:
-    """The manifest's files; None where it cannot be read or does not list exactly the files of a checkpoint."""
+    """Return the manifest's files; None if it cannot be read or does not list exactly the files of a checkpoint."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         files = {name: {"bytes": int(file["bytes"]), "xxh3_64": str(file["xxh3_64"])} for name, file in files.items()}
         config = LlamaConfig.from_dict(json.loads((folder / "model" / CONFIG).read_text(encoding="utf-8")))
-        if config.num_hidden_layers > len(files):  # before as many names are made of a damaged number
+        if config.num_hidden_layers > len(files):  # or a damaged number could make endless names
             return None
         config.lora = f"model/{ADAPTER_FILE}" in files or None
         return files if files.keys() == required_files(config) else None
@@ -179,7 +180,7 @@ def _manifest(folder: Path) -> dict[str, dict] | None:
 
 
 def incomplete_files(folder: Path) -> list[str]:
-    """Files of a checkpoint that are missing or not as long as its manifest says, or else the manifest itself."""
+    """Return a checkpoint's files that are missing or differ in size from the manifest, or an invalid manifest."""
     files = _manifest(folder)
     if files is None:
         return [MANIFEST]
@@ -195,12 +196,12 @@ def incomplete_files(folder: Path) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return True for a checkpoint with a manifest of all its files and each of them in its size."""
+    """Return True if a checkpoint's manifest is valid, and all its files exist in their sizes."""
     return not incomplete_files(folder)
 
 
 def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
-    """Step and folder of everything that is or was to be a checkpoint, the newest first."""
+    """Return step and folder of every checkpoint, complete or not, the newest first."""
     found = []
     for folder in save_dir.glob("*epoch*-step*"):
         match = re.fullmatch(r"\.?epoch(\d+)-step(\d+)(\.incomplete|\.old)?", folder.name)
@@ -210,20 +211,20 @@ def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
 
 
 def complete_checkpoints(save_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Step and folder of the complete checkpoints in a folder, the newest first."""
+    """Yield step and folder of the complete checkpoints in a folder, the newest first."""
     for step, folder in _checkpoints(save_dir):
         if folder.name[0] != "." and is_complete(folder):
             yield step, folder
 
 
 def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say) -> Path | None:
-    """The folder that `--load` names; `latest` is the newest complete one in `save_dir`, and says what it passed over.
+    """Return the checkpoint that `--load` names; `latest` is the newest complete one, and reports those passed over.
 
     Returns:
-        None where `latest` finds a folder without any checkpoint: the run has not come to its first.
+        None if `latest` finds no checkpoint in `save_dir`: the run has not saved its first.
 
     Raises:
-        InputError: there is something else than a complete checkpoint.
+        InputError: there is no complete checkpoint.
     """
     if load == "latest":
         newest = next((folder for _, folder in complete_checkpoints(save_dir)), None)
@@ -234,7 +235,7 @@ def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say
         if newest is None and any(folder.name[0] != "." for folder in incomplete):
             raise InputError(
                 f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "
-                "begin anew"
+                "start a new run"
             )
         if newest is None:
             tell(f"--load latest: no checkpoint in --save_dir {save_dir} yet; a new run begins")
@@ -247,20 +248,20 @@ def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say
     if (folder / "config.json").is_file():
         raise InputError(
             f"--load: {folder} holds a Hugging Face model without training state; "
-            "to begin from its weights use --init_from (finetune.py: --model_path), to take only its sizes --config"
+            "to start from its weights use --init_from (finetune.py: --model_path), for its sizes only use --config"
         )
     if (folder / MANIFEST).is_file() or (folder / RUNNING_STATES).is_file():
         raise InputError(f"--load: {folder} is an incomplete checkpoint; choose another, or 'latest'")
     raise InputError(f"--load: {folder} is not a checkpoint; give a folder epochE-stepS, or 'latest'")
 
 
-def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """Files of a checkpoint, or of one share of them, whose size or checksum is not the manifest's."""
+def damaged_files(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """Return the files of a checkpoint, or of one part of `parts`, whose size or checksum differs from the manifest."""
     manifest = _manifest(folder)
     if manifest is None:
         return [MANIFEST]
     damaged = []
-    for name, expected in sorted(manifest.items())[share::shares]:
+    for name, expected in sorted(manifest.items())[part::parts]:
         try:
             if checksum(folder / name) != expected:
                 damaged.append(name)
@@ -270,16 +271,16 @@ def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 
 def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
-    """Refuses a folder whose config.json describes another model than `config`."""
+    """Raise InputError if a folder's config.json describes another model than `config`."""
     saved = load_config(str(folder))
     different = [key for key in MODEL_KEYS if getattr(saved, key) != getattr(config, key)]
     if different:
         listing = ", ".join(f"{key} {getattr(saved, key)} (not {getattr(config, key)})" for key in different)
-        raise InputError(f"{flag}: {folder} is of another model than this run's: {listing}")
+        raise InputError(f"{flag}: {folder} holds another model than this run's: {listing}")
 
 
 def read_running_states(folder: Path) -> dict:
-    """Raises InputError where the file is not what the manifest says."""
+    """Return a checkpoint's running states. Raises InputError if the file differs from the manifest."""
     path = folder / RUNNING_STATES
     if checksum(path) != (_manifest(folder) or {}).get(RUNNING_STATES):
         raise InputError(f"--load: {path} is damaged; choose another checkpoint")

@@ -1,4 +1,4 @@
-"""Weights to begin from: a Hugging Face model, in a folder or on the hub, of which each rank reads its own slices."""
+"""Weights of a Hugging Face model, in a folder or on the hub; each rank reads only its own slices."""
 
 import contextlib
 import fnmatch
@@ -26,29 +26,29 @@ from runtime.collectives import gather
 from runtime.console import InputError, first_line, say
 from runtime.files import exclusive_lock, is_plain_name
 
-# The files that a folder's weights may be in: the first that is there, as in transformers (modeling_utils,
+# Files that may hold a folder's weights; the first that exists is used, as in transformers (modeling_utils,
 # _get_resolved_checkpoint_files).
 CHOICES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_LOAD = "load it with transformers, AutoModelForCausalLM.from_pretrained({}), and give what save_pretrained makes of it"
+_LOAD = "load it with transformers, AutoModelForCausalLM.from_pretrained({}), and give the output of save_pretrained"
 _META = "Meta's own format; convert it with `python -m transformers.models.llama.convert_llama_weights_to_hf`"
-OTHER_FORMATS = {  # files of a folder without the above, what they are, and what to do
+OTHER_FORMATS = {  # other files that a folder may hold: description and remedy
     "model-*-of-*.safetensors": f"weights without their index, {CHOICES[1]}; download the folder again",
     "pytorch_model-*-of-*.bin": f"weights without their index, {CHOICES[3]}; download the folder again",
     "model.*.safetensors": f"a variant of the weights; {_LOAD.format('FOLDER, variant=NAME')}",
     "pytorch_model.*.bin": f"a variant of the weights; {_LOAD.format('FOLDER, variant=NAME')}",
     "consolidated*.pth": _META,
     "consolidated*.safetensors": _META,
-    "*.gguf": f"weights in the format GGUF; {_LOAD.format('FOLDER, gguf_file=NAME')}",
-    "tf_model*": f"weights of TensorFlow; {_LOAD.format('FOLDER, from_tf=True')}",
-    "flax_model*": f"weights of Flax; {_LOAD.format('FOLDER, from_flax=True')}",
-    "*.onnx": "a graph for inference; give the folder of the model that it was made from",
-    "zero_to_fp32.py": "a checkpoint of DeepSpeed; run that file to make pytorch_model.bin of it",
-    "*.distcp": "a checkpoint of torch.distributed; export it with the program that made it",
+    "*.gguf": f"GGUF weights; {_LOAD.format('FOLDER, gguf_file=NAME')}",
+    "tf_model*": f"TensorFlow weights; {_LOAD.format('FOLDER, from_tf=True')}",
+    "flax_model*": f"Flax weights; {_LOAD.format('FOLDER, from_flax=True')}",
+    "*.onnx": "an inference graph; give the folder of the model that it was exported from",
+    "zero_to_fp32.py": "a DeepSpeed checkpoint; run that file to convert it to pytorch_model.bin",
+    "*.distcp": "a torch.distributed checkpoint; export it with the program that made it",
 }
-FORMATS = (None, "pt", "mlx")  # of safetensors, in their metadata: those that hold the tensors as transformers has them
+FORMATS = (None, "pt", "mlx")  # in safetensors metadata: formats that store tensors in transformers' layout
 FLOATING = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")  # in torch, in safetensors
 DESCRIPTIONS = ("*.json", "*.model", "*.jinja")  # configuration and tokenizer
-UNREADABLE = (  # what json, torch.load and safetensors raise on damaged files
+UNREADABLE = (  # errors of json, torch.load and safetensors on damaged files
     OSError,
     ValueError,
     LookupError,
@@ -60,15 +60,15 @@ UNREADABLE = (  # what json, torch.load and safetensors raise on damaged files
 )
 FINGERPRINT_ROWS = 4  # of each tensor
 GENERATION_CONFIG = "generation_config.json"
-BASE = "model."  # before the names of all weights but the output's
+BASE = "model."  # prefix of all weights but the output embedding
 INPUT_EMBEDDING, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def find_model(name_or_path: str, flag: str) -> Path:
-    """The folder of a model: `name_or_path` itself, or what the hub has under NAME or NAME@REVISION.
+    """Return the folder of a model: `name_or_path` itself, or a download of the hub's NAME or NAME@REVISION.
 
     Raises:
-        InputError: there is no such folder, and the hub does not have or does not give it.
+        InputError: there is no such folder, and the hub does not have the model or refuses it.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -84,15 +84,15 @@ def find_model(name_or_path: str, flag: str) -> Path:
             return _downloaded(name_or_path) or _download(name_or_path, flag)
     except HfHubHTTPError as error:
         raise InputError(
-            f"{flag}: {name_or_path} is no folder, and the hub refuses it ({hub.status_of(error)})"
+            f"{flag}: {name_or_path} is not a folder, and the hub refuses it ({hub.status_of(error)})"
         ) from error
     except OSError as error:
         if hub.of_disk(error):
-            if found := _downloaded(name_or_path):  # others may have filled a cache that only they may write to
+            if found := _downloaded(name_or_path):  # in a cache that another user fills, readable only
                 return found
             raise hub.unwritable_cache(name_or_path, flag, error.strerror or type(error).__name__) from error
         raise InputError(
-            f"{flag}: {name_or_path} is no folder, and it cannot be downloaded ({type(error).__name__}); "
+            f"{flag}: {name_or_path} is not a folder, and it cannot be downloaded ({type(error).__name__}); "
             "give a folder that holds the model"
         ) from error
 
@@ -109,7 +109,7 @@ def _downloaded(name_or_pin: str) -> Path | None:
 
 
 def _download(name_or_pin: str, flag: str) -> Path:
-    """Download configuration, tokenizer, and those weights that transformers would load."""
+    """Download configuration, tokenizer, and only the weights that transformers would load."""
     name, revision = hub.split_revision(name_or_pin)
     info = HfApi().model_info(name, revision=revision, timeout=hub.TIMEOUT_SECONDS)
     files = [file.rfilename for file in info.siblings or []]
@@ -122,12 +122,12 @@ def _download(name_or_pin: str, flag: str) -> Path:
     commit = info.sha if revision else None
     folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(DESCRIPTIONS)))
     weights = _weight_map(folder / choice, flag).values() if choice.endswith(".json") else [choice]
-    snapshot_download(name, revision=commit, allow_patterns=sorted(set(weights)))  # last: they mark a whole download
+    snapshot_download(name, revision=commit, allow_patterns=sorted(set(weights)))  # last: they mark a complete download
     return folder
 
 
 def other_format(names: Collection[str]) -> str | None:
-    """The end of a line about a model of which only these files are there, if they are of a format known here."""
+    """Return the end of a message about a folder with these files, if their format is a known one."""
     if "adapter_config.json" in names:
         return "holds an adapter; merge it into its base model and give that"
     for pattern, remedy in OTHER_FORMATS.items():
@@ -137,15 +137,15 @@ def other_format(names: Collection[str]) -> str | None:
 
 
 def refuse_other_formats(folder: Path, flag: str) -> None:
-    """Raise InputError for a folder that is none of a whole model, by what it is.
+    """Raise InputError if a folder does not hold a whole model, and name what it holds.
 
-    transformers takes an adapter's base model for the model, whatever else is beside the adapter.
+    If a folder holds an adapter, transformers loads the adapter's base model, whatever else the folder holds.
     """
     if not folder.is_dir():
-        raise InputError(f"{flag}: {folder} is no folder on this machine; give that of a model")
+        raise InputError(f"{flag}: {folder} is not a folder on this machine; give a model folder")
     names = [path.name for path in folder.iterdir()]
     if "adapter_config.json" in names:
-        base = "the model that it was trained beside"
+        base = "the model that it was trained on"
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         raise InputError(
@@ -160,9 +160,9 @@ def refuse_other_formats(folder: Path, flag: str) -> None:
 
 
 def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: str) -> dict[str, dict]:
-    """Return a model folder's generation_config.json by its file name; empty if there is none.
+    """Return the content of a folder's generation_config.json, by file name; empty if it does not exist.
 
-    The tokenizer's EOS, which fine-tuning teaches, is among the tokens that end a text.
+    The tokenizer's EOS, which fine-tuning teaches, is added to the tokens that end a text.
 
     Raises:
         InputError: the file cannot be read.
@@ -191,10 +191,10 @@ class StoredTensor:
 
 
 def weight_files(folder: Path, flag: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of a model folder's weights, and the name of each tensor's file, if an index gives it.
+    """Return the files of a folder's weights, and the file name of each tensor, if there is an index.
 
     Raises:
-        InputError: the folder holds no such weights, or not all that its index names.
+        InputError: the folder holds no such weights, or lacks files that its index names.
     """
     choice = next((folder / name for name in CHOICES if (folder / name).is_file()), None)
     if not choice:
@@ -211,10 +211,10 @@ def weight_files(folder: Path, flag: str) -> tuple[list[Path], dict[str, str] | 
 
 
 def _weight_map(index: Path, flag: str) -> dict[str, str]:
-    """The name of each tensor's file, as an index has it.
+    """Return the file name of each tensor in an index.
 
     Raises:
-        InputError: the index is damaged, or names something else than files beside it.
+        InputError: the index is damaged, or names anything but files in its folder.
     """
     hub.refuse_pointers([index], flag)
     try:
@@ -223,16 +223,16 @@ def _weight_map(index: Path, flag: str) -> dict[str, str]:
     except UNREADABLE as error:
         raise InputError(f"{flag}: the weights in {index.parent} cannot be read: {index.name} is damaged") from error
     if files or not weight_map:
-        reason = f"names {files[0]!r}, which is no file beside it" if files else "names no weights"
+        reason = f"names {files[0]!r}, which is not a file in its folder" if files else "names no weights"
         raise InputError(f"{flag}: the weights in {index.parent} cannot be read: {index.name} {reason}; restore it")
     return weight_map
 
 
 def pretrained_weights(folder: Path, flag: str) -> dict[str, StoredTensor]:
-    """Every tensor of a Hugging Face model folder, those that transformers would take, without reading them.
+    """Return every tensor of a Hugging Face model folder that transformers would load, without reading the data.
 
     Raises:
-        InputError: the folder holds no such weights, or they cannot be read, or its index is of other files.
+        InputError: the folder holds no such weights, they cannot be read, or its index does not match its files.
     """
     paths, weight_map = weight_files(folder, flag)
     found: dict[str, StoredTensor] = {}
@@ -245,7 +245,7 @@ def pretrained_weights(folder: Path, flag: str) -> dict[str, StoredTensor]:
             ) from error
         if twice := sorted(found.keys() & tensors.keys()):
             raise InputError(
-                f"{flag}: {found[twice[0]].path} and {path.name} both hold {twice[0]}; save the model anew with one"
+                f"{flag}: {found[twice[0]].path} and {path.name} both hold {twice[0]}; save the model again"
             )
         found |= tensors
     if weight_map is None:
@@ -254,14 +254,14 @@ def pretrained_weights(folder: Path, flag: str) -> dict[str, StoredTensor]:
     differing += [name for name in found if name not in weight_map and not _is_buffer(name)]
     if differing:
         raise InputError(
-            f"{flag}: the index in {folder} is of other files than those there: {differing[0]} is not where it says "
-            f"({len(differing)} such); download the folder again, or save the model anew"
+            f"{flag}: the index in {folder} does not match its files: {differing[0]} is not where it says "
+            f"({len(differing)} such); download the folder again, or save the model again"
         )
     return found
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file. Raises one of UNREADABLE where it has something else."""
+    """Return the tensors of a file. Raises one of UNREADABLE if it holds anything else."""
     if is_safetensors(path):
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {"format": None}).get("format", "none") not in FORMATS:
@@ -272,7 +272,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     tensors = mapped_tensors(path)
     other = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor) or value.is_meta]
     if other:
-        raise ValueError(f"{other[0]!r} in it is no tensor; save the model's state_dict alone")
+        raise ValueError(f"{other[0]!r} in it is not a tensor; save only the model's state_dict")
     if sparse := [name for name, tensor in tensors.items() if tensor.layout != torch.strided]:
         raise ValueError(f"{sparse[0]} in it is sparse; save it dense")
     return {
@@ -282,15 +282,15 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _is_buffer(name: str) -> bool:
-    """Return True for what older versions of transformers have saved beside the weights, computed from config.json."""
+    """Return True for a buffer that older versions of transformers saved with the weights; config.json gives it."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
-    """The weights of every parameter of `config`, by its name there, once all are there in their shapes.
+    """Return the weights of every parameter of `config`, by name, after checking that all exist in their shapes.
 
     Raises:
-        InputError: weights are missing, cannot be read, have another shape, or are of no parameter of the model.
+        InputError: weights are missing, unreadable, quantised, of another shape, or not described by `config`.
     """
     stored = pretrained_weights(folder, flag)
     stored = {name: tensor for name, tensor in stored.items() if not _is_buffer(name)}
@@ -300,15 +300,15 @@ def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
         if tensor.dtype not in FLOATING:
             raise InputError(
                 f"{flag}: {name} in {tensor.path} is stored as {tensor.dtype}: the weights are quantised, and only "
-                "floating-point ones of 16 bits or more can be trained; give the model that they were made from, or "
-                "dequantize it with transformers (model.dequantize()) and save it anew"
+                "floating-point weights of 16 bits or more can be trained; give the original model, or "
+                "dequantize it with transformers (model.dequantize()) and save it again"
             )
     if config.tie_word_embeddings:
         tied = stored.pop(OUTPUT_EMBEDDING, None)
         if INPUT_EMBEDDING not in stored and tied:
             raise InputError(
-                f"{flag}: the weights in {folder} have {OUTPUT_EMBEDDING} for the tied {INPUT_EMBEDDING}; "
-                "load the model with transformers and save it anew"
+                f"{flag}: the weights in {folder} have {OUTPUT_EMBEDDING} instead of the tied {INPUT_EMBEDDING}; "
+                "load the model with transformers and save it again"
             )
     shapes = {spec.name: spec.shape for spec in parameter_specs(config)}
     if missing := [name for name in shapes if name not in stored]:
@@ -322,14 +322,14 @@ def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
     for name, shape in shapes.items():
         if stored[name].shape != shape:
             raise InputError(
-                f"{flag}: {name} in {folder} has the shape {list(stored[name].shape)}, and its config.json makes it "
+                f"{flag}: {name} in {folder} has shape {list(stored[name].shape)}, but its config.json gives "
                 f"{list(shape)}"
             )
     return LazyTensors({name: tensor.path for name, tensor in stored.items()}, prefix)
 
 
 def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from") -> LazyTensors:
-    """The weights of a model folder, which is refused before anything is allocated if they are not all of `config`."""
+    """Return the weights of a model folder; refuse it, before anything is allocated, if they do not fit `config`."""
     refuse_other_formats(folder, flag)
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag}: {folder} is not a Hugging Face model folder: it has no config.json")
@@ -338,10 +338,10 @@ def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from
 
 
 def weights_fingerprint(weights: LazyTensors) -> str:
-    """XXH3-64 of FINGERPRINT_ROWS rows of every tensor, by name, however they lie in files.
+    """Return the XXH3-64 of FINGERPRINT_ROWS rows of every tensor, by name, whatever files hold them.
 
-    Training changes nearly every number of whatever it trains, so that a sample tells models apart, and of 140 GB less
-    than a thousandth is read. It would not tell of a damaged byte.
+    Training changes nearly every number that it trains, so a sample tells models apart, and reads less than a
+    thousandth of 140 GB. It does not detect a damaged byte.
     """
     digests = {}
     for name in sorted(weights.files, key=lambda name: (str(weights.files[name]), name)):
@@ -353,12 +353,12 @@ def weights_fingerprint(weights: LazyTensors) -> str:
 
 
 def load_pretrained(weights: LazyTensors, engine: Engine, flag: str = "--init_from") -> None:
-    """Set the model's weights, each rank reading its own slices, which is all the host memory that it takes.
+    """Set the model's weights; each rank reads only its own slices into host memory. Collective.
 
-    Beside adapters, which have no weights here, the frozen ones are set. Collective.
+    With adapters, which have no weights here, this sets the frozen weights.
 
     Raises:
-        InputError: on every rank, when a weight is a NaN or an infinity on any.
+        InputError: on every rank, if a weight is NaN or infinite on any.
     """
     frozen, broken = frozen_parameters(engine.model), None
     with torch.no_grad():
@@ -372,4 +372,4 @@ def load_pretrained(weights: LazyTensors, engine: Engine, flag: str = "--init_fr
         restore(engine, lambda name, key: weights[name], adam_steps=0)
         broken = first_not_finite(engine)
     if broken:
-        raise InputError(f"{flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give weights without")
+        raise InputError(f"{flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give other weights")

@@ -1,4 +1,4 @@
-"""Restores a run from a checkpoint."""
+"""Reading of checkpoints: lazy tensors, checksums, and the engine's state."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from runtime.console import InputError, rank, world_size
 class LazyTensors:
     """Tensors by name from several files, safetensors or .bin.
 
-    One file is open at a time, and only the slices asked for are read.
+    One file is open at a time, and only the requested slices are read.
     """
 
     def __init__(self, files: dict[str, Path], prefix: str = ""):
         """
         Args:
             files: the file of each tensor.
-            prefix: of the tensors' names here, which their names in the files lack.
+            prefix: start of the tensors' names that the names in the files lack.
         """
         self.files = files
         self.prefix = prefix
@@ -33,7 +33,7 @@ class LazyTensors:
         self.tensors: Any = None  # by name, or safe_open's handle
 
     def __getitem__(self, name: str) -> Any:
-        """A tensor that is mapped from its file, or a safetensors slice; both are read where they are indexed."""
+        """Return a tensor mapped from its file, or a safetensors slice; only indexing reads data."""
         if self.files[name] != self.path:
             self.path = self.files[name]
             self.tensors = (
@@ -48,12 +48,12 @@ class LazyTensors:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return True where transformers takes a file for safetensors, and not for what torch.save writes."""
+    """Return True if transformers reads the file as safetensors, False if it uses torch.load."""
     return path.suffix == ".safetensors"
 
 
 def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, mapped; those of the format before torch 1.6 cannot be, and are read."""
+    """Return the tensors of a .bin file, memory-mapped; the format before torch 1.6 is read into memory instead."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Compares every file with its checksum, each rank its share. Collective.
+    """Compare every file with its checksum; each rank checks a part of the files. Collective.
 
     Raises:
         InputError: on every rank, with the names of the damaged files.
@@ -78,7 +78,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> None:
     """Restore weights, Adam moments and loss scale. Collective.
 
     Raises:
-        InputError: on every rank, when a file is damaged, or a weight is no number.
+        InputError: on every rank, if a file is damaged, or a weight is NaN or infinite.
     """
     refuse_damaged(folder)
     files = file_names(engine.config, "optimizer")

@@ -1,8 +1,8 @@
-"""Writes checkpoints behind the training: copied to host memory, then written, checked and put in place by a thread.
+"""Checkpoints written in the background: copied to host memory, then written, checked and renamed by a thread.
 
-Every rank writes the files that are its own and, once they are on disk, a part file with their sizes and checksums.
-Rank 0 waits for all parts, makes the manifest of them, and renames the folder into its place: a checkpoint either is
-complete or does not exist. The threads run no collective operation; the training thread hears of their errors.
+Every rank writes its own files and, once they are on disk, a part file with their sizes and checksums. Rank 0 waits for
+all part files, builds the manifest from them, and renames the folder: a checkpoint is complete or does not exist. The
+threads run no collective operation; the training thread raises their errors.
 """
 
 import contextlib
@@ -40,30 +40,30 @@ from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, r
 from runtime.console import RunError, below, rank, say, size_text, world_size
 from runtime.files import checksum, replace_folder, write_json
 
-NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
-STALLED_SECONDS = 30  # without another byte, after which a run that has failed gives up its last checkpoint
-SPARE_HOST_MEMORY = 0.1  # share of the host's memory that staging a checkpoint leaves free
+NOT_WRITTEN = "the checkpoint could not be written, and no incomplete one is left under its name"
+STALLED_SECONDS = 30  # without a new byte, after which a failed run gives up its last checkpoint
+SPARE_HOST_MEMORY = 0.1  # fraction of host memory that staging a checkpoint leaves free
 File = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float32 tensors, by 'parameter.key'
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The steps after which checkpoints are saved, and the checkpoints that are kept."""
+    """Settings that decide when checkpoints are saved and which are kept."""
 
     save_interval: int = 1000  # optimizer steps
-    keep_checkpoints: int | None = None  # the newest so many; None: all
-    keep_every: int | None = None  # those at multiples of this step too
+    keep_checkpoints: int | None = None  # number of the newest ones to keep; None: all
+    keep_every: int | None = None  # also keep those at multiples of this step
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, **vars(self))
         if not problems and self.keep_every and not self.keep_checkpoints:
-            problems.append("--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out")
+            problems.append("--keep_every: takes effect only with --keep_checkpoints; give that too, or leave it out")
         return problems
 
 
 class CheckpointWriter:
-    """At most one checkpoint is in flight; `save` waits for the one before, `wait` for the last."""
+    """Writer of checkpoints, at most one in flight: `save` waits for the previous one, `wait` for the last."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class CheckpointWriter:
     ):
         """
         Args:
-            background: whether to copy the state to host memory and write it behind the training, where it fits.
+            background: copy the state to host memory, if it fits, and write it while training goes on.
             latest: the checkpoint that the run resumes from.
         """
         self.save_dir, self.config = save_dir, config
@@ -93,13 +93,13 @@ class CheckpointWriter:
         self._temporary: Path  # where it is written
 
     def save(self, engine: Engine, json_files: dict[str, dict]) -> None:
-        """Start to write a checkpoint, collectively; return when the weights may change again.
+        """Start to write a checkpoint, and return when the weights may change again. Collective.
 
         Args:
-            json_files: files beside the tensors; `epoch` and `step` in running_states.json name the folder.
+            json_files: further files of the checkpoint; `epoch` and `step` in running_states.json name the folder.
 
         Raises:
-            RunError: on every rank, when the checkpoint before failed on any, or this one has no room.
+            RunError: on every rank, if the previous checkpoint failed on any, or this one has no room.
         """
         started = time.perf_counter()
         self.wait()
@@ -115,17 +115,17 @@ class CheckpointWriter:
             staged = [self._gathered(shards, self._staged) for shards in shards_by_file]
             device.synchronize()
         else:
-            for shards in shards_by_file:  # begun before, the exchange for the next would wait as long as the disk
+            for shards in shards_by_file:  # join before the next exchange, which would time out on a slow disk
                 self._start(self._write, *self._gathered(shards, lambda _, tensor: tensor.cpu()), files)
                 self._join()
         stall = time.perf_counter() - started
         self._start(self._finish, staged, json_files, files, started, stall)
 
     def wait(self) -> None:
-        """Returns when the checkpoint in flight is in its place, on every rank.
+        """Wait until the checkpoint in flight is in its place. Collective.
 
         Raises:
-            RunError: on every rank, when it failed on any.
+            RunError: on every rank, if it failed on any.
         """
         if self._thread is not None:
             self._join()
@@ -136,25 +136,25 @@ class CheckpointWriter:
         self._thread.start()
 
     def _join(self) -> None:
-        """Returns when every rank's thread has ended. Collective. Raises RunError, on every rank, when one failed."""
+        """Wait until every rank's thread has ended. Collective. Raises RunError, on every rank, if one failed."""
         assert self._thread is not None
         while any_alive(self._thread):
             # A rank that could not even write its part file would leave rank 0's thread waiting for it.
             self._abandoned = any(gather(self.error))
         self._thread = None
-        # The others wait for it: with the first rank that ends, the launcher ends them all.
+        # The other ranks wait for the removal: once one ends, the launcher ends all.
         if any(gather(self.error)) and rank() == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)  # a resume needs the room
         raise_together(self.error, self._failure)
 
     @property
     def how_to_resume(self) -> str:
-        """For a message on why a run ends, where no checkpoint is in flight; the same on every rank."""
+        """Advice for the message of a run that ends with no checkpoint in flight; the same on every rank."""
         return f"resume with -f {self.latest}" if self.latest else "start again (no checkpoint was saved yet)"
 
     @property
     def _failure(self) -> str:
-        return f"{NOT_WRITTEN}; mend that (--keep_checkpoints takes less room) and {self.how_to_resume}"
+        return f"{NOT_WRITTEN}; fix the cause (--keep_checkpoints needs less room) and {self.how_to_resume}"
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -176,7 +176,7 @@ class CheckpointWriter:
         return any(gather(self._thread is not None and self._thread.is_alive()))
 
     def take_reports(self) -> list[str]:
-        """One line on each checkpoint that was finished since the last call; on rank 0."""
+        """Return one line for each checkpoint finished since the last call; empty except on rank 0."""
         reports, self._reports = self._reports, []
         return reports
 
@@ -188,12 +188,12 @@ class CheckpointWriter:
         (temporary / "optimizer").mkdir()
 
     def _by_file(self, engine: Engine) -> list[list[LocalShard]]:
-        """The shards of each file of this stage, then empty lists up to the number of another stage's. Collective."""
+        """Return the shards of each file of this stage, padded with empty lists to the largest stage. Collective."""
         files = [list(members) for _, members in groupby(local_shards(engine), key=lambda shard: shard.spec.group)]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
     def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
-        """Copies of a file's full tensors on the rank that it is dealt to, none on the others. Collective."""
+        """Return copies of a file's full tensors on the rank that writes it, none on the others. Collective."""
         tensors = {}
         for shard in shards:
             for key in (MASTER, *MOMENTS):
@@ -204,7 +204,7 @@ class CheckpointWriter:
         return (shards[0].spec.group if shards else ""), tensors
 
     def _staged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copies to a host buffer that is kept for the next time: pinned beside a GPU, faulted in everywhere."""
+        """Copy to a host buffer that later checkpoints reuse; it is pinned if the tensor is on a GPU."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._buffers[name].copy_(tensor, non_blocking=True)
@@ -221,11 +221,11 @@ class CheckpointWriter:
         enough = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
         fits = all(gather(enough or not needed or bool(self._buffers)))
         if not fits:
-            say("checkpoints: too little host memory to write them behind the training; training waits for each")
+            say("checkpoints: too little host memory to write them in the background; training waits for each")
         return fits
 
     def _write(self, group: str, tensors: dict[str, torch.Tensor], files: dict[str, dict]) -> None:
-        """Writes and checks a file of this rank's, unless one before has failed."""
+        """Write and checksum a part's files, unless an earlier one has failed."""
         if not tensors or self.error:
             return
         try:
@@ -243,7 +243,7 @@ class CheckpointWriter:
                 path = self._temporary / name
                 write_tensors(path, content)
                 files[name] = checksum(path)
-        except Exception as error:  # safetensors raises its own, for a full disk too
+        except Exception as error:  # safetensors raises its own type, also for a full disk
             self.error = f"{type(error).__name__}: {error}"
 
     def _finish(
@@ -289,7 +289,7 @@ class CheckpointWriter:
             self._reports.append(f"checkpoint: an old one could not be removed: {error}")
 
     def _wait_for_parts(self, temporary: Path) -> dict[str, dict] | None:
-        """The files of all ranks, or None when a rank has failed."""
+        """Return the files of all ranks; None if a rank has failed."""
         files = {}
         for number in range(world_size()):
             path = temporary / f"part-{number:05d}.json"
@@ -306,16 +306,16 @@ class CheckpointWriter:
 
 
 def staging_bytes(shape: torch.Size, pinned: bool) -> int:
-    """Bytes of host memory that a parameter's master weight and moments are copied to, in float32.
+    """Return the bytes of host memory for float32 copies of a parameter's master weight and moments.
 
-    Pinned, each takes a power of two (torch's CachingHostAllocator).
+    A pinned buffer takes a power of two (torch's CachingHostAllocator).
     """
     size = 4 * shape.numel()
     return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
 
 
 def remove_old_checkpoints(save_dir: Path, retention: Retention) -> None:
-    """Remove the checkpoints that are not to be kept, manifest first, so that none is ever half there."""
+    """Remove old checkpoints, manifest first, so that no partly removed one looks complete."""
     if retention.keep_checkpoints is None:
         return
     for step, folder in list(complete_checkpoints(save_dir))[retention.keep_checkpoints :]:
@@ -325,10 +325,9 @@ def remove_old_checkpoints(save_dir: Path, retention: Retention) -> None:
 
 
 def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Bytes of host memory, in all and available: the machine's, or less where a control group limits this process.
+    """Return total and available bytes of host memory: the machine's, or less if control groups limit this process.
 
-    Of what a group uses, cached files do not count. See the kernel's admin-guide/cgroup-v2.rst and
-    cgroup-v1/memory.rst.
+    Cached files do not count as used by a group. See the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
@@ -340,7 +339,7 @@ def host_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/s
             root = mount / "memory" if controllers else mount
             names = ("limit_in_bytes", "usage_in_bytes", "total_") if controllers else ("max", "current", "")
             group = root / path.lstrip("/")
-            for folder in (group, *group.parents):  # a container may see the last of them alone
+            for folder in (group, *group.parents):  # a container may see only the last
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
                     figures = dict(figure.split() for figure in (folder / "memory.stat").read_text().splitlines())

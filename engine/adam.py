@@ -1,4 +1,4 @@
-"""ColossalAI's AdamW with states on the GPU or in host memory, fed with gradients in the working precision."""
+"""ColossalAI's AdamW on the GPU or in host memory, with gradients in the working precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,22 +59,22 @@ def _adamw(
 
 
 class Adam(HybridAdam):
-    """ColossalAI's AdamW for states on GPU and host, with host gradients in any precision.
+    """ColossalAI's AdamW for states on the GPU and in host memory, with host gradients in any precision.
 
-    Host gradients: HybridAdam's path for bf16 ignores the divisor that clips. Cast to float32, they take its C++ path,
-    which divides.
+    Host gradients: HybridAdam's bf16 path ignores the divisor that unscales and clips. Gradients cast to float32 take
+    its C++ path, which divides.
 
     Fused update on the GPU:
         Symptom: with master weights, each update reads the weights once more to copy them to the working precision.
         Cause: HybridAdam's CUDA kernel, `gpu_adam_op`, writes float32 weights only.
-        Fix: with `fused`, a compiled kernel also writes the working weights. It finds them in `parts` by the address of
-            the master weight, and calls `updated` with each part when it has launched the part's update.
+        Fix: with `fused`, a compiled kernel also writes the working weights. `parts` maps the address of a master
+            weight to its part; `updated` is called with each part once its update has been launched.
         Remove when: ColossalAI's kernel writes the working precision too.
 
     Attributes:
         transfers: pinned buffers of the master weights in host memory.
-        parts: parts to write working weights of, by the address of their master weight.
-        updated: called with each of them.
+        parts: the parts whose working weights to write, by the address of their master weight.
+        updated: callback for each of these parts.
     """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
@@ -133,15 +133,15 @@ def let_gemini_take_adam() -> None:
     """Add `Adam` to the optimizers that Gemini accepts. Call before Gemini's plugin boosts; a second call is harmless.
 
     Symptom: GeminiOptimizer refuses `Adam` with "You should use an optimizer in the available list".
-    Cause: it looks the type up in a set, in which a subclass of HybridAdam is not found.
-    Fix: put the subclass into the set.
-    Remove when: GeminiOptimizer asks with isinstance.
+    Cause: it looks up the exact type in a set, so a subclass of HybridAdam is not found.
+    Fix: add the subclass to the set.
+    Remove when: GeminiOptimizer uses isinstance.
     """
     replace(gemini_optimizer, "_AVAIL_OPTIM_LIST", gemini_optimizer._AVAIL_OPTIM_LIST | {Adam})
 
 
 class HostTransfer:
-    """A pinned buffer: a gradient's device-to-host copy, then the updated weight's host-to-device copy.
+    """A pinned buffer for a gradient's device-to-host copy, then for the updated weight's host-to-device copy.
 
     Args:
         gradient: a tensor of the buffer's shape and dtype.

@@ -1,4 +1,4 @@
-"""The engine: ColossalAI's Booster with a plugin, the model and its optimizer."""
+"""The engine: ColossalAI's Booster with its plugin, the model and the optimizer."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ class Engine:
 
     @property
     def module(self) -> PluginModule:
-        """The functions that know the plugin."""
+        """The plugin's own functions."""
         return PLUGINS[self.layout.plugin]
 
     @property
@@ -71,13 +71,13 @@ class Engine:
 
 
 def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: bool = False) -> Adam:
-    """Return ColossalAI's AdamW for parameters on GPU and host, with LLaMA's betas.
+    """Return ColossalAI's AdamW for parameters on the GPU and in host memory, with LLaMA's betas.
 
     Args:
-        fused: update a state on the GPU and its working weight in one compiled pass.
+        fused: update states on the GPU and their working weights in one compiled pass.
     """
     build_extensions()
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports that it loads what is built
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads the extensions
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Adam(
             trained,
@@ -90,26 +90,26 @@ def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: b
 
 
 def patch_classes() -> None:
-    """Apply the patches of ColossalAI's classes and modules that hold for every plugin of the process."""
+    """Apply the patches of ColossalAI's classes and modules that every plugin needs."""
     let_gemini_take_adam()
     update.divide_gradients_by_their_scale()
 
 
 def boost(job: Job) -> Engine:
-    """Return the engine, its weights not yet set: by `initialize_weights`, `load_checkpoint` or `load_pretrained`."""
+    """Build the engine; set its weights with `initialize_weights`, `load_checkpoint` or `load_pretrained`."""
     patch_classes()
     module = PLUGINS[job.layout.plugin]
     if job.compute.mixed_precision == "fp16" and not torch.cuda.is_available():
-        say("fp16: it works without a GPU, slowly; -x bf16 is many times as fast")
+        say("fp16: slow without a GPU; -x bf16 is many times faster")
     plugin, device = module.build(job), torch.device(get_accelerator().get_current_device())
     model = module.empty_model(job, device)
-    if module is not fsdp:  # which checkpoints layers after it has sharded them
+    if module is not fsdp:  # FSDP's plugin checkpoints layers after sharding them
         checkpoint_layers(
             model, recomputed_layers(job.config.num_hidden_layers, job.recomputed), checkpoint_function(job)
         )
     booster = Booster(plugin=plugin)
     if lora := getattr(job.config, "lora", None):
-        model.name_or_path = lora.base_model_name_or_path  # which peft notes beside the adapters
+        model.name_or_path = lora.base_model_name_or_path  # peft saves it with the adapters
         model = booster.enable_lora(model, lora_config=lora)
     attend_inside_documents(model)
     fusion = choose_fusion(job, on_gpu=torch.cuda.is_available())

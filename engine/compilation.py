@@ -1,9 +1,9 @@
-"""Compilation of LLaMA: whole decoder layers, or its element-wise pieces as one kernel each.
+"""Compilation of LLaMA: whole decoder layers, or each of its element-wise pieces as one kernel.
 
 Symptom: element-wise operations take as long as some matrix products, since each reads and writes whole activations.
-Cause: transformers' RMSNorm, rotary embedding and MLP run one kernel an operation.
-Fix: `fuse` compiles whole layers where parameters are plain tensors. Elsewhere hooks on the parameters would be lost,
-    so it replaces those three by compiled pieces, which hold no parameters. The arithmetic stays the same.
+Cause: transformers' RMSNorm, rotary embedding and MLP run one kernel per operation.
+Fix: `fuse` compiles whole layers where parameters are plain tensors. Elsewhere this would lose the hooks on parameters,
+    so it replaces these three with compiled pieces that hold no parameters. The arithmetic stays the same.
 Remove when: every plugin's model can be compiled as a whole.
 
 Without a GPU, or with --no-compile, the model runs as transformers wrote it.
@@ -34,7 +34,7 @@ class Fusion(Enum):
 
 
 def plain(tensor: Any) -> Any:
-    """Return a tensor as a plain torch.Tensor; results computed from Gemini's parameters have its tensor class.
+    """Return a tensor as a plain torch.Tensor; results computed from Gemini's parameters have Gemini's tensor class.
 
     torch.compile drops the cast in `x.to(dtype)` if x has that class (torch 2.11 and 2.13).
     """
@@ -46,7 +46,7 @@ def plain(tensor: Any) -> Any:
 
 @torch.compile
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss of logits [N, V] and targets [N]; compiled, the float32 logits are never in memory."""
+    """Return the summed loss of logits [N, V] and targets [N]; the compiled kernel never stores the float32 logits."""
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -77,9 +77,9 @@ def _mlp(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _RecomputedLayer(LlamaDecoderLayer):
-    """A decoder layer with activation checkpointing inside what is compiled.
+    """A decoder layer that is compiled together with its activation checkpointing.
 
-    Seeing both passes, torch leaves out of the recomputation what no gradient needs: the layer's last product.
+    The compiler sees both passes, and does not recompute the layer's last product, which no gradient needs.
     """
 
     checkpointed: Callable  # calls the layer and recomputes it (recomputation.py)
@@ -106,7 +106,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
-    """Compile layers where no collective operation stands inside them and nothing hooks into their parameters."""
+    """Return LAYERS if layers contain no collective operations and no hooks on parameters, otherwise PIECES."""
     if not (on_gpu if job.compute.compile is None else job.compute.compile):
         return Fusion.NONE
     layout = job.layout
@@ -115,7 +115,7 @@ def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
 
 
 def fuse(model: nn.Module, fusion: Fusion, compile_layers: Callable[[Any], None] = compile_layers) -> None:
-    """Compile a boosted model's layers, or put the fused pieces in their place; without fusion all stays as written."""
+    """Compile a boosted model's layers, or replace their element-wise pieces; with Fusion.NONE, run eagerly."""
     torch.compiler.set_stance("force_eager" if fusion is Fusion.NONE else "default")
     if fusion is Fusion.LAYERS:
         compile_layers(model)

@@ -1,7 +1,7 @@
-"""Runs ColossalAI's plugins without a GPU: in host memory, over Gloo.
+"""Support for ColossalAI's plugins without a GPU: in host memory, over Gloo.
 
-ColossalAI's own extension points do most of it (`set_accelerator`, `KernelLoader.register_extension`); the patches
-below do the rest. With a GPU none of this is installed.
+Most of it uses ColossalAI's own extension points (`set_accelerator`, `KernelLoader.register_extension`); patches do the
+rest. With a GPU none of this is installed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from engine.patching import replace
 
 
 class _SynchronousStream:
-    """A stream or event of a device whose operations end before their calls return."""
+    """A stream or event of a device on which every call is synchronous."""
 
     def synchronize(self) -> None: ...
     def wait_stream(self, stream) -> None: ...
@@ -38,7 +38,7 @@ class HostAccelerator(CpuAccelerator):
 
     def __init__(self):
         super().__init__()
-        # LowLevelZeroOptimizer and Gemini's chunks accept the names "cuda" and "npu" only.
+        # LowLevelZeroOptimizer and Gemini's chunks accept only the names "cuda" and "npu".
         self._name = "npu"
 
     def current_device(self) -> torch.device:
@@ -92,7 +92,7 @@ class HostAccelerator(CpuAccelerator):
 
 
 class _TorchAdam:
-    """torch's fused Adam behind the interface of ColossalAI's C++ one; it needs no compiler."""
+    """torch's fused Adam with the interface of ColossalAI's C++ Adam; it needs no compiler."""
 
     def __init__(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
         self.update = torch._fused_adamw_ if adamw_mode else torch._fused_adam_
@@ -135,7 +135,7 @@ class _TorchAdamExtension:
 
 
 class _HostMemoryMonitor(memory_monitor.MemoryMonitor):
-    """Reports no device memory to Gemini; static placement does not use the figure."""
+    """A monitor that reports no device memory to Gemini; static placement does not use the figure."""
 
     def start(self) -> None: ...
 
@@ -151,17 +151,17 @@ def _monitor_host_memory() -> None:
     Symptom: Gemini's memory statistics fail without CUDA.
     Cause: SyncCudaMemoryMonitor calls torch.cuda directly.
     Fix: a monitor that reports 0 bytes.
-    Remove when: the monitor asks the accelerator.
+    Remove when: the monitor calls the accelerator.
     """
     replace(memstats_collector, "SyncCudaMemoryMonitor", _HostMemoryMonitor)
 
 
 def _keep_chunks_in_place() -> None:
-    """Keep Gemini's chunks in the memory that they compute in.
+    """Keep Gemini's chunks where they compute.
 
     Symptom: Gemini fails when it accesses a sharded chunk.
-    Cause: a chunk takes the device type "cpu" for the place to offload to, and moves its shard there.
-    Fix: `close_chunk` declares the shard to be on the device, and `shard_move` does nothing.
+    Cause: a chunk treats the device type "cpu" as its offload target, and moves its shard there.
+    Fix: `close_chunk` records the shard as being on the device, and `shard_move` does nothing.
     Remove when: chunks compare devices with the accelerator's.
     """
     close = Chunk.close_chunk
@@ -197,13 +197,13 @@ def _exchange_without_lists() -> None:
     replace(_operation, "_all_to_all", all_to_all)
 
 
-def _take_gloo_for_gloo() -> None:
+def _let_stages_use_gloo() -> None:
     """Let pipeline stages communicate over Gloo.
 
     Symptom: pipeline parallelism fails with an AttributeError for `is_hccl_available` or `HCCL`.
-    Cause: `_check_for_nccl_hccl_backend` asks torch for names that only its Ascend builds have.
-    Fix: it answers False, since the backend is Gloo.
-    Remove when: ColossalAI asks for the backend's name alone.
+    Cause: `_check_for_nccl_hccl_backend` uses names that only torch's Ascend builds have.
+    Fix: it returns False, since the backend is Gloo.
+    Remove when: ColossalAI checks only the backend's name.
     """
     replace(p2p, "_check_for_nccl_hccl_backend", lambda group: False)
 
@@ -215,4 +215,4 @@ def install() -> None:
     _monitor_host_memory()
     _keep_chunks_in_place()
     _exchange_without_lists()
-    _take_gloo_for_gloo()
+    _let_stages_use_gloo()

@@ -18,27 +18,27 @@ def device_name() -> str:
 
 
 def synchronize() -> None:
-    """Wait until the device has done everything that was submitted."""
+    """Wait until the device has finished all submitted work."""
     get_accelerator().synchronize()
 
 
 def when_idle() -> Callable[[], bool]:
-    """Return a function that is True once the device has done everything that was submitted until now."""
+    """Return a function that returns True once the device has finished the work submitted so far."""
     event = get_accelerator().Event()
     event.record()
     return event.query
 
 
 def peak_memory() -> int:
-    """Return the largest number of bytes that torch has allocated on the device; without a GPU the process's peak."""
+    """Return torch's peak allocation on the device in bytes; without a GPU, the process's peak memory."""
     return get_accelerator().max_memory_allocated()
 
 
 def limit_memory(megabytes: int) -> bool:
-    """Limit what this process may allocate on its GPU, which Gemini's automatic placement then plans with.
+    """Limit the GPU memory of this process; Gemini's automatic placement plans within the limit.
 
     Returns:
-        False without a GPU, where nothing is limited.
+        False without a GPU, where there is no limit.
     """
     if not torch.cuda.is_available():
         return False

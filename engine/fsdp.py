@@ -1,6 +1,6 @@
 """The plugins `fsdp` and `fsdp_cpu` of benchmark.py: PyTorch's FullyShardedDataParallel.
 
-ColossalAI's own plugin for it neither clips gradients, nor scales an fp16 loss, nor runs without a GPU.
+ColossalAI's plugin for it does not clip gradients, scale an fp16 loss, or run without a GPU; the one here does.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def build(job: Job) -> "FSDPPlugin":
     on_gpu, common = torch.cuda.is_available(), common_options(job)
     offload = job.layout.plugin == "fsdp_cpu"
     if offload and not on_gpu:
-        say("fsdp_cpu: everything is in host memory here, as with fsdp")
+        say("fsdp_cpu: without a GPU the same as fsdp, all in host memory")
     return FSDPPlugin(
         job.dtype,
         max_norm=common["max_norm"],
@@ -50,7 +50,7 @@ def build(job: Job) -> "FSDPPlugin":
 
 
 def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
-    """Return the model on the meta device; the plugin gives each layer its memory when it shards it."""
+    """Return the model on the meta device; the plugin allocates each layer when it shards it."""
     return build_model(job.config, torch.device("meta"))
 
 
@@ -64,7 +64,7 @@ def gradient_ranks(plugin: "FSDPPlugin") -> int:
 
 
 def local_part(optimizer: "FSDPOptimizer", parameter: nn.Parameter) -> LocalPart:
-    """Return an empty part: FSDP has set the weights, and benchmark.py, which alone has it, saves none."""
+    """Return an empty part: the plugin sets the initial weights itself, and benchmark.py saves no checkpoints."""
     return LocalPart(0, 0, torch.empty(0), {}, replicated=False)
 
 
@@ -73,7 +73,7 @@ def update_working_weights(optimizer: "FSDPOptimizer") -> None:
 
 
 class FSDPOptimizer(FSDPOptimizerWrapper):
-    """Clips by the norm over all shards, and in fp16 scales the loss and skips steps that overflowed."""
+    """FSDP's optimizer with clipping by the norm over all shards and, in fp16, loss scaling that skips overflows."""
 
     grad_norm: torch.Tensor  # of the last step, before clipping
 
@@ -95,18 +95,18 @@ class FSDPOptimizer(FSDPOptimizerWrapper):
 
 
 class FSDPPlugin(TorchFSDPPlugin):
-    """Shards parameters, gradients and optimizer state, one decoder layer after the other.
+    """FSDP over decoder layers: shards parameters, gradients and optimizer states.
 
-    Weights are built on the meta device, and given their initial values one layer at a time, when it is sharded.
+    The model is built on the meta device. Each layer gets its memory and initial weights when it is sharded.
 
     Args:
-        dtype: of computation and communication; shards, gradients' too, are float32.
-        max_norm: to clip gradients to; infinite: no clipping.
-        offload: keep shards and optimizer state in host memory.
-        initial_scale: of the loss, in fp16.
-        seed: of the weights.
+        dtype: of computation and communication; shards of weights and gradients are float32.
+        max_norm: largest gradient norm; infinite: no clipping.
+        offload: keep shards and optimizer states in host memory.
+        initial_scale: first loss scale, in fp16.
+        seed: of the initial weights.
         recomputed: layers whose activations are recomputed.
-        checkpointed: calls such a layer (recomputation.py).
+        checkpointed: function that calls such a layer (recomputation.py).
     """
 
     def __init__(
@@ -151,12 +151,12 @@ class FSDPPlugin(TorchFSDPPlugin):
 
         self.fsdp_kwargs["param_init_fn"] = materialize
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
-        # Inside the sharded layers, so that recomputing does not gather a layer's weights a third time.
+        # Checkpoint inside the sharded layers, so that recomputing does not gather a layer's weights a third time.
         layers = [module for module in wrapper.modules() if isinstance(module, LlamaDecoderLayer)]
         chosen = [layer for layer in layers if layer.self_attn.layer_idx in self.recomputed]
         wrap = partial(checkpoint_wrapper, checkpoint_fn=self.checkpointed)
         apply_activation_checkpointing(wrapper.module, wrap, check_fn=lambda module: module in chosen)
-        optimizer.param_groups.clear()  # of parameters that the shards have replaced
+        optimizer.param_groups.clear()  # they hold parameters that shards have replaced
         optimizer.add_param_group({"params": list(wrapper.parameters())})
         scaler = ShardedGradScaler(device.type, **self.scaling)
         return wrapper, FSDPOptimizer(optimizer, wrapper, self.max_norm, scaler), criterion, dataloader, lr_scheduler

@@ -1,4 +1,4 @@
-"""Gemini: sizes of its chunks, and patches of their memory, prefetching, gradient norm and compilation.
+"""Gemini: the sizes of its chunks, and patches of its memory, prefetching, gradient norm and compilation.
 
 Gemini keeps parameters in chunks. Hooks around each operation on a parameter gather its chunk and release it.
 """
@@ -41,14 +41,14 @@ def build(job: Job) -> GeminiPlugin:
     on_host = not torch.cuda.is_available()
     automatic = job.layout.plugin == "gemini_auto"
     if automatic and on_host:
-        say("gemini_auto: there is no GPU memory to balance here, so placement is static, as with gemini")
-    least, placement = chunk_parameters(job), job.placement
+        say("gemini_auto: without a GPU placement is static, as with gemini")
+    smallest, placement = chunk_parameters(job), job.placement
     plugin = GeminiPlugin(
         placement_policy="auto" if automatic and not on_host else "static",
         tp_size=job.layout.tp,
         extra_dp_size=job.layout.extra_dp,
-        min_chunk_size_m=least / 2**20,
-        search_range_m=0 if keeps_whole(job) else least // 8 / 2**20,
+        min_chunk_size_m=smallest / 2**20,
+        search_range_m=0 if keeps_whole(job) else smallest // 8 / 2**20,
         max_prefetch=prefetched_chunks(job),
         hidden_dim=job.config.hidden_size,
         enable_gradient_accumulation=job.batch.accumulation_steps > 1,
@@ -65,12 +65,12 @@ def build(job: Job) -> GeminiPlugin:
 
 
 def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
-    """Return the model without memory, which Gemini allocates in its chunks."""
+    """Return the model without storage; Gemini allocates it in chunks."""
     return build_model(job.config, LazyInitContext(default_device=device))
 
 
 def prepare(plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
-    """Change Gemini's handling of memory, prefetching and the gradient norm."""
+    """Patch Gemini's memory, prefetching and gradient norm."""
     compute_norm_on_device(plugin.tp_size)
     allocate_chunks_on_one_stream(model)
     prefetch_only_in_training(model)
@@ -85,7 +85,7 @@ def gradient_ranks(plugin: GeminiPlugin) -> int:
 
 
 def local_part(optimizer: GeminiOptimizer, parameter: torch.nn.Parameter) -> LocalPart:
-    """Return this rank's part of a parameter, and of its optimizer state."""
+    """Return this rank's part of a parameter and its optimizer state."""
     replicated = optimizer.chunk_manager.get_chunk(parameter).keep_gathered
     number = next(number for number, other in optimizer.id_to_real_params.items() if other is parameter)
     owner = optimizer.id_to_fake_params.get(number)
@@ -98,16 +98,16 @@ def local_part(optimizer: GeminiOptimizer, parameter: torch.nn.Parameter) -> Loc
 
 
 def update_working_weights(optimizer: GeminiOptimizer) -> None:
-    """Set the weights that the model computes with from the master weights."""
+    """Copy the master weights to the working weights."""
     for chunk in optimizer.chunk16_set:
         chunk.optim_update()
 
 
 def keeps_whole(job: Job) -> bool:
-    """Return True if there is one data-parallel rank, so nothing to shard, and nothing is offloaded.
+    """Return True if there is only one data-parallel rank and nothing is offloaded.
 
-    Then Gemini keeps the model in one chunk that is never sharded. Sharded among one rank, each chunk would be copied
-    four times a step.
+    Gemini then keeps the model in one chunk that is never sharded. Sharding over one rank would copy each chunk four
+    times per step.
     """
     return job.layout.dp == 1 and not _offloads(job)
 
@@ -118,17 +118,17 @@ def _offloads(job: Job) -> bool:
 
 
 def chunk_parameters(job: Job) -> int:
-    """Return the least size of chunks, in parameters: that of a decoder layer, whose parameters are gathered together.
+    """Return the smallest chunk size, in parameters: that of a decoder layer, whose parameters are gathered at once.
 
-    Chunks that move to host memory and back are smaller. Gemini replicates a model smaller than one chunk, and then
-    counts accumulated gradients once a rank too often. So a small model gets small chunks and is sharded as a large one
-    is, unless a rank keeps it whole.
+    Chunks that move between GPU and host memory are smaller. Gemini replicates a model smaller than one chunk, and then
+    counts accumulated gradients once too often per rank. A small model therefore gets small chunks and is sharded like
+    a large one, unless a rank keeps it whole.
     """
     parameters = count_parameters(job.config)
     if keeps_whole(job):
         return parameters + 1
-    least = OFFLOADED_CHUNK_PARAMETERS if _offloads(job) else layer_parameters(job.config)
-    return min(least, parameters // 8) // job.layout.tp
+    smallest = OFFLOADED_CHUNK_PARAMETERS if _offloads(job) else layer_parameters(job.config)
+    return min(smallest, parameters // 8) // job.layout.tp
 
 
 def layer_parameters(config: LlamaConfig) -> int:
@@ -137,17 +137,18 @@ def layer_parameters(config: LlamaConfig) -> int:
 
 
 @functools.cache
-def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
-    """Return the sizes of Gemini's chunks for parameters of these sizes, as ColossalAI finds and fills them in order.
+def chunk_sizes(sizes: tuple[int, ...], smallest: int, hidden: int) -> list[int]:
+    """Return the sizes of Gemini's chunks for parameters of these sizes, filled in order as ColossalAI does.
 
-    It looks for the size that wastes least where parameters above the mean by three standard deviations are left out
-    (search_chunk_configuration); one that is larger than a chunk has one by itself (ChunkManager.register_tensor).
+    ColossalAI takes the chunk size that wastes least memory, leaving out parameters more than three standard deviations
+    above the mean (search_chunk_configuration). A parameter larger than a chunk gets a chunk of its own
+    (ChunkManager.register_tensor).
     """
     mean = sum(sizes) / len(sizes)
     bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
     packed = [size for size in sizes if size <= bound]
-    start = math.ceil(max(least, *packed) / hidden) * hidden
-    candidates = range(start, start + least // 8 + 1, hidden)
+    start = math.ceil(max(smallest, *packed) / hidden) * hidden
+    candidates = range(start, start + smallest // 8 + 1, hidden)
     best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
     chunks, left = [], 0
     for size in sizes:
@@ -159,9 +160,9 @@ def chunk_sizes(sizes: tuple[int, ...], least: int, hidden: int) -> list[int]:
 
 
 def prefetched_chunks(job: Job) -> int:
-    """Return the number of chunks to prefetch while earlier ones compute: as many as a layer has.
+    """Return the number of chunks to prefetch: as many as a layer has.
 
-    It is 0 where a rank has all of them, or where some are in host memory: the GPU may not have room for more at once.
+    It is 0 if a rank holds all chunks, or if some are in host memory: the GPU may not have room for more.
     """
     if job.layout.dp == 1 or _offloads(job):
         return 0
@@ -171,13 +172,13 @@ def prefetched_chunks(job: Job) -> int:
 def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:
     """Allocate gathered chunks on one stream that waits for the others first.
 
-    Symptom: now and then gradients are wrong, and with accumulated gradients weights too.
+    Symptom: gradients are sometimes wrong, and with accumulated gradients weights are too.
     Cause: the allocator reuses freed memory at once on the stream that allocated it. Gemini frees a chunk while its
-        reduce-scatter still runs on another stream, so the next kernel may overwrite gradients in use. It seldom does
-        with ColossalAI's CUDA_DEVICE_MAX_CONNECTIONS=1, which requirements.start_cuda undoes.
-    Fix: `access_chunk` and `init_grad_chunk` allocate on a stream of their own, after it has waited for the computing
-        and the reducing stream.
-    Remove when: Gemini calls record_stream on what it frees, or keeps it until it is reduced.
+        reduce-scatter still runs on another stream, so the next kernel may overwrite gradients in use. This is rare
+        under ColossalAI's CUDA_DEVICE_MAX_CONNECTIONS=1, which requirements.start_cuda undoes.
+    Fix: `access_chunk` and `init_grad_chunk` allocate on a stream of their own, after it has waited for the compute
+        and the reduce stream.
+    Remove when: Gemini calls record_stream on freed chunks, or keeps them until they are reduced.
     """
     manager, accelerator = model.chunk_manager, get_accelerator()
     chunk_stream, reduce_stream = manager._prefetch_stream or accelerator.Stream(), model.async_reduce_stream
@@ -214,15 +215,16 @@ def prefetch_only_in_training(model: ModelWrapper) -> None:
     """Prefetch chunks in training passes only.
 
     Symptom: after an evaluation, weights are used before they have been gathered, or Gemini's assertions fail.
-    Cause: Gemini prefetches in the order of the first pass, even if that was an evaluation, whose order differs. And a
-        pass without gradients releases all chunks at its end, while the next pass takes those in flight for gathered.
-    Fix: `pre_iter` drops the order of any pass before the first training pass, and `get_prefetch_chunks` returns none
-        in a pass without gradients.
-    Remove when: Gemini records one order for each kind of pass, and waits for its prefetches at the end of each.
+    Cause: Gemini prefetches in the order of the first pass, even if that was an evaluation, whose order differs. Also,
+        a pass without gradients ends by releasing all chunks, but the next pass assumes that those in flight are
+        gathered.
+    Fix: `pre_iter` drops the order of all passes before the first training pass, and `get_prefetch_chunks` returns no
+        chunks in a pass without gradients.
+    Remove when: Gemini records an order for each kind of pass, and waits for prefetches at the end of each pass.
     """
     manager, hook = model.gemini_manager, model.param_op_hook
     policy, begin_pass = manager.placement_policy, manager.pre_iter
-    chunks_ahead = policy.get_prefetch_chunks
+    next_chunks = policy.get_prefetch_chunks
 
     def pre_iter(*args) -> None:
         if manager.is_warmup():
@@ -231,25 +233,25 @@ def prefetch_only_in_training(model: ModelWrapper) -> None:
 
     def get_prefetch_chunks(**progress) -> list[Chunk]:
         training = torch.is_grad_enabled() or hook._training_phase is TrainingPhase.BACKWARD
-        return chunks_ahead(**progress) if training else []
+        return next_chunks(**progress) if training else []
 
     replace(manager, "pre_iter", pre_iter)
     replace(policy, "get_prefetch_chunks", get_prefetch_chunks)
 
 
 def may_evaluate(model: ModelWrapper) -> bool:
-    """Return True if a pass without gradients may run now: Gemini with offloading first needs a training pass."""
+    """Return True if a pass without gradients may run now; with offloading, Gemini needs a training pass first."""
     manager = getattr(model, "gemini_manager", None)
     return manager is None or not (manager.need_warmup and manager.is_warmup())
 
 
 def reset_memory_plan_each_pass(model: ModelWrapper) -> None:
-    """Plan each operation, where chunks move, by the memory that the same operation took in the first pass.
+    """Let Gemini's automatic placement plan each operation by the memory that it took in the first pass.
 
-    Symptom: after an evaluation Gemini moves chunks for operations that need no memory, and not for those that do. And
-        each rank prints "finish_collection" with a number after the first pass.
+    Symptom: after an evaluation Gemini moves chunks for operations that need no memory, and not for those that do. Each
+        rank also prints "finish_collection" and a number after the first pass.
     Cause: `_step_idx`, the operation's number, runs on from one pass to the next, and a pass without gradients has
-        fewer operations. The number is printed for debugging.
+        fewer operations. The print is debugging output.
     Fix: `reset_attributes`, which ends each pass, sets `_step_idx` to 0; `finish_collection` prints nothing.
     Remove when: Gemini resets `_step_idx` itself.
     """
@@ -274,16 +276,16 @@ def reset_memory_plan_each_pass(model: ModelWrapper) -> None:
 def compute_norm_on_device(tensor_parallel: int) -> None:
     """Check chunks of gradients for overflow and compute their norm in one pass, without waiting for the GPU.
 
-    Symptom: the backward pass waits for the GPU once a chunk, and reads each chunk several times more.
+    Symptom: the backward pass waits for the GPU once per chunk, and reads each chunk several more times.
     Cause: `set_l2_norm` casts a whole chunk to float32 and copies its norm to the host; `has_inf_or_nan` looks for
         infinite elements, then for NaN.
-    Fix: `has_inf_or_nan` computes the squared norm on the GPU, and tests it for being finite. `set_l2_norm`, which is
-        called later, has nothing left to do.
+    Fix: `has_inf_or_nan` computes the squared norm on the GPU, and checks that it is finite. `set_l2_norm`, which is
+        called later, does nothing.
     Remove when: Gemini keeps the norm on the GPU.
 
     Args:
-        tensor_parallel: number of ranks that replicate the gradients of RMSNorm weights. Each rank counts this fraction
-            of their squares.
+        tensor_parallel: number of tensor-parallel ranks. All hold the gradients of RMSNorm weights, so each counts one
+            part in so many of their squares.
     """
 
     def squared_norm(chunk: Chunk) -> torch.Tensor:
@@ -322,7 +324,7 @@ def reduce_norm_over_tensor_parallel(optimizer: GeminiOptimizer, group: dist.Pro
     Symptom: tensor-parallel ranks clip by different factors, and their replicated weights drift apart.
     Cause: `_calc_global_norm` sums over data-parallel ranks only.
     Fix: sum its square over the tensor-parallel group too.
-    Remove when: GeminiOptimizer does so.
+    Remove when: GeminiOptimizer does this.
     """
     own_norm = optimizer._calc_global_norm
 
@@ -338,10 +340,10 @@ def compile_layers(model: ModelWrapper) -> None:
     """Compile every decoder layer as one function of its parameters.
 
     Symptom: a compiled layer computes with released parameters.
-    Cause: Gemini's hooks sit in the operations inside the layer, which compilation replaces.
-    Fix: the layer's `forward` calls the hooks once for all its parameters, and a compiled function between them. It is
-        compiled once: it computes with a layer on the meta device, to which it gives the parameters.
-    Remove when: Gemini gathers by module hooks.
+    Cause: Gemini's hooks run in the operations inside the layer, which compilation replaces.
+    Fix: the layer's `forward` calls the hooks once for all its parameters, around a compiled function. That function is
+        compiled once for all layers: it calls a layer on the meta device with the parameters as arguments.
+    Remove when: Gemini gathers parameters in module hooks.
     """
     layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
     with torch.device("meta"):
@@ -357,7 +359,7 @@ def compile_layers(model: ModelWrapper) -> None:
 
 
 class _Plain(torch.autograd.Function):
-    """Returns parameters as plain tensors over the same storage; dynamo refuses views of Gemini's tensor class."""
+    """Conversion of parameters to plain tensors of the same storage; dynamo refuses views of Gemini's tensor class."""
 
     @staticmethod
     def forward(ctx, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:

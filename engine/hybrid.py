@@ -1,4 +1,4 @@
-"""The plugin `hybrid_parallel`, in benchmark.py `3d` and `3d_cpu` too: tensor, pipeline, sequence parallelism and ZeRO.
+"""The plugins `hybrid_parallel`, `3d` and `3d_cpu`: tensor, pipeline and sequence parallelism, and ZeRO.
 
 B is the batch size, S the sequence length, H heads, D the head dimension, P the sequence-parallel size.
 """
@@ -29,7 +29,7 @@ from runtime.console import world_size
 
 
 def build(job: Job) -> HybridParallelPlugin:
-    """Return HybridParallelPlugin of the job's layout."""
+    """Return HybridParallelPlugin with the job's layout."""
     on_gpu, layout = torch.cuda.is_available(), job.layout
     sequence_parallel, interleaved = layout.sp > 1, layout.chunks > 1
     return HybridParallelPlugin(
@@ -47,19 +47,19 @@ def build(job: Job) -> HybridParallelPlugin:
         pp_style="interleaved" if interleaved else "1f1b",
         num_model_chunks=layout.chunks,
         enable_metadata_cache=interleaved or not job.length_varies,  # see step._begin_batch
-        # The interleaved schedule lets go of its last send before it has ended, which Gloo then gives up.
+        # The interleaved schedule drops its last send before it has completed, and Gloo then cancels it.
         overlap_p2p=on_gpu,
         **common_options(job),
     )
 
 
 def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
-    """Return the model without memory, of which the plugin allocates this rank's part."""
+    """Return the model without storage; the plugin allocates this rank's part."""
     return build_model(job.config, LazyInitContext(default_device=device))
 
 
 def prepare(plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Reduce each gradient without ZeRO's buckets, where there is ZeRO."""
+    """Replace ZeRO's gradient buckets, if the layout uses ZeRO."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         zero.prepare(plugin, model, optimizer)
 
@@ -70,7 +70,7 @@ def gradient_ranks(plugin: HybridParallelPlugin) -> int:
 
 
 def local_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> LocalPart:
-    """Return this rank's part of a parameter, and of its optimizer state."""
+    """Return this rank's part of a parameter and its optimizer state."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         return zero.local_part(optimizer, parameter)
     mixed = isinstance(optimizer, MixedPrecisionOptimizer)
@@ -79,7 +79,7 @@ def local_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> Lo
 
 
 def update_working_weights(optimizer: OptimizerWrapper) -> None:
-    """Set the weights that the model computes with from the master weights; in fp32 they are the same."""
+    """Copy the master weights to the working weights; in fp32 both are the same tensors."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         zero.update_working_weights(optimizer)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
@@ -88,10 +88,10 @@ def update_working_weights(optimizer: OptimizerWrapper) -> None:
 
 
 def _ulysses_forward(group: ProcessGroup) -> Callable:
-    """LlamaAttention.forward over sequences split P ways: heads are exchanged for positions around the attention.
+    """Return LlamaAttention.forward for sequences split P ways: it exchanges heads for positions around attention.
 
-    DeepSpeed-Ulysses (arXiv:2309.14509). ColossalAI's own version without its flash kernel applies no causal mask when
-    it is given none, so this one calls the kernel that the configuration names, as the unsplit model does.
+    DeepSpeed-Ulysses (arXiv:2309.14509). Without its flash kernel, ColossalAI's version applies no causal mask unless
+    it is given one. This one calls the kernel that the configuration names, as the unsplit model does.
     """
 
     def forward(
@@ -119,7 +119,7 @@ def _ulysses_forward(group: ProcessGroup) -> Callable:
 
 
 class SequenceParallelPolicy(LlamaForCausalLMPolicy):
-    """ColossalAI's sharding of LLaMA with the attention above."""
+    """ColossalAI's sharding of LLaMA with `_ulysses_forward` for attention."""
 
     def module_policy(self) -> dict:
         policy = super().module_policy()

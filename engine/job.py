@@ -1,4 +1,4 @@
-"""A job of the engine: the model and all that decides its arithmetic, its speed and its memory."""
+"""A job of the engine: the model, and the settings that decide its arithmetic, speed and memory."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def recomputed_layers(layers: int, fraction: float) -> set[int]:
-    """Return the layers of a fraction of them, spread evenly, so that pipeline stages have as many each."""
+    """Return the layers to recompute: a fraction of all, spread evenly so that pipeline stages have equal shares."""
     count = round(fraction * layers)
     return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
 
 
 def reenters(layout: Layout | Parallelism) -> bool:
-    """Return True if the backward pass starts another inside itself to recompute: Gemini with tensor parallelism.
+    """Return True if recomputation needs torch's reentrant checkpoint: under Gemini with tensor parallelism.
 
-    Gemini fetches weights when ColossalAI's linear layers multiply by the parameters themselves in the backward pass;
-    torch's other way of recomputing hands out detached ones. And where torch sees Gemini's class in a layer's output,
-    it runs without Gemini's hooks.
+    Gemini gathers weights when ColossalAI's linear layers multiply by the parameters themselves in the backward pass.
+    torch's other checkpoint passes them detached copies. If torch sees Gemini's tensor class in a layer's output, it
+    runs without Gemini's hooks.
     """
     return layout.plugin in GEMINI_PLUGINS and (layout.tp or 1) > 1
 
@@ -34,9 +34,9 @@ class Compute:
 
     Attributes:
         recompute: fraction of the decoder layers whose activations are recomputed in the backward pass; None: as few
-            as the memory allows, for `planning.memory.settle_recomputation` to choose.
+            as memory allows (see `planning.memory.settle_recomputation`).
         keep_attention: keep the output of attention in these layers, so that it is computed once.
-        compile: torch.compile the model; None: on a GPU.
+        compile: torch.compile the model; None: only on a GPU.
     """
 
     mixed_precision: str = "bf16"
@@ -46,26 +46,26 @@ class Compute:
     compile: bool | None = None
 
     def problems(self, layout: Parallelism, layers: int) -> list[str]:
-        """Return a line for each reason that these do not go together in a model of so many layers."""
+        """Return a line for each setting that is out of range, or conflicts with others in a model of `layers`."""
         problems = []
         fraction = 1.0 if self.recompute is None else self.recompute
         if not 0 <= fraction <= 1:
-            problems.append(f"--recompute: {fraction} is neither auto nor from 0 to 1")
+            problems.append(f"--recompute: must be auto or from 0 to 1, not {fraction}")
         if self.keep_attention:
             if 0 <= fraction <= 1 and not recomputed_layers(layers, fraction):
                 problems.append(
                     "--keep_attention: nothing is recomputed; give -g or a larger --recompute, or leave it out"
                 )
             if not self.flash_attention and layout.sp == 1:
-                problems.append("--keep_attention: it keeps the output of a fused kernel; give -a too")
+                problems.append("--keep_attention: needs a fused attention kernel; give -a too")
             if reenters(layout):
-                problems.append(f"--keep_attention: {layout.plugin} cannot recompute so with --tp; leave it out")
+                problems.append(f"--keep_attention: {layout.plugin} does not support it with --tp; leave it out")
         return problems
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW and the clipping of its gradients."""
+    """Settings of AdamW and gradient clipping."""
 
     lr: float = 3e-4
     weight_decay: float = 0.1
@@ -83,7 +83,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Placement:
-    """Gemini's fractions of weights to shard, and of states and weights to keep in host memory."""
+    """Gemini's fractions of weights to shard, and of optimizer states and weights to keep in host memory."""
 
     shard_param_frac: float = 1.0
     offload_optim_frac: float = 0.0
@@ -102,7 +102,7 @@ class Job:
     optimization: Optimization = field(default_factory=Optimization)
     placement: Placement = field(default_factory=Placement)
     seed: int = 42
-    length_varies: bool = False  # sequences differ in length, as those of fine-tuning
+    length_varies: bool = False  # sequences differ in length, as in fine-tuning
 
     @cached_property
     def layout(self) -> Layout:
@@ -118,12 +118,12 @@ class Job:
         """Fraction of the layers whose activations are recomputed.
 
         Raises:
-            ValueError: it is still to be settled.
+            ValueError: it is not settled yet.
         """
         if self.compute.recompute is None:
             raise ValueError("the fraction of recomputed layers is not settled")
         return self.compute.recompute
 
     def problems(self) -> list[str]:
-        """Return a line for each size that does not divide, and each flag of the layout without effect."""
+        """Return the problems of the layout (see `layout_problems`)."""
         return layout_problems(self.parallelism, self.batch, self.compute.mixed_precision, self.config)

@@ -1,4 +1,4 @@
-"""Joining and leaving the process group, and compiling ColossalAI's extensions once per node."""
+"""Start and end of a rank: joining and leaving the process group, and compiling ColossalAI's extensions."""
 
 import contextlib
 import importlib.util
@@ -25,11 +25,12 @@ EXTENSIONS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerL
 
 
 def launch_problems() -> list[str]:
-    """Return one line if the environment does not describe a rank with a GPU to use; see ranks.launch_problems."""
+    """Return one line if the environment does not describe a rank with a GPU of its own; see ranks.launch_problems."""
     gpus = torch.cuda.device_count()
     if (problems := ranks.launch_problems()) or "RANK" not in os.environ or not gpus or gpu_index() < gpus:
         return problems
-    return [f"--nproc_per_node: rank {rank()} is process {local_rank() + 1} of a machine that has {gpus} GPUs"]
+    process = local_rank() + 1
+    return [f"--nproc_per_node: rank {rank()} is process {process} of a machine that has {gpus} GPUs; start fewer"]
 
 
 def gpu_index() -> int:
@@ -58,7 +59,7 @@ def launch(seed: int) -> None:
         torch.set_num_threads(threads)
     else:
         cpu.install()
-    get_dist_logger().set_level("ERROR")  # it warns of our defaults, and that LoRA may want another learning rate
+    get_dist_logger().set_level("ERROR")  # it warns about our defaults, and about LoRA's learning rate
     gpu = str(torch.cuda.get_device_properties(gpu_index()).uuid) if torch.cuda.is_available() else ""
     ranks.assemble(gpu)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -76,16 +77,16 @@ def missing_extensions() -> list[str]:
 
 
 def compile_extensions() -> None:
-    """Compile the extensions that are missing on this node, and load all. One process of a node does so at a time.
+    """Compile the extensions that are missing on this node, then load all; one process per node at a time.
 
-    Two builds at once would break each other, and the lock file of a build that was killed would block every rank.
+    Concurrent builds would break each other, and the lock file of a killed build would block every rank.
     """
     folder = Path(_Extension.get_jit_extension_folder_path())
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder / "build.lock", "another process compiles ColossalAI's extensions; waiting for it"):
-        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a build that was killed
+    with exclusive_lock(folder / "build.lock", "another process is compiling ColossalAI's extensions; waiting for it"):
+        (folder / "lock").unlink(missing_ok=True)  # torch's lock, left by a killed build
         for name in missing_extensions():
-            say(f"building ColossalAI's extension {name}: the first time only, about a minute")
+            say(f"building ColossalAI's extension {name}: once per machine, about a minute")
         for loader in EXTENSIONS.values():
             with contextlib.redirect_stdout(io.StringIO()):
                 loader().load()
@@ -103,9 +104,9 @@ def build_extensions() -> None:
 def shut_down(plugin: Plugin) -> None:
     """Destroy the process groups.
 
-    Symptom: an exception at the end of the process, after its last line.
-    Cause: the plugin's destructor destroys its groups when Python has already unloaded part of torch.
-    Fix: call `destroy_mesh_process_groups` here, and leave the destructor nothing to do.
+    Symptom: an exception when the process exits, after its last line.
+    Cause: the plugin's destructor destroys its groups after Python has unloaded part of torch.
+    Fix: call `destroy_mesh_process_groups` here, and leave nothing for the destructor.
     Remove when: the plugin's destructor tolerates groups that are gone.
     """
     if mesh := getattr(plugin, "pg_mesh", None):

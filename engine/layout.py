@@ -1,4 +1,4 @@
-"""Division of the ranks among data, tensor, pipeline and sequence parallelism: flags, their defaults, their checks."""
+"""Layout: the ranks divided into data, tensor, pipeline and sequence parallelism; defaults and checks of the sizes."""
 
 import math
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ class Parallelism:
     microbatch_size: int = 1
     pp_style: str = "1f1b"
     model_chunks: int | None = None
-    extra_dp: int | None = None  # a flag of benchmark.py alone, whose gemini takes --tp too
+    extra_dp: int | None = None  # only in benchmark.py, whose gemini also takes --tp
     gpus: int | None = None  # of a dry run; None: the ranks launched
 
     @property
     def ranks(self) -> int:
-        """The number of ranks to plan for."""
+        """Number of ranks to plan for."""
         return self.gpus or world_size()
 
     @property
@@ -39,7 +39,7 @@ class Parallelism:
         return self.plugin in HYBRID_PLUGINS
 
     def problems(self) -> list[str]:
-        """Return a line for each size that no layout has."""
+        """Return a line for each size that is too small."""
         names = ("tp", "pp", "sp", "microbatch_size", "extra_dp", "model_chunks")
         return below(1, **{name: getattr(self, name) for name in names})
 
@@ -57,14 +57,14 @@ class Batch:
         return self.batch_size * self.accumulation_steps
 
     def problems(self) -> list[str]:
-        """Return a line for each size that no step has."""
+        """Return a line for each size that is too small."""
         sizes = below(1, batch_size=self.batch_size, accumulation_steps=self.accumulation_steps)
         return sizes + below(2, max_length=self.max_length)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Division of the ranks: tp x pp x sp of them hold one replica of the model; dp replicas see different data."""
+    """Sizes of parallelism: tp x pp x sp ranks hold one replica of the model; the dp replicas see different data."""
 
     plugin: str
     tp: int
@@ -73,7 +73,7 @@ class Layout:
     dp: int
     zero_stage: int
     extra_dp: int = 1  # Gemini: copies of the sharded state, each over dp / extra_dp ranks
-    chunks: int = 1  # layer ranges that a pipeline stage holds; several where the pipeline is interleaved
+    chunks: int = 1  # layer ranges per pipeline stage; several if the pipeline is interleaved
     microbatch_size: int = 1  # sequences in a pipeline microbatch
 
     @property
@@ -93,7 +93,7 @@ def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: Lla
         stage = 2 if asked.plugin.startswith("zero2") else 3
         return Layout(asked.plugin, tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=asked.extra_dp or 1)
     chunks = (asked.model_chunks or 2) if asked.pp_style == "interleaved" else 1
-    if asked.plugin != "hybrid_parallel":  # 3d, 3d_cpu: what is offloaded is ZeRO's part
+    if asked.plugin != "hybrid_parallel":  # 3d, 3d_cpu
         tp, pp = asked.tp or 1, asked.pp or 1
     else:
         tp = asked.tp or _tensor_parallel_size(asked, config)
@@ -103,7 +103,7 @@ def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: Lla
     if zero_stage is None and asked.plugin == "hybrid_parallel":
         zero_stage = int(dp * asked.sp > 1 and precision != "fp32")
     elif zero_stage is None:
-        zero_stage = int(asked.plugin == "3d_cpu")
+        zero_stage = int(asked.plugin == "3d_cpu")  # it is ZeRO's partition that is offloaded
     return Layout(
         asked.plugin,
         tp=tp,
@@ -117,7 +117,7 @@ def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: Lla
 
 
 def _tensor_parallel_size(asked: Parallelism, config: LlamaConfig) -> int:
-    """Return the largest of 4, 2 and 1 that divides the ranks and the model."""
+    """Return the largest of 4, 2 and 1 that divides the number of ranks and the model's sizes."""
     heads = math.gcd(config.num_attention_heads, config.num_key_value_heads)
     return max(
         n
@@ -142,7 +142,7 @@ def _divides_in_two_stages(asked: Parallelism, batch: Batch, config: LlamaConfig
 
 
 def layout_problems(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> list[str]:
-    """Return one line for each size that does not divide, and each flag without effect, naming the numbers."""
+    """Return one line, with the numbers, for each size that does not divide and each flag without effect."""
     return (
         asked.problems()
         or _without_effect(asked, precision)
@@ -168,32 +168,32 @@ def _without_effect(asked: Parallelism, precision: str) -> list[str]:
         "--microbatch_size": not hybrid and asked.microbatch_size != 1,
     }
     return [
-        f"{flag}: takes effect with -p hybrid_parallel alone, not with -p {plugin}"
+        f"{flag}: takes effect only with -p hybrid_parallel, not with -p {plugin}"
         for flag, given in needs_hybrid.items()
         if given
     ] + _lines(
         (
             (asked.extra_dp or 1) > 1 and not gemini,
-            f"--extra_dp: takes effect with -p gemini alone, not with -p {plugin}",
+            f"--extra_dp: takes effect only with -p gemini, not with -p {plugin}",
         ),
         (
             precision == "fp32" and gemini,
-            f"--mixed_precision: {plugin} trains in fp16 or bf16 alone; fp32 goes with -p zero2",
+            f"--mixed_precision: {plugin} trains only in fp16 or bf16; for fp32 use -p zero2",
         ),
         (
             asked.model_chunks is not None and asked.pp_style != "interleaved",
-            f"--model_chunks: takes effect with --pp_style interleaved alone, not with {asked.pp_style}",
+            f"--model_chunks: takes effect only with --pp_style interleaved, not with {asked.pp_style}",
         ),
         (
             asked.pp_style == "zbv",
-            "--pp_style: ColossalAI's zero-bubble pipeline, zbv, needs a schedule made from measured times of each "
-            "pass, which these programs do not make; use interleaved",
+            "--pp_style: ColossalAI's zero-bubble pipeline, zbv, needs a schedule built from the measured time of each "
+            "pass, which these programs do not measure; use interleaved",
         ),
     )
 
 
 def _not_dividing(asked: Parallelism, config: LlamaConfig) -> list[str]:
-    """Return a line where the sizes asked for divide neither the ranks nor the heads."""
+    """Return a line for sizes that do not divide the number of ranks or heads."""
     ranks, launched = asked.ranks, "of --gpus" if asked.gpus else "that were launched"
     tp, pp, sp, extra_dp = asked.tp or 1, asked.pp or 1, asked.sp, asked.extra_dp or 1
     if not asked.is_hybrid:
@@ -220,7 +220,7 @@ def _hybrid_problems(asked: Parallelism, batch: Batch, precision: str, config: L
         (layout.chunks > 1 and layout.pp == 1, "--pp_style: interleaved needs several stages; give --pp"),
         (
             layout.microbatch_size > 1 and layout.pp == 1,
-            "--microbatch_size: takes effect with several stages alone; give --pp, or leave it out",
+            "--microbatch_size: takes effect only with several stages; give --pp, or leave it out",
         ),
         (layers % ranges > 0, f"{flag}: {product}{ranges} does not divide the model's {layers} layers"),
         (batch.max_length % layout.sp > 0, f"--sp: {layout.sp} does not divide --max_length {batch.max_length}"),
@@ -241,11 +241,12 @@ def _pipeline_problems(layout: Layout, batch: Batch, config: LlamaConfig) -> lis
         problems = [f"--microbatch_size: {size} does not divide {product} = {sequences}"]
     elif microbatches < stages:
         problems = [
-            f"--pp: {stages} stages need as many microbatches, but {product} / --microbatch_size = {microbatches}"
+            f"--pp: {stages} stages need at least {stages} microbatches, but {product} / --microbatch_size = "
+            f"{microbatches}"
         ]
     elif layout.chunks > 1 and microbatches % stages:
         problems = [
-            f"--pp_style: interleaved needs a multiple of the {stages} stages as microbatches, but {product} / "
+            f"--pp_style: interleaved needs a number of microbatches divisible by {stages} stages, but {product} / "
             f"--microbatch_size = {microbatches}"
         ]
     return problems + _lines(
@@ -261,7 +262,7 @@ def _pipeline_problems(layout: Layout, batch: Batch, config: LlamaConfig) -> lis
 def describe_layout(layout: Layout) -> str:
     """Return one line: the plugin and how it divides the ranks."""
     stages = (
-        f"pp {layout.pp}" if layout.chunks == 1 else f"pp {layout.pp} (interleaved, {layout.chunks} ranges a stage)"
+        f"pp {layout.pp}" if layout.chunks == 1 else f"pp {layout.pp} (interleaved, {layout.chunks} ranges per stage)"
     )
     split = f", tp {layout.tp} x {stages} x sp {layout.sp}, ZeRO {layout.zero_stage}"
     if not layout.is_hybrid:

@@ -1,10 +1,10 @@
-"""The one door through which attributes of ColossalAI, torch and transformers are replaced.
+"""Replacement of attributes of ColossalAI, torch and transformers: every patch goes through `replace`.
 
-A patch is written against the source of the attribute that it replaces, so every patch goes through `replace`, which
-refuses a name that the installed version lacks and remembers the original. tests/unit/engine/test_patching.py compares
-the digests of the originals' sources with those of the versions that the patches were written for.
+A patch is written against the source of the attribute that it replaces. `replace` refuses a name that the installed
+version lacks, and remembers the original. tests/unit/engine/test_patching.py compares digests of the originals' sources
+with those of the versions that the patches were written for.
 
-Each patch is headed by four words: Symptom, Cause, Fix, Remove when.
+Each patch has four headings: Symptom, Cause, Fix, Remove when.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from runtime.console import InputError
 
 PATCHED_PACKAGES = ("colossalai", "torch", "transformers")
 
-_originals: dict[tuple[Any, str], Any] = {}  # by owner and name: the function or class, None where it was neither
+_originals: dict[tuple[Any, str], Any] = {}  # by owner and name: a function or class, None for anything else
 
 
 def replace(target: Any, name: str, value: Any) -> None:
@@ -47,8 +47,8 @@ def source_object(attribute: Any) -> Any:
 def digests() -> dict[str, str]:
     """Return the SHA-256 of the source of each original replaced so far, by its full name.
 
-    A field holds a value and has no source. The digests are then those of the classes that read or set it, or of the
-    module that holds it. Sources are read here and not by `replace`, which runs in every training step.
+    A field holds a value and has no source: its digests are those of the classes that use it, or of its module. Sources
+    are read here rather than in `replace`, which runs in every training step.
     """
     sources = []
     for (owner, name), original in _originals.items():
@@ -67,7 +67,7 @@ def full_name(source: Any) -> str:
 
 
 def _users(owner: Any, field: str) -> list[Any]:
-    """Return the classes among the owner and its bases that use `self.field`; a module itself."""
+    """Return the owner's class and bases that use `self.field`; for a module, the module itself."""
     if isinstance(owner, ModuleType):
         return [owner]
     bases = [base for base in owner.__mro__ if _package(base) in PATCHED_PACKAGES]

@@ -1,4 +1,4 @@
-"""The functions that every plugin's module has: zero.py, gemini.py, hybrid.py and fsdp.py."""
+"""The functions that each plugin's module provides: zero.py, gemini.py, hybrid.py and fsdp.py."""
 
 import math
 from typing import Any, NamedTuple, Protocol
@@ -18,9 +18,9 @@ class LocalPart(NamedTuple):
     """This rank's range of a parameter, flattened after tensor parallelism has split it.
 
     Attributes:
-        start, stop: the range; empty where this rank holds nothing.
-        storage: the optimizer's own float32 master weight, [stop - start] or longer by padding.
-        adam_state: the optimizer's own state of it, `step` and tensors like `storage`; empty before the first step.
+        start, stop: the range; empty if this rank holds nothing.
+        storage: the optimizer's own float32 master weight, [stop - start] or padded to more.
+        adam_state: the optimizer's own state for it, `step` and tensors like `storage`; empty before the first step.
         replicated: True if every data-parallel rank holds all of it.
     """
 
@@ -35,15 +35,15 @@ class PluginModule(Protocol):
     """A module that builds a plugin and knows where it keeps weights, gradients and optimizer states."""
 
     def build(self, job: Job, /) -> Plugin:
-        """Return the plugin; say in one line what a machine without a GPU does instead."""
+        """Return the plugin; print one line if it works differently without a GPU."""
         ...
 
     def empty_model(self, job: Job, device: torch.device, /) -> LlamaForCausalLM:
-        """Return the model with its weights not yet set, allocated as the plugin wants it."""
+        """Return the model, its weights not yet set, allocated as the plugin needs it."""
         ...
 
     def prepare(self, plugin: Any, model: ModelWrapper, optimizer: Any, /) -> None:
-        """Change the boosted model and optimizer."""
+        """Patch the boosted model and optimizer."""
         ...
 
     def gradient_ranks(self, plugin: Any, /) -> int:
@@ -51,11 +51,11 @@ class PluginModule(Protocol):
         ...
 
     def local_part(self, optimizer: Any, parameter: torch.nn.Parameter, /) -> LocalPart:
-        """Return this rank's part of a parameter, and of its optimizer state."""
+        """Return this rank's part of a parameter and its optimizer state."""
         ...
 
     def update_working_weights(self, optimizer: Any, /) -> None:
-        """Set the weights that the model computes with from the master weights."""
+        """Copy the master weights to the working weights, with which the model computes."""
         ...
 
 
@@ -63,7 +63,7 @@ def common_options(job: Job) -> dict[str, Any]:
     """Return the arguments that ColossalAI's plugins share."""
     return dict(
         precision=job.compute.mixed_precision,
-        # Plugins compute the norm only to clip by it; an infinite bound gives the norm and clips nothing.
+        # Plugins compute the norm only if they clip; an infinite bound yields the norm without clipping.
         max_norm=job.optimization.gradient_clipping or math.inf,
         initial_scale=INITIAL_LOSS_SCALE,
     )

@@ -1,4 +1,4 @@
-"""Activation checkpointing (arXiv:1604.06174): chosen decoder layers keep their input alone and are computed twice."""
+"""Activation checkpointing (arXiv:1604.06174): chosen decoder layers keep only their input and are computed twice."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,12 +14,12 @@ from engine.patching import replace
 
 
 def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Keep the inputs alone, and call the function once more in the backward pass."""
+    """Call a function, keep only its inputs, and call it again in the backward pass."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 def recomputed_but_attention(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Recompute all but the output of a fused attention kernel, which runs once."""
+    """Call a function and recompute all but the output of its fused attention kernel, which runs once."""
     return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_attention, **kwargs)
 
 
@@ -33,36 +33,35 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed_in_another_pass(function: Callable, *args: Any) -> Any:
-    """Recompute in a backward pass inside the backward pass, for plugins that need it (see `reenters`)."""
+def recomputed_reentrantly(function: Callable, *args: Any) -> Any:
+    """Call a function and recompute it with torch's reentrant checkpoint (see `reenters`)."""
     return checkpoint(function, *args, use_reentrant=True)
 
 
 def checkpoint_function(job: Job) -> Callable:
     """Return the function that calls a layer whose activations are recomputed."""
     if reenters(job.layout):
-        return recomputed_in_another_pass
+        return recomputed_reentrantly
     return recomputed_but_attention if job.compute.keep_attention else recomputed
 
 
 def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Callable = recomputed) -> None:
-    """Checkpoint the activations of these decoder layers: keep each one's input, and compute the rest once more.
+    """Checkpoint the activations of these decoder layers: keep only each layer's input, and recompute the rest.
 
-    Each layer carries the function as `checkpoint_function`; where layers are compiled, the compiled layer takes it
-    over (compilation.py).
+    Each of the layers stores the function as `checkpoint_function`; a compiled layer takes it over (compilation.py).
 
-    Symptom: --recompute and --keep_attention would have no effect: all layers are recomputed in one way, or none.
-    Cause: transformers calls every layer by the one function that gradient_checkpointing_enable sets.
-    Fix: that function calls each layer as the layer's mark says.
+    Symptom: --recompute and --keep_attention have no effect: all layers are recomputed in the same way, or none.
+    Cause: transformers calls every layer through the one function that gradient_checkpointing_enable sets.
+    Fix: that function calls each layer through the layer's `checkpoint_function`.
     Remove when: transformers takes a function for each layer.
 
     Args:
-        function: calls the layer, with the layer's own function and its inputs.
+        function: calls a layer, given the layer's own function and its inputs.
     """
     if not layers:
         return
     model.gradient_checkpointing_enable()
-    if function is recomputed_in_another_pass:
+    if function is recomputed_reentrantly:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda layer, inputs, outputs: tuple(map(plain, outputs)))
     for index, layer in enumerate(model.model.layers):

@@ -1,8 +1,8 @@
 """Views of each parameter's float32 master weight and Adam moments, as slices of the full tensor, under any plugin.
 
-A parameter is split by tensor parallelism along one dimension; what is left, flattened, is split by ZeRO or Gemini into
-one contiguous range a rank. `local_shards` describes this rank's part under any plugin in these two terms, so that
-initialising, saving and loading are written once, against full tensors in Hugging Face's layout.
+Tensor parallelism splits a parameter along one dimension. ZeRO or Gemini flattens each part and splits it into one
+contiguous range per rank. `local_shards` describes this rank's state in these two terms under any plugin, so that
+initializing, saving and loading are written once, against full tensors in Hugging Face's layout.
 """
 
 import math
@@ -32,12 +32,12 @@ class LocalShard:
     Attributes:
         spec: name and full shape.
         split_dim: the dimension that tensor parallelism splits, or None.
-        tp_group: the ranks among which it splits it, or None.
+        tp_group: the tensor-parallel ranks, or None.
         data_group: the ranks whose data differ; each holds a range of the flattened tensor-parallel part, or all of it.
-        replicated: whether each of data_group holds all of it.
-        start, stop: this rank's range; empty where it holds nothing.
-        storage: the optimizer's own float32 tensor, [stop - start] or longer by padding.
-        adam_state: the optimizer's own state of it, `step` and tensors like `storage`; empty before the first step.
+        replicated: True if each of data_group holds all of it.
+        start, stop: this rank's range; empty if it holds nothing.
+        storage: the optimizer's own float32 tensor, [stop - start] or padded to more.
+        adam_state: the optimizer's own state for it, `step` and tensors like `storage`; empty before the first step.
     """
 
     spec: ParameterSpec
@@ -60,7 +60,7 @@ class LocalShard:
 
     @property
     def tp_shape(self) -> torch.Size:
-        """Shape of the tensor-parallel part that this rank shares in."""
+        """Shape of this rank's tensor-parallel part."""
         shape = list(self.spec.shape)
         if self.split_dim is not None:
             shape[self.split_dim] //= self.tp_size
@@ -76,12 +76,12 @@ class LocalShard:
         return self.storage.is_cuda or (torch.cuda.is_available() and dist.get_world_size(self.data_group) > 1)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The master weight or a moment of this rank's range, flat; a view of the optimizer's storage."""
+        """Return this rank's range of the master weight or a moment, flat; a view of the optimizer's storage."""
         whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))
         return whole.view(-1)[: self.stop - self.start]
 
     def read(self, full: Any) -> torch.Tensor:
-        """This rank's range, flat, of a full tensor, or of a safetensors slice, of which it reads only its own rows."""
+        """Return this rank's range, flat, of a full tensor or safetensors slice; only the rows needed are read."""
         shape = self.tp_shape
         row_size = math.prod(shape[1:])
         first, last = self.start // row_size, -(-self.stop // row_size)
@@ -93,10 +93,10 @@ class LocalShard:
         return rows.reshape(-1)[self.start - first * row_size : self.stop - first * row_size]
 
     def gather(self, key: str, writer: int) -> torch.Tensor | None:
-        """The full tensor on the rank that `is_writer` names, None on the others.
+        """Return the full tensor on the rank that `is_writer` selects, None on the others.
 
-        Collective over the ranks that share the parameter. It may be the optimizer's own storage; what is not takes one
-        tensor at a time of device memory.
+        Collective over the ranks that share the parameter. The result may be the optimizer's own storage; if not, it
+        takes the device memory of one tensor.
         """
         part = self.tensor(key)
         writer %= dist.get_world_size(self.data_group)
@@ -117,7 +117,7 @@ class LocalShard:
 
 
 def local_shards(engine: Engine) -> list[LocalShard]:
-    """Return this rank's part of every trained parameter of its stage, in the model's order, which its peers share."""
+    """Return this rank's part of every trained parameter of its stage, in the model's order, the same on its peers."""
     shards = []
     for name, parameter in engine.model.unwrap(unwrap_peft=False).named_parameters():
         if not parameter.requires_grad:
@@ -140,14 +140,14 @@ def local_shards(engine: Engine) -> list[LocalShard]:
 
 
 def frozen_parameters(model: ModelWrapper) -> dict[str, torch.nn.Parameter]:
-    """The parameters of this rank's pipeline stage that are not trained, by name, each whole."""
+    """Return the frozen parameters of this rank's pipeline stage, by name; none is split."""
     parameters = model.unwrap(unwrap_peft=False).named_parameters()
     return {plain_name(name): parameter for name, parameter in parameters if not parameter.requires_grad}
 
 
 @torch.no_grad()
 def initialize_weights(engine: Engine) -> None:
-    """Set every weight to its `initial_weight`, each rank its own part."""
+    """Set every weight to its `initial_weight`; each rank sets its own part."""
     device = torch.device(get_accelerator().get_current_device())
     for shard in local_shards(engine):
         if shard.start < shard.stop:
@@ -157,14 +157,14 @@ def initialize_weights(engine: Engine) -> None:
 
 @torch.no_grad()
 def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], adam_steps: int) -> None:
-    """Set master weights and Adam moments, each rank its own part.
+    """Set master weights and Adam moments; each rank sets its own part.
 
     Args:
-        read: gives the full tensor, or a lazy slice of it, for a parameter's name and MASTER or one of MOMENTS.
-        adam_steps: number of updates that the moments have seen, for Adam's bias correction; none are read if it is 0.
+        read: returns the full tensor, or a lazy slice of it, for a parameter's name and MASTER or one of MOMENTS.
+        adam_steps: number of updates in the moments, for Adam's bias correction; 0: no moments are read.
     """
     for shard in local_shards(engine):
-        empty = shard.start >= shard.stop  # the optimizer may still update its padding, and count the steps by it
+        empty = shard.start >= shard.stop  # the optimizer may still count steps for its padding
         if not empty:
             shard.tensor(MASTER).copy_(shard.read(read(shard.spec.name, MASTER)))
         if adam_steps == 0:
@@ -178,7 +178,7 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], adam_steps
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return True for a tensor without NaN and infinity, at no cost of memory."""
+    """Return True for a tensor without NaN and infinity; allocates no copy."""
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step: the loss over tokens, forward and backward under any plugin, clipping and update."""
+"""One optimizer step: the loss over tokens, forward and backward under any plugin, clipping and the update."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from model_utils import IGNORE_INDEX
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
-    """Cross-entropy of the next token, in float32, summed over the labels that count.
+    """Return the cross-entropy of the next token, in float32, summed over the labels that count.
 
     Args:
         logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
@@ -41,7 +41,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
     if shard_config is not None and shard_config.enable_tensor_parallelism:
         tp_group = shard_config.tensor_parallel_process_group
     if tp_group is not None or engine.fusion is Fusion.NONE:
-        logits = logits.float()  # and let go of the others
+        logits = logits.float()  # frees those in working precision
     logits, targets = logits.flatten(0, 1), targets.flatten()
     if tp_group is not None:
         return cross_entropy_1d(
@@ -51,7 +51,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is called with, from a batch on the host."""
+    """Return the model's arguments for a batch on the host."""
     inputs = {"input_ids": batch["input_ids"]}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"]
@@ -59,34 +59,34 @@ def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _loss_of(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _batch_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     device = get_accelerator().get_current_device()
     labels = batch["labels"].to(device, non_blocking=True)
     inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
     return token_loss(engine.model(**inputs).logits, labels, engine)
 
 
-def _as_one(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """All batches in one, padded on the right to the longest of them."""
+def _concatenated(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Concatenate batches, padded on the right to the longest."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
 
-    def joined(name: str, filler: int) -> torch.Tensor:
+    def padded(name: str, filler: int) -> torch.Tensor:
         return torch.cat([F.pad(batch[name], (0, longest - batch[name].shape[1]), value=filler) for batch in batches])
 
     fillers = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
-    return {name: joined(name, filler) for name, filler in fillers.items() if name in batches[0]}
+    return {name: padded(name, filler) for name, filler in fillers.items() if name in batches[0]}
 
 
 _kinds_of_batch: weakref.WeakKeyDictionary[InterleavedSchedule, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
-    """Make an interleaved schedule accept a batch of another shape, and evaluation after training.
+    """Let an interleaved schedule take batches of another shape, and switch between training and evaluation.
 
-    Symptom: after an evaluation the schedule refuses batches of another size; or stages wait for each other for ever.
+    Symptom: after an evaluation the schedule refuses batches of another size, or stages deadlock.
     Cause: it keeps the number of microbatches, and the metadata of the tensors that stages exchange. With its metadata
-        cache off, so that lengths may vary, a stage that ends the last range of layers does not send new metadata.
-    Fix: reset those fields when the kind of batch changes.
+        cache off, so that lengths may vary, the stage that computes the last range of layers sends no new metadata.
+    Fix: reset these fields when the kind of batch changes.
     Remove when: InterleavedSchedule resets them in load_batch.
     """
     if not isinstance(schedule, InterleavedSchedule):
@@ -110,16 +110,16 @@ def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> 
 def _pipeline_loss(
     engine: Engine, micro_batches: list[dict[str, torch.Tensor]], scale: float, train: bool = True
 ) -> torch.Tensor:
-    """The sum of token losses, times `scale`, of all the batches as one; zero on stages before the last."""
+    """Return the sum of all batches' token losses, times `scale`; zero on stages before the last."""
     plugin = engine.plugin
-    batch = _as_one(micro_batches)
+    batch = _concatenated(micro_batches)
     _begin_batch(plugin.scheduler, batch)
-    # Under the name `labels` the model would compute a loss of its own beside the criterion's.
+    # If they were named `labels`, the model would compute a second loss.
     inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
     microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
 
     def criterion(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        # The schedule divides by the number of microbatches.
+        # Undo the schedule's division by the number of microbatches.
         return token_loss(outputs.logits, inputs["criterion_labels"], engine) * scale * microbatches
 
     optimizer = engine.optimizer if train else None
@@ -128,13 +128,13 @@ def _pipeline_loss(
 
 
 def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]], label_tokens: int) -> torch.Tensor:
-    """Accumulates the gradient of the mean loss over one optimizer step's tokens.
+    """Accumulate the gradient of the mean loss over one optimizer step's tokens.
 
     Args:
-        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S], and where several
-            documents share a sequence `position_ids`, [B, S], which restart at 0 with each (see attn.py).
-        label_tokens: labels that count in the whole step, over all ranks and micro-batches. The loss is the sum over
-            tokens divided by this one number, so no layout and no accumulation changes it.
+        micro_batches: this rank's batches of the step, on the host: `input_ids` and `labels`, [B, S]. If sequences hold
+            several documents, also `position_ids`, [B, S], which restart at 0 with each document (see attn.py).
+        label_tokens: number of labels that count in the step, over all ranks and micro-batches. The summed loss is
+            divided by it, so that layout and accumulation do not change the result.
 
     Returns:
         This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
@@ -155,24 +155,24 @@ def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]
             else engine.booster.no_sync(engine.model, engine.optimizer)
         )
         with deferred:
-            loss = _loss_of(engine, micro)
+            loss = _batch_loss(engine, micro)
             engine.booster.backward(loss * scale, engine.optimizer)
         total += loss.detach()
     return total
 
 
 def forward_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return this rank's sum of token losses in a batch as of `forward_backward`, without gradients."""
+    """Return this rank's sum of token losses for one of `forward_backward`'s batches, without gradients."""
     with torch.no_grad():
         if engine.layout.pp == 1:
-            return _loss_of(engine, batch)
-        with engine.model.no_sync():  # else the plugin would exchange gradients, of which there are none
+            return _batch_loss(engine, batch)
+        with engine.model.no_sync():  # or the plugin would exchange gradients, which do not exist
             return _pipeline_loss(engine, [batch], 1.0, train=False)
 
 
 def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
-    """The optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
-    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # one name a plugin
+    """Return the optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
+    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # plugins use different names
         mixin = getattr(optimizer, name, None)
         if isinstance(mixin, FP16MixedPrecisionMixin):
             return mixin
@@ -183,10 +183,10 @@ def optimizer_step(engine: Engine) -> tuple[float, bool]:
     """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update.
 
     Gemini after a skipped step:
-        Symptom: every step after one that overflowed overflows too.
+        Symptom: after one overflow, every step overflows.
         Cause: GeminiOptimizer leaves `accumulating_grads` on, so the next gradients are added to the overflowed ones.
         Fix: turn it off.
-        Remove when: GeminiOptimizer.step does so when it skips.
+        Remove when: GeminiOptimizer.step does this when it skips.
     """
     model, optimizer = engine.model, engine.optimizer
     scaler = loss_scaler(optimizer)
@@ -203,7 +203,7 @@ def optimizer_step(engine: Engine) -> tuple[float, bool]:
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:
-    """Return the dynamic loss scale and its counters under fp16, else None."""
+    """Return the dynamic loss scale and its counters under fp16; None under bf16 and fp32."""
     mixin = loss_scaler(engine.optimizer)
     if mixin is None:
         return None

@@ -2,10 +2,10 @@
 
 Symptom: ColossalAI's `step` reads and writes each gradient and weight several times more than AdamW needs.
 Cause: it casts every gradient to float32, takes its norm in float64 and scales it in place. It copies the weights one
-    by one, through pageable memory where the optimizer states are in host memory.
+    by one, and through pageable memory if the optimizer states are in host memory.
 Fix: `update` does the same arithmetic. AdamW reads gradients in the working precision and divides them as it reads.
     States in host memory are updated parameter by parameter while later gradients and earlier weights are being copied.
-Remove when: ColossalAI's `step` does no more passes than this one.
+Remove when: ColossalAI's `step` makes no more passes than this one.
 """
 
 import functools
@@ -29,7 +29,7 @@ from engine.adam import Adam, HostTransfer, Part, set_gradient
 from engine.patching import replace
 
 SMALL = 2**20  # elements; gradients and weights below this size share one collective operation
-IN_FLIGHT = 7  # gradients that are being reduced at a time: as many as a decoder layer has large weights
+IN_FLIGHT = 7  # large gradients that are reduced at the same time: as many as a decoder layer has
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def divide_gradients_by_their_scale() -> None:
         return decide(self)
 
     def get_grad_div_scale(self: FP16MixedPrecisionMixin) -> float:
-        divisor(self)  # for its change of state
+        divisor(self)  # for its side effect
         return self.scale_of_gradients
 
     replace(FP16MixedPrecisionMixin, "should_skip_step", should_skip_step)
@@ -67,11 +67,11 @@ def supports(optimizer: OptimizerWrapper) -> bool:
 
 
 def reduce_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
-    """Reduce each large gradient by itself, not in ZeRO's buckets.
+    """Reduce each large gradient separately instead of in ZeRO's buckets.
 
-    Symptom: the backward pass waits for the host, which submits many small kernels between its own.
-    Cause: ZeRO cuts each gradient into one tensor a rank, and concatenates those of a bucket to reduce them.
-    Fix: `_add_to_bucket` reduces a flat gradient at once, and `_run_reduction` those that are left.
+    Symptom: the backward pass waits for the host, which launches many small kernels in between.
+    Cause: ZeRO cuts each gradient into one tensor per rank, and concatenates a bucket's tensors to reduce them.
+    Fix: `_add_to_bucket` reduces a large, flat gradient at once, and `_run_reduction` reduces the rest.
     Remove when: ZeRO's buckets are flat buffers that gradients are written into.
     """
     if not supports(optimizer):
@@ -86,10 +86,10 @@ def reduce_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
 
 
 class _GradientReducer:
-    """Reduces gradients to the partitions that ranks update.
+    """Reduction of gradients to the partitions that ranks update.
 
-    Large gradients are reduced on a side stream during the backward pass, small ones together at its end. At most
-    IN_FLIGHT large gradients are kept in memory until they are reduced. Under ZeRO-1 only this rank's partition is
+    Large gradients are reduced on a side stream during the backward pass, small ones in one operation at its end. At
+    most IN_FLIGHT large gradients are kept in memory until they are reduced. Under ZeRO-1 only this rank's partition is
     reduced. With one rank nothing is communicated.
     """
 
@@ -103,7 +103,7 @@ class _GradientReducer:
         self.small: list[tuple[torch.nn.Parameter, int]] = []
 
     def add(self, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Take a parameter's gradient, which the backward pass has finished."""
+        """Reduce a parameter's finished gradient; a small one waits for `end_pass`."""
         if self.store.world_size == 1:
             self._keep(self._padded(parameter), parameter, group_id)
             return
@@ -157,20 +157,20 @@ class _GradientReducer:
         if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
             kept[0].add_(partition)
             return
-        places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has one for each rank
+        places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has a place for each rank
         for _ in range(places):
             store.append_gradients_by_param_id(partition, group_id, id(parameter))
 
 
 @torch.no_grad()
 def update(optimizer: OptimizerWrapper) -> None:
-    """Do what `optimizer.step()` does.
+    """Clip the gradients and update the weights, as `optimizer.step()` does.
 
     fp16 overflow:
-        Symptom: a step reads every gradient twice more.
+        Symptom: a step reads every gradient two more times.
         Cause: `check_local_overflow` looks for elements that are infinite or NaN.
-        Fix: it looks at the norm, which is finite only if they all are.
-        Remove when: ColossalAI decides by the norm.
+        Fix: it checks the norm, which is finite only if all elements are.
+        Remove when: ColossalAI checks the norm.
     """
     zero = isinstance(optimizer, LowLevelZeroOptimizer)
     parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
@@ -194,7 +194,7 @@ def update(optimizer: OptimizerWrapper) -> None:
     adam, gatherer = optimizer.optim, _WeightGatherer(optimizer)
     adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, gatherer.start
     adam.step(div_scale=scale)
-    adam.parts = {}  # they hold the gradients
+    adam.parts = {}  # frees the gradients
     for part in parts:
         part.master.grad = None
     if on_host:
@@ -227,7 +227,7 @@ def _replicated_parts(optimizer: MixedPrecisionOptimizer) -> Iterator[Part]:
 
 
 def _gradient_norm(optimizer: OptimizerWrapper, parts: list[Part]) -> float:
-    """Return the L2 norm over all ranks' parts; what tensor-parallel ranks replicate counts once."""
+    """Return the L2 norm over all ranks' parts; gradients that tensor-parallel ranks replicate count once."""
     squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
     tp_group = getattr(optimizer, "tp_pg", None)
     tp_size = _size(tp_group)
@@ -249,7 +249,7 @@ def _size(group: ProcessGroup | None) -> int:
 
 
 def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
-    """Start the device-to-host copies of the gradients; `gradient` becomes the pinned buffer that receives it."""
+    """Start the device-to-host copies of the gradients; each part's `gradient` becomes the pinned buffer."""
     for part in parts:
         if part.master not in adam.transfers:
             stream = next(iter(adam.transfers.values())).stream if adam.transfers else torch.cuda.Stream()
@@ -258,7 +258,7 @@ def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
 
 
 class _WeightGatherer:
-    """All-gathers working weights: large ones as soon as this rank has updated its part, small ones together."""
+    """All-gather of working weights: large ones once this rank has updated its part, small ones in one operation."""
 
     def __init__(self, optimizer: OptimizerWrapper):
         self.group: ProcessGroup | None = None

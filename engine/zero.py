@@ -1,4 +1,4 @@
-"""The plugins `zero2` and `zero2_cpu`: gradients and optimizer states sharded, the latter in host memory."""
+"""The plugins `zero2` and `zero2_cpu`: sharded gradients and optimizer states; `zero2_cpu` has these in host memory."""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from runtime.console import world_size
 
 
 def build(job: Job) -> LowLevelZeroPlugin:
-    """Return LowLevelZeroPlugin of stage 2."""
+    """Return LowLevelZeroPlugin at stage 2."""
     return LowLevelZeroPlugin(
         stage=2,
         cpu_offload=job.layout.plugin == "zero2_cpu",
@@ -32,7 +32,7 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 
 def prepare(plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer: LowLevelZeroOptimizer) -> None:
-    """Reduce each gradient without ZeRO's buckets."""
+    """Replace ZeRO's gradient buckets."""
     reduce_gradients_directly(optimizer)
 
 
@@ -42,7 +42,7 @@ def gradient_ranks(plugin: LowLevelZeroPlugin) -> int:
 
 
 def local_part(optimizer: LowLevelZeroOptimizer, parameter: torch.nn.Parameter) -> LocalPart:
-    """Return this rank's part of a parameter, and of its optimizer state."""
+    """Return this rank's part of a parameter and its optimizer state."""
     storage = optimizer.working_to_master_param[id(parameter)]
     start = min(dist.get_rank(optimizer.param_to_pg[parameter]) * storage.numel(), parameter.numel())
     stop = min(start + storage.numel(), parameter.numel())
@@ -50,7 +50,7 @@ def local_part(optimizer: LowLevelZeroOptimizer, parameter: torch.nn.Parameter) 
 
 
 def update_working_weights(optimizer: LowLevelZeroOptimizer) -> None:
-    """Set the weights that the model computes with from the master weights, gathered from all ranks."""
+    """Copy the master weights, gathered from all ranks, to the working weights."""
     device = get_accelerator().get_current_device()
     for working, padded in optimizer._working_param_to_padded_working_param.items():
         master = optimizer.working_to_master_param[id(working)]

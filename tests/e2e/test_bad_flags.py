@@ -23,7 +23,7 @@ HYBRID = "-p hybrid_parallel"
     [
         ("-c 8b", 1, ["--config", "8b", "7b, 13b, 30b, 65b, 70b, tiny, test"]),
         ("--tokenizer=", 1, ["--tokenizer", "empty"]),
-        ("--init_from ./none", 1, ["--init_from", "no folder on this machine"]),
+        ("--init_from ./none", 1, ["--init_from", "not a folder on this machine"]),
         ("--tokenizer https://huggingface.co/a/b", 1, ["--tokenizer", "is a URL; give the hub name a/b"]),
         ("--tokenizer a/b/", 1, ["--tokenizer", "give a/b without a slash"]),
         ("--eval_fraction 0.9999", 1, ["--max_length", "--eval_fraction"]),

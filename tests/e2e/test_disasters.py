@@ -75,7 +75,7 @@ def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, 
     with file_system(tmp_path / "disk", 6 * one) as disk:
         failed = pretrain(*FLAGS, "-o", disk, folder=tmp_path / "run", change=FILLED.format(left=left), check=False)
         assert failed.returncode == 1, failed.output()
-        assert "the checkpoint could not be written, and nothing incomplete stands under its name" in failed.stderr
+        assert "the checkpoint could not be written, and no incomplete one is left under its name" in failed.stderr
         assert "No space left on device" in failed.stderr
         assert f"--keep_checkpoints takes less room) and resume with -f {disk / 'epoch0-step2'}" in failed.stderr
         assert "Traceback" not in failed.stderr

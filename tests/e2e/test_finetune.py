@@ -498,10 +498,10 @@ class TestRefused:
     def test_adapters(self, problem):
         for flags, words in (
             ("--lora_rank 0", "--lora_rank: must be at least 1, not 0"),
-            ("--lora_rank 4 --lora_modules q_proj,attn", "--lora_modules: 'attn' is no linear module of a layer"),
-            ("--lora_rank 4 -p gemini", "--lora_rank: gemini has no LoRA; use -p zero2"),
-            ("--lora_modules q_proj", "--lora_modules: takes effect with --lora_rank alone"),
-            ("--lora_alpha 4", "--lora_alpha: takes effect with --lora_rank alone"),
+            ("--lora_rank 4 --lora_modules q_proj,attn", "--lora_modules: 'attn' is not a linear module of a layer"),
+            ("--lora_rank 4 -p gemini", "--lora_rank: gemini does not support LoRA; use -p zero2"),
+            ("--lora_modules q_proj", "--lora_modules: takes effect only with --lora_rank"),
+            ("--lora_alpha 4", "--lora_alpha: takes effect only with --lora_rank"),
         ):
             assert words in problem(*flags.split())
 

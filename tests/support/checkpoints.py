@@ -12,7 +12,7 @@ from runtime.files import checksum
 
 
 def make_checkpoint(folder: Path, states: dict | None = None, config: LlamaConfig | None = None) -> Path:
-    """A folder that is taken for a complete checkpoint of a model, `test` unless another is given."""
+    """Write a folder that passes for a complete checkpoint of a model, by default `test`."""
     config = config or load_config("test")
     config.torch_dtype = torch.bfloat16
     for name in required_files(config):
@@ -25,6 +25,6 @@ def make_checkpoint(folder: Path, states: dict | None = None, config: LlamaConfi
 
 
 def write_manifest(folder: Path, names: set[str]) -> None:
-    """Writes a manifest that lists these files as they are."""
+    """Write a manifest that lists these files as they are."""
     files = {name: checksum(folder / name) for name in sorted(names)}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))

@@ -1,4 +1,4 @@
-"""Runs a function of a test module on several ranks of one process group, each a real process."""
+"""Run a function of a test module on several ranks of a process group, each a real process."""
 
 import multiprocessing
 import os
@@ -20,12 +20,12 @@ from model_utils import ParameterSpec, initial_weight, load_config, parameter_sp
 from pretrain import parse_args
 from training.flags import job_of
 
-# Ranks fork from a server that has imported the modules once, which takes longer than most of these tests.
+# Ranks fork from a server that imports the modules once; the imports take longer than most of these tests.
 multiprocessing.set_forkserver_preload(["pretrain"])
 
 
 def run_ranks(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
-    """Return the values of `function(*arguments)` on each of `ranks` launched ranks; raise its first exception."""
+    """Launch `ranks` ranks and return the value of `function(*arguments)` on each; raise the first exception."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
@@ -46,7 +46,7 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
 
 
 def job(flags: str, **changes: Any) -> Job:
-    """Return the job of these flags of pretrain.py for the model `test`; `changes` are made to the configuration."""
+    """Return the job that pretrain.py makes from these flags, for the model `test` with these changes."""
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
     args.extra_dp = 1  # as in benchmark.py, whose gemini takes --tp
     config = load_config(args.config)
@@ -58,12 +58,12 @@ def job(flags: str, **changes: Any) -> Job:
 
 
 def boosted(flags: str, **changes: Any) -> Engine:
-    """Build what pretrain.py builds from these flags, its weights not yet set."""
+    """Return the engine that pretrain.py builds from these flags, its weights not yet set."""
     return boost(job(flags, **changes))
 
 
 def random_states(config: LlamaConfig) -> dict[tuple[str, str], torch.Tensor]:
-    """A full master weight and moments of each parameter, always the same; weights like those of a trained model."""
+    """Return each parameter's full master weight and moments, always the same; weights as large as after training."""
     states = {}
     for name, shape in ((spec.name, spec.shape) for spec in parameter_specs(config)):
         for key in (MASTER, *MOMENTS):

@@ -1,4 +1,4 @@
-"""Runs as pretrain.py describes them by its flags, and what it objects to in them."""
+"""Runs described by flags of pretrain.py, and the problems that it finds in flags."""
 
 from model_utils import load_config
 from pretrain import check, parse_args
@@ -14,7 +14,7 @@ def run_from(*flags: str) -> Run:
 
 
 def problems_of(flags: str) -> list[str]:
-    """Return what pretrain.py objects to in these flags and the model `test`, unless they name another."""
+    """Return the problems that pretrain.py finds in these flags, with the model `test` unless they name another."""
     args = parse_args(["-c", "test", "-l", "128", *flags.split()])
     try:
         check(args, run_of(args, job_of(args, load_config(args.config)), args.config))

@@ -1,10 +1,11 @@
-"""Finds missing waits between streams without a GPU: memory used by one stream before another is done with it.
+"""Detection of missing waits between streams, without a GPU: one stream uses memory before another is done with it.
 
-Streams are vector clocks: to wait for a stream is to know what it has done so far. Collective operations take place at
-once, but count as done on the stream that would do them, NCCL's own if they are asynchronous. Freed memory goes back to
-the stream that allocated it, as in torch's allocator, and the next user has to know of all earlier uses.
+Streams are vector clocks: waiting for a stream means knowing what it has done so far. Collective operations run at
+once, but count as done on the stream that would run them, NCCL's own if they are asynchronous. Freed memory returns to
+the stream that allocated it, as in torch's allocator, and its next user has to know of all earlier uses.
 
-`watch_chunks` follows Gemini's chunks, whose memory is allocated and freed by hand, `watch_storages` every tensor.
+`watch_chunks` follows Gemini's chunks, whose memory is allocated and freed by hand; `watch_storages` follows every
+tensor.
 """
 
 import threading
@@ -27,10 +28,10 @@ NCCL = "NCCL"
 
 
 class Streams:
-    """Streams by name, and what each knows of the others: how many of their operations are done before its next one.
+    """Streams by name, each with the number of the others' operations that are done before its own next one.
 
     Args:
-        ignored: a wait that is left out, as if the code lacked it: the waiting stream, and the method that it calls.
+        ignored: a wait to leave out, as if the code lacked it: the waiting stream and the method called.
     """
 
     def __init__(self, ignored: tuple[str, str] | None = None) -> None:
@@ -73,7 +74,7 @@ class _Stream:
             self.streams.known[self.name] |= event.known
 
     def synchronize(self) -> None:
-        self.streams.wait("default", self.name)  # and so all that the host submits later
+        self.streams.wait("default", self.name)  # the host submits later work only after this
 
 
 class _Event:
@@ -85,7 +86,7 @@ class _Event:
 
 
 class Memory:
-    """The blocks that chunks lie in. `hazards` counts the uses that are not ordered after a former owner's."""
+    """The memory blocks of chunks. `hazards` counts the uses that are not ordered after those of a former owner."""
 
     def __init__(self, streams: Streams):
         self.streams = streams
@@ -122,9 +123,8 @@ class Memory:
 class Storages(TorchDispatchMode):
     """Every storage that torch's operations read, write or allocate while the mode is on.
 
-    `hazards` counts the operations that do not wait for what they need: a read for the last writes, a write for all
-    earlier uses, and an operation that allocates for all uses of the memory that its stream got back. In torch's
-    allocator it may be any of that memory.
+    `hazards` counts the operations that miss a wait. A read has to wait for the last writes, a write for all earlier
+    uses, and an allocation for all uses of the memory freed on its stream, any of which torch's allocator may return.
     """
 
     def __init__(self, streams: Streams):
@@ -181,7 +181,7 @@ class Storages(TorchDispatchMode):
         self._own(tensor, stream)
 
     def _reap(self) -> None:
-        """Give the memory of storages that are gone back to the streams that allocated them."""
+        """Return the memory of deleted storages to the streams that allocated them."""
         for address in [address for address, (storage, _) in self.owners.items() if storage.expired()]:
             _, owner = self.owners.pop(address)
             self.freed[owner] += [(where, count, what) for (where, _), (count, what) in self.uses.pop(address).items()]
@@ -217,9 +217,9 @@ def _watch_collectives(streams: Streams, use: Callable) -> None:
 
 
 def watch_storages(ignored: tuple[str, str] | None = None) -> Storages:
-    """Simulate streams for the life of the process, and watch storages in `with` blocks of what is returned.
+    """Simulate streams for the life of the process; the returned mode watches storages inside a `with` block.
 
-    Call before the model is boosted. `ignored` as of Streams.
+    Call before the model is boosted. `ignored` as in Streams.
     """
     streams = Streams(ignored)
     streams.install()
@@ -229,7 +229,7 @@ def watch_storages(ignored: tuple[str, str] | None = None) -> Storages:
 
 
 def watch_chunks() -> Memory:
-    """Begin to watch Gemini's chunks, for the life of the process. Call before the model is boosted."""
+    """Watch Gemini's chunks for the life of the process. Call before the model is boosted."""
     streams = Streams()
     streams.install()
     memory = Memory(streams)

@@ -1,4 +1,4 @@
-"""Checkpoints on real disks and ranks: the same bytes from every plugin, complete or absent, found and refused."""
+"""Checkpoints on real disks and ranks: the same bytes from every plugin, complete or absent, loaded and refused."""
 
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ from runtime.console import InputError, RunError
 from runtime.files import checksum
 from training.plan import TrainState, check_agreement
 
-NOT_WRITTEN = "the checkpoint could not be written, and nothing incomplete stands under its name"
+NOT_WRITTEN = "the checkpoint could not be written, and no incomplete one is left under its name"
 STATES = {"epoch": 0, "step": 6, "adam_steps": 5, "tokens": 96, "settings": {"schedule_steps": 20, "seed": 3}}
 LAYOUTS = [
     (1, "-p zero2"),
@@ -59,7 +59,7 @@ LAYOUTS = [
 
 
 def save(engine, folder, states):
-    """Writes a checkpoint, waits for it and returns its folder."""
+    """Write a checkpoint, wait for it and return its folder."""
     writer = CheckpointWriter(folder, engine.config, Retention())
     running_states = {**states, "loss_scaler": loss_scaler_state(engine)}
     writer.save(engine, {"running_states.json": running_states, "lr_scheduler": {"last_epoch": states["step"]}})
@@ -68,7 +68,7 @@ def save(engine, folder, states):
 
 
 def save_random(folder, flags, states=STATES):
-    """Saves random state as at step 6 and returns the checkpoint's folder."""
+    """Save random state, by default as of step 6, and return the checkpoint's folder."""
     engine = boosted(flags + " -b 2")
     values = random_states(engine.config)
     shards.restore(engine, lambda name, key: values[name, key], states["adam_steps"])
@@ -76,17 +76,17 @@ def save_random(folder, flags, states=STATES):
 
 
 def save_short_of_memory(folder, flags):
-    """As save_random, rank 0 short of host memory; the folder, and how many copies this rank has kept."""
-    kept = []
+    """Save with rank 0 short of host memory; return the folder, and the number of copies staged on this rank."""
+    staged = []
     if dist.get_rank() == 0:
         checkpointing.writer.host_memory = lambda: (2**40, 0)
     own = CheckpointWriter._staged
-    CheckpointWriter._staged = lambda *arguments: kept.append(arguments) or own(*arguments)
-    return save_random(folder, flags), len(kept)
+    CheckpointWriter._staged = lambda *arguments: staged.append(arguments) or own(*arguments)
+    return save_random(folder, flags), len(staged)
 
 
 def outlast_the_process_group(folder, wait):
-    """Saves in the foreground, then does something on rank 0; one of both takes longer than the ranks wait."""
+    """Save in the foreground, then export on rank 0; one of these takes longer than the group's timeout."""
     _set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
     checkpointing.writer.host_memory = lambda: (2**40, 0)
     own = checkpointing.writer.write_tensors
@@ -104,7 +104,7 @@ def outlast_the_process_group(folder, wait):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of two ranks under zero2. Not to be changed."""
+    """A checkpoint of two ranks under zero2. Tests must not change it."""
     return run_ranks(2, save_random, tmp_path_factory.mktemp("saved"), "-p zero2")[0]
 
 
@@ -133,8 +133,8 @@ class TestSave:
         assert content_of(folders[0]) == content_of(saved)
 
     @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
-    def test_all_ranks_wait_for_each_file_where_one_is_short_of_memory(self, saved, tmp_path, ranks, flags):
-        """Pipeline stages with other numbers of files too."""
+    def test_all_ranks_wait_for_each_file_if_one_is_short_of_memory(self, saved, tmp_path, ranks, flags):
+        """Cover pipeline stages with different numbers of files."""
         folders, staged = zip(*run_ranks(ranks, save_short_of_memory, tmp_path, flags), strict=True)
         assert content_of(folders[0]) == content_of(saved)
         assert staged == (0,) * ranks
@@ -161,7 +161,7 @@ class TestSave:
             if key == MASTER:
                 assert torch.equal(model[name], value.bfloat16())
 
-    def test_model_is_one_that_hugging_face_loads(self, saved):
+    def test_hugging_face_loads_the_model(self, saved):
         config = AutoConfig.from_pretrained(saved / "model")
         assert config.torch_dtype == torch.bfloat16
         assert config.use_cache
@@ -176,7 +176,7 @@ class TestSave:
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, values[name, MASTER].bfloat16())
 
-    def test_replaces_a_checkpoint_of_its_name(self, tmp_path):
+    def test_replaces_a_checkpoint_of_the_same_name(self, tmp_path):
         (tmp_path / "epoch0-step6" / "model").mkdir(parents=True)
         (tmp_path / "epoch0-step6" / "model" / "stale").touch()
         (tmp_path / ".epoch0-step6.incomplete").mkdir()
@@ -188,7 +188,7 @@ class TestSave:
 
 
 class TestFailedSave:
-    """Ranks that may not write a file larger than some size, as on a full disk."""
+    """Ranks that cannot write files larger than some size, as on a full disk."""
 
     @pytest.mark.parametrize(
         ("failing", "size"), [(0, 100_000), (1, 100_000), (0, 10)], ids=["tensors", "other rank's tensors", "all"]
@@ -219,7 +219,7 @@ class TestFailedSave:
         ],
     )
     def test_a_file_that_changes_after_it_was_written_costs_no_earlier_checkpoint(self, tmp_path, file, change):
-        """All ranks raise; with --keep_checkpoints 1, one that lacks a file would have replaced the good one."""
+        """Raise on all ranks: with --keep_checkpoints 1, a checkpoint without the file would replace the good one."""
         for message in run_ranks(2, save_and_lose, tmp_path, file, change):
             assert message.startswith(NOT_WRITTEN)
             lost = f"{tmp_path / 'epoch0-step7' / file} is gone or cut short although it was written"
@@ -252,7 +252,7 @@ def save_twice_and_fail(folder, flags, failing, size):
 
 
 def save_and_lose(folder, file, change):
-    """Keeps one checkpoint, and changes a file of the second when all ranks have written theirs."""
+    """Keep one checkpoint, and damage a file of the second once all ranks have written their files."""
     engine, earlier = boosted("-p zero2 -b 2"), save_random(folder, "-p zero2")
     write_model_index = checkpointing.writer.write_model_index
 
@@ -287,8 +287,8 @@ class TestLoad:
         assert found.keys() == values.keys()
         assert all(torch.equal(found[key], values[key]) for key in values)
 
-    def test_weights_that_are_no_numbers(self, saved, tmp_path):
-        """In the last element, which the first rank does not read."""
+    def test_weights_that_are_nan(self, saved, tmp_path):
+        """Damage the last element, which the first rank does not read."""
         folder = Path(shutil.copytree(saved, tmp_path / saved.name))
         path = min((folder / "optimizer").glob("*.safetensors"))
         content = load_file(path)
@@ -380,12 +380,12 @@ class TestCheckModel:
         config = load_config("test")
         config.num_hidden_layers, config.vocab_size = 2, 512
         assert error_of(check_model, saved / "model", config, "--load") == (
-            f"--load: {saved / 'model'} is of another model than this run's: "
+            f"--load: {saved / 'model'} holds another model than this run's: "
             "num_hidden_layers 4 (not 2), vocab_size 1024 (not 512)"
         )
 
     @pytest.mark.parametrize("key", sorted({*MODEL_KEYS, "attention_dropout", "head_dim"}))
-    def test_everything_that_makes_another_model_counts(self, saved, key):
+    def test_every_key_of_the_model_counts(self, saved, key):
         config = load_config("test")
         value = getattr(config, key)
         other = {bool: True, str: "gelu", float: 0.5, type(None): {"rope_type": "linear", "factor": 2.0}}
@@ -430,7 +430,7 @@ class TestExport:
             assert path.samefile(tmp_path / "final" / path.name)
 
     def test_is_on_disk_before_it_is_in_its_place(self, saved, tmp_path, monkeypatch):
-        """Every file and folder, those that are links too."""
+        """Check every file and folder, links included."""
         synced, unsynced = set(), []
         fsync, rename = os.fsync, Path.rename
 
@@ -486,7 +486,7 @@ def save_and_export_under(umask, folder):
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):
-    """Saves, exports and merges that were cut off, and old checkpoints on their way out; nothing else."""
+    """Remove interrupted saves, exports and merges, and partly removed checkpoints; nothing else."""
     leftovers = (".epoch0-step2.incomplete", ".epoch0-step1.old", ".final.incomplete", ".final.old", ".merged-x1y2")
     for name in (*leftovers, "epoch0-step2", "final", ".config"):
         (tmp_path / name / "model").mkdir(parents=True)
@@ -499,8 +499,8 @@ class TestSharedFolder:
         assert run_ranks(2, objection_to_folders, [tmp_path, tmp_path]) == [None, None]
         assert list(tmp_path.iterdir()) == []
 
-    def test_one_a_machine(self, tmp_path):
-        """Each has what an earlier run left there."""
+    def test_one_per_machine(self, tmp_path):
+        """Use folders in which an earlier run has left files."""
         folders = [tmp_path / "0", tmp_path / "1"]
         for folder in folders:
             make_checkpoint(folder / "epoch0-step1")
@@ -508,7 +508,7 @@ class TestSharedFolder:
         for folder, message in zip(folders, run_ranks(2, objection_to_folders, folders), strict=True):
             assert re.match(rf"--save_dir: rank 1 on \S+ does not see what rank 0 on \S+ writes in {folder};", message)
 
-    def test_other_findings(self, tmp_path):
+    def test_ranks_that_find_different_checkpoints(self, tmp_path):
         (message,) = set(run_ranks(2, objection_to_findings, tmp_path))
         assert re.match(
             r"--load: the checkpoint is epoch0-step1 on rank 0 \(\S+\) and None on rank 1 \(\S+\);", message
@@ -558,8 +558,8 @@ def test_memory_that_a_control_group_limits(tmp_path, line, folder, files):
     assert host_memory(tmp_path / "cgroup", tmp_path / "mount")[0] > 2**30
 
 
-def test_folder_of_a_run_that_goes_on(tmp_path):
-    """The second run learns which process has it; the first one's end frees it."""
+def test_folder_of_a_running_run(tmp_path):
+    """Name the process that has claimed the folder; its end frees the folder."""
     ours, theirs = multiprocessing.Pipe()
 
     def other_run():
@@ -581,7 +581,7 @@ def test_folder_of_a_run_that_goes_on(tmp_path):
 
 
 def test_pinned_buffers_are_counted_as_torch_allocates_them():
-    """13B: 12 bytes a parameter; pinned, those of 5120 x 13824 x 4 bytes take 2**29, as CUDA's allocator has it."""
+    """Check 13B: 12 bytes per parameter; a pinned buffer of 5120 x 13824 x 4 bytes takes 2**29, as in torch."""
     shapes = [spec.shape for spec in parameter_specs(load_config("13b"))]
     assert sum(staging_bytes(shape, pinned=False) for shape in shapes) == 12 * 13_015_864_320
     assert staging_bytes(torch.Size([5120, 13824]), pinned=True) == 3 * 2**29

@@ -1,4 +1,4 @@
-"""Checkpoint folders: recognised as complete, found, and removed."""
+"""Checkpoint folders: recognized as complete, found, and removed."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from runtime.console import InputError
 
 
 class TestIsComplete:
-    """One question for `latest`, `-f`, retention, generate.py and export_hf.py."""
+    """The check that `latest`, `-f`, retention, generate.py and export_hf.py share."""
 
     def test_complete(self, tmp_path):
         assert is_complete(make_checkpoint(tmp_path))
@@ -49,7 +49,7 @@ class TestIsComplete:
         "manifest",
         ["", "[]", "{}", "null", '{"files": {}}', '{"files": [1]}', '{"files": {"lr_scheduler": "7"}}', '{"format": 1'],
     )
-    def test_manifest_of_something_else(self, tmp_path, manifest):
+    def test_invalid_manifest(self, tmp_path, manifest):
         (make_checkpoint(tmp_path) / "manifest.json").write_text(manifest)
         assert not is_complete(tmp_path)
         assert damaged_files(tmp_path) == ["manifest.json"]
@@ -63,7 +63,7 @@ class TestIsComplete:
 
     @pytest.mark.parametrize("layers", [3, 5, 10**15, "4", None])
     def test_config_of_another_number_of_layers(self, tmp_path, layers):
-        """With the manifest of 4 layers, which lists the file as it is."""
+        """Use a manifest of 4 layers that lists the changed file correctly."""
         path = make_checkpoint(tmp_path) / "model" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
         write_manifest(tmp_path, required_files(load_config("test")))
@@ -123,7 +123,7 @@ class TestFindCheckpoint:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda manifest: manifest.write_text('{"format": 1, "files": {}}')])
-def test_removal_leaves_the_last_checkpoint_that_is_whole(tmp_path, damage):
+def test_removal_keeps_the_last_complete_checkpoint(tmp_path, damage):
     for step in (1, 2, 3):
         make_checkpoint(tmp_path / f"epoch0-step{step}")
     damage(tmp_path / "epoch0-step3" / "manifest.json")
@@ -132,7 +132,7 @@ def test_removal_leaves_the_last_checkpoint_that_is_whole(tmp_path, damage):
     assert is_complete(tmp_path / "epoch0-step2")
 
 
-def test_removal_that_is_cut_off_leaves_nothing_under_a_checkpoints_name(tmp_path, monkeypatch):
+def test_interrupted_removal_leaves_nothing_under_a_checkpoints_name(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         make_checkpoint(tmp_path / f"epoch0-step{step}")
     monkeypatch.setattr(writer.shutil, "rmtree", lambda *arguments, **options: None)

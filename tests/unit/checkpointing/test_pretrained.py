@@ -1,4 +1,4 @@
-"""Model folders as Hugging Face writes them, and hub names: found, checked, and read by every plugin in slices."""
+"""Hugging Face model folders and hub names: found, checked, and read in slices by every plugin."""
 
 import json
 import os
@@ -43,14 +43,14 @@ def weights_of(folder):
 
 
 def save_model(folder: Path, changes: dict | None = None, **how) -> dict[str, torch.Tensor]:
-    """Writes a model with random weights, with what is changed against `test`, and returns its weights."""
+    """Write a model like `test`, with these changes and random weights, and return its weights."""
     model = LlamaForCausalLM(LlamaConfig(**{**load_config("test").to_dict(), **(changes or {})}))
     model.save_pretrained(folder, **how)
     return dict(model.named_parameters())
 
 
 def loaded(folder, flags):
-    """This rank's master weights, by name: full where the rank has all of a parameter, else its range of it."""
+    """Return this rank's range of each master weight, flat, with name, bounds, split dimension and tensor rank."""
     changes = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "dtype"}
     changes.pop("torch_dtype")
     engine = boosted(flags + " -b 2", **changes)
@@ -82,7 +82,7 @@ class TestGenerationConfig:
     @pytest.mark.parametrize(
         ("saved", "ends"), [({}, [2]), ({"eos_token_id": 2}, 2), ({"eos_token_id": [7, 9]}, [7, 9, 2])]
     )
-    def test_ends_at_the_tokens_that_it_names_and_the_tokenizers(self, tmp_path, sample_tokenizer, saved, ends):
+    def test_ends_at_its_own_tokens_and_the_tokenizers(self, tmp_path, sample_tokenizer, saved, ends):
         (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.9, **saved}))
         content = generation_config(tmp_path, sample_tokenizer, "--model_path")
         assert content == {"generation_config.json": {"top_p": 0.9, "eos_token_id": ends}}
@@ -135,7 +135,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("how", [FORMATS["several .safetensors"], FORMATS["several .bin"]], ids=["safe", "bin"])
     def test_single_file_beside_the_index_of_an_older_model(self, tmp_path, how):
-        """As where a model of several files is loaded, changed, and saved over itself."""
+        """Write the files left when a model in several files is loaded, changed, and saved over itself."""
         save_model(tmp_path, **how)
         expected = save_model(tmp_path / "new")
         (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
@@ -145,7 +145,7 @@ class TestLoading:
             assert torch.equal(weights[name][:], value)
 
     def test_model_without_its_head(self, tmp_path):
-        """LlamaModel saves names without `model.`; with tied embeddings transformers makes a whole model of them."""
+        """Load a LlamaModel, saved with names without `model.`; with tied embeddings it is a whole model."""
         changes = load_config("test").to_dict()
         expected = LlamaModel(LlamaConfig(**{**changes, "tie_word_embeddings": True}))
         expected.save_pretrained(tmp_path)
@@ -155,8 +155,8 @@ class TestLoading:
         assert "lack lm_head.weight (1 missing); set tie_word_embeddings" in error_of(check, tmp_path)
 
     @pytest.mark.parametrize("flags", ["-p zero2", "-p gemini"])
-    def test_no_number_on_one_rank_ends_all(self, tmp_path, flags):
-        """In the last row, which the first rank does not read."""
+    def test_infinity_on_one_rank_ends_all(self, tmp_path, flags):
+        """Damage the last row, which the first rank does not read."""
         save_model(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
         weights["model.layers.2.mlp.up_proj.weight"][-1, -1] = float("inf")
@@ -166,7 +166,7 @@ class TestLoading:
         assert "--init_from: model.layers.2.mlp.up_proj.weight in " in first
         assert "has a NaN or an infinity" in first
 
-    def test_old_rotary_buffers_are_passed_over(self, tmp_path):
+    def test_old_rotary_buffers_are_ignored(self, tmp_path):
         save_model(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
@@ -218,7 +218,7 @@ class TestRefused:
         assert "lacks 1.safetensors, 3.safetensors, which its index names" in error_of(weights_of, tmp_path)
 
     def test_other_weights_than_the_configuration_describes(self, single):
-        assert "is of another model than this run's" in error_of(check, single, load_config("tiny"))
+        assert "holds another model than this run's" in error_of(check, single, load_config("tiny"))
         weights = load_file(single / "model.safetensors")
 
         def refused(changed):
@@ -231,7 +231,7 @@ class TestRefused:
         assert "q_proj.bias, which its config.json does not describe (1 such)" in refused(more)
         longer = {**weights, "lm_head.weight": torch.zeros(1032, 64)}
         assert "lm_head.weight" in refused(longer)
-        assert "shape [1032, 64], and its config.json makes it [1024, 64]" in refused(longer)
+        assert "shape [1032, 64], but its config.json gives [1024, 64]" in refused(longer)
 
     def test_names_that_leave_the_folder(self, tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
@@ -239,7 +239,7 @@ class TestRefused:
         folder.mkdir()
         for name in ("../1.safetensors", str(tmp_path / "1.safetensors"), "..", ""):
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-            assert f"names {name!r}, which is no file beside it" in error_of(weights_of, folder)
+            assert f"names {name!r}, which is not a file in its folder" in error_of(weights_of, folder)
 
     def test_index_of_other_files(self, tmp_path):
         index = tmp_path / "model.safetensors.index.json"
@@ -261,7 +261,7 @@ class TestRefused:
         other = next(file for file in content["weight_map"].values() if file != first)
         name = min(weights)
         save_file({**load_file(tmp_path / other), name: weights[name]}, tmp_path / other)
-        assert f"both hold {name}; save the model anew" in error_of(weights_of, tmp_path)
+        assert f"both hold {name}; save the model again" in error_of(weights_of, tmp_path)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
     @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -279,8 +279,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("files", "expected"),
         [
-            ("adapter_config.json", "holds an adapter for the model that it was trained beside; merge them"),
-            ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, weights in the format GGUF; load it with transformers, "),
+            ("adapter_config.json", "holds an adapter for the model that it was trained on; merge them"),
+            ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, GGUF weights; load it with transformers, "),
             (
                 "consolidated.00.pth consolidated.01.pth params.json",
                 "consolidated.00.pth, Meta's own format; convert it",
@@ -291,14 +291,14 @@ class TestRefused:
             ),
             (
                 "tf_model.h5",
-                "weights of TensorFlow; load it with transformers, AutoModelForCausalLM.",
+                "TensorFlow weights; load it with transformers, AutoModelForCausalLM.",
             ),
             ("flax_model.msgpack", "from_flax=True"),
-            ("model.onnx", "a graph for inference"),
+            ("model.onnx", "an inference graph"),
             ("model.fp16.safetensors", "a variant of the weights; load it with transformers, "),
             ("model-00001-of-00002.safetensors", "weights without their index, model.safetensors.index.json; download"),
             ("pytorch_model-00002-of-00002.bin", "weights without their index, pytorch_model.bin.index.json"),
-            ("zero_to_fp32.py latest", "a checkpoint of DeepSpeed; run that file"),
+            ("zero_to_fp32.py latest", "a DeepSpeed checkpoint; run that file"),
         ],
     )
     def test_other_formats(self, single, files, expected):
@@ -312,7 +312,7 @@ class TestRefused:
         assert expected in error_of(refuse_other_formats, single, "--model_path")
 
     def test_adapter_beside_weights_names_a_command_that_merges_it(self, single):
-        """transformers takes the model that such a folder names, not the weights in it."""
+        """Refuse the folder, because transformers loads the model that it names, not the weights in it."""
         base = single / "base"
         save_model(base)
         get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(single)
@@ -340,7 +340,7 @@ class TestRefused:
         assert expected in error_of(check, single)
 
     @pytest.mark.parametrize("content", [[1], {"model": {}}, {"a": torch.ones(2).to_sparse()}, {"a": 1}])
-    def test_bin_file_of_something_else(self, single, content):
+    def test_bin_file_without_a_state_dict(self, single, content):
         (single / "model.safetensors").unlink()
         torch.save(content, single / "pytorch_model.bin")
         assert f"--model_path: the weights in {single} cannot be read: " in error_of(check, single)
@@ -361,7 +361,7 @@ class TestRefused:
         assert error_of(load_tokenizer, name).startswith(f"--tokenizer: {name} is ".removesuffix("is "))
 
     @pytest.mark.parametrize("name", ["/none/model", "./none", "~/none", "a/b/c", "no model"])
-    def test_what_can_be_no_hub_name(self, name):
+    def test_impossible_hub_name(self, name):
         message = error_of(find_model, name, "--model_path")
         assert message == f"--model_path: {name} does not exist; give a model folder or a hub name"
 
@@ -373,13 +373,13 @@ class TestRefused:
 
 SMALL = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HARMLESS = ("none", "none", "buffers", "base")  # what leaves the model that it is, where its embeddings are tied
+HARMLESS = ("none", "none", "buffers", "base")  # the model stays the same, at least if its embeddings are tied
 DAMAGES = ("missing", "renamed", "unknown", "unindexed", "other file", "twice", "int8", "float8", "shape", "no shard")
 DAMAGES += ("other format", "tensorflow", "no metadata", "not plain", "no weights")
 
 
 def write_weights(folder: Path, tensors: dict, how: str, variant: str, damage: str, draw: random.Random) -> None:
-    """Writes tensors in one of FORMATS, by hand, with something wrong in the files or the index."""
+    """Write tensors in one of FORMATS, by hand, with the damage in the files or the index."""
     safe, several = how.endswith(".safetensors"), how.startswith("several")
     stem, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
     metadata = {"other format": {"made": "elsewhere"}, "tensorflow": {"format": "tf"}, "no metadata": None}
@@ -414,7 +414,7 @@ def write_weights(folder: Path, tensors: dict, how: str, variant: str, damage: s
 
 
 def changed(tensors: dict, damage: str, draw: random.Random) -> dict:
-    """The tensors with something wrong among them."""
+    """Return the tensors with the damage among them."""
     tensors, name = dict(tensors), draw.choice(list(tensors))
     if damage == "buffers":
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
@@ -433,7 +433,7 @@ def changed(tensors: dict, damage: str, draw: random.Random) -> dict:
 
 
 def read_by_transformers(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The weights that transformers takes, or None where it refuses, or would not take all of them or make some up."""
+    """Return the weights that transformers loads; None if it refuses, or ignores or initializes any of them."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError):
@@ -452,7 +452,7 @@ def read_by_transformers(folder: Path) -> dict[str, torch.Tensor] | None:
     damage=st.one_of(st.sampled_from(HARMLESS), st.sampled_from(DAMAGES)),
 )
 def test_any_folder_gives_the_tensors_of_transformers_or_a_refusal(seed, tied, writes, damage):
-    """Folders into which one model after another was saved; one is damaged, perhaps the one that is read."""
+    """Compare folders into which several models were saved, one of them damaged, perhaps the one that is read."""
     draw = random.Random(seed)
     config = LlamaConfig(**SMALL, tie_word_embeddings=tied)
     shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
@@ -526,11 +526,11 @@ def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
             branches.commit(name) for name in ("main", "v1")
         ]
         (line,) = find_in_processes(1, "someone/other", environment)
-        assert line == "--model_path: someone/other is no folder, and the hub refuses it (HTTP 401)"
+        assert line == "--model_path: someone/other is not a folder, and the hub refuses it (HTTP 401)"
     for name, there in (("someone/small-llama", found), (f"someone/small-llama@{branches.commit('v1')}", pinned)):
-        assert find_in_processes(1, name, environment) == there[:1]  # with no hub to be reached
+        assert find_in_processes(1, name, environment) == there[:1]  # the hub is not reachable now
     (line,) = find_in_processes(1, "someone/other", environment)
-    assert "someone/other is no folder, and it cannot be downloaded" in line
+    assert "someone/other is not a folder, and it cannot be downloaded" in line
 
 
 LINES = """
@@ -548,13 +548,13 @@ for name in sys.argv[1:]:
 
 class TestHub:
     def lines(self, hub: HubServer, home: Path, *names: str) -> list[str]:
-        """Results or errors of `find_model` and `load_tokenizer` for each name, in one process."""
+        """Return results or errors of `find_model` and `load_tokenizer` for each name, in one process."""
         environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url}
         process = run_python(LINES, *names, **environment)
         lines = process.communicate(timeout=240)[0].splitlines()
         return [line.removeprefix("found ") for line in lines if line.startswith("found ")]
 
-    def test_nothing_is_fetched_that_transformers_would_not_read(self, tmp_path):
+    def test_only_files_that_transformers_reads_are_downloaded(self, tmp_path):
         cases = {
             "a/safe": (["one .safetensors", "several .safetensors", "one .bin"], ["model.safetensors"]),
             "a/bin": (["one .bin", "several .bin"], ["pytorch_model.bin"]),

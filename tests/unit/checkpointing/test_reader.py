@@ -1,6 +1,6 @@
-"""Optimizer states that are restored, compared whole on every rank: padding and empty parts too, and the next update.
+"""Restored optimizer states compared in full on every rank, with padding and empty parts, and the next update.
 
-The models are so small that many a rank has no element of many a parameter.
+The models are so small that many ranks hold no element of some parameters.
 """
 
 from pathlib import Path
@@ -57,7 +57,7 @@ def random(seed: int, shape: torch.Size) -> torch.Tensor:
 
 
 def random_states(config) -> dict[str, torch.Tensor]:
-    """Full master weights and moments by 'parameter.key', always the same."""
+    """Return full master weights and moments by 'parameter.key', always the same."""
     states = {}
     for number, spec in enumerate(trained_specs(config)):
         values = [random(3 * number + place, spec.shape) for place in range(3)]
@@ -77,7 +77,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def train(engine: Engine, steps: int) -> int:
-    """Takes steps on the same batch, which every data-parallel rank has; returns those that fp16 did not skip."""
+    """Take steps on one batch, the same on all ranks; return the number of steps that fp16 did not skip."""
     updates = 0
     for _ in range(steps):
         forward_backward(engine, [batch()], label_tokens=2 * 31 * engine.layout.dp)
@@ -87,11 +87,11 @@ def train(engine: Engine, steps: int) -> int:
 
 
 def assert_states(engine: Engine, expected: dict[str, torch.Tensor], adam_steps: int, tolerance: float = 0) -> int:
-    """Compares all that this rank's optimizer holds with full tensors; returns how many of its parts are empty."""
+    """Compare this rank's entire optimizer state with full tensors; return the number of its empty parts."""
     adam = engine.optimizer.optim
     owned = [parameter for group in adam.param_groups for parameter in group["params"]]
     steps = [adam.state[parameter].get("step", 0) for parameter in owned]
-    assert steps == [adam_steps] * len(owned)  # on a GPU the last one is everybody's
+    assert steps == [adam_steps] * len(owned)  # on a GPU Adam uses the last one for all
     empty = 0
     for shard in shards.local_shards(engine):
         ranks, number = dist.get_world_size(shard.data_group), dist.get_rank(shard.data_group)
@@ -116,7 +116,7 @@ def assert_states(engine: Engine, expected: dict[str, torch.Tensor], adam_steps:
 
 
 def layouts(ranks: int) -> st.SearchStrategy[tuple[str, dict]]:
-    """Flags for as many ranks, and what they ask of the model."""
+    """Return a strategy for the flags of a layout of so many ranks."""
     one = "--tp 1 --pp 1"
     found = [
         st.sampled_from([f"{ZERO} -x {precision}" for precision in ("fp32", "bf16", "fp16")]),
@@ -136,7 +136,7 @@ def layouts(ranks: int) -> st.SearchStrategy[tuple[str, dict]]:
 
 @st.composite
 def cases(draw, ranks: int, other_ranks: int) -> dict[str, Any]:
-    """A model, a layout to save it in, another to resume it in, and the place where it stops."""
+    """Draw a model, a layout to save it in, another to resume it in, and the steps taken before the save."""
     model = {
         "hidden_size": draw(st.sampled_from([4, 8, 20])),
         "intermediate_size": draw(st.sampled_from([2, 6, 10])),
@@ -161,8 +161,8 @@ def cases(draw, ranks: int, other_ranks: int) -> dict[str, Any]:
     phases=[Phase.explicit, Phase.generate],  # each example takes seconds
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_any_layout_goes_on_from_any_other(tmp_path_factory, data):
-    """Three checkpoints an example, each compared with its files in both layouts."""
+def test_any_layout_resumes_from_any_other(tmp_path_factory, data):
+    """Save three checkpoints per example, and compare each with its files in both layouts."""
     ranks, other_ranks = (data.draw(st.sampled_from([1, 2, 3, 4, 6]), label=label) for label in ("saved", "resumed"))
     drawn = data.draw(st.lists(cases(ranks, other_ranks), min_size=3, max_size=3), label="cases")
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -192,7 +192,7 @@ def load_cases(folder, drawn):
 
 
 def saved_states(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, as safetensors reads them."""
+    """Return all optimizer tensors of a checkpoint, as safetensors reads them."""
     states: dict[str, torch.Tensor] = {}
     for file in (checkpoint / "optimizer").iterdir():
         states |= load_file(file)
@@ -225,7 +225,7 @@ def check_next_update(flags, changes):
     reference = reference_update(engine, random_states(engine.config), adam_steps)
     before, tolerance = random_states(engine.config), 1e-4 if "fp32" in flags else 0.08
     assert_states(engine, reference, adam_steps + 1, tolerance)
-    # An update is small beside the weights, so it is compared for itself too.
+    # An update is small compared with the weights, so compare it separately too.
     for shard in shards.local_shards(engine):
         name = f"{shard.spec.name}.{MASTER}"
         update, expected = (shard.tensor(MASTER) - shard.read(before[name])), shard.read(reference[name] - before[name])
@@ -234,7 +234,7 @@ def check_next_update(flags, changes):
 
 
 def reference_update(engine: Engine, states: dict[str, torch.Tensor], adam_steps: int) -> dict[str, torch.Tensor]:
-    """The states after one step of plain PyTorch on the whole model in float32."""
+    """Return the states after one step of plain PyTorch on the whole model in float32."""
     config, optimization = engine.config, engine.job.optimization
     model: Any = build_model(config, torch.device("cpu"))
     if getattr(config, "lora", None):

@@ -1,4 +1,4 @@
-"""Launching, and the optimizer against plain PyTorch."""
+"""Launching, and the optimizer compared with plain PyTorch."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from launching import ROOT
 from processes import run_ranks
 from runtime import ranks, requirements
 
-ONE_STREAM_BESIDE_ANOTHER = """
+INDEPENDENT_STREAMS = """
 from runtime import requirements
 requirements.start_cuda()
 import engine.boost
@@ -41,9 +41,9 @@ assert not done.query()
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("left_by_colossalai", [None, "1"])
-def test_a_stream_does_not_wait_for_what_was_submitted_to_others(monkeypatch, left_by_colossalai):
+def test_a_stream_does_not_wait_for_work_on_other_streams(monkeypatch, left_by_colossalai):
     set_queues(monkeypatch, left_by_colossalai)
-    subprocess.run([sys.executable, "-c", ONE_STREAM_BESIDE_ANOTHER], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", INDEPENDENT_STREAMS], cwd=ROOT, check=True)
 
 
 def set_queues(monkeypatch, number: str | None) -> None:
@@ -83,18 +83,18 @@ def test_programs_start_cuda_before_colossalai_changes_its_environment(monkeypat
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
     ],
 )
-def test_the_allocators_segments_grow_unless_the_user_has_settled_it(monkeypatch, given, found):
+def test_the_allocators_segments_grow_unless_the_user_configures_it(monkeypatch, given, found):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     requirements.start_cuda()
     assert {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")} == found
-    os.environ.pop("PYTORCH_ALLOC_CONF", None)  # which it may have set
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)  # start_cuda may have set it
 
 
 class TestLaunch:
-    def test_leaves_colossalai_as_it_is_where_there_is_a_gpu(self, monkeypatch):
+    def test_leaves_colossalai_unchanged_with_a_gpu(self, monkeypatch):
         installed, launched = [], []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
@@ -119,7 +119,7 @@ class TestLaunch:
 
     @pytest.mark.parametrize(("visible", "gpus", "index"), [(None, 8, 3), ("5", 1, 0), ("0,1,2,3", 4, 3), (None, 1, 3)])
     def test_a_rank_that_was_given_one_gpu_takes_it(self, monkeypatch, visible, gpus, index):
-        """As srun --gpus-per-task=1 does, or a wrapper that sets CUDA_VISIBLE_DEVICES."""
+        """Cover srun --gpus-per-task=1, and a wrapper that sets CUDA_VISIBLE_DEVICES."""
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setenv("LOCAL_RANK", "3")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -156,27 +156,27 @@ class TestLaunch:
 
 
 class TestAdam:
-    """ColossalAI's host path for bf16 gradients forgets the scale; see engine.adam.Adam."""
+    """Host gradients in bf16, whose scale ColossalAI's path ignores; see engine.adam.Adam."""
 
-    def test_equals_pytorch_once_they_are_widened(self):
+    def test_equals_pytorch_once_they_are_cast_to_float32(self):
         ours, colossalai, expected = run_ranks(1, adam_updates)[0]
         assert torch.allclose(ours, expected, rtol=0, atol=1e-6)
-        # When this fails, ColossalAI has mended its path, and the widening in Adam can go.
+        # When this fails, ColossalAI has fixed its path, and the cast in Adam can go.
         assert (colossalai - expected).abs().max() > 1e-3
 
 
 def adam_updates():
-    """A weight after three updates from bf16 gradients with changing scales: ours, bare HybridAdam's, torch AdamW's."""
+    """Return a weight after three updates from scaled bf16 gradients: by Adam, by HybridAdam, by torch's AdamW."""
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(64, generator=generator).bfloat16() for _ in range(3)]
     scales = [8.0, 100.0, 1.5]
 
-    def updated(make, scaled):
+    def updated(make, unscale):
         holder = torch.nn.Linear(64, 1, bias=False)
         torch.nn.init.ones_(holder.weight)
         optimizer = make(holder)
         for gradient, scale in zip(gradients, scales, strict=True):
-            if scaled:
+            if unscale:
                 holder.weight.grad = gradient.float().view(1, 64) / scale
                 optimizer.step()
             else:
@@ -187,7 +187,7 @@ def adam_updates():
 
     options = dict(lr=0.1, betas=ADAM_BETAS, weight_decay=0.1)
     return (
-        updated(lambda module: build_optimizer(module, Optimization(lr=0.1, weight_decay=0.1)), scaled=False),
-        updated(lambda module: HybridAdam(module.parameters(), adamw_mode=True, **options), scaled=False),
-        updated(lambda module: torch.optim.AdamW(module.parameters(), **options), scaled=True),
+        updated(lambda module: build_optimizer(module, Optimization(lr=0.1, weight_decay=0.1)), unscale=False),
+        updated(lambda module: HybridAdam(module.parameters(), adamw_mode=True, **options), unscale=False),
+        updated(lambda module: torch.optim.AdamW(module.parameters(), **options), unscale=True),
     )

@@ -1,4 +1,4 @@
-"""The compiled pieces of the model, against transformers' own, and on tensors of the class that Gemini passes on."""
+"""The compiled pieces of the model compared with transformers' own, also on tensors of Gemini's class."""
 
 from functools import partialmethod
 
@@ -32,7 +32,7 @@ def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def assert_alike(ours, theirs, inputs) -> None:
-    """Value and gradients; one that is compiled rounds less often on the way."""
+    """Compare value and gradients; compiled code rounds less often."""
     assert ours.dtype == theirs.dtype
     assert torch.allclose(ours, theirs, rtol=2e-2, atol=2e-3)
     weights = torch.rand_like(ours)
@@ -63,7 +63,7 @@ def test_rotary(stance):
         assert_alike(ours, theirs, (rotated,))
 
 
-def test_loss_is_that_of_float32_and_leaves_out_what_does_not_count(stance):
+def test_loss_is_computed_in_float32_and_skips_ignored_labels(stance):
     logits, targets = bf16(7, 50), torch.tensor([3, IGNORE_INDEX, 0, 49, 1, IGNORE_INDEX, 2])
     loss = summed_cross_entropy(logits, targets)
     counted = targets != IGNORE_INDEX
@@ -82,7 +82,7 @@ def test_precision_is_kept_on_geminis_tensors(stance):
 
 @pytest.mark.parametrize("fusion", [Fusion.PIECES, Fusion.LAYERS])
 def test_lengths_that_differ_compile_twice_at_most(fusion, monkeypatch):
-    """For the first length alone, and at the second for all that follow: fine-tuning pads each batch to its longest."""
+    """Compile for the first length, then once for all others: fine-tuning pads each batch to its longest sequence."""
     monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
     config = load_config("test")
     config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
@@ -105,12 +105,12 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
-    """Matrix products and attentions of each graph that is compiled of four recomputed layers; gradients."""
+    """Return matrix products and attentions in each compiled graph of four recomputed layers, and the gradients."""
     found: dict[str, list[tuple[int, int]]] = {"forward": [], "backward": []}
 
     def counted(of: str):
         def compiler(module, inputs):
-            nodes = [(node.target, *node.args) for node in module.graph.nodes]  # some operators call one with a seed
+            nodes = [(node.target, *node.args) for node in module.graph.nodes]  # operators with a seed wrap another one
             found[of].append(tuple(sum(operator in node for node in nodes) for operator in (PRODUCT, ATTENTION)))
             return make_boxed_func(module.forward)
 
@@ -137,7 +137,7 @@ def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tu
 
 
 @pytest.mark.parametrize(("function", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
-def test_a_recomputed_layer_leaves_out_its_last_product_and_what_is_kept(monkeypatch, function, attentions):
+def test_a_recomputed_layer_skips_its_last_product_and_kept_attention(monkeypatch, function, attentions):
     found, gradients = operations(monkeypatch, function, compiled=True)
     assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
     for ours, theirs in zip(gradients, operations(monkeypatch, recomputed, compiled=False)[1], strict=True):

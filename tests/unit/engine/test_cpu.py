@@ -1,4 +1,4 @@
-"""ColossalAI without a GPU, as `cpu.install` makes it, in processes of its own."""
+"""ColossalAI without a GPU, after `cpu.install`, in separate processes."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ class TestAccelerator:
         run_ranks(1, check_accelerator)
 
     @pytest.mark.parametrize("built_for_cuda", [False, True])
-    def test_pipeline_finds_what_torch_no_longer_has(self, built_for_cuda):
+    def test_pipeline_stages_use_gloo(self, built_for_cuda):
         assert run_ranks(2, pipeline_device, built_for_cuda) == [(torch.device("cpu"), False)] * 2
 
     @pytest.mark.parametrize("sequences", [1, 3])
     def test_exchanges_without_lists(self, sequences):
-        """All heads of a part of the positions become a part of the heads at all positions, and back."""
+        """Exchange all heads at part of the positions for part of the heads at all positions, and back."""
         whole = torch.arange(sequences * 8 * 4.0).view(sequences, 8, 4)  # [B, positions, heads]
         for rank, (received, gradient) in enumerate(run_ranks(2, exchanged, whole)):
             assert torch.equal(received, whole.chunk(2, dim=2)[rank])
@@ -77,7 +77,7 @@ def pipeline_device(built_for_cuda):
 
 
 def exchanged(whole):
-    """Return what this rank has after the exchange, and after that of the gradient, which is the same tensor."""
+    """Return this rank's tensor after the exchange, and its gradient: the same tensor exchanged back."""
     dist.ProcessGroup.alltoall = None  # as in torch 2.11 with Gloo
     mine = whole.chunk(2, dim=1)[dist.get_rank()].clone().requires_grad_()
     received = all_to_all_comm(mine, dist.group.WORLD, scatter_dim=2, gather_dim=1)
@@ -93,7 +93,7 @@ class TestAdam:
 
 
 def adam_difference(adamw_mode, dtype):
-    """Return the largest difference from torch's own optimizer after five steps of various scales and rates."""
+    """Return the largest difference from torch's own optimizer after five steps with various scales and rates."""
     options = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     extension = CPUAdamLoader().load()
     adam = extension.CPUAdamOptimizer(0.1, 0.9, 0.95, 1e-8, 0.1, adamw_mode)
@@ -114,14 +114,14 @@ def adam_difference(adamw_mode, dtype):
 
 
 class TestChunks:
-    def test_stay_where_they_compute(self):
+    def test_stay_on_the_device(self):
         for sharded, host_copies in run_ranks(2, chunk_places):
             assert sharded >= 4
             assert host_copies == 0
 
 
 def chunk_places():
-    """Return the number of chunks, and of those with an offloaded shard, after each was gathered and released."""
+    """Return the number of chunks, and how many have an offloaded shard after being gathered and released."""
     run = boosted("-p gemini")
     shards.initialize_weights(run)
     model = run.model

@@ -1,4 +1,4 @@
-"""Gemini with its chunks, its norm and its layers as they are helped, beside Gemini as it is."""
+"""Gemini with patched chunks, norm and layers, compared with Gemini unpatched."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
 
 
 def trained(flags: str, prepare: str = "") -> list[tuple[float, float, bool]]:
-    """Loss, norm and overflow of three steps; `prepare` does something to the model before."""
+    """Return loss, norm and overflow of three steps; `prepare` names a change to the model before them."""
     run = boosted(f"-p gemini -b 2 --lr 1e-3 --gradient_clipping 0.1 {flags}")
     if prepare == "own norm":
         Chunk.has_inf_or_nan, Chunk.set_l2_norm = OWN_NORM
@@ -49,7 +49,7 @@ FLAGS = ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"]
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("flags", FLAGS)
 class TestLayers:
-    def test_hooked_at_once_are_the_same_to_the_bit(self, ranks, flags):
+    def test_hooked_once_give_the_same_results_to_the_bit(self, ranks, flags):
         assert run_ranks(ranks, trained, flags, "whole layers") == run_ranks(ranks, trained, flags)
 
 
@@ -75,14 +75,14 @@ def losses_without_training():
     return found
 
 
-def test_whole_layers_drop_nothing_out_when_they_are_evaluated():
+def test_whole_layers_have_no_dropout_in_evaluation():
     training, evaluation = run_ranks(1, losses_without_training)[0]
     assert len(training) == 2
     assert len(evaluation) == 1
 
 
 def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
-    """Losses and norms of steps, with passes without gradients around them, and how many chunks were prefetched."""
+    """Return losses and norms of steps, with passes without gradients around them, and the number of prefetches."""
     gemini.prefetched_chunks = lambda *_: chunks
     run = boosted(f"-p gemini -b 2 --lr 1e-2 {flags}")
     shards.initialize_weights(run)
@@ -100,17 +100,17 @@ def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
 
 
 @pytest.mark.parametrize("flags", ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"])
-def test_prefetching_changes_nothing_but_when_chunks_are_gathered(flags):
+def test_prefetching_does_not_change_the_results(flags):
     plain = run_ranks(2, with_prefetching, flags, 0)
-    ahead = run_ranks(2, with_prefetching, flags, 3)
-    for (losses, fetched), (other_losses, none_fetched) in zip(ahead, plain, strict=True):
+    prefetching = run_ranks(2, with_prefetching, flags, 3)
+    for (losses, fetched), (other_losses, none_fetched) in zip(prefetching, plain, strict=True):
         assert losses == other_losses
         assert losses[-1] < losses[0]
         assert none_fetched == 0 < fetched
 
 
-def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
-    """Unordered uses of chunks' memory in three steps that reduce gradients beside the backward pass, as on a GPU."""
+def memory_hazards(flags: str, prefetch: bool, patched: bool) -> list[str]:
+    """Return unordered uses of chunks' memory in three steps that reduce gradients asynchronously, as on a GPU."""
     memory = stream_order.watch_chunks()
 
     class Plugin(gemini.GeminiPlugin):
@@ -121,7 +121,7 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
     gemini.GeminiPlugin = Plugin
     if not prefetch:
         gemini.prefetched_chunks = lambda *_: 0
-    if not apart:
+    if not patched:
         gemini.allocate_chunks_on_one_stream = lambda model: None
     run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
     torch.compiler.set_stance("force_eager")
@@ -139,19 +139,19 @@ def memory_hazards(flags: str, prefetch: bool, apart: bool) -> list[str]:
 class TestMemory:
     @pytest.mark.parametrize("prefetch", [True, False])
     @pytest.mark.parametrize("flags", ["", "-g", "-g --keep_attention", "--accumulation_steps 3"])
-    def test_of_a_chunk_is_not_written_while_it_is_read(self, flags, prefetch):
+    def test_of_a_chunk_is_not_written_while_it_is_in_use(self, flags, prefetch):
         assert run_ranks(2, memory_hazards, flags, prefetch, True) == [[], []]
 
-    def test_would_be_in_gemini_as_it_is(self):
+    def test_is_written_while_in_use_in_gemini_unpatched(self):
         found = run_ranks(2, memory_hazards, "--accumulation_steps 3", False, False)[0]
         assert any("does not wait for reduce_scatter_tensor on NCCL" in hazard for hazard in found)
 
 
 def figures_of_operations():
-    """Which operation's memory each one is planned by: in training passes and in passes without gradients between them.
+    """Return the operation by whose memory each one is planned, in training passes and in evaluations between them.
 
-    Without a GPU there is nothing to measure; the operations' numbers stand for what the first pass would have found,
-    less so much that no chunk has to move.
+    Without a GPU there is nothing to measure. The operations' numbers stand for the first pass's measurements, minus so
+    much that no chunk has to move.
     """
     run = boosted("-p gemini -b 2")
     shards.initialize_weights(run)
@@ -187,7 +187,7 @@ def test_operations_after_an_evaluation_are_planned_by_their_own_figures():
 
 
 def reported_collection() -> str:
-    """What is printed at the end of the first pass where Gemini takes down the memory of its operations."""
+    """Return Gemini's output at the end of the first pass, which records the memory of its operations."""
     run = boosted("-p gemini -b 2")
     collector = run.model.gemini_manager._mem_stats_collector = ChunkMemStatsCollector(run.model.chunk_manager)
     gemini.reset_memory_plan_each_pass(run.model)
@@ -204,7 +204,7 @@ def test_the_number_of_operations_is_not_printed():
 
 class TestNorm:
     @pytest.mark.parametrize("flags", FLAGS)
-    def test_is_what_gemini_takes(self, flags):
+    def test_equals_geminis_own(self, flags):
         for ours, theirs in zip(run_ranks(2, trained, flags), run_ranks(2, trained, flags, "own norm"), strict=True):
             assert ours == [(pytest.approx(loss), pytest.approx(norm), skipped) for loss, norm, skipped in theirs]
             assert any(norm > 0.1 for _, norm, _ in ours)  # it clips
@@ -215,7 +215,7 @@ class TestNorm:
 
 
 def overflows(value):
-    """Whether a chunk is seen to overflow, without and with one such element."""
+    """Return the overflow of a chunk without and with one such element."""
     run = boosted("-p gemini -x fp16 -b 2")
     chunk = run.model.chunk_manager.get_chunk(next(run.model.unwrap().parameters()))
     seen = []
@@ -226,7 +226,7 @@ def overflows(value):
 
 
 class TestChunks:
-    def test_a_small_model_is_sharded_as_a_large_one_is(self):
+    def test_a_small_model_is_sharded_like_a_large_one(self):
         for chunks in run_ranks(2, chunk_sizes):
             assert len(chunks) >= 4
             assert not any(gathered for _, gathered in chunks)
@@ -241,7 +241,7 @@ class TestChunks:
     def test_hold_a_layer_of_a_large_model_unless_they_move(self, flags, millions):
         assert run_ranks(4, chunk_options, flags) == [(pytest.approx(millions, rel=1e-3), flags[-1] != "o")] * 4
 
-    def test_what_is_offloaded_is_not_kept_whole(self):
+    def test_an_offloaded_model_is_not_kept_whole(self):
         whole = job("-p gemini")
         assert gemini.keeps_whole(whole)
         assert not gemini.keeps_whole(replace(whole, parallelism=Parallelism("gemini", gpus=2)))
@@ -256,6 +256,6 @@ def chunk_sizes():
 
 
 def chunk_options(flags: str) -> tuple[float, int]:
-    """Parameters of a chunk of 7B, in millions, and how many chunks are gathered ahead."""
+    """Return the parameters in a chunk of 7B, in millions, and the number of chunks to prefetch."""
     options = gemini.build(job(f"-c 7b {flags}")).gemini_config
     return options["min_chunk_size_m"] * 2**20 / 1e6, options["max_prefetch"]

@@ -1,6 +1,6 @@
-"""The norm that gradients are clipped by, under every plugin and layout, against plain PyTorch.
+"""The norm for clipping gradients, under every plugin and layout, compared with plain PyTorch.
 
-RMSNorm weights, which tensor-parallel ranks hold whole, have most of it here, so that counting one twice shows.
+RMSNorm weights, which tensor-parallel ranks replicate, make up much of it here, so that counting one twice shows.
 """
 
 import pytest
@@ -46,7 +46,7 @@ def model_config(tied):
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Plain PyTorch's gradients by name, in float32, by whether embeddings are tied."""
+    """Plain PyTorch's float32 gradients by name, for untied and tied embeddings."""
     found = {}
     for tied in (False, True):
         config = model_config(tied)
@@ -70,8 +70,8 @@ def test_each_element_counts_once(gradients, ranks, flags):
     results = run_ranks(ranks, norm_of_a_step, flags)
     norms, moments = [norm for norm, _ in results], whole([part for _, parts in results for part in parts])
     assert norms == pytest.approx([expected] * ranks, rel=2e-2)
-    assert len(set(norms)) == 1  # or ranks would clip by other factors, and drift apart
-    # The first moments are 0.1 of the clipped gradients, whose norm is the bound if they were divided by their own.
+    assert len(set(norms)) == 1  # or ranks would clip by different factors, and drift apart
+    # The first moments are 0.1 of the clipped gradients, whose norm is the bound if the norm was right.
     assert moments.keys() == right.keys()
     clipped = torch.nn.utils.get_total_norm(list(moments.values())).item() / 0.1
     assert clipped == pytest.approx(BOUND * norms[0] / (norms[0] + 1e-6), rel=3e-6)  # ColossalAI adds 1e-6
@@ -96,7 +96,7 @@ def norm_of_a_step(flags):
 
 
 def whole(parts):
-    """Put the parts of each tensor together again."""
+    """Join the parts of each tensor."""
     split, tensors = {}, {}
     for name, dim, tp_rank, shape, start, values in parts:
         split[name] = dim

@@ -24,7 +24,7 @@ TABLE = Path(__file__).with_name("patched.sha256")
 READ = {name: digest for digest, name in map(str.split, TABLE.read_text().splitlines())}
 WITH_A_GPU = {full_name(HybridAdam)}  # patched there only
 HYBRID = "-p hybrid_parallel --pp 1 --tp 1"
-RUNS = [  # which together apply every patch
+RUNS = [  # together they apply every patch
     (2, "-p zero2 -x fp16 -g", ""),
     (1, f"{HYBRID} --zero 0 -x fp16", "pieces"),
     (2, f"{HYBRID} --zero 1", ""),
@@ -40,7 +40,7 @@ OWN_FIELDS = {  # of our classes; gradients; marks that our code leaves on model
 
 
 def replaced(flags: str, prepare: str) -> dict[str, str]:
-    """Return the digests of what a run replaces: its start, a step, one that overflows under fp16, and its end."""
+    """Return the digests of all originals that a run replaces: start, a step, one that overflows in fp16, and end."""
     run = boosted(f"{flags} -b 2")
     shards.initialize_weights(run)
     if prepare == "pieces":
@@ -67,7 +67,7 @@ def replaced(flags: str, prepare: str) -> dict[str, str]:
 
 
 def resolve(name: str):
-    """Return the module, or the function or class behind the attribute, that a name of the table stands for."""
+    """Return the module, function or class that a name in the table stands for."""
     found = pkgutil.resolve_name(name)
     return source_object(found) or found
 
@@ -76,7 +76,7 @@ class TestSources:
     def test_are_those_that_the_patches_were_written_for(self):
         changed = [name for name in READ if digest(resolve(name)) != READ[name]]
         assert not changed, (
-            f"the installed packages changed {changed}: read the patches of them in engine/ again, "
+            f"the installed packages changed {changed}: review the patches of these in engine/, "
             f"then write the new digests into {TABLE.name}"
         )
 
@@ -87,7 +87,7 @@ class TestSources:
                 found |= recorded
         assert found == {name: digest for name, digest in READ.items() if name not in WITH_A_GPU}
 
-    def test_have_another_digest_when_they_change(self, tmp_path, monkeypatch):
+    def test_that_change_have_another_digest(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         source = "class Colossal:\n    def step(self):\n        return 1\n"
         seen = set()
@@ -101,7 +101,7 @@ class TestSources:
 
 class TestReplace:
     @pytest.mark.parametrize("target", [ChunkMemStatsCollector, ChunkMemStatsCollector.__new__(ChunkMemStatsCollector)])
-    def test_refuses_a_name_that_is_not_there(self, target):
+    def test_refuses_a_missing_name(self, target):
         message = r"ChunkMemStatsCollector has no attribute '_steps_idx' to replace; colossalai 0\.5\.0 is installed"
         with pytest.raises(InputError, match=message):
             replace(target, "_steps_idx", 0)
@@ -113,7 +113,7 @@ class TestReplace:
 
 
 def functions_around(module: ast.Module) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
-    """Give each node of a module with the module, classes and functions around it."""
+    """Yield each node of a module with the module, classes and functions around it."""
     stack: list[tuple[ast.AST, list[ast.AST]]] = [(module, [])]
     while stack:
         node, around = stack.pop()
@@ -127,8 +127,8 @@ MODULES = sorted(Path(patching.__file__).parent.glob("*.py"))
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 class TestModules:
-    def test_replace_nothing_by_another_door(self, path):
-        """An assignment to an attribute is to `self`'s or to one of our own; else `replace` would not see it."""
+    def test_patch_only_through_replace(self, path):
+        """Allow assignments only to attributes of `self` and to our own fields; `replace` does not see others."""
         targets = [
             node
             for node in ast.walk(ast.parse(path.read_text()))
@@ -147,5 +147,5 @@ class TestModules:
 
 
 def test_importing_patches_nothing():
-    """Patches are applied in processes of their own; this one has imported all modules that hold them."""
+    """Check this process, which has imported all modules with patches; the tests apply them in other processes."""
     assert digests() == {}

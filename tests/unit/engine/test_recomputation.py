@@ -1,4 +1,4 @@
-"""Activation checkpointing: the layers it recomputes, its unchanged results, and the fraction that `auto` chooses."""
+"""Activation checkpointing: the layers recomputed, the results unchanged, and the fraction that `auto` chooses."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_layers_are_spread_evenly(fraction, expected):
 
 
 def passes(flags: str, **changes) -> tuple[float, float, int]:
-    """Loss, norm, and how often decoder layers were entered in one step."""
+    """Return loss, norm, and the number of calls of decoder layers in one step."""
     engine = boosted(f"{flags} -b 2", **changes)
     shards.initialize_weights(engine)
     entered = []
@@ -54,7 +54,7 @@ def test_changes_the_work_and_not_the_result(ranks, flags):
 
 
 class Attentions(TorchDispatchMode):
-    """Counts how often the kernel of attention runs forward."""
+    """A counter of forward runs of the attention kernel."""
 
     runs = 0
 
@@ -64,7 +64,7 @@ class Attentions(TorchDispatchMode):
 
 
 def attentions(flags: str) -> tuple[float, float, int]:
-    """Loss, norm, and the kernel's runs in one step, over all ranks."""
+    """Return loss, norm, and the kernel's runs in one step, over all ranks."""
     with Attentions() as counted:
         loss, norm, _ = passes(flags, _attn_implementation=TORCH_FUSED)
     runs = torch.tensor(counted.runs)
@@ -82,16 +82,16 @@ def attentions(flags: str) -> tuple[float, float, int]:
         (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2"),
     ],
 )
-def test_attention_that_is_kept_runs_once(ranks, flags):
+def test_kept_attention_runs_once(ranks, flags):
     whole = run_ranks(ranks, attentions, flags)[0]
     assert run_ranks(ranks, attentions, f"{flags} -g")[0] == (*whole[:2], 2 * whole[2])
     assert run_ranks(ranks, attentions, f"{flags} -g --keep_attention")[0] == whole
 
 
 def settled(batch_size: int) -> tuple[float, bool, float, float]:
-    """Fraction that `auto` recomputes of 7B on one H200, True if attention is kept, and memory over the room there is.
+    """Settle `auto` for 7B on one H200: fraction recomputed, True if attention is kept, needed over available memory.
 
-    The last is the memory of the next better choice: one layer less, or where attention is not kept to keep it.
+    The fourth value is that ratio for the next faster choice: one layer less, or attention kept if it was not.
     """
     asked = job(f"-c 7b -l 4096 -p zero2 -b {batch_size} -a --gpus 1 --recompute auto")
     dry_run = DryRun(dry_run=True, gpu="H200")
@@ -100,28 +100,28 @@ def settled(batch_size: int) -> tuple[float, bool, float, float]:
     found = settle_recomputation(asked, dry_run)
     fraction, kept = found.recomputed, found.compute.keep_attention
     less = fraction - 1 / found.config.num_hidden_layers if kept else fraction
-    better = replace(found, compute=replace(found.compute, recompute=less, keep_attention=True))
-    return fraction, kept, over_the_room(found), over_the_room(better)
+    faster = replace(found, compute=replace(found.compute, recompute=less, keep_attention=True))
+    return fraction, kept, memory_ratio(found), memory_ratio(faster)
 
 
-def over_the_room(planned: Job) -> float:
+def memory_ratio(planned: Job) -> float:
     return estimate_memory(planned).peak.total / (141e9 * USABLE_FRACTION - CONTEXT_BYTES)
 
 
 class TestAuto:
-    def test_recomputes_no_more_than_it_must(self):
+    def test_recomputes_no_more_than_necessary(self):
         for batch_size in (3, 4, 8):
             fraction, kept, needed, with_less = settled(batch_size)
             assert 0 < fraction < 1
             assert kept
             assert needed <= 1 < with_less
 
-    def test_attention_too_where_it_must(self):
+    def test_recomputes_attention_if_necessary(self):
         fraction, kept, needed, with_less = settled(16)
         assert (fraction, kept) == (1, False)
         assert needed <= 1 < with_less
 
-    def test_nothing_where_all_fits(self):
+    def test_recomputes_nothing_if_all_fits(self):
         assert settled(1)[0] == 0
 
     def test_says_when_nothing_helps(self, capsys):
@@ -132,10 +132,10 @@ class TestAuto:
 @pytest.mark.parametrize("fraction", ["1.5", "-1", "nan"])
 def test_a_fraction_is_from_0_to_1(fraction):
     asked = job(f"--recompute {fraction}")
-    with pytest.raises(InputError, match=r"--recompute: .* is neither auto nor from 0 to 1"):
+    with pytest.raises(InputError, match=f"--recompute: must be auto or from 0 to 1, not {float(fraction)}"):
         check_job(asked, DryRun(), given=frozenset())
 
 
-def test_a_word_is_no_fraction():
+def test_a_word_is_not_a_fraction():
     with pytest.raises(InputError, match="--recompute: 'much' is neither auto nor a number"):
         parse_args(["--recompute", "much"])

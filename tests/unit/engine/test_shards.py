@@ -1,4 +1,4 @@
-"""Slices of full tensors against an obvious reference, and every plugin's shards put together again, bit for bit."""
+"""Slices of full tensors compared with an obvious reference, and every plugin's shards gathered, bit for bit."""
 
 import math
 
@@ -71,7 +71,7 @@ class TestRead:
 
 
 def shard_of(tp_rank, tp_size, shape, split_dim, start, stop):
-    """A shard on a rank that needs no process group."""
+    """Return a shard on a rank that needs no process group."""
     kind = type("Shard", (LocalShard,), {"tp_rank": tp_rank, "tp_size": tp_size})
     spec = ParameterSpec("x", shape)
     return kind(spec, split_dim, None, None, False, start, stop, storage=torch.empty(0), adam_state={})
@@ -79,7 +79,7 @@ def shard_of(tp_rank, tp_size, shape, split_dim, start, stop):
 
 class TestEveryLayout:
     @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
-    def test_what_is_set_is_what_is_gathered_and_trained_with(self, ranks, flags):
+    def test_gathers_and_trains_with_the_weights_that_were_set(self, ranks, flags):
         check_layout(ranks, flags)
 
     @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def total_loss(results, flags):
 
 
 def set_gather_and_forward(flags, changes):
-    """Names of the parameters found here and the sum of token losses, after restoring random state."""
+    """Restore random state; return the names of the parameters found here, and the sum of token losses."""
     engine = boosted(flags + " -b 2", **changes)
     states = random_states(engine.config)
     restore(engine, lambda name, key: states[name, key], ADAM_STEPS)

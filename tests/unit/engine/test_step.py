@@ -1,4 +1,4 @@
-"""Loss, gradient norm and loss scale of a step in real processes, against plain PyTorch."""
+"""Loss, gradient norm and loss scale of a step in real processes, compared with plain PyTorch."""
 
 import math
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ class TestTokenLoss:
         return 5 * torch.randn(2, 4, 10, generator=torch.Generator().manual_seed(0))
 
     def expected(self):
-        """The sum over next tokens, one at a time."""
+        """Sum over the next tokens, one at a time."""
         total = 0.0
         for row, labels in zip(self.logits().log_softmax(-1), self.LABELS.tolist(), strict=True):
             total -= sum(row[position, labels[position + 1]] for position in range(3) if labels[position + 1] >= 0)
@@ -59,7 +59,7 @@ class TestTokenLoss:
 
 
 def split_loss(flags):
-    """Both ranks' losses, and the gradient of the whole logits put together again."""
+    """Return both ranks' losses, and the gradient of the whole logits, joined."""
     engine = boosted(f"{HYBRID} {flags} -b 2 -x fp32")
     dim = 2 if engine.layout.tp == 2 else 1
     part = TestTokenLoss.logits().chunk(2, dim)[dist.get_rank()].contiguous().requires_grad_()
@@ -88,7 +88,7 @@ PLUGINS = [
 
 
 def plain_model() -> LlamaForCausalLM:
-    """In float32, with the weights of `prepared`."""
+    """Return transformers' model in float32, with the weights of `prepared`."""
     config = load_config("test")
     model, states = build_model(config, torch.device("cpu")), random_states(config)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def plain_model() -> LlamaForCausalLM:
 
 
 class TestStep:
-    """One optimizer step on two sequences, whatever the number of ranks."""
+    """One optimizer step on two sequences, with any number of ranks."""
 
     @pytest.fixture(scope="class")
     def expected(self):
@@ -111,7 +111,7 @@ class TestStep:
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     @pytest.mark.parametrize(("ranks", "flags"), PLUGINS)
-    def test_loss_norm_and_an_overflow_that_leaves_no_trace(self, expected, ranks, flags, precision):
+    def test_loss_and_norm_also_after_an_overflow(self, expected, ranks, flags, precision):
         results = run_ranks(ranks, steps, flags, precision)
         loss, norm = expected
         losses = [result[0] for result in results]
@@ -149,7 +149,7 @@ def prepared(flags, **changes):
 
 
 def batches(engine: Engine, data=None):
-    """This rank's part of the two sequences, in micro-batches."""
+    """Return this rank's part of the two sequences, in micro-batches."""
     data = data or {"input_ids": tokens(), "labels": tokens()}
     sequences = range(2) if engine.layout.dp == 1 else [dist.get_rank()]
     size = len(sequences) // engine.job.batch.accumulation_steps
@@ -158,7 +158,7 @@ def batches(engine: Engine, data=None):
 
 
 def steps(flags, precision):
-    """A measured step, under fp16 after two whose gradients overflow (the scale is halved at the second)."""
+    """Take a step and return its results; in fp16, after two that overflow (the second halves the scale)."""
     engine = prepared(f"{flags} -x {precision}")
     scaler = loss_scaler(engine.optimizer)
     norms, skipped, scales = [], [], []
@@ -171,7 +171,7 @@ def steps(flags, precision):
 
 
 def first_moments(flags):
-    """Norm of Adam's first moment, which is 0.1 of the clipped gradient, after one step under three bounds."""
+    """Return the norm of Adam's first moment, 0.1 of the clipped gradient, after one step with each of three bounds."""
     norms = {}
     for clipping in ("--gradient_clipping 0", "--gradient_clipping 1e9", "--gradient_clipping 0.001"):
         engine = prepared(f"{flags} -x bf16 {clipping}")
@@ -186,7 +186,7 @@ DOCUMENTS = ([1, 20, 2, 41], [63, 1])  # tokens of each document in the two sequ
 
 
 class TestDocuments:
-    """Sequences of several documents, whose first tokens are not predicted, through a step of every kind of plugin."""
+    """Sequences of several documents, whose first tokens are not predicted, in a step of every kind of plugin."""
 
     @pytest.fixture(scope="class")
     def expected(self):
@@ -209,7 +209,7 @@ class TestDocuments:
             (2, f"{HYBRID} --tp 1 --sp 2", TORCH_FUSED),
         ],
     )
-    def test_loss_and_norm_are_those_of_the_documents_alone(self, expected, ranks, flags, kernel):
+    def test_loss_and_norm_equal_those_of_separate_documents(self, expected, ranks, flags, kernel):
         loss, norm = expected
         results = run_ranks(ranks, document_step, flags, kernel)
         assert sum(result[0] for result in results) / (ranks if "--tp 2" in flags else 1) == pytest.approx(
@@ -228,10 +228,10 @@ def document_step(flags, kernel):
 
 
 class TestLossScaler:
-    """The layouts that TestStep leaves out."""
+    """Loss scaling in the layouts that TestStep leaves out."""
 
     @pytest.mark.parametrize(("ranks", "flags"), [(1, "-p gemini_auto"), (2, f"{HYBRID} --tp 1 --zero 2")])
-    def test_is_found_under_fp16_alone(self, ranks, flags):
+    def test_is_found_only_under_fp16(self, ranks, flags):
         assert run_ranks(ranks, initial_scales, flags) == [{"fp16": 2.0**16, "bf16": None}] * ranks
 
 

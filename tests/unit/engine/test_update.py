@@ -1,4 +1,4 @@
-"""The optimizer step does what ColossalAI's own does, and waits for the streams that it works on."""
+"""The optimizer step compared with ColossalAI's own, and its waits between streams."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ HYBRID = "-p hybrid_parallel --pp 1"
 
 
 def stepped(flags: str, ours: bool, small: int = update.SMALL):
-    """Norm, this rank's states, and working weights, after a clipped step from gradients that ranks do not share."""
+    """Return norm, skip, this rank's states and weights after a clipped step from different gradients per rank."""
     update.SMALL = small
     if not ours:
         update.reduce_gradients_directly = lambda optimizer: None
@@ -48,13 +48,13 @@ def stepped(flags: str, ours: bool, small: int = update.SMALL):
         (2, "-p zero2"),
         (1, "-p zero2 -x fp16"),
         (2, "-p zero2 -x fp32"),
-        (3, "-p zero2 -x fp32"),  # ranks that divide none of its sizes
+        (3, "-p zero2 -x fp32"),  # a number of ranks that divides none of its sizes
         (1, f"{HYBRID} --zero 0"),
         (2, f"{HYBRID} --tp 1 --zero 1"),
         (2, f"{HYBRID} --tp 2 --zero 0 -x fp16"),
     ],
 )
-def test_does_what_colossalai_does(ranks, flags, small):
+def test_results_equal_colossalais(ranks, flags, small):
     for ours, theirs in zip(
         run_ranks(ranks, stepped, flags, True, small), run_ranks(ranks, stepped, flags, False), strict=True
     ):
@@ -68,9 +68,9 @@ def test_does_what_colossalai_does(ranks, flags, small):
 
 
 def hazards(flags: str, small: int, ignored: tuple[str, str] | None = None) -> tuple[list[str], set[str]]:
-    """Return the missing waits in three steps whose gradients are reduced during the backward pass, as on a GPU.
+    """Return the missing waits in three steps that reduce gradients during the backward pass, as on a GPU.
 
-    Also return the streams that reduced a gradient or gathered a weight.
+    Also return all streams that were used.
     """
     storages = stream_order.watch_storages(ignored)
 
@@ -93,7 +93,7 @@ def hazards(flags: str, small: int, ignored: tuple[str, str] | None = None) -> t
 
 
 class TestStreams:
-    @pytest.mark.parametrize("small", [0, 3000])  # of 3000 the weights of key, value and norms are smaller
+    @pytest.mark.parametrize("small", [0, 3000])  # 3000: weights of key, value and norms are smaller
     @pytest.mark.parametrize("flags", ["-p zero2", "-p zero2 --accumulation_steps 3 -g", f"{HYBRID} --tp 1 --zero 1"])
     def test_wait_for_one_another(self, flags, small):
         for found, streams in run_ranks(2, hazards, flags, small):
@@ -109,7 +109,7 @@ class TestStreams:
             (("default", "wait"), "on default does not wait for all_gather_into_tensor on NCCL"),
         ],
     )
-    def test_would_not_if_a_wait_were_missing(self, ignored, hazard):
+    def test_missing_wait_is_detected(self, ignored, hazard):
         for found, _ in run_ranks(2, hazards, "-p zero2", 0, ignored):
             assert any(hazard in line for line in found), found
 
@@ -119,7 +119,7 @@ def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
     master, moment, square = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).abs_()
     gradient, working = torch.randn(50).to(dtype), torch.empty(50, dtype=dtype)
     others = [tensor.clone() for tensor in (master, moment, square)]
-    adam = Adam.__new__(Adam)  # its constructor asks for kernels that this needs none of
+    adam = Adam.__new__(Adam)  # its constructor loads kernels that are not needed here
     part = Part(torch.nn.Parameter(working), working, master, gradient)
     updated = []
     adam.parts, adam.updated = {master.data_ptr(): part}, updated.append
@@ -159,7 +159,7 @@ def sequences(step: int) -> torch.Tensor:
 
 
 def plain_fp16_training(clipping: float) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Gradient norms and first moments of a loop in float32, which leaves out the steps that overflow."""
+    """Return gradient norms and first moments of a float32 loop that leaves out the steps that overflow."""
     config = load_config("test")
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def plain_fp16_training(clipping: float) -> tuple[list[float], dict[str, torch.T
 
 
 def scaled_training(flags: str, clippings: list[float], references: list[dict[str, torch.Tensor]]) -> list:
-    """For each clipping, norms, scales, and the largest relative error of this rank's first moments."""
+    """Return, for each clipping, norms, scales, and the largest relative error of this rank's first moments."""
     found = []
     for clipping, moments in zip(clippings, references, strict=True):
         run = boosted(f"{flags} -x fp16 --lr 1e-3 --gradient_clipping {clipping} --seed 0")
@@ -190,7 +190,7 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
         norms, scales = [], []
         for step, overflows in enumerate(STEPS):
             mine = sequences(step).chunk(replicas)[dist.get_rank() % replicas].split(run.job.batch.batch_size)
-            # The last rank's loss alone is too large for fp16.
+            # Only the last rank's loss is too large for fp16.
             labels = 1e-4 if overflows and dist.get_rank() == dist.get_world_size() - 1 else 4 * 31
             micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine]
             forward_backward(run, micro_batches, labels)
@@ -215,7 +215,7 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
     ],
 )
 def test_gradients_are_divided_by_the_scale_that_multiplied_them(ranks, flags):
-    """Also where it grows, after an overflow on one rank, and where it falls. Seen: 4e-3."""
+    """Cover a scale that grows, an overflow on one rank, and a scale that falls. Measured error: 4e-3."""
     norms = plain_fp16_training(0)[0]
     clippings = [0.0, 0.75 * norms[0]]  # between the gradient's norm and half of it
     references = [plain_fp16_training(clipping) for clipping in clippings]

@@ -48,7 +48,7 @@ class TestChecks:
             ),
             (
                 "--keep_every 4",
-                "--keep_every: takes effect with --keep_checkpoints alone; give that too, or leave it out",
+                "--keep_every: takes effect only with --keep_checkpoints; give that too, or leave it out",
             ),
             ("--allow_changes", "--allow_changes: takes effect only with --load; give that too, or leave it out"),
             (
@@ -59,7 +59,7 @@ class TestChecks:
                 "--streaming --max_steps 9 --eval_fraction 0.1",
                 "--eval_fraction: a stream has no held-out documents; leave out this or --streaming",
             ),
-            ("-p zero2 --tp 2", "--tp: takes effect with -p hybrid_parallel alone, not with -p zero2"),
+            ("-p zero2 --tp 2", "--tp: takes effect only with -p hybrid_parallel, not with -p zero2"),
         ],
     )
     def test_each_problem(self, flags, problem):
