@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from engine.job import Job
 from engine.patching import replace
-from model_utils import IGNORE_INDEX
 
 
 class Fusion(Enum):
@@ -42,12 +41,6 @@ def plain(tensor: Any) -> Any:
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(torch.Tensor)
-
-
-@torch.compile
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss of logits [N, V] and targets [N]; the compiled kernel never stores the float32 logits."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 @torch.compile

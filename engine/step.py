@@ -22,6 +22,12 @@ from engine.patching import replace
 from model_utils import IGNORE_INDEX
 
 
+@torch.compile
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss of logits [N, V] and targets [N]; the compiled kernel never stores the float32 logits."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
     """Return the cross-entropy of the next token, in float32, summed over the labels that count.
 
@@ -47,7 +53,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
         return cross_entropy_1d(
             logits, targets, process_group=tp_group, vocab_size=None, dtype=torch.float32, mode="sum"
         )
-    return compilation.summed_cross_entropy(logits, targets)
+    return summed_cross_entropy(logits, targets)
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

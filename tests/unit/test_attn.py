@@ -243,6 +243,7 @@ def assert_causal(logits_of):
 class TestSequenceParallel:
     """Two real ranks; each has half of the positions outside attention and half of the heads inside."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kv_heads", [2, 4])
     def test_equals_the_unsplit_reference_and_is_causal(self, kv_heads):
         config = load_config("test")

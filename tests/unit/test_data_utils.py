@@ -36,6 +36,7 @@ def first_batch(loader: DataLoader) -> StepBatch:
 
 
 class TestPacking:
+    @pytest.mark.slow
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         files=st.lists(
@@ -116,6 +117,7 @@ class TestPacking:
             assert batch.error.startswith(f"--dataset: {prepared / 'tokens-00000.bin'} has gone or changed")
             assert "\n" not in batch.error
 
+    @pytest.mark.slow
     def test_loader_process_ends_with_its_rank_even_while_reading(self):
         code = """
             import os, time

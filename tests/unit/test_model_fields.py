@@ -296,6 +296,7 @@ def test_every_field_is_in_the_table():
     assert not fields - table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_train_as_transformers_computes(name, tmp_path):
     """Observed: 3e-7 in the losses, 2e-6 in the norm; with Gemini in bf16 4e-4 and 4e-3."""
@@ -380,6 +381,7 @@ def test_saved_config_has_fresh_fields_and_no_leftovers(tmp_path, capfd):
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config.pad_token_id == 2
 
 
+@pytest.mark.slow
 def test_initializer_range(tmp_path):
     (deviation,) = run_ranks(1, initial_deviation, str(write_config(tmp_path, {"initializer_range": 0.5})))
     assert deviation == pytest.approx(0.5, rel=0.02)

@@ -47,6 +47,8 @@ from runtime.console import InputError, RunError
 from runtime.files import checksum
 from training.plan import TrainState, check_agreement
 
+pytestmark = pytest.mark.slow
+
 NOT_WRITTEN = "the checkpoint could not be written, and no incomplete one is left under its name"
 STATES = {"epoch": 0, "step": 6, "adam_steps": 5, "tokens": 96, "settings": {"schedule_steps": 20, "seed": 3}}
 LAYOUTS = [

@@ -111,6 +111,7 @@ class TestLoading:
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
         assert torch.equal(check(tmp_path)["lm_head.weight"][3:5], expected["lm_head.weight"][3:5])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
     def test_every_kind_of_model_computes_the_same(self, tmp_path, changes):
         save_model(tmp_path, changes)
@@ -119,6 +120,7 @@ class TestLoading:
             expected = AutoModelForCausalLM.from_pretrained(tmp_path)(torch.arange(128)[None]).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("ranks", "flags"), [(2, "-p zero2"), (2, "-p gemini"), (4, "-p hybrid_parallel --tp 2 --pp 2")]
     )
@@ -154,6 +156,7 @@ class TestLoading:
         (tmp_path / "config.json").write_text(json.dumps(changes))
         assert "lack lm_head.weight (1 missing); set tie_word_embeddings" in error_of(check, tmp_path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("flags", ["-p zero2", "-p gemini"])
     def test_infinity_on_one_rank_ends_all(self, tmp_path, flags):
         """Damage the last row, which the first rank does not read."""
@@ -201,6 +204,7 @@ class TestRefused:
         (single / name).write_bytes(content)
         assert f"--model_path: the weights in {single} cannot be read" in error_of(weights_of, single)
 
+    @pytest.mark.slow
     def test_bin_file_that_would_run_code(self, single):
         (single / "model.safetensors").unlink()
         torch.save({"lm_head.weight": subprocess.Popen}, single / "pytorch_model.bin")
@@ -508,6 +512,7 @@ def find_in_processes(count: int, name: str, environment: dict[str, str]) -> lis
     return [process.communicate(timeout=240)[0].splitlines()[-1] for process in processes]
 
 
+@pytest.mark.slow
 def test_hub_name_is_downloaded_once_for_all_ranks_of_a_node(tmp_path):
     folder = tmp_path / "hub"
     expected = save_model(folder, max_shard_size="300KB")
@@ -554,6 +559,7 @@ class TestHub:
         lines = process.communicate(timeout=240)[0].splitlines()
         return [line.removeprefix("found ") for line in lines if line.startswith("found ")]
 
+    @pytest.mark.slow
     def test_only_files_that_transformers_reads_are_downloaded(self, tmp_path):
         cases = {
             "a/safe": (["one .safetensors", "several .safetensors", "one .bin"], ["model.safetensors"]),
@@ -575,6 +581,7 @@ class TestHub:
             assert [Path(path).name for path in paths if not path.endswith(".json")] == expected
             check(Path(folder))
 
+    @pytest.mark.slow
     def test_cache_that_cannot_be_written_to(self, tmp_path):
         (tmp_path / "file").touch()
         save_model(tmp_path / "model")

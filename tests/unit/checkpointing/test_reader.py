@@ -27,6 +27,8 @@ from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, plain_name, trained_specs
 from processes import boosted, run_ranks
 
+pytestmark = pytest.mark.slow
+
 KEYS = (MASTER, *MOMENTS)
 ZERO, HYBRID = "-p zero2 -b 2", "-p hybrid_parallel -b 2"
 TINY = {

@@ -103,6 +103,7 @@ def chat_of(turns):
 
 
 class TestRandomChats:
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=150)
     @given(data=st.data())
     def test_ids_and_labels(self, tokenizers, data):

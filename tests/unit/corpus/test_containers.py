@@ -114,6 +114,7 @@ def texts_of(source):
 
 @pytest.mark.parametrize("container", [*LOCAL, as_hub])
 class TestEveryContainer:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("rows", "schema", "slices"),
         [

@@ -77,6 +77,7 @@ class TestDamage:
         os.utime(tmp_path / "x.jsonl", ns=(0, 0))
         assert "have changed since" in error_of(prepare)
 
+    @pytest.mark.slow
     def test_a_second_preparer_of_the_same_part_is_refused(self, prepared):
         folder, prepare = prepared
         holder = run_python(
@@ -105,6 +106,7 @@ class TestDamage:
         assert prepared[1]()
         assert "has no locks" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_full_disk_keeps_what_is_finished(self, tokenizer_folder, slow_source, tmp_path):
         """A limit on the size of files stands for the full disk: only small shards can be written."""
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (700_000,) * 2)"
@@ -144,6 +146,7 @@ class TestDamage:
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_a_killed_builder_is_continued(self, tokenizer, tokenizer_folder, slow_source, tmp_path):
         """Killed at several moments, in one and in two processes; finished shards stay as they are."""
         cache, kept = tmp_path / "cache", {}
@@ -164,6 +167,7 @@ class TestKilled:
         assert not [path for path in (folder / ".preparation").iterdir() if path.name.startswith("tokens")]
         assert files_of(folder) == files_of(run_to_the_end(PREPARE, slow_source, tokenizer_folder, tmp_path / "two", 1))
 
+    @pytest.mark.slow
     def test_two_jobs_and_other_ranks_build_once(self, tokenizer_folder, slow_source, tmp_path):
         arguments = (slow_source, tokenizer_folder, tmp_path / "cache", 1)
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -41,6 +41,7 @@ class TestOrder:
         assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05
         assert np.histogram(places, 10, (0, n))[0].min() > 400
 
+    @pytest.mark.slow
     def test_takes_no_memory_for_three_hundred_million(self):
         tracemalloc.start()
         order = GlobalOrder(300_000_000, seed=1)
@@ -51,6 +52,7 @@ class TestOrder:
         assert len(seen) > 1990
         assert peak < 1_000_000
 
+    @pytest.mark.slow
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
     @given(
         num_sequences=st.integers(1, 40),
@@ -105,6 +107,7 @@ class TestMixedOrder:
             assert drawn % blocks == 0  # as often in every block
             assert {counts[number] for number in numbers} <= {drawn // len(numbers), -(-drawn // len(numbers))}, name
 
+    @pytest.mark.slow
     @settings(deadline=None)
     @given(
         SLICES,
@@ -141,6 +144,7 @@ class TestMixedOrder:
         assert "github 4.5% (0.90)" in order.describe(20_000)
         assert numbers != [MixedOrder(sequences, LLAMA_WEIGHTS, seed=2)[position] for position in range(20_000)]
 
+    @pytest.mark.slow
     def test_takes_no_memory_for_three_hundred_million(self):
         tokens = dict(common_crawl=878, c4=175, github=59, book=26, arxiv=28, wikipedia=24, stackexchange=20)
         sequences = ranges({name: billions * 250_000 for name, billions in tokens.items()})
@@ -195,6 +199,7 @@ class TestLengthGroupedOrder:
         means = [lengths[group].mean() for group in groups[0]]
         assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.2  # not from short to long
 
+    @pytest.mark.slow
     def test_ranks_share_it_and_a_resume_on_others_goes_on(self):
         dataset = np.cumsum(range(1, 101))
         whole = [LengthGroupedOrder(dataset, 1, 8)[position] for position in range(150)]

@@ -204,6 +204,7 @@ class TestFolders:
 
 
 class TestHardInput:
+    @pytest.mark.slow
     def test_very_long_and_very_many_documents(self, tokenizer_folder, tmp_path):
         """50 MB of words, 50 MB of one letter and a million documents are prepared in little memory."""
         numbers = " ".join(map(str, range(7_000_000)))

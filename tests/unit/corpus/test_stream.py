@@ -89,6 +89,7 @@ def test_every_document_comes_once_an_epoch(source, encoder):
     assert slices == set(SLICES)  # they are mixed from the start
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 8)), min_size=1, max_size=4))
 def test_any_schedule_of_ranks_and_batches_follows_one_order(source, encoder, whole, schedule):
@@ -281,6 +282,7 @@ def draw_files(random, folder):
 
 
 # Hypothesis draws the seeds alone: its own draws of files are alike, and too small for row groups to count.
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100, phases=[Phase.generate])
 @given(case=st.integers(0, 2**32))
 def test_every_kind_of_file_goes_on_where_it_stopped(remembering, case):
@@ -303,6 +305,7 @@ def test_every_kind_of_file_goes_on_where_it_stopped(remembering, case):
             position = stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", KINDS)
 def test_bytes_read_do_not_depend_on_the_row_that_reading_starts_at(tmp_path, suffix):
     """A stream mixes slices by these bytes. Compressed files take many chunks; row groups are no multiple of 64."""

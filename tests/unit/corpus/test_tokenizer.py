@@ -13,6 +13,7 @@ from hub_server import Branches, HubServer
 
 
 class TestTokenizer:
+    @pytest.mark.slow
     def test_loads_a_folder_with_only_tokenizer_model_and_says_nothing(self, tokenizer_folder):
         assert [path.name for path in tokenizer_folder.iterdir()] == ["tokenizer.model"]
         code = "import sys; from corpus import tokenizer; print(len(tokenizer.load_tokenizer(sys.argv[1])))"
@@ -22,6 +23,7 @@ class TestTokenizer:
         tokenizer.save_pretrained(tmp_path)
         assert TextEncoder(load_tokenizer(str(tmp_path))).fingerprint == TextEncoder(tokenizer).fingerprint
 
+    @pytest.mark.slow
     def test_loads_what_transformers_5_saves(self, tokenizer, tmp_path):
         fast = LlamaTokenizerFast.from_pretrained(Path(tokenizer.vocab_file).parent)
         fast.save_pretrained(tmp_path)
@@ -41,6 +43,7 @@ class TestTokenizer:
             stdout, stderr = run_python(code, **places, HF_HUB_OFFLINE="0").communicate(timeout=240)
         assert stdout == f"{len(loaded)}\n", stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("hangs_up", "reason"), [(False, "refuses it (HTTP 401)"), (True, "cannot be reached")])
     def test_missing_hub_name_is_asked_for_once_and_refused_in_one_line(self, hangs_up, reason):
         code = "from corpus import tokenizer; tokenizer.load_tokenizer('nobody/nothing')"

@@ -121,6 +121,7 @@ class TestUnits:
             plan.write_text(json.dumps({**older, "units": saved}))
             assert error_of(prepare).startswith(f"--output: {plan} is damaged; delete {folder}")
 
+    @pytest.mark.slow
     def test_killed_worker(self, tokenizer_folder, slow_source, tmp_path):
         builder = run_python(PREPARE, slow_source, tokenizer_folder, tmp_path / "cache", 2)
         wait_until(lambda: list((tmp_path / "cache").glob("*/.preparation/tokens-*")))

@@ -158,6 +158,7 @@ class TestLaunch:
 class TestAdam:
     """Host gradients in bf16, whose scale ColossalAI's path ignores; see engine.adam.Adam."""
 
+    @pytest.mark.slow
     def test_equals_pytorch_once_they_are_cast_to_float32(self):
         ours, colossalai, expected = run_ranks(1, adam_updates)[0]
         assert torch.allclose(ours, expected, rtol=0, atol=1e-6)

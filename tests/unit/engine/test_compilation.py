@@ -13,8 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from attn import TORCH_FUSED
 from engine import compilation
-from engine.compilation import Fusion, fuse, summed_cross_entropy
+from engine.compilation import Fusion, fuse
 from engine.recomputation import checkpoint_layers, recomputed, recomputed_but_attention
+from engine.step import summed_cross_entropy
 from model_utils import IGNORE_INDEX, build_model, load_config
 
 

@@ -12,6 +12,8 @@ from colossalai.zero.gemini.memory_tracer import memory_monitor, memstats_collec
 from engine import shards
 from processes import boosted, run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_importing_changes_nothing():
     assert get_accelerator().name == ("cuda" if torch.cuda.is_available() else "cpu")

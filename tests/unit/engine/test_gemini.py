@@ -20,6 +20,8 @@ from engine.step import forward_backward, forward_loss, optimizer_step
 from model_utils import count_parameters, load_config
 from processes import boosted, job, run_ranks
 
+pytestmark = pytest.mark.slow
+
 OWN_NORM = Chunk.has_inf_or_nan, Chunk.set_l2_norm
 
 

@@ -14,6 +14,8 @@ from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, load_config
 from processes import boosted, random_states, run_ranks
 
+pytestmark = pytest.mark.slow
+
 HYBRID = "-p hybrid_parallel"
 LAYOUTS = [
     (2, "-p gemini --tp 2"),  # all in one chunk a rank

@@ -80,6 +80,7 @@ class TestSources:
             f"then write the new digests into {TABLE.name}"
         )
 
+    @pytest.mark.slow
     def test_of_all_patches_are_in_the_table(self):
         found = {}
         for run in RUNS:

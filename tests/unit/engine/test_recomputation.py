@@ -43,6 +43,7 @@ def passes(flags: str, **changes) -> tuple[float, float, int]:
     return total[0].item(), optimizer_step(engine)[0], int(total[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags"), [(1, "-p zero2"), (1, "-p gemini"), (2, "-p hybrid_parallel --tp 1 --pp 2")]
 )
@@ -72,6 +73,7 @@ def attentions(flags: str) -> tuple[float, float, int]:
     return loss, norm, runs.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [

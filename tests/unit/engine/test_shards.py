@@ -16,6 +16,8 @@ from engine.step import forward_backward
 from model_utils import ParameterSpec, build_model, initial_weight, load_config, parameter_specs
 from processes import boosted, random_states, run_ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ADAM_STEPS, SEED = 7, 5
 

@@ -18,6 +18,8 @@ from engine.step import forward_backward, loss_scaler, optimizer_step, token_los
 from model_utils import IGNORE_INDEX, build_model, load_config
 from processes import boosted, random_states, run_ranks
 
+pytestmark = pytest.mark.slow
+
 HYBRID = "-p hybrid_parallel"
 UNDIVIDED: Any = SimpleNamespace(plugin=None, fusion=Fusion.NONE)  # an engine without tensor or sequence parallelism
 

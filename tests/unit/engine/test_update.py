@@ -15,6 +15,8 @@ from engine.update import Part
 from model_utils import ParameterSpec, initial_weight, load_config
 from processes import boosted, run_ranks
 
+pytestmark = pytest.mark.slow
+
 HYBRID = "-p hybrid_parallel --pp 1"
 
 

@@ -72,6 +72,7 @@ def estimate(flags: str, layers: int | None = None) -> MemoryEstimate:
     return estimate_memory(planned(flags, layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [

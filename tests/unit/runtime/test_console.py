@@ -114,15 +114,18 @@ class TestQuietThirdParties:
         transformers.logging.get_logger("transformers.models").warning("advice")
         """
 
+    @pytest.mark.slow
     def test_imports_and_advice_print_nothing(self):
         done = run_program("from runtime import console; console.quiet_third_parties()" + textwrap.dedent(self.LOUD))
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert run_program(self.LOUD).stderr  # else nothing is left to silence
 
+    @pytest.mark.slow
     def test_modules_of_the_programs_print_nothing(self):
         done = run_program("import pretrain")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
+    @pytest.mark.slow
     def test_errors_and_other_warnings_are_still_printed(self):
         done = run_program(
             """
@@ -137,12 +140,14 @@ class TestQuietThirdParties:
         assert "mine" in done.stderr
         assert "theirs" in done.stderr
 
+    @pytest.mark.slow
     def test_the_users_settings_are_kept(self):
         show = "print(os.environ['TRANSFORMERS_VERBOSITY'])"
         code = f"import os; from runtime import console; console.quiet_third_parties(); {show}"
         assert run_program(code, TRANSFORMERS_VERBOSITY="info").stdout == "info\n"
 
 
+@pytest.mark.slow
 def test_importing_the_room_changes_nothing():
     """Importing a module sets no signal handler, hook, stream or variable."""
     done = run_program(

@@ -16,6 +16,8 @@ from launching import ROOT, free_port
 from programs import main_program, program, run_main, run_program
 from runtime.process import INTERRUPTED, KEYBOARD_INTERRUPT, READER_GONE, RUN_FAILED, USAGE_ERROR, StopRequest
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def started(code, **environment):

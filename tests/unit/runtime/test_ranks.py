@@ -16,6 +16,8 @@ from launching import Run, free_port
 from runtime import ranks
 from runtime.process import RUN_FAILED, USAGE_ERROR
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHED = ("RANK", *ranks.REQUIRED)
 VARIABLES = {*LAUNCHED, *ranks.SEVERAL, *ranks.NOT_FIRST, "GROUP_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}

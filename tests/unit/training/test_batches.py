@@ -20,6 +20,7 @@ ONE_RANK = Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2)
 
 
 class TestDataloader:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("ranks", "flags", "coordinates"),
         [
@@ -38,10 +39,12 @@ class TestDataloader:
             positions = range(20 + coordinate, 52, data_parallel)  # 32 sequences from position 20 of the order
             assert batches == [[order[first], order[second]] for first, second in pairs(positions)]
 
+    @pytest.mark.slow
     def test_a_peer_with_a_different_batch_is_detected(self):
         messages = run_ranks(2, read_differently, "-p hybrid_parallel --tp 2 --pp 1")
         assert messages == ["rank 1 reads a different batch than its model-parallel peers at 20"] * 2
 
+    @pytest.mark.slow
     def test_data_parallel_ranks_with_the_same_data_are_detected(self):
         messages = run_ranks(2, count_parts, "-p hybrid_parallel --tp 2 --pp 1")
         assert messages == ["2 data-parallel ranks read 1 distinct parts of the data"] * 2

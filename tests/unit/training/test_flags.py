@@ -118,6 +118,7 @@ def test_home_folder_in_flags(monkeypatch, tmp_path):
     assert parse_args([]).cache_dir == tmp_path / ".cache" / "llama-training"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [pretrain, finetune, benchmark])
 def test_recompute_and_gradient_checkpoint_together(program):
     model = ["--model_path", "model"] if program is finetune else []

@@ -176,6 +176,7 @@ class TestMetrics:
         assert [event.step for event in events.Scalars("eval/perplexity")] == [1]
         assert "step 1: loss 3.0000, perplexity 20.09 on held-out documents" in capsys.readouterr().out.splitlines()
 
+    @pytest.mark.slow
     def test_flags_and_configuration_are_in_tensorboard(self, tmp_path):
         metrics = metrics_of(tmp_path, step=2)
         metrics.describe(2, {"lr": 3e-4, "load": None, "seed": 42}, {"model": "LLaMA"})
