@@ -82,7 +82,7 @@ def test_flag(flags, name, value):
         ("--warmup_ratio -0.1", "--warmup_ratio: -0.1 is not between 0 and 1"),
         ("--json /nowhere/file.json", "--json: there is no folder /nowhere"),
         ("--json /", "--json: / is a folder; give a file"),
-        ("-p fsdp --tp 2", "--tp: takes effect with -p"),
+        ("-p fsdp --tp 2", "--tp: takes effect only with -p"),
         ("-w 0.5", "--warmup_ratio: takes effect with -p gemini_auto alone, not with -p gemini"),
         ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect with -p gemini alone"),
         ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect with -p gemini alone"),
