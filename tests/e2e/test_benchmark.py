@@ -82,7 +82,7 @@ def test_flag(flags, name, value):
         ("--warmup_ratio -0.1", "--warmup_ratio: must be between 0 and 1, not -0.1"),
         ("--json /nowhere/file.json", "--json: folder /nowhere does not exist"),
         ("--json /", "--json: / is a folder; give a file"),
-        ("-p fsdp --tp 2", "--tp: takes effect with -p"),
+        ("-p fsdp --tp 2", "--tp: takes effect only with -p"),
         ("-w 0.5", "--warmup_ratio: takes effect only with -p gemini_auto, not with -p gemini"),
         ("-p gemini_auto --shard_param_frac 0", "--shard_param_frac: takes effect only with -p gemini"),
         ("-p zero2 --offload_optim_frac 1", "--offload_optim_frac: takes effect only with -p gemini"),
