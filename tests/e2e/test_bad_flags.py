@@ -113,7 +113,7 @@ def test_flags_of_finetune(objections, finished_run, sample, cache_dir, tmp_path
         ("-i -1", 1, ["--ignore_steps", "-1"]),
         ("-m 0", 1, ["--memory_limit", "0"]),
         ("-m all", 1, ["--memory_limit", "'all'"]),
-        ("--json no/such/file.json", 1, ["--json", "no folder"]),
+        ("--json no/such/file.json", 1, ["--json", "does not exist"]),
         ("--profile {file}", 1, ["--profile", "is a file; give a folder"]),
         ("--shard_param_frac 2", 1, ["--shard_param_frac", "2.0", "between 0 and 1"]),
         ("--offload_optim_frac -1", 1, ["--offload_optim_frac", "-1.0"]),
