@@ -111,7 +111,7 @@ class Batches:
         self.iterator = iter(loader)
         self.prefetched: StepBatch | None = None
         self.checked = False
-        self.waited = 0.0  # seconds that the device was idle during the last prefetch
+        self.waited = 0.0  # seconds that the device was idle during this step's prefetch
         # torch's handler would raise anywhere, even in a collective operation; `_read` notices dead processes itself.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -123,7 +123,7 @@ class Batches:
 
     def take(self) -> StepBatch:
         """Return the next step's batches, with counts over all ranks. Collective."""
-        batch, self.prefetched = self.prefetched or self._read(), None
+        batch, self.prefetched, self.waited = self.prefetched or self._read(), None, 0.0
         self._count(batch)
         if not self.checked and not batch.ranks_without:
             check_same_batch(self.loader, batch.micro_batches[0], self.layout.dp)
