@@ -77,7 +77,7 @@ def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, 
         assert failed.returncode == 1, failed.output()
         assert "the checkpoint could not be written, and no incomplete one is left under its name" in failed.stderr
         assert "No space left on device" in failed.stderr
-        assert f"--keep_checkpoints takes less room) and resume with -f {disk / 'epoch0-step2'}" in failed.stderr
+        assert f"--keep_checkpoints needs less room) and resume with -f {disk / 'epoch0-step2'}" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert checkpoints(disk) == ["another's", "epoch0-step2"]
 
