@@ -35,7 +35,7 @@ from engine.boost import Engine, boost
 from engine.device import MB
 from engine.job import Job, Placement
 from engine.launch import launch, shut_down
-from engine.layout import BENCHMARK_PLUGINS, describe_layout
+from engine.layout import describe_layout
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
@@ -80,7 +80,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     work.add_argument(
         "--gradient_clipping", type=float, default=1.0, help="maximum gradient norm; 0: no clipping (default: 1.0)"
     )
-    add_plugin_args(parser, BENCHMARK_PLUGINS)
+    add_plugin_args(parser, all_plugins=True)
     gemini = parser.add_argument_group("gemini and gemini_auto")
     gemini.add_argument("--extra_dp", type=int, default=1, help="copies of the sharded model (default: 1)")
     gemini.add_argument(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from checkpointing.folder import ADAPTER_FILE, PEFT_PREFIX, file_names, write_model_index, write_tensors
 from checkpointing.reader import LazyTensors
-from engine.layout import GEMINI_PLUGINS, Layout
+from engine.layout import Layout
 from model_utils import parameter_specs
 from runtime.console import below
 
@@ -65,7 +65,7 @@ class Lora:
             problems.append(
                 f"--lora_modules: {unknown[0]!r} is not a linear module of a layer; choose from {','.join(MODULES)}"
             )
-        if layout.plugin in GEMINI_PLUGINS:
+        if layout.traits.module == "gemini":
             problems.append(
                 f"--lora_rank: {layout.plugin} does not support LoRA; use -p zero2, zero2_cpu or hybrid_parallel"
             )

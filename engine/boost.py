@@ -12,29 +12,18 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
 from attn import attend_inside_documents
-from engine import compilation, fsdp, gemini, hybrid, update, zero
-from engine.adam import Adam, let_gemini_take_adam
-from engine.compilation import Fusion, choose_fusion
-from engine.job import Job, Optimization, recomputed_layers
+from engine import fsdp, gemini, hybrid, zero
+from engine.compilation import Fusion, choose_fusion, fuse
+from engine.job import Job, Optimization
 from engine.launch import build_extensions
 from engine.layout import Layout
 from engine.plugin import PluginModule
-from engine.recomputation import checkpoint_function, checkpoint_layers
+from engine.update import Adam, let_gemini_take_adam, patch_loss_scaling
 from model_utils import restore_rotary_precision
 from runtime.console import say
 
 ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
-PLUGINS: dict[str, PluginModule] = {
-    "zero2": zero,
-    "zero2_cpu": zero,
-    "gemini": gemini,
-    "gemini_auto": gemini,
-    "hybrid_parallel": hybrid,
-    "3d": hybrid,
-    "3d_cpu": hybrid,
-    "fsdp": fsdp,
-    "fsdp_cpu": fsdp,
-}
+MODULES: dict[str, PluginModule] = {"zero": zero, "gemini": gemini, "hybrid": hybrid, "fsdp": fsdp}
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class Engine:
     @property
     def module(self) -> PluginModule:
         """The plugin's own functions."""
-        return PLUGINS[self.layout.plugin]
+        return MODULES[self.layout.traits.module]
 
     @property
     def layout(self) -> Layout:
@@ -67,7 +56,7 @@ class Engine:
     @property
     def may_evaluate(self) -> bool:
         """True if a pass without gradients may run now."""
-        return gemini.may_evaluate(self.model)
+        return self.module.may_evaluate(self.model)
 
 
 def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: bool = False) -> Adam:
@@ -89,24 +78,16 @@ def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: b
         )
 
 
-def patch_classes() -> None:
-    """Apply the patches of ColossalAI's classes and modules that every plugin needs."""
-    let_gemini_take_adam()
-    update.divide_gradients_by_their_scale()
-
-
 def boost(job: Job) -> Engine:
     """Build the engine; set its weights with `initialize_weights`, `load_checkpoint` or `load_pretrained`."""
-    patch_classes()
-    module = PLUGINS[job.layout.plugin]
+    let_gemini_take_adam()
+    patch_loss_scaling()
+    module = MODULES[job.layout.traits.module]
     if job.compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         say("fp16: slow without a GPU; -x bf16 is many times faster")
     plugin, device = module.build(job), torch.device(get_accelerator().get_current_device())
     model = module.empty_model(job, device)
-    if module is not fsdp:  # FSDP's plugin checkpoints layers after sharding them
-        checkpoint_layers(
-            model, recomputed_layers(job.config.num_hidden_layers, job.recomputed), checkpoint_function(job)
-        )
+    module.checkpoint_layers(job, model)
     booster = Booster(plugin=plugin)
     if lora := getattr(job.config, "lora", None):
         model.name_or_path = lora.base_model_name_or_path  # peft saves it with the adapters
@@ -117,7 +98,6 @@ def boost(job: Job) -> Engine:
     model, optimizer, *_ = booster.boost(model, optimizer)
     module.prepare(plugin, model, optimizer)
     restore_rotary_precision(model, device)
-    compile_layers = gemini.compile_layers if module is gemini else compilation.compile_layers
-    compilation.fuse(model, fusion, compile_layers)
+    fuse(model, fusion, module.compile_layers)
     model.train()
     return Engine(job, booster, model, optimizer, fusion)

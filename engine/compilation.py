@@ -103,7 +103,7 @@ def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
     if not (on_gpu if job.compute.compile is None else job.compute.compile):
         return Fusion.NONE
     layout = job.layout
-    whole = not layout.plugin.startswith("fsdp") and layout.tp == layout.sp == 1
+    whole = layout.traits.compiles_layers and layout.tp == layout.sp == 1
     return Fusion.LAYERS if whole else Fusion.PIECES
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster.plugin import TorchFSDPPlugin
 from colossalai.booster.plugin.torch_fsdp_plugin import FSDPOptimizerWrapper
@@ -25,8 +24,10 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from engine.compilation import compile_layers as compile_layers
 from engine.job import Job, recomputed_layers
 from engine.plugin import LocalPart, common_options
+from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_function
 from model_utils import ParameterSpec, build_model, initial_weight
 from runtime.console import say
@@ -35,7 +36,7 @@ from runtime.console import say
 def build(job: Job) -> "FSDPPlugin":
     """Return FSDPPlugin, which sets the initial weights and checkpoints the layers itself."""
     on_gpu, common = torch.cuda.is_available(), common_options(job)
-    offload = job.layout.plugin == "fsdp_cpu"
+    offload = bool(job.layout.traits.on_host)
     if offload and not on_gpu:
         say("fsdp_cpu: without a GPU the same as fsdp, all in host memory")
     return FSDPPlugin(
@@ -54,13 +55,22 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
     return build_model(job.config, torch.device("meta"))
 
 
+def checkpoint_layers(job: Job, model: LlamaForCausalLM) -> None:
+    """Do nothing: the plugin checkpoints layers after sharding them."""
+
+
 def prepare(plugin: "FSDPPlugin", model: ModelWrapper, optimizer: "FSDPOptimizer") -> None:
     """Do nothing."""
 
 
-def gradient_ranks(plugin: "FSDPPlugin") -> int:
-    """Return the number of ranks over which gradients are averaged."""
-    return dist.get_world_size()
+def precision_mixin(optimizer: "FSDPOptimizer") -> None:
+    """Return None: the optimizer scales an fp16 loss itself."""
+
+
+def step(optimizer: "FSDPOptimizer") -> float:
+    """Clip and update; return the gradient norm before clipping."""
+    optimizer.step()
+    return float(optimizer.grad_norm)
 
 
 def local_part(optimizer: "FSDPOptimizer", parameter: nn.Parameter) -> LocalPart:
@@ -89,9 +99,6 @@ class FSDPOptimizer(FSDPOptimizerWrapper):
         self.grad_norm = self.model.module.clip_grad_norm_(self.max_norm)
         self.scaler.step(self.optim)
         self.scaler.update()
-
-    def get_grad_norm(self) -> torch.Tensor:
-        return self.grad_norm
 
 
 class FSDPPlugin(TorchFSDPPlugin):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
+from colossalai.amp.naive_amp.mixed_precision_mixin import MixedPrecisionMixin
 from colossalai.booster.plugin import GeminiPlugin
 from colossalai.interface import ModelWrapper
 from colossalai.lazy import LazyInitContext
@@ -30,6 +31,7 @@ from engine.compilation import plain, take_checkpoint_function
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
+from engine.recomputation import checkpoint_layers as checkpoint_layers
 from model_utils import build_model, count_parameters, parameter_specs
 from runtime.console import say
 
@@ -79,9 +81,29 @@ def prepare(plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimize
         reduce_norm_over_tensor_parallel(optimizer, plugin.tp_group)
 
 
-def gradient_ranks(plugin: GeminiPlugin) -> int:
-    """Return the number of ranks over which gradients are averaged."""
-    return plugin.dp_size
+def may_evaluate(model: ModelWrapper) -> bool:
+    """Return True if a pass without gradients may run now; with offloading, Gemini needs a training pass first."""
+    manager = model.gemini_manager
+    return not (manager.need_warmup and manager.is_warmup())
+
+
+def precision_mixin(optimizer: GeminiOptimizer) -> MixedPrecisionMixin:
+    """Return ColossalAI's object for mixed precision."""
+    return optimizer.mix_precision_mixin
+
+
+def step(optimizer: GeminiOptimizer) -> float:
+    """Clip and update; return the gradient norm before clipping, times the loss scale.
+
+    Symptom: after one overflow, every step overflows.
+    Cause: GeminiOptimizer leaves `accumulating_grads` on, so the next gradients are added to the overflowed ones.
+    Fix: turn it off.
+    Remove when: GeminiOptimizer.step does this when it skips.
+    """
+    optimizer.step()
+    replace(optimizer.chunk_manager, "accumulating_grads", False)
+    norm = optimizer.get_grad_norm()
+    return math.inf if norm is None else float(norm)  # None until a step has not been skipped
 
 
 def local_part(optimizer: GeminiOptimizer, parameter: torch.nn.Parameter) -> LocalPart:
@@ -237,12 +259,6 @@ def prefetch_only_in_training(model: ModelWrapper) -> None:
 
     replace(manager, "pre_iter", pre_iter)
     replace(policy, "get_prefetch_chunks", get_prefetch_chunks)
-
-
-def may_evaluate(model: ModelWrapper) -> bool:
-    """Return True if a pass without gradients may run now; with offloading, Gemini needs a training pass first."""
-    manager = getattr(model, "gemini_manager", None)
-    return manager is None or not (manager.need_warmup and manager.is_warmup())
 
 
 def reset_memory_plan_each_pass(model: ModelWrapper) -> None:

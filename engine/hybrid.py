@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from colossalai.amp.naive_amp.mixed_precision_mixin import MixedPrecisionMixin
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
 from colossalai.booster.plugin import HybridParallelPlugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
@@ -22,8 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from engine import zero
+from engine.compilation import compile_layers as compile_layers
 from engine.job import Job
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
+from engine.plugin import may_evaluate as may_evaluate
+from engine.recomputation import checkpoint_layers as checkpoint_layers
+from engine.update import Part, update
 from model_utils import build_model
 from runtime.console import world_size
 
@@ -42,7 +46,7 @@ def build(job: Job) -> HybridParallelPlugin:
         sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
         custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
         overlap_communication=on_gpu and world_size() > 1,
-        cpu_offload=layout.plugin == "3d_cpu",
+        cpu_offload=bool(layout.traits.on_host),
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
         pp_style="interleaved" if interleaved else "1f1b",
         num_model_chunks=layout.chunks,
@@ -64,9 +68,27 @@ def prepare(plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: Optimi
         zero.prepare(plugin, model, optimizer)
 
 
-def gradient_ranks(plugin: HybridParallelPlugin) -> int:
-    """Return the number of ranks over which gradients are averaged: data-parallel times sequence-parallel."""
-    return dist.get_world_size(plugin.mixed_dp_group)
+def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:
+    """Return ColossalAI's object for mixed precision; None in fp32."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        return zero.precision_mixin(optimizer)
+    return optimizer.mixed_precision if isinstance(optimizer, MixedPrecisionOptimizer) else None
+
+
+def step(optimizer: OptimizerWrapper) -> float:
+    """Clip and update; return the gradient norm before clipping, times the loss scale."""
+    if isinstance(optimizer, LowLevelZeroOptimizer):
+        return zero.step(optimizer)
+    if not isinstance(optimizer, MixedPrecisionOptimizer):
+        optimizer.step()
+        return float(optimizer.get_grad_norm())
+    parts = [
+        Part(parameter, parameter.data, master, parameter.grad)
+        for parameter, master in optimizer.working_to_master_map.items()
+        if parameter.grad is not None
+    ]
+    groups = filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+    return update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
 
 
 def local_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> LocalPart:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from transformers import LlamaConfig
 
-from engine.layout import GEMINI_PLUGINS, Batch, Layout, Parallelism, layout_problems, resolve_layout
+from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,7 +25,7 @@ def reenters(layout: Layout | Parallelism) -> bool:
     torch's other checkpoint passes them detached copies. If torch sees Gemini's tensor class in a layer's output, it
     runs without Gemini's hooks.
     """
-    return layout.plugin in GEMINI_PLUGINS and (layout.tp or 1) > 1
+    return layout.traits.module == "gemini" and (layout.tp or 1) > 1
 
 
 @dataclass(frozen=True)

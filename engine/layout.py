@@ -7,11 +7,45 @@ from transformers import LlamaConfig
 
 from runtime.console import below, world_size
 
-PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "hybrid_parallel")
-BENCHMARK_PLUGINS = (*PLUGINS, "fsdp", "fsdp_cpu", "3d", "3d_cpu")
-GEMINI_PLUGINS = ("gemini", "gemini_auto")
-HYBRID_PLUGINS = ("hybrid_parallel", "3d", "3d_cpu")
 PIPELINE_STYLES = ("1f1b", "interleaved", "zbv")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts about a plugin that flags and estimates need.
+
+    Attributes:
+        module: its module in engine/.
+        zero_stage: ZeRO's stage: 1 shards the optimizer states, 2 also the gradients, 3 also the weights.
+        on_host: what is kept in host memory: weights, gradients, optimizer.
+        splits: True if it takes --tp, --pp, --sp and --zero, and chooses those that are not given.
+        trains: False if only benchmark.py takes it.
+        in_fp32: True if it also trains in fp32.
+        compiles_layers: True if whole decoder layers may be compiled while neither tensors nor sequences are split.
+    """
+
+    module: str
+    zero_stage: int
+    on_host: tuple[str, ...] = ()
+    splits: bool = False
+    trains: bool = True
+    in_fp32: bool = True
+    compiles_layers: bool = True
+
+
+PLUGINS = {
+    "gemini": Traits("gemini", zero_stage=3, in_fp32=False),
+    "gemini_auto": Traits("gemini", zero_stage=3, on_host=("optimizer",), in_fp32=False),
+    "zero2": Traits("zero", zero_stage=2),
+    "zero2_cpu": Traits("zero", zero_stage=2, on_host=("optimizer",)),
+    "hybrid_parallel": Traits("hybrid", zero_stage=1, splits=True),
+    "fsdp": Traits("fsdp", zero_stage=3, trains=False, compiles_layers=False),
+    "fsdp_cpu": Traits(
+        "fsdp", zero_stage=3, on_host=("weights", "gradients", "optimizer"), trains=False, compiles_layers=False
+    ),
+    "3d": Traits("hybrid", zero_stage=0, splits=True, trains=False),
+    "3d_cpu": Traits("hybrid", zero_stage=1, on_host=("optimizer",), splits=True, trains=False),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +69,8 @@ class Parallelism:
         return self.gpus or world_size()
 
     @property
-    def is_hybrid(self) -> bool:
-        return self.plugin in HYBRID_PLUGINS
+    def traits(self) -> Traits:
+        return PLUGINS[self.plugin]
 
     def problems(self) -> list[str]:
         """Return a line for each size that is too small."""
@@ -81,29 +115,32 @@ class Layout:
         return self.tp * self.pp * self.sp * self.dp
 
     @property
-    def is_hybrid(self) -> bool:
-        return self.plugin in HYBRID_PLUGINS
+    def gradient_ranks(self) -> int:
+        """Number of ranks over which gradients are averaged: those that see different tokens."""
+        return self.dp * self.sp
+
+    @property
+    def traits(self) -> Traits:
+        return PLUGINS[self.plugin]
 
 
 def resolve_layout(asked: Parallelism, batch: Batch, precision: str, config: LlamaConfig) -> Layout:
     """Return the layout asked for on `asked.ranks` ranks, with defaults filled in; `layout_problems` checks it."""
     ranks = asked.ranks
-    if not asked.is_hybrid:
-        tp = asked.tp or 1
-        stage = 2 if asked.plugin.startswith("zero2") else 3
-        return Layout(asked.plugin, tp=tp, pp=1, sp=1, dp=ranks // tp, zero_stage=stage, extra_dp=asked.extra_dp or 1)
+    traits, zero_stage = asked.traits, asked.zero
+    if not traits.splits:
+        tp, extra_dp = asked.tp or 1, asked.extra_dp or 1
+        return Layout(asked.plugin, tp, pp=1, sp=1, dp=ranks // tp, zero_stage=traits.zero_stage, extra_dp=extra_dp)
     chunks = (asked.model_chunks or 2) if asked.pp_style == "interleaved" else 1
-    if asked.plugin != "hybrid_parallel":  # 3d, 3d_cpu
-        tp, pp = asked.tp or 1, asked.pp or 1
-    else:
+    if traits.trains:
         tp = asked.tp or _tensor_parallel_size(asked, config)
         pp = asked.pp or (2 if _divides_in_two_stages(asked, batch, config, tp, chunks) else 1)
+    else:  # the benchmark's
+        tp, pp = asked.tp or 1, asked.pp or 1
     dp = ranks // (tp * pp * asked.sp)
-    zero_stage = asked.zero
-    if zero_stage is None and asked.plugin == "hybrid_parallel":
-        zero_stage = int(dp * asked.sp > 1 and precision != "fp32")
-    elif zero_stage is None:
-        zero_stage = int(asked.plugin == "3d_cpu")  # it is ZeRO's partition that is offloaded
+    if zero_stage is None:
+        shards = (dp * asked.sp > 1 and precision != "fp32") or traits.on_host  # ZeRO's partition is offloaded
+        zero_stage = traits.zero_stage if shards else 0
     return Layout(
         asked.plugin,
         tp=tp,
@@ -147,7 +184,7 @@ def layout_problems(asked: Parallelism, batch: Batch, precision: str, config: Ll
         asked.problems()
         or _without_effect(asked, precision)
         or _not_dividing(asked, config)
-        or (_hybrid_problems(asked, batch, precision, config) if asked.is_hybrid else [])
+        or (_hybrid_problems(asked, batch, precision, config) if asked.traits.splits else [])
     )
 
 
@@ -157,7 +194,7 @@ def _lines(*conditions: tuple[bool, str]) -> list[str]:
 
 
 def _without_effect(asked: Parallelism, precision: str) -> list[str]:
-    hybrid, gemini, plugin = asked.is_hybrid, asked.plugin in GEMINI_PLUGINS, asked.plugin
+    hybrid, gemini, plugin = asked.traits.splits, asked.traits.module == "gemini", asked.plugin
     takes_tp = hybrid or (gemini and asked.extra_dp is not None)
     needs_hybrid = {
         "--tp": not takes_tp and asked.tp not in (None, 1),
@@ -177,7 +214,7 @@ def _without_effect(asked: Parallelism, precision: str) -> list[str]:
             f"--extra_dp: takes effect only with -p gemini, not with -p {plugin}",
         ),
         (
-            precision == "fp32" and gemini,
+            precision == "fp32" and not asked.traits.in_fp32,
             f"--mixed_precision: {plugin} trains only in fp16 or bf16; for fp32 use -p zero2",
         ),
         (
@@ -196,7 +233,7 @@ def _not_dividing(asked: Parallelism, config: LlamaConfig) -> list[str]:
     """Return a line for sizes that do not divide the number of ranks or heads."""
     ranks, launched = asked.ranks, "of --gpus" if asked.gpus else "that were launched"
     tp, pp, sp, extra_dp = asked.tp or 1, asked.pp or 1, asked.sp, asked.extra_dp or 1
-    if not asked.is_hybrid:
+    if not asked.traits.splits:
         product = tp * extra_dp
         divides = ranks % product == 0
         line = f"--tp/--extra_dp: {tp} x {extra_dp} = {product} does not divide the {ranks} ranks {launched}"
@@ -265,7 +302,7 @@ def describe_layout(layout: Layout) -> str:
         f"pp {layout.pp}" if layout.chunks == 1 else f"pp {layout.pp} (interleaved, {layout.chunks} ranges per stage)"
     )
     split = f", tp {layout.tp} x {stages} x sp {layout.sp}, ZeRO {layout.zero_stage}"
-    if not layout.is_hybrid:
+    if not layout.traits.splits:
         split = f", tp {layout.tp} x {layout.extra_dp} copies" if layout.tp * layout.extra_dp > 1 else ""
     return f"plugin: {layout.plugin}, {layout.dp} data-parallel{split}"
 

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from colossalai.amp.naive_amp.mixed_precision_mixin import MixedPrecisionMixin
 from colossalai.booster.plugin.plugin_base import Plugin
 from colossalai.interface import ModelWrapper
 from transformers import LlamaForCausalLM
@@ -42,12 +43,28 @@ class PluginModule(Protocol):
         """Return the model, its weights not yet set, allocated as the plugin needs it."""
         ...
 
+    def checkpoint_layers(self, job: Job, model: LlamaForCausalLM, /) -> None:
+        """Checkpoint the activations of the layers to recompute, unless the plugin does so itself."""
+        ...
+
     def prepare(self, plugin: Any, model: ModelWrapper, optimizer: Any, /) -> None:
         """Patch the boosted model and optimizer."""
         ...
 
-    def gradient_ranks(self, plugin: Any, /) -> int:
-        """Return the number of ranks over which gradients are averaged."""
+    def compile_layers(self, model: ModelWrapper, /) -> None:
+        """Compile each decoder layer as a whole."""
+        ...
+
+    def may_evaluate(self, model: ModelWrapper, /) -> bool:
+        """Return True if a pass without gradients may run now."""
+        ...
+
+    def precision_mixin(self, optimizer: Any, /) -> MixedPrecisionMixin | None:
+        """Return ColossalAI's object for mixed precision, which scales the loss in fp16; None without one."""
+        ...
+
+    def step(self, optimizer: Any, /) -> float:
+        """Clip and update; return the gradient norm before clipping, times the loss scale."""
         ...
 
     def local_part(self, optimizer: Any, parameter: torch.nn.Parameter, /) -> LocalPart:
@@ -67,3 +84,8 @@ def common_options(job: Job) -> dict[str, Any]:
         max_norm=job.optimization.gradient_clipping or math.inf,
         initial_scale=INITIAL_LOSS_SCALE,
     )
+
+
+def may_evaluate(model: ModelWrapper) -> bool:
+    """Return True: a pass without gradients may run at any time."""
+    return True

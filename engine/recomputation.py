@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import LlamaForCausalLM
 
 from engine.compilation import plain
-from engine.job import Job, reenters
+from engine.job import Job, recomputed_layers, reenters
 from engine.patching import replace
 
 
@@ -45,8 +45,8 @@ def checkpoint_function(job: Job) -> Callable:
     return recomputed_but_attention if job.compute.keep_attention else recomputed
 
 
-def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Callable = recomputed) -> None:
-    """Checkpoint the activations of these decoder layers: keep only each layer's input, and recompute the rest.
+def checkpoint_layers(job: Job, model: LlamaForCausalLM) -> None:
+    """Checkpoint the activations of the job's layers to recompute: keep each layer's input, and recompute the rest.
 
     Each of the layers stores the function as `checkpoint_function`; a compiled layer takes it over (compilation.py).
 
@@ -54,10 +54,9 @@ def checkpoint_layers(model: LlamaForCausalLM, layers: set[int], function: Calla
     Cause: transformers calls every layer through the one function that gradient_checkpointing_enable sets.
     Fix: that function calls each layer through the layer's `checkpoint_function`.
     Remove when: transformers takes a function for each layer.
-
-    Args:
-        function: calls a layer, given the layer's own function and its inputs.
     """
+    layers = recomputed_layers(job.config.num_hidden_layers, job.recomputed)
+    function = checkpoint_function(job)
     if not layers:
         return
     model.gradient_checkpointing_enable()

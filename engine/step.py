@@ -10,12 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
-from colossalai.interface import OptimizerWrapper
 from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
 from colossalai.shardformer.layer import cross_entropy_1d
 
 from attn import document_boundaries
-from engine import compilation, update
+from engine import compilation
 from engine.boost import Engine
 from engine.compilation import Fusion
 from engine.patching import replace
@@ -145,14 +144,13 @@ def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]
     Returns:
         This rank's sum of token losses, a scalar; zero on pipeline stages before the last.
     """
-    plugin = engine.plugin
-    scale = engine.module.gradient_ranks(plugin) / label_tokens
+    scale = engine.layout.gradient_ranks / label_tokens
 
     if engine.layout.pp > 1:
         return _pipeline_loss(engine, micro_batches, scale) / scale
 
     total = torch.zeros((), device=get_accelerator().get_current_device())
-    can_defer = plugin.support_no_sync() and getattr(plugin, "zero_stage", 0) < 2
+    can_defer = engine.layout.zero_stage < 2
     for index, micro in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         deferred = (
@@ -176,41 +174,25 @@ def forward_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor
             return _pipeline_loss(engine, [batch], 1.0, train=False)
 
 
-def loss_scaler(optimizer: OptimizerWrapper) -> FP16MixedPrecisionMixin | None:
-    """Return the optimizer's dynamic loss scale under fp16; None under bf16 and fp32."""
-    for name in ("mixed_precision_mixin", "mix_precision_mixin", "mixed_precision"):  # plugins use different names
-        mixin = getattr(optimizer, name, None)
-        if isinstance(mixin, FP16MixedPrecisionMixin):
-            return mixin
-    return None
+def loss_scaler(engine: Engine) -> FP16MixedPrecisionMixin | None:
+    """Return the dynamic loss scale under fp16; None under bf16 and fp32."""
+    mixin = engine.module.precision_mixin(engine.optimizer)
+    return mixin if isinstance(mixin, FP16MixedPrecisionMixin) else None
 
 
 def optimizer_step(engine: Engine) -> tuple[float, bool]:
-    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update.
-
-    Gemini after a skipped step:
-        Symptom: after one overflow, every step overflows.
-        Cause: GeminiOptimizer leaves `accumulating_grads` on, so the next gradients are added to the overflowed ones.
-        Fix: turn it off.
-        Remove when: GeminiOptimizer.step does this when it skips.
-    """
-    model, optimizer = engine.model, engine.optimizer
-    scaler = loss_scaler(optimizer)
+    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+    scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
-    if update.supports(optimizer):
-        update.update(optimizer)
-    else:
-        optimizer.step()
+    norm = engine.module.step(engine.optimizer)
     skipped = bool(scaler.found_overflow.item()) if scaler else False
-    if skipped and hasattr(model, "chunk_manager"):
-        replace(model.chunk_manager, "accumulating_grads", False)
-    optimizer.zero_grad()
-    return (math.inf if skipped else float(optimizer.get_grad_norm()) / scale), skipped
+    engine.optimizer.zero_grad()
+    return (math.inf if skipped else norm / scale), skipped
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:
     """Return the dynamic loss scale and its counters under fp16; None under bf16 and fp32."""
-    mixin = loss_scaler(engine.optimizer)
+    mixin = loss_scaler(engine)
     if mixin is None:
         return None
     scaler = mixin.grad_scaler
@@ -223,7 +205,7 @@ def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:
 
 def restore_loss_scaler(engine: Engine, state: dict[str, Any] | None) -> None:
     """Set the loss scale and its counters to what `loss_scaler_state` returned, if both runs have them."""
-    mixin = loss_scaler(engine.optimizer)
+    mixin = loss_scaler(engine)
     if mixin is not None and state is not None:
         scaler = mixin.grad_scaler
         scaler._scale.fill_(state["scale"])

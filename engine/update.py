@@ -1,4 +1,4 @@
-"""One optimizer step under ZeRO and mixed precision: gradient norm, clipping, AdamW, and the working weights.
+"""One optimizer step under mixed precision: gradient norm, clipping, AdamW, and the working weights.
 
 Symptom: ColossalAI's `step` reads and writes each gradient and weight several times more than AdamW needs.
 Cause: it casts every gradient to float32, takes its norm in float64 and scales it in place. It copies the weights one
@@ -10,36 +10,121 @@ Remove when: ColossalAI's `step` makes no more passes than this one.
 
 import functools
 import math
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from colossalai.accelerator import get_accelerator
-from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
-from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
-from colossalai.interface import OptimizerWrapper
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin, MixedPrecisionMixin
+from colossalai.amp.naive_amp.mixed_precision_optimizer import NaiveFP16MixedPrecisionMixin
+from colossalai.nn.optimizer import HybridAdam
 from colossalai.tensor.d_tensor import is_distributed_tensor
-from colossalai.zero import LowLevelZeroOptimizer
+from colossalai.zero.gemini import gemini_optimizer
+from colossalai.zero.low_level.low_level_optim import LowLevelZeroFP16MixedPrecisionMixin
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.adam import Adam, HostTransfer, Part, set_gradient
 from engine.patching import replace
 
-SMALL = 2**20  # elements; gradients and weights below this size share one collective operation
-IN_FLIGHT = 7  # large gradients that are reduced at the same time: as many as a decoder layer has
+
+@dataclass
+class Part:
+    """This rank's part of one parameter; the three tensors are all flat or all of the parameter's shape.
+
+    Attributes:
+        parameter: the model's parameter.
+        working: the part of it that this rank updates, in the working precision; a view.
+        master: the float32 master weight of that part.
+        gradient: the gradient of that part, in the working precision; a view.
+    """
+
+    parameter: torch.nn.Parameter
+    working: Tensor
+    master: Tensor
+    gradient: Tensor
+
+
+@torch.no_grad()
+def update(
+    adam: "Adam",
+    parts: list[Part],
+    precision: MixedPrecisionMixin | None,
+    max_norm: float,
+    groups: Iterable[ProcessGroup],
+    tp_group: ProcessGroup | None,
+    updated: Callable[[Part], None] = lambda part: None,
+) -> float:
+    """Clip the gradients and update the weights, as ColossalAI's `optimizer.step()` does.
+
+    Args:
+        precision: its loss scale multiplied the gradients; under fp16 an overflow skips the update.
+        max_norm: largest norm; 0: no clipping.
+        groups: the groups of ranks that hold other parts of the model, or of a parameter.
+        tp_group: that of `groups` whose ranks may hold the same gradients, or None.
+        updated: called once the update of a part's working weight has been launched.
+
+    Returns:
+        The norm before clipping, times the loss scale.
+    """
+    norm = _gradient_norm(parts, groups, tp_group)
+    if isinstance(precision, FP16MixedPrecisionMixin):
+        precision.gradient_norm = norm
+    if precision is not None and precision.should_skip_step():
+        return norm
+
+    scale = 1.0 if precision is None else precision.get_grad_div_scale()
+    if max_norm > 0:
+        scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
+    on_host = [part for part in parts if part.master.device != part.gradient.device]
+    _copy_to_host(adam, on_host)
+    for part in parts:
+        _set_gradient(part.master, part.gradient)
+    on_device = [part for part in parts if part.master.device == part.working.device]
+    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, updated
+    adam.step(div_scale=scale)
+    adam.parts = {}  # frees the gradients
+    for part in parts:
+        part.master.grad = None
+    if on_host:
+        torch.cuda.current_stream().wait_stream(adam.transfers[on_host[0].master].stream)
+    if on_device and not adam.fused:
+        torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
+    if on_host or not adam.fused:
+        for part in parts:
+            updated(part)
+    return norm
+
+
+def _gradient_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: ProcessGroup | None) -> float:
+    """Return the L2 norm over the groups' parts; gradients that tensor-parallel ranks replicate count once."""
+    squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
+    if tp_group is not None and (tp_size := dist.get_world_size(tp_group)) > 1:
+        fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
+        squares *= torch.tensor(fractions, device=squares.device)
+    total = squares.sum()
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(total, group=group)
+    return total.sqrt().item()
 
 
 @functools.cache
-def divide_gradients_by_their_scale() -> None:
-    """Divide fp16 gradients by the loss scale that multiplied them. Call before a step; later calls do nothing.
+def patch_loss_scaling() -> None:
+    """Patch fp16 training under every plugin. Call before a step; later calls do nothing.
 
-    Symptom: every 1000th step without an overflow updates the moments, and clips, as if gradients were half as large.
-    Cause: `should_skip_step` lets the scale grow before `get_grad_div_scale` reads it.
-    Fix: `should_skip_step` stores the scale first, and `get_grad_div_scale` returns the stored one, under every plugin.
-    Remove when: ColossalAI updates its scale after the step, as torch.amp.GradScaler does.
+    Gradients divided by another scale:
+        Symptom: every 1000th step without an overflow updates the moments, and clips, as if gradients were half as
+            large.
+        Cause: `should_skip_step` lets the scale grow before `get_grad_div_scale` reads it.
+        Fix: `should_skip_step` stores the scale first, and `get_grad_div_scale` returns the stored one.
+        Remove when: ColossalAI updates its scale after the step, as torch.amp.GradScaler does.
+
+    Overflow:
+        Symptom: a step reads every gradient two more times.
+        Cause: `check_local_overflow` looks for elements that are infinite or NaN.
+        Fix: it checks the norm that `update` has computed, which is finite only if all elements are.
+        Remove when: ColossalAI checks the norm.
     """
     decide, divisor = FP16MixedPrecisionMixin.should_skip_step, FP16MixedPrecisionMixin.get_grad_div_scale
 
@@ -51,201 +136,160 @@ def divide_gradients_by_their_scale() -> None:
         divisor(self)  # for its side effect
         return self.scale_of_gradients
 
+    def check_local_overflow(self: FP16MixedPrecisionMixin) -> bool:
+        return not math.isfinite(self.gradient_norm)
+
     replace(FP16MixedPrecisionMixin, "should_skip_step", should_skip_step)
     replace(FP16MixedPrecisionMixin, "get_grad_div_scale", get_grad_div_scale)
+    for mixin in (LowLevelZeroFP16MixedPrecisionMixin, NaiveFP16MixedPrecisionMixin):
+        replace(mixin, "check_local_overflow", check_local_overflow)
 
 
-def supports(optimizer: OptimizerWrapper) -> bool:
-    """Return True if `update` can replace `optimizer.step()`."""
-    if not isinstance(getattr(optimizer, "optim", None), Adam) or getattr(optimizer, "shared_params", None):
-        return False
-    if isinstance(optimizer, LowLevelZeroOptimizer):
-        group, *others = optimizer.pg_to_grad_store
-        one_group = isinstance(group, ProcessGroup) and not others
-        return one_group and optimizer._master_weights and not optimizer._overlap_allgather
-    return isinstance(optimizer, MixedPrecisionOptimizer)
+@torch.compile(dynamic=True)
+def _adamw(
+    master: Tensor,
+    moment: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    working: Tensor | None,
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    epsilon: Tensor,
+    decay: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    scale: Tensor,
+) -> None:
+    """Update by AdamW (arXiv:1711.05101) as ColossalAI's kernel does, and round the weight to `working`, in one pass.
 
-
-def reduce_gradients_directly(optimizer: LowLevelZeroOptimizer) -> None:
-    """Reduce each large gradient separately instead of in ZeRO's buckets.
-
-    Symptom: the backward pass waits for the host, which launches many small kernels in between.
-    Cause: ZeRO cuts each gradient into one tensor per rank, and concatenates a bucket's tensors to reduce them.
-    Fix: `_add_to_bucket` reduces a large, flat gradient at once, and `_run_reduction` reduces the rest.
-    Remove when: ZeRO's buckets are flat buffers that gradients are written into.
+    All tensors have the same shape. The scalars are tensors too: torch.compile would treat numbers as constants.
     """
-    if not supports(optimizer):
-        return
-    reducer = _GradientReducer(optimizer)
-    replace(optimizer, "_add_to_bucket", reducer.add)
-    replace(optimizer, "_run_reduction", reducer.end_pass)
-    # The flag now only makes backward() synchronize, which we do not need.
-    replace(optimizer, "_overlap_communication", False)
-    if optimizer.grad_handles:  # hooks have added every gradient before the pass ends
-        replace(optimizer, "_reduce_grad", lambda partition_grad: reducer.end_pass())
+    gradient = gradient.float() / scale
+    moment.copy_(beta1 * moment + (1 - beta1) * gradient)
+    square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
+    update = moment / correction1 / ((square / correction2).sqrt() + epsilon) + decay * master
+    master.sub_(lr * update)
+    if working is not None:
+        working.copy_(master)
 
 
-class _GradientReducer:
-    """Reduction of gradients to the partitions that ranks update.
+class Adam(HybridAdam):
+    """ColossalAI's AdamW for states on the GPU and in host memory, with host gradients in any precision.
 
-    Large gradients are reduced on a side stream during the backward pass, small ones in one operation at its end. At
-    most IN_FLIGHT large gradients are kept in memory until they are reduced. Under ZeRO-1 only this rank's partition is
-    reduced. With one rank nothing is communicated.
+    Host gradients: HybridAdam's bf16 path ignores the divisor that unscales and clips. Gradients cast to float32 take
+    its C++ path, which divides.
+
+    Fused update on the GPU:
+        Symptom: with master weights, each update reads the weights once more to copy them to the working precision.
+        Cause: HybridAdam's CUDA kernel, `gpu_adam_op`, writes float32 weights only.
+        Fix: with `fused`, a compiled kernel also writes the working weights. `parts` maps the address of a master
+            weight to its part; `updated` is called with each part once its update has been launched.
+        Remove when: ColossalAI's kernel writes the working precision too.
+
+    Attributes:
+        transfers: pinned buffers of the master weights in host memory.
+        parts: the parts whose working weights to write, by the address of their master weight.
+        updated: callback for each of these parts.
     """
 
-    def __init__(self, optimizer: LowLevelZeroOptimizer):
-        self.optimizer = optimizer
-        ((self.group, self.store),) = optimizer.pg_to_grad_store.items()
-        self.side_stream = optimizer.pg_to_bucket_store[self.group].comm_stream
-        # The allocator reuses freed memory at once on the stream that allocated it, so a gradient is kept until that
-        # stream has waited for its reduction.
-        self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.small: list[tuple[torch.nn.Parameter, int]] = []
+    def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.transfers: dict[Tensor, HostTransfer] = {}
+        self.parts: dict[int, Part] = {}
+        self.updated: Callable[[Part], None] = lambda part: None
+        self._scratch = torch.empty(0)
+        self.fused = fused and torch.cuda.is_available()
+        if self.fused:
+            replace(self, "gpu_adam_op", self._update_on_device)
 
-    def add(self, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Reduce a parameter's finished gradient; a small one waits for `end_pass`."""
-        if self.store.world_size == 1:
-            self._keep(self._padded(parameter), parameter, group_id)
-            return
-        if parameter.numel() < SMALL:
-            self.small.append((parameter, group_id))
-            return
-        gradient = self._padded(parameter)
-        accelerator = get_accelerator()
-        current = accelerator.current_stream()
-        self.side_stream.wait_stream(current)
-        with accelerator.stream(self.side_stream):
-            self._keep(self._reduce_scatter(gradient), parameter, group_id)
-            reduced = accelerator.Event()
-            reduced.record()
-        self.in_flight.append((gradient, reduced))
-        if len(self.in_flight) > IN_FLIGHT:
-            current.wait_event(self.in_flight.popleft()[1])
+    def _update_on_device(
+        self,
+        chunk: int,
+        overflowed: Tensor,
+        tensors: list[list[Tensor]],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        step: int,
+        mode: int,
+        correct: bool,
+        decay: float,
+        scale: float,
+    ) -> None:
+        """Update tensors on the GPU; takes the arguments of ColossalAI's `multi_tensor_adam`."""
+        corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
+        values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
+        numbers = torch.tensor(values, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
+        for gradient, master, moment, square in zip(*tensors, strict=True):
+            part = self.parts.get(master.data_ptr())
+            working = part.working.view(-1) if part else None
+            states = (tensor.view(-1) for tensor in (master, moment, square, gradient))
+            _adamw(*states, working, *numbers)  # type: ignore[call-arg]
+            if part:
+                self.updated(part)
 
-    def end_pass(self) -> None:
-        """Reduce the small gradients, and wait for the large ones."""
-        if self.small:
-            gradients = [self._padded(parameter).view(self.store.world_size, -1) for parameter, _ in self.small]
-            reduced = self._reduce_scatter(torch.cat(gradients, dim=1).flatten())
-            partitions = reduced.split([gradient.shape[1] for gradient in gradients])
-            for partition, (parameter, group_id) in zip(partitions, self.small, strict=True):
-                self._keep(partition, parameter, group_id)
-            self.small.clear()
-        get_accelerator().current_stream().wait_stream(self.side_stream)
-        self.in_flight.clear()
+    def _pre_update(self, parameter: Tensor, *state_keys: str) -> None:
+        if parameter in self.transfers:
+            self.transfers[parameter].copied.synchronize()
+        if parameter.grad is not None and parameter.grad.dtype is not torch.float32:
+            if self._scratch.numel() < parameter.numel():
+                self._scratch = torch.empty(parameter.numel())
+            float32 = self._scratch[: parameter.numel()].view(parameter.shape)
+            parameter.grad = float32.copy_(parameter.grad)
 
-    def _padded(self, parameter: torch.nn.Parameter) -> Tensor:
-        """Take the gradient from its parameter, flat and padded to a length divisible by the number of ranks."""
-        assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.flatten(), None
-        padding = self.optimizer.get_param_padding_size(parameter)
-        return F.pad(gradient, (0, padding)) if padding else gradient
-
-    def _reduce_scatter(self, gradient: Tensor) -> Tensor:
-        """Return this rank's partition of the mean of a flat gradient over the group; overwrites the gradient."""
-        ranks = self.store.world_size
-        partition = gradient.new_empty(gradient.numel() // ranks)
-        if gradient.is_cuda:
-            dist.reduce_scatter_tensor(partition, gradient, op=dist.ReduceOp.AVG, group=self.group)
-        else:  # Gloo has no mean
-            dist.reduce_scatter_tensor(partition, gradient.div_(ranks), group=self.group)
-        return partition
-
-    def _keep(self, partition: Tensor, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Add a partition to ZeRO's store, where micro-batches accumulate."""
-        store = self.store
-        if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
-            kept[0].add_(partition)
-            return
-        places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has a place for each rank
-        for _ in range(places):
-            store.append_gradients_by_param_id(partition, group_id, id(parameter))
+    def _post_update(self, parameter: Tensor, *state_keys: str) -> None:
+        parameter.grad = None
+        if parameter in self.transfers:
+            self.transfers[parameter].copy_to_device(parameter)
 
 
-@torch.no_grad()
-def update(optimizer: OptimizerWrapper) -> None:
-    """Clip the gradients and update the weights, as `optimizer.step()` does.
+def let_gemini_take_adam() -> None:
+    """Add `Adam` to the optimizers that Gemini accepts. Call before Gemini's plugin boosts; a second call is harmless.
 
-    fp16 overflow:
-        Symptom: a step reads every gradient two more times.
-        Cause: `check_local_overflow` looks for elements that are infinite or NaN.
-        Fix: it checks the norm, which is finite only if all elements are.
-        Remove when: ColossalAI checks the norm.
+    Symptom: GeminiOptimizer refuses `Adam` with "You should use an optimizer in the available list".
+    Cause: it looks up the exact type in a set, so a subclass of HybridAdam is not found.
+    Fix: add the subclass to the set.
+    Remove when: GeminiOptimizer uses isinstance.
     """
-    zero = isinstance(optimizer, LowLevelZeroOptimizer)
-    parts = list(_zero_parts(optimizer) if zero else _replicated_parts(optimizer))
-    norm = _gradient_norm(optimizer, parts)
-    replace(optimizer, "_current_grad_norm", norm)  # get_grad_norm() returns it
-    precision = optimizer.mixed_precision_mixin if zero else optimizer.mixed_precision
-    if isinstance(precision, FP16MixedPrecisionMixin):
-        replace(precision, "check_local_overflow", lambda: not math.isfinite(norm))
-    if precision is not None and precision.should_skip_step():
-        return
-
-    scale = 1.0 if precision is None else precision.get_grad_div_scale()
-    max_norm = optimizer._clip_grad_norm if zero else optimizer.max_norm
-    if max_norm > 0:
-        scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
-    on_host = [part for part in parts if part.master.device != part.gradient.device]
-    _copy_to_host(optimizer.optim, on_host)
-    for part in parts:
-        set_gradient(part.master, part.gradient)
-    on_device = [part for part in parts if part.master.device == part.working.device]
-    adam, gatherer = optimizer.optim, _WeightGatherer(optimizer)
-    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, gatherer.start
-    adam.step(div_scale=scale)
-    adam.parts = {}  # frees the gradients
-    for part in parts:
-        part.master.grad = None
-    if on_host:
-        torch.cuda.current_stream().wait_stream(adam.transfers[on_host[0].master].stream)
-    if on_device and not adam.fused:
-        torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
-    if on_host or not adam.fused:
-        for part in parts:
-            gatherer.start(part)
-    gatherer.finish()
+    replace(gemini_optimizer, "_AVAIL_OPTIM_LIST", gemini_optimizer._AVAIL_OPTIM_LIST | {Adam})
 
 
-def _zero_parts(optimizer: LowLevelZeroOptimizer) -> Iterator[Part]:
-    (store,) = optimizer.pg_to_grad_store.values()
-    index = 0 if optimizer._partition_grads else store.local_rank
-    for group_id, parameters in optimizer._working_param_groups.items():
-        for parameter in parameters:
-            gradients = store.get_partitioned_gradients_by_param_id(group_id, id(parameter))
-            if gradients:
-                whole = optimizer._working_param_to_padded_working_param[parameter].view(-1)
-                working = whole.chunk(store.world_size)[store.local_rank]
-                master = optimizer.working_to_master_param[id(parameter)]
-                yield Part(parameter, working, master, gradients[index].view(-1))
+class HostTransfer:
+    """A pinned buffer for a gradient's device-to-host copy, then for the updated weight's host-to-device copy.
+
+    Args:
+        gradient: a tensor of the buffer's shape and dtype.
+        stream: side stream of the copies to the device.
+    """
+
+    def __init__(self, gradient: Tensor, stream: torch.cuda.Stream):
+        self.buffer = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
+        self.copied = torch.cuda.Event()  # the gradient is in the buffer
+        self.stream = stream
+        self.working: Tensor
+
+    def copy_to_host(self, gradient: Tensor, working: Tensor) -> Tensor:
+        """Start the gradient's copy and return the buffer; the weight will be copied back to `working`."""
+        self.buffer.copy_(gradient, non_blocking=True)
+        self.copied.record()
+        self.working = working
+        return self.buffer
+
+    def copy_to_device(self, master: Tensor) -> None:
+        """Start the copy of the updated weight to the device."""
+        self.buffer.copy_(master)
+        with torch.cuda.stream(self.stream):
+            self.working.copy_(self.buffer, non_blocking=True)
 
 
-def _replicated_parts(optimizer: MixedPrecisionOptimizer) -> Iterator[Part]:
-    for parameter, master in optimizer.working_to_master_map.items():
-        if parameter.grad is not None:
-            yield Part(parameter, parameter.data, master, parameter.grad)
-
-
-def _gradient_norm(optimizer: OptimizerWrapper, parts: list[Part]) -> float:
-    """Return the L2 norm over all ranks' parts; gradients that tensor-parallel ranks replicate count once."""
-    squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
-    tp_group = getattr(optimizer, "tp_pg", None)
-    tp_size = _size(tp_group)
-    if tp_size > 1:
-        fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
-        squares *= torch.tensor(fractions, device=squares.device)
-    total = squares.sum()
-    data_groups: tuple = ()
-    if isinstance(optimizer, LowLevelZeroOptimizer):
-        data_groups = tuple(optimizer.pg_to_grad_store)
-    for group in (*data_groups, tp_group, getattr(optimizer, "pp_pg", None)):
-        if _size(group) > 1:
-            dist.all_reduce(total, group=group)
-    return total.sqrt().item()
-
-
-def _size(group: ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
+def _set_gradient(master: Tensor, gradient: Tensor) -> None:
+    """Set `master.grad` to a gradient of another dtype, which torch allows only while `master.data` has that dtype."""
+    weight = master.data
+    master.data = gradient
+    master.grad = gradient
+    master.data = weight
 
 
 def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
@@ -255,39 +299,3 @@ def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
             stream = next(iter(adam.transfers.values())).stream if adam.transfers else torch.cuda.Stream()
             adam.transfers[part.master] = HostTransfer(part.gradient, stream)
         part.gradient = adam.transfers[part.master].copy_to_host(part.gradient, part.working)
-
-
-class _WeightGatherer:
-    """All-gather of working weights: large ones once this rank has updated its part, small ones in one operation."""
-
-    def __init__(self, optimizer: OptimizerWrapper):
-        self.group: ProcessGroup | None = None
-        if isinstance(optimizer, LowLevelZeroOptimizer):
-            (self.group,) = optimizer.pg_to_grad_store
-            self.whole = optimizer._working_param_to_padded_working_param
-        self.small: list[Part] = []
-        self.in_flight: list[dist.Work] = []
-
-    def start(self, part: Part) -> None:
-        """Gather the weight of an updated part; a small one waits for `finish`."""
-        if _size(self.group) == 1:
-            return
-        if part.parameter.numel() < SMALL:
-            self.small.append(part)
-            return
-        whole = self.whole[part.parameter].view(-1)
-        self.in_flight.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
-
-    def finish(self) -> None:
-        """Gather the small weights, and wait for the large ones."""
-        if self.small:
-            own = torch.cat([part.working for part in self.small])
-            gathered = own.new_empty(_size(self.group), own.numel())
-            dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
-            columns = gathered.split([part.working.numel() for part in self.small], dim=1)
-            for part, partitions in zip(self.small, columns, strict=True):
-                self.whole[part.parameter].view_as(partitions).copy_(partitions)
-        for work in self.in_flight:
-            work.wait()
-        self.small.clear()
-        self.in_flight.clear()

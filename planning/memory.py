@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 from attn import EAGER
-from engine import gemini, update
+from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
 from engine.job import Job, recomputed_layers, reenters
-from engine.layout import GEMINI_PLUGINS, Layout
+from engine.layout import Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
 from runtime.console import say
@@ -84,18 +84,7 @@ def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[Paramet
     return specs
 
 
-def _state(job: Job, specs: list[ParameterSpec]) -> _State:
-    """Return the memory that the plugin keeps for these parameters."""
-    width, layout = job.dtype.itemsize, job.layout
-    shards = layout.dp * layout.sp // layout.extra_dp
-    if layout.plugin.startswith("fsdp"):
-        return _offloaded(_fsdp_state(specs, width, shards), job)
-    if layout.plugin in GEMINI_PLUGINS:
-        return _offloaded(_gemini_state(job, specs, width, shards), job)
-    return _offloaded(_zero_state(job, specs, width, shards), job)
-
-
-def _fsdp_state(specs: list[ParameterSpec], width: int, shards: int) -> _State:
+def _fsdp_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:
     """Return FSDP's state: float32 shards of weights, gradients and moments; root module and two layers gathered."""
     parameters = sum(spec.shape.numel() for spec in specs)
     root = sum(spec.shape.numel() for spec in specs if ".layers." not in spec.name)
@@ -142,7 +131,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
         parameters = sum(spec.shape.numel() for spec in specs)
     largest = max(spec.shape.numel() for spec in specs)
     # HybridParallelPlugin adds torch's DistributedDataParallel; its buckets are as large as all gradients together.
-    replicated = layout.zero_stage == 0 or (layout.is_hybrid and layout.dp == 1)
+    replicated = layout.zero_stage == 0 or (layout.traits.splits and layout.dp == 1)
     common = dict(
         weights=width * (frozen + parameters),
         buckets=width * parameters if replicated and layout.pp == 1 else 0,
@@ -156,11 +145,11 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
             **common,
         )
     # At the end of the pass, the small gradients exist in three concatenated copies.
-    small = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < update.SMALL)
+    small = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < zero.SMALL)
     exchange = 3 * width * small if shards > 1 else 0
     in_layers = [spec.shape.numel() for spec in specs if ".layers." in spec.name]
-    large = [size for size in in_layers if size >= update.SMALL]
-    reducing = width * sum(large[-update.IN_FLIGHT :]) if shards > 1 else 0
+    large = [size for size in in_layers if size >= zero.SMALL]
+    reducing = width * sum(large[-zero.IN_FLIGHT :]) if shards > 1 else 0
     gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
     return _State(
         optimizer=MASTER_AND_MOMENTS * parameters / shards,
@@ -171,20 +160,21 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     )
 
 
-def _offloaded(state: _State, job: Job) -> _State:
-    """Return the state with the parts that the plugin and its flags offload moved to host memory."""
-    if job.layout.plugin == "fsdp_cpu":
-        host = state.weights + state.optimizer + state.gradients
-        return replace(state, weights=0, optimizer=0, gradients=0, step=0, host=host)
-    if job.layout.plugin in ("zero2_cpu", "3d_cpu"):
-        return replace(state, optimizer=0, step=0, host=state.optimizer)
-    if job.layout.plugin == "gemini_auto":  # it offloads weights only as a last resort
-        return replace(state, optimizer=0, step=0, host=state.optimizer)
-    optimizer = state.optimizer * job.placement.offload_optim_frac
-    weights = state.weights * job.placement.offload_param_frac
-    return replace(
-        state, weights=state.weights - weights, optimizer=state.optimizer - optimizer, host=optimizer + weights
-    )
+_STATES = {"fsdp": _fsdp_state, "gemini": _gemini_state, "zero": _zero_state, "hybrid": _zero_state}
+
+
+def _state(job: Job, specs: list[ParameterSpec]) -> _State:
+    """Return the memory that the plugin keeps for these parameters, less what is offloaded to host memory."""
+    layout, placement = job.layout, job.placement
+    shards = layout.gradient_ranks // layout.extra_dp
+    state = _STATES[layout.traits.module](job, specs, job.dtype.itemsize, shards)
+    fractions = {"weights": placement.offload_param_frac, "optimizer": placement.offload_optim_frac}
+    fractions |= dict.fromkeys(layout.traits.on_host, 1.0)
+    moved = {name: fraction * getattr(state, name) for name, fraction in fractions.items()}
+    left = {name: getattr(state, name) - size for name, size in moved.items()}
+    if "optimizer" in layout.traits.on_host:  # it is also updated there
+        left["step"] = 0.0
+    return replace(state, host=sum(moved.values()), **left)
 
 
 def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int, fused: Fusion = Fusion.NONE) -> float:

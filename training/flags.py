@@ -68,8 +68,9 @@ def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
 
 
-def add_plugin_args(parser: argparse.ArgumentParser, plugins: tuple[str, ...] = PLUGINS) -> None:
-    """Add the flags for the plugin, one of `plugins`, and the sizes of its parallelism."""
+def add_plugin_args(parser: argparse.ArgumentParser, all_plugins: bool = False) -> None:
+    """Add the flags for the plugin, one that trains or any, and the sizes of its parallelism."""
+    plugins = [name for name, traits in PLUGINS.items() if traits.trains or all_plugins]
     group = parser.add_argument_group("parallelism")
     group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
     group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or a divisor)")

@@ -166,7 +166,7 @@ def _update(
 ) -> StepResult:
     """Clip the gradients and update the weights; without labels that count, skip the step."""
     lr = float(scheduler.get_last_lr()[0])
-    scaler = loss_scaler(engine.optimizer)
+    scaler = loss_scaler(engine)
     loss_scale = scaler.loss_scale if scaler else 1.0
     if not label_tokens:
         return StepResult(None, lr, math.inf, True, loss_scale)

@@ -350,7 +350,7 @@ def load_weights_alone(folder, flags):
 
 
 def grad_scaler_of(engine):
-    return loss_scaler(engine.optimizer).grad_scaler
+    return loss_scaler(engine).grad_scaler
 
 
 def save_and_load_loss_scale(folder, flags):
@@ -369,7 +369,7 @@ def save_and_load_loss_scale(folder, flags):
 def load_in_fp16(folder):
     engine = boosted("-p zero2 -x fp16")
     load_checkpoint(folder, engine)
-    return loss_scaler(engine.optimizer).loss_scale
+    return loss_scaler(engine).loss_scale
 
 
 class TestCheckModel:

@@ -156,7 +156,7 @@ class TestLaunch:
 
 
 class TestAdam:
-    """Host gradients in bf16, whose scale ColossalAI's path ignores; see engine.adam.Adam."""
+    """Host gradients in bf16, whose scale ColossalAI's path ignores; see engine.update.Adam."""
 
     @pytest.mark.slow
     def test_equals_pytorch_once_they_are_cast_to_float32(self):

@@ -162,7 +162,7 @@ def batches(engine: Engine, data=None):
 def steps(flags, precision):
     """Take a step and return its results; in fp16, after two that overflow (the second halves the scale)."""
     engine = prepared(f"{flags} -x {precision}")
-    scaler = loss_scaler(engine.optimizer)
+    scaler = loss_scaler(engine)
     norms, skipped, scales = [], [], []
     for label_tokens in (1e-6, 1e-6, LABEL_TOKENS) if scaler else (LABEL_TOKENS,):
         scales.append(scaler.loss_scale if scaler else None)
@@ -238,5 +238,5 @@ class TestLossScaler:
 
 
 def initial_scales(flags):
-    scalers = {name: loss_scaler(boosted(f"{flags} -b 2 -x {name}").optimizer) for name in ("fp16", "bf16")}
+    scalers = {name: loss_scaler(boosted(f"{flags} -b 2 -x {name}")) for name in ("fp16", "bf16")}
     return {name: scaler and scaler.loss_scale for name, scaler in scalers.items()}
