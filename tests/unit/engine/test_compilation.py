@@ -12,19 +12,27 @@ from torch._dynamo.utils import counters
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from attn import TORCH_FUSED
-from engine import compilation
+from engine import compilation, patching
 from engine.compilation import Fusion, fuse
-from engine.recomputation import checkpoint_layers, recomputed, recomputed_but_attention
+from engine.recomputation import checkpoint_layers
 from engine.step import summed_cross_entropy
 from model_utils import IGNORE_INDEX, build_model, load_config
+from processes import job
+
+
+@pytest.fixture(autouse=True)
+def no_patch_left(monkeypatch):
+    """Take back what a test patches in this process, which runs other files' tests after it."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+    monkeypatch.setattr(patching, "_originals", {})
+    yield
+    fuse(torch.nn.Module(), Fusion.NONE)
 
 
 @pytest.fixture(params=[Fusion.NONE, Fusion.PIECES], ids=["as written", "compiled"])
-def stance(request, monkeypatch):
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
+def stance(request):
     fuse(torch.nn.Module(), request.param)
-    yield request.param
-    fuse(torch.nn.Module(), Fusion.NONE)
+    return request.param
 
 
 def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,7 +104,6 @@ def test_lengths_that_differ_compile_twice_at_most(fusion, monkeypatch):
         ids = torch.zeros(2, 8 * (7 * number % 30 + 1), dtype=torch.int64)
         summed_cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
         compiled.append(counters["stats"]["unique_graphs"])
-    fuse(torch.nn.Module(), Fusion.NONE)
     assert 2 <= compiled[0] <= 4
     assert compiled[-1] <= 2 * compiled[0]
 
@@ -105,7 +112,7 @@ PRODUCT = torch.ops.aten.mm.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
+def operations(monkeypatch, flags: str, compiled: bool) -> tuple[dict[str, list[tuple[int, int]]], list[torch.Tensor]]:
     """Return matrix products and attentions in each compiled graph of four recomputed layers, and the gradients."""
     found: dict[str, list[tuple[int, int]]] = {"forward": [], "backward": []}
 
@@ -123,7 +130,7 @@ def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tu
     model = build_model(config, torch.device("cpu"), torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint_layers(model.train(), {0, 1, 2, 3}, function)
+    checkpoint_layers(job(flags), model.train())
     backend = aot_autograd(
         fw_compiler=counted("forward"),
         bw_compiler=counted("backward"),
@@ -137,11 +144,11 @@ def operations(monkeypatch, function, compiled: bool) -> tuple[dict[str, list[tu
     return found, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize(("function", "attentions"), [(recomputed, 1), (recomputed_but_attention, 0)])
-def test_a_recomputed_layer_skips_its_last_product_and_kept_attention(monkeypatch, function, attentions):
-    found, gradients = operations(monkeypatch, function, compiled=True)
+@pytest.mark.parametrize(("flags", "attentions"), [("-g", 1), ("-g -a --keep_attention", 0)])
+def test_a_recomputed_layer_skips_its_last_product_and_kept_attention(monkeypatch, flags, attentions):
+    found, gradients = operations(monkeypatch, flags, compiled=True)
     assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
-    for ours, theirs in zip(gradients, operations(monkeypatch, recomputed, compiled=False)[1], strict=True):
+    for ours, theirs in zip(gradients, operations(monkeypatch, "-g", compiled=False)[1], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
@@ -155,4 +162,3 @@ def test_layers_or_pieces():
     fuse(other, Fusion.PIECES)
     assert vars(other.model.layers[0].mlp)["forward"].__func__ is compilation._mlp
     assert other.model.layers[0]._compiled_call_impl is None
-    fuse(torch.nn.Module(), Fusion.NONE)
