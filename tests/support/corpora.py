@@ -18,6 +18,7 @@ import sentencepiece
 from corpus import units
 from corpus.encoder import TextEncoder
 from corpus.prepare import prepare_folder
+from corpus.rows import read_documents
 from corpus.sources import resolve_source
 from launching import ROOT
 from runtime.console import InputError
@@ -47,6 +48,11 @@ def documents_of(stream, bos):
     """Return the documents of a stream, sorted, since slices reorder them."""
     starts = [place for place, token in enumerate(stream) if token == bos]
     return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
+
+
+def documents_in(source):
+    """Return all documents of a source, file by file."""
+    return [document for file in source.files for document in read_documents(file.fetch(), file.slice)]
 
 
 def reference_stream(tokenizer, texts):
