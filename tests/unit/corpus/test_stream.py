@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from corpora import documents_in, error_of
 from corpus.encoder import TextEncoder
-from corpus.order import Permutation, ShardedSampler, splitmix64
+from corpus.order import Permutation, splitmix64
 from corpus.rows import read_rows
 from corpus.sources import Source, SourceFile, resolve_source
 from data_utils import StreamedDataset
@@ -31,6 +31,7 @@ from model_utils import IGNORE_INDEX
 from pretrain import parse_args
 from runs import run_from
 from runtime.console import InputError
+from training.batches import ShardedSampler
 from training.plan import TrainState, make_plan
 
 LENGTH = 16
