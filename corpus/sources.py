@@ -4,6 +4,7 @@ Only names and sizes are read here. `SourceFile.fetch` downloads a file if it is
 reads it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,8 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from huggingface_hub import constants
+
 from corpus import downloads
-from corpus.downloads import CONVERTED, RemoteFile, Repository, Unreachable
+from corpus.downloads import CONVERTED, NoRevision, RemoteFile, Repository, Unreachable
 from corpus.rows import FILE_SUFFIXES, STATE
 from corpus.splits import (
     CARD_FILES,
@@ -314,7 +317,7 @@ def _hub_source(name: str, revision: str | None, request: Request) -> Source:
         source = _repository_source(repository, revision, request)
     except Unreachable as error:
         if known:
-            if not downloads.is_offline():
+            if not constants.HF_HUB_OFFLINE:
                 say(f"the hub cannot be reached ({error}); {name} is read as it was listed the last time")
             return Source.from_json(known["source"])
         raise NotFound(
@@ -335,7 +338,8 @@ def _repository_source(repository: Repository, revision: str | None, request: Re
 
     @functools.cache
     def converted() -> Repository | None:
-        return None if revision else downloads.list_converted(name)
+        with contextlib.suppress(NoRevision):
+            return None if revision else downloads.list_repository(name, CONVERTED)
 
     if request.configuration and not card:
         branch = converted()
@@ -369,9 +373,9 @@ def _chosen_source(repository: Repository, choice: Choice) -> Source:
 
 
 def _described(repository: Repository, files: list[SourceFile], kind: str, more: str) -> Source:
-    source = Source(repository.name, files, repository.commit)
-    found = f"{repository.name}@{repository.commit}: {len(files)} {kind}, {source.size / 1e9:.2f} GB"
-    return replace(source, remark=found + more)
+    size = sum(file.size for file in files) / 1e9
+    remark = f"{repository.name}@{repository.commit}: {len(files)} {kind}, {size:.2f} GB{more}"
+    return Source(repository.name, files, repository.commit, remark)
 
 
 def _converted_source(repository: Repository, request: Request, own: Card | None = None) -> Source:
@@ -385,11 +389,12 @@ def _converted_source(repository: Repository, request: Request, own: Card | None
 def _url_source(repository: Repository, url_lists: dict[str, str], slices: Sequence[str]) -> Source:
     """Return the files in lists of URLs, which are one for each slice, by its name."""
     _require_slices(repository.name, slices, url_lists, url_lists)
-    chosen = {path: slice for slice, path in url_lists.items() if not slices or slice in slices}
+    chosen = [slice for slice in url_lists if not slices or slice in slices]
+    urls = {slice: downloads.read_url_list(repository, url_lists[slice]) for slice in chosen}
     files = [
         SourceFile(f"{slice}/{_url_tail(remote.url, slice)}", slice, remote.size, remote.version, remote.url)
-        for path, urls in downloads.read_url_lists(repository, list(chosen)).items()
-        for slice, remote in ((chosen[path], remote) for remote in downloads.remote_files(urls))
+        for slice in chosen
+        for remote in downloads.remote_files(urls[slice])
     ]
     unknown = sum(not file.size for file in files)
     return _described(repository, files, "files behind URLs", f" and {unknown} of unknown size" if unknown else "")

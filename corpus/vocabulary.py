@@ -51,26 +51,21 @@ def special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
     if model["type"] != "BPE" or model["ignore_merges"]:
         return special
     inner = len(model["continuing_subword_prefix"] or "")
-    return special & (
-        {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
-    )
+    merged = {left + right[inner:] for left, right in model["merges"]}
+    return {token for token in special if token in merged or len(token) == 1}
 
 
 def letters(tables: dict[str, Any]) -> set[str]:
     """Return the special tokens that text needs as characters: those of a model without bytes for other characters."""
     if tables["model"].get("byte_fallback"):
         return set()
-    return {token for token in _special_words(tables) if _is_character(token)}
+    return {token for token in _special_words(tables) if len(token) == 1}
 
 
 def _special_words(tables: dict[str, Any]) -> set[str]:
     """Return the special tokens in the model's vocabulary."""
     words = dict(tables["model"]["vocab"])
     return {token["content"] for token in tables["added_tokens"] if token["special"]} & words.keys()
-
-
-def _is_character(token: str) -> bool:
-    return len(token) == 1
 
 
 def hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
@@ -187,7 +182,7 @@ def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto
         model["vocab"] != {piece.piece: id_ for id_, piece in enumerate(rules.pieces)}
         or len(scores) + len(others) != len(rules.pieces)
         or {piece.piece for piece in pieces[Piece.BYTE]} != BYTES
-        or any(map(_is_character, others))
+        or any(len(piece) == 1 for piece in others)
         or not set("".join(scores)) <= scores.keys()
     ):
         return False
