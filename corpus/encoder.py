@@ -191,12 +191,8 @@ class TextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the ids depend on, special tokens included."""
-        frame = [
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-            bool(self.sentencepiece),
-            self.bare_leading_space,
-        ]
+        frame = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        frame += [bool(self.sentencepiece), self.bare_leading_space]
         if self._plain_text.hidden and not self.sentencepiece:
             frame.append("special tokens are not made of text")
         if self.vocab_size > 2**16 >= len(self.tokenizer):
