@@ -71,14 +71,39 @@ def check_size(path: Path, expected: int) -> None:
         )
 
 
-class PackedDataset(Dataset):
+class TextDataset(Dataset):
+    """Sequences of S tokens of text, all of which the model learns.
+
+    Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels. With
+    `document_ends`, the ids of BOS and EOS, `mark_documents` adds what keeps documents apart.
+    """
+
+    collate: Callable | None = None  # torch's default
+
+    def __init__(self, max_length: int, document_ends: tuple[int, int] | None, slice_weights: dict[str, float] | None):
+        self.max_length, self.document_ends, self.slice_weights = max_length, document_ends, slice_weights
+
+    def item(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the item of a sequence's ids, [S]."""
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        item = {"input_ids": ids, "labels": ids.clone()}
+        return mark_documents(item, *self.document_ends) if self.document_ends else item
+
+    @property
+    def mean_length(self) -> float:
+        """Number of tokens in a sequence."""
+        return self.max_length
+
+    def fix_order(self, saved: dict, global_batch: int) -> dict:
+        """Return the settings, beside data, seed and length, that the order depends on."""
+        return {"slice_weights": self.slice_weights, "document_mask": self.document_ends is not None}
+
+
+class PackedDataset(TextDataset):
     """A split of a prepared folder as sequences of S tokens: its shards, concatenated and cut every S tokens.
 
     With `slice_weights`, the shards of each slice are concatenated and cut separately, so each sequence comes from one
     slice; `order` then draws from the slices by weight.
-
-    Items are {"input_ids": int64 [S], "labels": int64 [S]}, both the same ids: the model shifts the labels. With
-    `document_ends`, the ids of BOS and EOS, `mark_documents` adds what keeps documents apart.
 
     Attributes:
         slices: the sequences of each slice, by its name; without `slice_weights`, all under the name "".
@@ -96,10 +121,8 @@ class PackedDataset(Dataset):
         split: str = TRAIN,
         slice_weights: dict[str, float] | None = None,
     ):
+        super().__init__(max_length, document_ends, slice_weights)
         self.folder = Path(folder)
-        self.max_length = max_length
-        self.document_ends = document_ends
-        self.slice_weights = slice_weights
         self.manifest = read_manifest(self.folder)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         streams: dict[str, list[dict]] = {}
@@ -111,14 +134,10 @@ class PackedDataset(Dataset):
         self._opened: dict[int, np.memmap] = {}
         for shard in self.shards:
             check_size(self.folder / shard["file"], shard["tokens"] * self.dtype.itemsize)
-        self.slices: dict[str, range] = {}
-        self._first_sequences, self._first_tokens = [0], [0]
-        for name in sorted(streams):
-            tokens = sum(shard["tokens"] for shard in streams[name])
-            first = self._first_sequences[-1]
-            self.slices[name] = range(first, first + tokens // max_length)
-            self._first_sequences.append(self.slices[name].stop)
-            self._first_tokens.append(self._first_tokens[-1] + tokens)
+        tokens = {name: sum(shard["tokens"] for shard in streams[name]) for name in sorted(streams)}
+        self._first_tokens = list(itertools.accumulate(tokens.values(), initial=0))
+        self._first_sequences = list(itertools.accumulate((n // max_length for n in tokens.values()), initial=0))
+        self.slices = dict(zip(tokens, map(range, self._first_sequences, self._first_sequences[1:]), strict=True))
         if slice_weights:
             self.order(seed=0)  # checks the weights
         if len(self) == 0 and split == HELD_OUT:
@@ -142,9 +161,7 @@ class PackedDataset(Dataset):
             raise IndexError(f"sequence {index} of {len(self)}")
         stream = bisect_right(self._first_sequences, index) - 1
         start = self._first_tokens[stream] + (index - self._first_sequences[stream]) * self.max_length
-        ids = torch.from_numpy(self._tokens(start, start + self.max_length))
-        item = {"input_ids": ids, "labels": ids.clone()}
-        return mark_documents(item, *self.document_ends) if self.document_ends else item
+        return self.item(self._tokens(start, start + self.max_length))
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         pieces = []
@@ -160,7 +177,7 @@ class PackedDataset(Dataset):
                 f"--dataset: {self.folder / self.shards[number]['file']} is damaged: it holds the token {ids.max()} of "
                 f"a vocabulary of {self.manifest['vocab_size']}; scripts/prepare_dataset.py --verify finds all that are"
             )
-        return ids.astype(np.int64)
+        return ids
 
     def _shard(self, number: int) -> np.memmap:
         if number not in self._opened:
@@ -176,22 +193,11 @@ class PackedDataset(Dataset):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": {}}
 
-    @property
-    def mean_length(self) -> float:
-        """Number of tokens in a sequence."""
-        return self.max_length
-
-    def fix_order(self, saved: dict, global_batch: int) -> dict:
-        """Return the settings, beside data, seed and length, that the order depends on."""
-        return {"slice_weights": self.slice_weights, "document_mask": self.document_ends is not None}
-
     def order(self, seed: int) -> Order:
         """Return the order in which a run with this seed reads the sequences."""
         if self.slice_weights:
             return MixedOrder(self.slices, self.slice_weights, seed)
         return GlobalOrder(len(self), seed)
-
-    collate: Callable | None = None  # torch's default
 
     @property
     def description(self) -> str:
@@ -232,7 +238,7 @@ def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[st
 
 
 class RandomDataset(Dataset):
-    """Sequences of random tokens for benchmarks; sequence i is a function of (seed, i). Items as in PackedDataset."""
+    """Sequences of random tokens for benchmarks; sequence i is a function of (seed, i). Items as in TextDataset."""
 
     def __init__(self, num_sequences: int, max_length: int, vocab_size: int, seed: int):
         self.num_sequences, self.max_length, self.vocab_size, self.seed = num_sequences, max_length, vocab_size, seed
@@ -249,12 +255,11 @@ class RandomDataset(Dataset):
 ENDLESS = 2**62
 
 
-class StreamedDataset(Dataset):
+class StreamedDataset(TextDataset):
     """Sequences read from the source's files while training runs.
 
-    The index is the position in the run's order; read positions in ascending order. Items are those of PackedDataset
-    with `stream`, from which a later run continues: the number of the item's buffer, and the state of the stream at its
-    start.
+    The index is the position in the run's order; read positions in ascending order. Items also have `stream`, from
+    which a later run continues: the number of the item's buffer, and the state of the stream at its start.
     """
 
     def __init__(
@@ -275,8 +280,8 @@ class StreamedDataset(Dataset):
         Raises:
             InputError: a slice with a weight is missing, or the size of a file is unknown.
         """
-        self.source, self.encoder, self.max_length, self.seed = source, encoder, max_length, seed
-        self.buffer, self.document_ends, self.slice_weights = buffer, document_ends, slice_weights
+        super().__init__(max_length, document_ends, slice_weights)
+        self.source, self.encoder, self.seed, self.buffer = source, encoder, seed, buffer
         names = sorted({file.slice for file in source.files})
         missing = sorted(set(slice_weights or {}) - set(names))
         if missing:
@@ -292,48 +297,37 @@ class StreamedDataset(Dataset):
 
     def check(self) -> None:
         """Read a document of every slice. Raises InputError if a slice has none or its file is damaged."""
-        stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights)
-        for reader in stream.readers.values():
+        for reader in self._open(None).readers.values():
             reader.next_text()
 
     def resume(self, stream: dict | None) -> None:
         """Continue from the `stream` of an item of an earlier run."""
         self.start = stream
 
-    @property
-    def mean_length(self) -> float:
-        """Number of tokens in a sequence."""
-        return self.max_length
+    def _open(self, state: dict | None) -> TokenStream:
+        return TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights, state)
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, position: int) -> dict:
         if self._stream is None:  # in the process that reads
-            self._read = self.start["buffer"] * self.buffer if self.start else 0
-            state = self.start["state"] if self.start else None
-            weights = self.slice_weights
-            self._stream = TokenStream(self.source, self.encoder, self.max_length, self.seed, weights, state)
+            start = self.start or {"buffer": 0, "state": None}
+            self._read, self._stream = start["buffer"] * self.buffer, self._open(start["state"])
         number, place = divmod(position, self.buffer)
         # Reads the next buffer bit by bit while this one is used, so that no step waits for a whole buffer.
         self._read_until(self._stream, max((number + 1) * self.buffer, position + self.buffer), keep=number)
         state, sequences = self._buffers[number]
-        ids = torch.from_numpy(sequences[Permutation(self.buffer, self.seed, number)[place]].astype(np.int64))
-        item = {"input_ids": ids, "labels": ids.clone()}
-        if self.document_ends:
-            item = mark_documents(item, *self.document_ends)
+        item = self.item(sequences[Permutation(self.buffer, self.seed, number)[place]])
         return {**item, "stream": {"buffer": number, "state": state}}
 
     def _read_until(self, stream: TokenStream, stop: int, keep: int) -> None:
-        for number in [number for number in self._buffers if number < keep]:
-            del self._buffers[number]
         while self._read < stop:
             number, place = divmod(self._read, self.buffer)
-            if place == 0 and number >= keep:
+            if place == 0:
+                self._buffers = {kept: buffer for kept, buffer in self._buffers.items() if kept >= keep}
                 self._buffers[number] = (stream.state, [])
-            sequence = stream.next_sequence()
-            if number >= keep:
-                self._buffers[number][1].append(sequence)
+            self._buffers[number][1].append(stream.next_sequence())
             self._read += 1
 
     @staticmethod
@@ -344,11 +338,7 @@ class StreamedDataset(Dataset):
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
         """Return the settings, beside data, seed and length, that the order depends on."""
-        return {
-            "slice_weights": self.slice_weights,
-            "document_mask": self.document_ends is not None,
-            "shuffle_buffer": self.buffer,
-        }
+        return {**super().fix_order(saved, global_batch), "shuffle_buffer": self.buffer}
 
     def order(self, seed: int) -> Sequence[int]:
         return range(ENDLESS)

@@ -41,6 +41,7 @@ from corpus.encoder import TextEncoder
 from corpus.manifest import FORMAT_VERSION
 from corpus.order import GlobalOrder
 from corpus.prepare import prepare_dataset, prepare_folder
+from corpus.rows import read_documents
 from corpus.sources import resolve_source
 from corpus.tokenizer import load_tokenizer
 from data_utils import PackedDataset
@@ -64,7 +65,9 @@ def parse_args() -> argparse.Namespace:
 
 def write_corpus(dataset: str, folder: Path, megabytes: int) -> list[str]:
     """Write JSONL files of some megabytes each into `folder`, and return their texts."""
-    documents = [document.text for file in resolve_source(dataset).files for document in file.documents()]
+    documents = [
+        document.text for file in resolve_source(dataset).files for document in read_documents(file.fetch(), file.slice)
+    ]
     texts, size, lines = [], 0, []
     for text in itertools.cycle(documents):
         lines.append(json.dumps({"text": text}) + "\n")

@@ -11,8 +11,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from corpus.encoder import TextEncoder
-from corpus.plain_text import unknown_refused
+from corpus.encoder import TextEncoder, unknown_refused
 from runtime.console import InputError, first_line
 
 MARK = "\ufdd0"  # put around a special token that a message spells out; a noncharacter, for such uses (Unicode 23.7)

@@ -1,18 +1,36 @@
 """Turns texts into token ids: the tokenizer's own ids, by a faster way where it is proven to give the same."""
 
+import contextlib
+import copy
 import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils import Trie
 
-from corpus.plain_text import FOUND_IN_TEXT, PlainText, equal_sentencepiece, neighbours, plain_spec
 from corpus.tokenizer import vocabulary_size
+from corpus.vocabulary import (
+    FOUND_IN_TEXT,
+    RESERVED,
+    equal_sentencepiece,
+    hide,
+    letters,
+    neighbours,
+    plain_spec,
+    special_tokens_of_text,
+    tables_of,
+)
+from runtime.console import InputError, first_line
 
 PIECE_CHARACTERS, MAX_PIECE_CHARACTERS = 2**16, 2**20
 FEW_CHARACTERS = 2**11
@@ -41,16 +59,18 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
-        self._plain_text = PlainText(tokenizer)
+        self._plain_text = _PlainText(tokenizer)
         self.letters = self._plain_text.letters  # special tokens that text may contain
         # SentencePiece puts a space before every text; some tokenizers do not if the text begins with a space.
-        self.sentencepiece, self.bare_leading_space = equal_sentencepiece(tokenizer, self._plain_text)
+        self.sentencepiece, self.bare_leading_space = equal_sentencepiece(
+            tokenizer, self._plain_text.tables, self._plain_text.hidden
+        )
 
     def encode(self, documents: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return one array of `dtype` per document, [number of tokens], with BOS and EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if not self.can_cut or sum(map(len, documents)) < FEW_CHARACTERS:
-            return [np.array([bos, *ids, eos], self.dtype) for ids in self._encode(documents, threads)]
+            return [np.array([bos, *ids, eos], self.dtype) for ids in self.tokenize(documents, threads)]
         arrays = self._encode_by_parts(documents, threads)
         if arrays is None:
             arrays = []
@@ -59,18 +79,15 @@ class TextEncoder:
                 arrays.append(np.concatenate([[bos], *pieces, [eos]], dtype=self.dtype, casting="unsafe"))
         return arrays
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, without BOS and EOS."""
-        return self._encode(texts)
-
-    def _encode(self, documents: Sequence[str], threads: int = 1) -> list[list[int]]:
         if not self.sentencepiece:
-            return self._plain_text.encode(documents)
+            return self._plain_text.encode(texts)
         if not self.bare_leading_space:
-            return self.sentencepiece.encode(list(documents), num_threads=threads)
-        bare = [document.startswith((" ", "▁")) for document in documents]
-        texts = ["\n" + document if bare_ else document for document, bare_ in zip(documents, bare, strict=True)]
-        encoded = self.sentencepiece.encode(texts, num_threads=threads)
+            return self.sentencepiece.encode(list(texts), num_threads=threads)
+        bare = [text.startswith((" ", "▁")) for text in texts]
+        led = ["\n" + text if bare_ else text for text, bare_ in zip(texts, bare, strict=True)]
+        encoded = self.sentencepiece.encode(led, num_threads=threads)
         return [ids[len(self._line_end) :] if bare_ else ids for ids, bare_ in zip(encoded, bare, strict=True)]
 
     def _encode_by_parts(self, documents: Sequence[str], threads: int) -> list[np.ndarray] | None:
@@ -127,7 +144,7 @@ class TextEncoder:
         start, prefix = 0, ""
         while start < len(document):
             stop = self._place_to_cut(document, start)
-            (ids,) = self._encode([prefix + document[start:stop]], threads)
+            (ids,) = self.tokenize([prefix + document[start:stop]], threads)
             yield ids[len(self._line_end) :] if prefix else ids
             start, prefix = stop, "\n"
 
@@ -174,12 +191,8 @@ class TextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the ids depend on, special tokens included."""
-        frame = [
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-            bool(self.sentencepiece),
-            self.bare_leading_space,
-        ]
+        frame = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        frame += [bool(self.sentencepiece), self.bare_leading_space]
         if self._plain_text.hidden and not self.sentencepiece:
             frame.append("special tokens are not made of text")
         if self.vocab_size > 2**16 >= len(self.tokenizer):
@@ -189,3 +202,104 @@ class TextEncoder:
         else:
             rules = self._plain_text.state
         return hashlib.sha256(json.dumps(frame).encode() + rules).hexdigest()
+
+
+class _PlainText:
+    """Encodes plain text: special tokens spelled out stay text, other added tokens are used.
+
+    transformers' `split_special_tokens` is not enough. Slow tokenizers ignore it in batches, and the model of a fast
+    one may have a special token in its vocabulary like any word; a text with such a token is encoded again with a model
+    in which that word is renamed.
+
+    Attributes:
+        hidden: special tokens that the model itself makes from text, and their ids.
+        letters: special tokens that text needs as characters, such as a `!` used for padding.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.tables: dict[str, Any] | None = None
+        self.hidden: dict[str, int] = {}
+        self.letters: set[str] = set()
+        if not tokenizer.is_fast:
+            self._slow = _without_special_tokens(tokenizer)
+            return
+        ids = tokenizer.get_vocab()
+        self.tables = tables_of(tokenizer)
+        self.letters = letters(self.tables)
+        if framing := self.letters & {tokenizer.bos_token, tokenizer.eos_token}:
+            raise InputError(
+                f"--tokenizer: its BOS or EOS token is {framing.pop()!r}, which text cannot do without; set another in "
+                "its tokenizer_config.json"
+            )
+        self.hidden = {token: ids[token] for token in special_tokens_of_text(self.tables) - self.letters}
+        self._fast = _loaded(self.tables)
+        self._hiding = self._fast if not self.hidden else _loaded(hide(self.tables, self.hidden))
+        visible = {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
+        if self._fast.get_vocab() != ids or any(self._hiding.token_to_id(token) != ids[token] for token in visible):
+            raise InputError("--tokenizer: its added tokens get other ids once it is saved; number them without gaps")
+        self._unknown = self.hidden.get(str(tokenizer.unk_token))
+        self._wrong = set(self.hidden.values()) - {self._unknown}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+        if not self.tokenizer.is_fast:
+            return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
+        with unknown_refused():
+            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+            for number, text in enumerate(texts if self.hidden else ()):
+                if self._makes_special(text, encoded[number]):
+                    encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    def _makes_special(self, text: str, ids: list[int]) -> bool:
+        """Return True if the ids have a hidden token. The unknown token counts only if the text spells it."""
+        return not self._wrong.isdisjoint(ids) or (self._unknown in ids and str(self.tokenizer.unk_token) in text)
+
+    @cached_property
+    def state(self) -> bytes:
+        """Everything that the ids depend on, special tokens included."""
+        if self.tokenizer.is_fast:
+            return json.dumps(self.tables, sort_keys=True).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return b"".join(path.name.encode() + path.read_bytes() for path in sorted(Path(folder).iterdir()))
+
+    def has_additions(self, rules: ModelProto) -> bool:
+        """Return True if there are added tokens besides the model's own special tokens."""
+        for id_, token in self.tokenizer.added_tokens_decoder.items():
+            own = id_ < len(rules.pieces) and rules.pieces[id_].type in RESERVED
+            if not own or rules.pieces[id_].piece != token.content:
+                return True
+            if not token.special or token.lstrip or token.rstrip or token.single_word:
+                return True
+        return False
+
+
+def _loaded(tables: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(tables))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
+    plain = copy.copy(tokenizer)
+    plain.split_special_tokens = False  # True would split other added tokens too
+    plain._added_tokens_decoder = {
+        id_: token for id_, token in tokenizer.added_tokens_decoder.items() if not token.special
+    }
+    plain._added_tokens_encoder = {token.content: id_ for id_, token in plain._added_tokens_decoder.items()}
+    plain.tokens_trie = Trie(plain._added_tokens_encoder)
+    return plain
+
+
+@contextlib.contextmanager
+def unknown_refused() -> Iterator[None]:
+    """Raise InputError if a fast tokenizer has no token for some text, not even an unknown token."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(
+            f"--tokenizer: it has no token for some text ({first_line(error)}); set the unknown token of the model in "
+            "its tokenizer.json"
+        ) from error

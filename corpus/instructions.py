@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from corpus.chat_template import TOOLS, ChatTemplate, Unusable, check_template, continuation
 from corpus.encoder import TextEncoder
-from corpus.rows import read_rows
+from corpus.rows import is_unicode, read_rows, unusable
 from corpus.sources import Source
 from runtime.console import InputError
 
@@ -88,7 +88,7 @@ def chat_segments(row: dict, template: ChatTemplate) -> list[Segment]:
             raise Unusable("messages that the chat template renders otherwise once another follows")
         segments += [(before[len(written) :], False), (after[len(before) :], learned[number])]
         written = after
-        if not _is_unicode(after):
+        if not is_unicode(after):
             raise Unusable("messages with unpaired surrogates")
     return segments
 
@@ -127,23 +127,9 @@ def _check_null_contents(messages: list[dict], tools: list[dict], template: Chat
 
 def _text(row: dict, column: str, may_be_empty: bool = False) -> str:
     value = row.get(column)
-    if value is None:
-        raise Unusable(f"{column} missing or null")
-    if not isinstance(value, str):
-        raise Unusable(f"{column} not a string")
-    if not value and not may_be_empty:
-        raise Unusable(f"{column} empty")
-    if not _is_unicode(value):
-        raise Unusable(f"{column} with unpaired surrogates")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    if (reason := unusable(value, column)) and not (value == "" and may_be_empty):
+        raise Unusable(reason)
+    return str(value)
 
 
 def _system(row: dict) -> str:
@@ -156,7 +142,7 @@ def _history(row: dict) -> list[list[str]]:
         isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns
     ):
         raise Unusable("history not a list of pairs of strings")
-    if not all(map(_is_unicode, itertools.chain.from_iterable(turns))):
+    if not all(map(is_unicode, itertools.chain.from_iterable(turns))):
         raise Unusable("history with unpaired surrogates")
     return turns
 

@@ -1,16 +1,15 @@
-"""The order in which a run reads its sequences: shuffled, mixed by weight or grouped by length, shared among ranks.
+"""The order in which a run reads its sequences: shuffled, mixed by weight, or grouped by length.
 
 Every order is a pure function of seed and position. Its memory does not grow with the number of sequences.
 """
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
 
 from runtime.console import InputError
 
@@ -190,38 +189,3 @@ class LengthGroupedOrder:
         order = Permutation(whole, splitmix64(self.seed ^ window), epoch) if whole > 1 else range(whole)
         groups = [members[group * self.group_size :][: self.group_size] for group in order]
         return [*itertools.chain.from_iterable(groups), *members[whole * self.group_size :]]
-
-
-class ShardedSampler(Sampler[int]):
-    """Yields one data-parallel rank's share: positions start + rank, start + rank + num_replicas, ... below stop.
-
-    `start` and `stop` count sequences over all ranks and epochs since the beginning of training, so a run that resumes
-    at `start` on another number of ranks continues the same order. The first four arguments are those of
-    `torch.utils.data.DistributedSampler`, which `functools.partial(ShardedSampler, seed=..., start=..., stop=...)`
-    replaces.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        num_replicas: int,
-        rank: int,
-        shuffle: bool = True,
-        *,
-        seed: int,
-        start: int = 0,
-        stop: int,
-        order: Callable[[int], Order] | None = None,
-    ):
-        """
-        Args:
-            order: returns the data set's own order for a seed; default: GlobalOrder.
-        """
-        self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)  # type: ignore[arg-type]
-        self.positions = range(start + rank, stop, num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return map(self.order.__getitem__, self.positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)

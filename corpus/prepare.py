@@ -170,12 +170,9 @@ def prepare_folder(
         lock = folder / PREPARATION / f"part-{part.number}-of-{part.of}.lock"
         refusal = f"{flag}: {{holder}} is preparing {part} of {folder}; let it finish, or give another --part"
         waiting = "another job is preparing the same data set; waiting for it"
+        locked = exclusive_lock(lock, waiting, None if wait_for_others else refusal)
         read_only = is_prepared(folder) and not os.access(folder, os.W_OK)
-        with (
-            contextlib.nullcontext()
-            if read_only
-            else exclusive_lock(lock, waiting, None if wait_for_others else refusal)
-        ):
+        with contextlib.nullcontext() if read_only else locked:
             source, units = _agree_on_plan(folder, source, encoder, [eval_fraction, *request], flag)
             preparation = Preparation(folder, source, units, encoder, eval_fraction)
             mine = range(part.number - 1, len(units), part.of)

@@ -1,6 +1,7 @@
-"""Reads the rows of one file of a data set: JSONL (also .gz, .zst), Parquet, or Arrow."""
+"""Reads one file of a data set, JSONL (also .gz, .zst), Parquet or Arrow: its rows, or the documents in them."""
 
 import codecs
+import contextlib
 import io
 import json
 import re
@@ -33,6 +34,7 @@ REMEDIES = {  # for errors that another copy of the file would not mend, by a pa
 COLUMNAR_ROWS = 64  # read at a time
 ARROW_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
 STATE = "state.json"  # in a folder that `datasets` saved
+SLICE_COLUMN = "red_pajama_subset"
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
 
 
@@ -56,6 +58,14 @@ class Row(NamedTuple):
     position: int
 
 
+class Document(NamedTuple):
+    """A document, its slice, and the bytes of the file read by its end; `text` is any value that the row has there."""
+
+    text: Any
+    slice: str
+    position: int
+
+
 class Query(NamedTuple):
     """The part of a file to read: see `read_rows`."""
 
@@ -68,6 +78,44 @@ class Query(NamedTuple):
 def can_be_split(path: str | Path) -> bool:
     """Return True if a part of the file can be read without the bytes before it."""
     return str(path).lower().endswith((".jsonl", ".json"))
+
+
+def read_documents(path: Path, slice: str, *, span: Span = WHOLE, start_row: int = 0) -> Iterator[Document]:
+    """Read the rows of a file as documents, of `slice` unless they name another. Raises as `read_rows`."""
+    only = ("text", SLICE_COLUMN, f"meta.{SLICE_COLUMN}")
+    for columns, position in read_rows(path, only[:1], only=only, span=span, start_row=start_row):
+        yield Document(columns.get("text"), _slice_of_row(columns) or slice, position)
+
+
+def _slice_of_row(row: dict) -> str | None:
+    """Return the slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
+    name, meta = row.get(SLICE_COLUMN), row.get("meta")
+    if not name and isinstance(meta, str) and SLICE_COLUMN in meta:
+        with contextlib.suppress(ValueError, RecursionError):
+            meta = json.loads(meta)
+    if not name and isinstance(meta, dict):
+        name = meta.get(SLICE_COLUMN)
+    return name if name and isinstance(name, str) else None
+
+
+def unusable(text: object, name: str = "text") -> str | None:
+    """Return the reason that a row cannot be used for its value of the column `name`, or None."""
+    if text is None:
+        return f"{name} missing or null"
+    if not isinstance(text, str):
+        return f"{name} not a string"
+    if not text:
+        return f"{name} empty"
+    return None if is_unicode(text) else f"{name} with unpaired surrogates"
+
+
+def is_unicode(text: str) -> bool:
+    """Return True if a text can be encoded: JSON may have half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_rows(

@@ -1,7 +1,7 @@
 """Finds the files behind `--dataset`: a local file or folder, or the name of a data set on the Hugging Face hub.
 
-Only names and sizes are read here. `SourceFile.rows` and `SourceFile.documents` read a file, and download it first if
-it is not on this machine.
+Only names and sizes are read here. `SourceFile.fetch` downloads a file if it is not on this machine; `corpus/rows.py`
+reads it.
 """
 
 import contextlib
@@ -11,14 +11,16 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from corpus import hub
-from corpus.hub import CONVERTED, RemoteFile, Repository, Unreachable
-from corpus.rows import FILE_SUFFIXES, STATE, WHOLE, Span, read_rows
+from huggingface_hub import constants
+
+from corpus import downloads
+from corpus.downloads import CONVERTED, NoRevision, RemoteFile, Repository, Unreachable
+from corpus.rows import FILE_SUFFIXES, STATE
 from corpus.splits import (
     CARD_FILES,
     Card,
@@ -40,16 +42,7 @@ from runtime.console import InputError, say
 from runtime.hub import check_name, refuse_pointers, split_revision
 
 REDPAJAMA_SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
-SLICE_COLUMN = "red_pajama_subset"
 TEXT_TO_JSONL = """jq -Rsc 'split("\\n\\n")[] | {text: .}' FILE > FILE.jsonl"""
-
-
-class Document(NamedTuple):
-    """A document, its slice, and the bytes of the file read by its end; `text` is any value that the row has there."""
-
-    text: Any
-    slice: str
-    position: int
 
 
 class SourceFile(NamedTuple):
@@ -71,38 +64,21 @@ class SourceFile(NamedTuple):
     origin: str
 
     def fetch(self) -> Path:
-        """Return the file's path on this machine; download it first if needed, one process at a time."""
-        if os.path.isabs(self.origin):
-            return self._unchanged(Path(self.origin, self.path))
-        if self.origin.startswith(("http://", "https://")):
-            return hub.download(RemoteFile(self.origin, self.size, self.version))
-        name, _, commit = self.origin.rpartition("@")
-        return hub.fetch(name, commit, self.path)
+        """Return the file's path on this machine; download it first if needed, one process at a time.
 
-    def _unchanged(self, path: Path) -> Path:
-        """Return the path of a local file. Raises InputError if it is gone, or is not the version that was found."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        Raises:
+            InputError: the file is not available, or is not the version that was found.
+        """
+        if self.origin.startswith(("http://", "https://")):
+            return downloads.download(RemoteFile(self.origin, self.size, self.version))
+        if not os.path.isabs(self.origin):
+            name, _, commit = self.origin.rpartition("@")
+            return downloads.fetch(name, commit, self.path)
+        path = Path(self.origin, self.path)
+        status = _status(path)
         if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version.partition(",")[0]):
             raise InputError(f"--dataset: {path} has changed since it was found; start again")
         return path
-
-    def rows(self, columns: Sequence[str] = (), start_row: int = 0) -> Iterator[dict]:
-        """Yield the rows with all their columns, from the row of index `start_row` on.
-
-        Raises:
-            InputError: one of `columns` is missing, or the file is damaged or not available.
-        """
-        for row in read_rows(self.fetch(), columns, start_row=start_row):
-            yield row.columns
-
-    def documents(self, start_row: int = 0, span: Span = WHOLE) -> Iterator[Document]:
-        """Yield the rows as documents of pretraining, from the row of index `start_row` on. Raises as `rows`."""
-        only = ("text", SLICE_COLUMN, f"meta.{SLICE_COLUMN}")
-        for columns, position in read_rows(self.fetch(), only[:1], only=only, span=span, start_row=start_row):
-            yield Document(columns.get("text"), _slice_of_row(columns) or self.slice, position)
 
 
 @dataclass(frozen=True)
@@ -138,31 +114,6 @@ class Source:
     def from_json(cls, content: dict) -> "Source":
         """Return the source whose content `to_json` gave."""
         return cls(**{**content, "files": [SourceFile(*file) for file in content["files"]]})
-
-
-def unusable(text: object) -> str | None:
-    """Return the reason that a document cannot be used, or None."""
-    if text is None:
-        return "text missing or null"
-    if not isinstance(text, str):
-        return "text not a string"
-    if not text:
-        return "text empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "text with unpaired surrogates"
-
-
-def _slice_of_row(row: dict) -> str | None:
-    """Return the slice that a row names, itself or in `meta`, which may be an object or the JSON of one."""
-    name, meta = row.get(SLICE_COLUMN), row.get("meta")
-    if not name and isinstance(meta, str) and SLICE_COLUMN in meta:
-        with contextlib.suppress(ValueError, RecursionError):
-            meta = json.loads(meta)
-    if not name and isinstance(meta, dict):
-        name = meta.get(SLICE_COLUMN)
-    return name if name and isinstance(name, str) else None
 
 
 def resolve_source(
@@ -321,16 +272,20 @@ def _walk(root: Path, hidden: bool = False) -> list[str]:
 
 
 def _local_file(root: Path, path: str) -> SourceFile:
-    try:
-        status = (root / path).stat()
-    except OSError as error:
-        raise _unreadable(root / path, error) from error
+    status = _status(root / path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"--dataset: {root / path} is no regular file; remove it")
     if status.st_size == 0:
         raise InputError(f"--dataset: {root / path} is empty; copy it again or remove it")
     refuse_pointers([root / path], "--dataset")
     return SourceFile(path, slice_of_path(path), status.st_size, str(status.st_mtime_ns), str(root))
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_text(path: Path) -> str:
@@ -354,22 +309,22 @@ def _hub_source(name: str, revision: str | None, request: Request) -> Source:
     not changed, since each URL would be one more request.
     """
     key = json.dumps([name, revision, request.slices, request.configuration, request.split])
-    known = hub.recall(key)
+    known = downloads.recall(key)
     try:
-        repository = hub.list_repository(name, revision)
+        repository = downloads.list_repository(name, revision)
         if known and known["head"] == repository.commit and known["source"]["files"][0][-1].startswith("http"):
             return Source.from_json(known["source"])
         source = _repository_source(repository, revision, request)
     except Unreachable as error:
         if known:
-            if not hub.is_offline():
+            if not constants.HF_HUB_OFFLINE:
                 say(f"the hub cannot be reached ({error}); {name} is read as it was listed the last time")
             return Source.from_json(known["source"])
         raise NotFound(
             f"--dataset: {name} is no file or folder here, and the hub cannot be reached ({error}); "
             "download it where there is a network, or give a local file or folder"
         ) from error
-    hub.remember(key, {"head": repository.commit, "source": source.to_json()})
+    downloads.remember(key, {"head": repository.commit, "source": source.to_json()})
     return source
 
 
@@ -378,12 +333,13 @@ def _repository_source(repository: Repository, revision: str | None, request: Re
     name, paths = repository.name, sorted(repository.files)
     if revision == CONVERTED:
         return _converted_source(repository, request)
-    texts = {path: _read_text(hub.fetch(name, repository.commit, path)) for path in CARD_FILES if path in paths}
+    texts = {path: _read_text(downloads.fetch(name, repository.commit, path)) for path in CARD_FILES if path in paths}
     card = read_card(name, texts)
 
     @functools.cache
     def converted() -> Repository | None:
-        return None if revision else hub.list_converted(name)
+        with contextlib.suppress(NoRevision):
+            return None if revision else downloads.list_repository(name, CONVERTED)
 
     if request.configuration and not card:
         branch = converted()
@@ -417,9 +373,9 @@ def _chosen_source(repository: Repository, choice: Choice) -> Source:
 
 
 def _described(repository: Repository, files: list[SourceFile], kind: str, more: str) -> Source:
-    source = Source(repository.name, files, repository.commit)
-    found = f"{repository.name}@{repository.commit}: {len(files)} {kind}, {source.size / 1e9:.2f} GB"
-    return replace(source, remark=found + more)
+    size = sum(file.size for file in files) / 1e9
+    remark = f"{repository.name}@{repository.commit}: {len(files)} {kind}, {size:.2f} GB{more}"
+    return Source(repository.name, files, repository.commit, remark)
 
 
 def _converted_source(repository: Repository, request: Request, own: Card | None = None) -> Source:
@@ -433,11 +389,12 @@ def _converted_source(repository: Repository, request: Request, own: Card | None
 def _url_source(repository: Repository, url_lists: dict[str, str], slices: Sequence[str]) -> Source:
     """Return the files in lists of URLs, which are one for each slice, by its name."""
     _require_slices(repository.name, slices, url_lists, url_lists)
-    chosen = {path: slice for slice, path in url_lists.items() if not slices or slice in slices}
+    chosen = [slice for slice in url_lists if not slices or slice in slices]
+    urls = {slice: downloads.read_url_list(repository, url_lists[slice]) for slice in chosen}
     files = [
         SourceFile(f"{slice}/{_url_tail(remote.url, slice)}", slice, remote.size, remote.version, remote.url)
-        for path, urls in hub.read_url_lists(repository, list(chosen)).items()
-        for slice, remote in ((chosen[path], remote) for remote in hub.remote_files(urls))
+        for slice in chosen
+        for remote in downloads.remote_files(urls[slice])
     ]
     unknown = sum(not file.size for file in files)
     return _described(repository, files, "files behind URLs", f" and {unknown} of unknown size" if unknown else "")

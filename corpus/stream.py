@@ -13,7 +13,8 @@ import numpy as np
 
 from corpus.encoder import TextEncoder
 from corpus.order import Permutation, splitmix64
-from corpus.sources import Document, Source, SourceFile, unusable
+from corpus.rows import Document, read_documents, unusable
+from corpus.sources import Source, SourceFile
 from runtime.console import InputError
 
 
@@ -63,7 +64,7 @@ class SliceReader:
         while position.epoch < start + 2:
             file = self._file(position.file)
             if self._documents is None:
-                self._documents = file.documents(start_row=position.row)
+                self._documents = read_documents(file.fetch(), file.slice, start_row=position.row)
             for document in self._documents:
                 position.row += 1
                 position.bytes_read = self._file_start + document.position

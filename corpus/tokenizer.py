@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from corpus.plain_text import tables_of
+from corpus.vocabulary import tables_of
 from runtime import hub
 from runtime.console import InputError, first_line
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT, TRAIN, is_held_out
-from corpus.rows import Span, can_be_split
-from corpus.sources import Document, Source, SourceFile, unusable
+from corpus.rows import SLICE_COLUMN, Document, Span, can_be_split, read_documents, unusable
+from corpus.sources import Source, SourceFile
 from corpus.workers import call, forked_pool
 from runtime.console import InputError
 from runtime.files import sync, write_json
@@ -177,7 +177,7 @@ def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "
     for piece in unit:
         file = preparation.source.files[piece.file]
         position = piece.span.start
-        for document in file.documents(span=piece.span):
+        for document in read_documents(file.fetch(), file.slice, span=piece.span):
             if reason := unusable(document.text):
                 skipped[reason] += 1
                 continue
@@ -202,7 +202,7 @@ def _check_number_of_slices(preparation: Preparation, number: int, writers: dict
         path = preparation.source.files[preparation.units[number][0].file].path
         raise InputError(
             f"--dataset: {path} names more than {MAX_SLICES} slices ({', '.join(slices[:3])}, ...) in its "
-            "column 'red_pajama_subset'; rename the column if it means something else"
+            f"column '{SLICE_COLUMN}'; rename the column if it means something else"
         )
 
 

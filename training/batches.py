@@ -7,16 +7,16 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from corpus.order import ShardedSampler
+from corpus.order import GlobalOrder, Order
 from data_utils import TrainingData
 from engine.boost import Engine
 from engine.device import current_device, when_idle
@@ -29,6 +29,41 @@ from training.plan import Plan, Run, TrainState
 
 PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
 ENDING_SECONDS = 2  # to wait for the end of a failed loader process
+
+
+class ShardedSampler(Sampler[int]):
+    """Yields one data-parallel rank's share: positions start + rank, start + rank + num_replicas, ... below stop.
+
+    `start` and `stop` count sequences over all ranks and epochs since the beginning of training, so a run that resumes
+    at `start` on another number of ranks continues the same order. The first four arguments are those of
+    `torch.utils.data.DistributedSampler`, which `functools.partial(ShardedSampler, seed=..., start=..., stop=...)`
+    replaces.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int,
+        rank: int,
+        shuffle: bool = True,
+        *,
+        seed: int,
+        start: int = 0,
+        stop: int,
+        order: Callable[[int], Order] | None = None,
+    ):
+        """
+        Args:
+            order: returns the data set's own order for a seed; default: GlobalOrder.
+        """
+        self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)  # type: ignore[arg-type]
+        self.positions = range(start + rank, stop, num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.order.__getitem__, self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader[Any]:

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from corpus.order import ShardedSampler
 from engine.boost import Engine
 from engine.device import current_device
 from engine.step import forward_loss
 from model_utils import IGNORE_INDEX
 from runtime.console import rank, say
+from training.batches import ShardedSampler
 
 
 class MapDataset(Protocol):

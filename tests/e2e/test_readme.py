@@ -14,6 +14,7 @@ from colossalai.cli.launcher import run as colossalai_run
 from torch.distributed.run import parse_args as parse_torchrun
 
 import benchmark
+from corpora import documents_in
 from corpus.sources import TEXT_TO_JSONL, resolve_source
 from launching import ROOT, start_finetune
 
@@ -66,7 +67,7 @@ def test_plain_text_becomes_documents(tmp_path):
     subprocess.run(["bash", "-c", each], cwd=tmp_path, check=True)
     subprocess.run(["bash", "-c", split.replace("FILE", "first.txt")], cwd=tmp_path, check=True)
     made = [resolve_source(str(tmp_path / name)) for name in ("texts.jsonl", "first.txt.jsonl")]
-    assert [[document.text for file in source.files for document in file.documents()] for source in made] == [
+    assert [[document.text for document in documents_in(source)] for source in made] == [
         list(files.values()),
         ["One,\ntwo.", "Three.\n"],
     ]

@@ -1,10 +1,8 @@
 """Small corpora, prepared folders, a slow and obvious reference for their tokens, and child processes."""
 
-import inspect
 import itertools
 import json
 import os
-import pydoc
 import subprocess
 import sys
 import textwrap
@@ -15,10 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from corpus import units
-from corpus.encoder import TextEncoder
-from corpus.prepare import prepare_folder
-from corpus.sources import resolve_source
+from corpus.rows import read_documents
 from launching import ROOT
 from runtime.console import InputError
 
@@ -49,6 +44,11 @@ def documents_of(stream, bos):
     return sorted(list(stream[start:stop]) for start, stop in itertools.pairwise([*starts, len(stream)]))
 
 
+def documents_in(source):
+    """Return all documents of a source, file by file."""
+    return [document for file in source.files for document in read_documents(file.fetch(), file.slice)]
+
+
 def reference_stream(tokenizer, texts):
     """Return the tokens of the texts by plain SentencePiece."""
     model = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
@@ -76,24 +76,6 @@ def run_python(code, *arguments, **environment):
 def files_of(folder):
     """Return the contents of a prepared folder's shards and manifest, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def prepare_in_units(folder, tokenizer, monkeypatch):
-    """Return a folder prepared in several units, and a function that prepares missing parts of it again."""
-    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 1000)
-    write_jsonl(folder / "x.jsonl", [{"text": f"row {i} " * 9} for i in range(60)])
-    encoder = TextEncoder(tokenizer)
-
-    def prepare(**options):
-        return prepare_folder(resolve_source(str(folder / "x.jsonl")), encoder, folder / "out", 1, **options)
-
-    assert prepare()
-    return folder / "out", prepare
-
-
-def write_slow_source(folder):
-    """Write a file that takes a few seconds to tokenize."""
-    return write_jsonl(folder / "slow.jsonl", [{"text": inspect.getsource(pydoc)[i * 10 :]} for i in range(160)])
 
 
 PREPARE = """

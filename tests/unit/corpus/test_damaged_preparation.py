@@ -18,26 +18,14 @@ from corpora import (
     error_of,
     files_of,
     is_running,
-    prepare_in_units,
     run_python,
     run_to_the_end,
     wait_until,
-    write_slow_source,
 )
 from corpus.encoder import TextEncoder
 from corpus.prepare import prepare_dataset, prepare_folder, verify
 from corpus.sources import resolve_source
 from launching import ROOT, free_port
-
-
-@pytest.fixture
-def prepared(tokenizer, tmp_path, monkeypatch):
-    return prepare_in_units(tmp_path, tokenizer, monkeypatch)
-
-
-@pytest.fixture
-def slow_source(tmp_path):
-    return write_slow_source(tmp_path)
 
 
 class TestDamage:

@@ -6,15 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from corpora import error_of, files_of, prepare_in_units, reference_stream, write_jsonl
+from corpora import error_of, files_of, reference_stream, write_jsonl
 from corpus.manifest import is_held_out
 from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
-
-
-@pytest.fixture
-def prepared(tokenizer, tmp_path, monkeypatch):
-    return prepare_in_units(tmp_path, tokenizer, monkeypatch)
 
 
 class TestManifest:

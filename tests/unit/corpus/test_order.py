@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpora import error_of
-from corpus.order import LLAMA_WEIGHTS, GlobalOrder, LengthGroupedOrder, MixedOrder, Permutation, ShardedSampler
+from corpus.order import LLAMA_WEIGHTS, GlobalOrder, LengthGroupedOrder, MixedOrder, Permutation
+from training.batches import ShardedSampler
 from training.flags import parse_slice_weights
 
 

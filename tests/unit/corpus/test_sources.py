@@ -11,6 +11,7 @@ from transformers import LlamaTokenizerFast
 
 from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, stream_of, write_jsonl
 from corpus.prepare import prepare_dataset
+from corpus.rows import read_documents
 from corpus.sources import resolve_source
 from hub_server import Branches, HubServer, connect
 
@@ -113,7 +114,7 @@ class TestSources:
             f"--dataset: {path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {tmp_path}"
         )
         (file,) = resolve_source("some/pointer").files
-        assert "a.parquet is a Git LFS pointer" in error_of(lambda: list(file.documents()))
+        assert "a.parquet is a Git LFS pointer" in error_of(lambda: list(read_documents(file.fetch(), file.slice)))
 
 
 class TestNames:

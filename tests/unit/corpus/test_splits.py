@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import finetune
-from corpora import error_of
-from corpus.rows import FILE_SUFFIXES
+from corpora import documents_in, error_of
+from corpus.rows import FILE_SUFFIXES, read_documents
 from corpus.sources import resolve_source
 from corpus.splits import NAMES_A_SPLIT
 from hub_server import Branches, HubServer, connect
@@ -58,7 +58,7 @@ def write(folder: Path, files: dict[str, bytes]) -> str:
 
 
 def texts_of(name: str, **request) -> list[str]:
-    return [document.text for file in resolve_source(name, **request).files for document in file.documents()]
+    return [document.text for document in documents_in(resolve_source(name, **request))]
 
 
 def files_of(name: str, **request) -> list[str]:
@@ -187,7 +187,10 @@ class TestConfigurations:
         files = {path: content(path) for path in ("en/train.jsonl", "en/test.jsonl", "fr/train.jsonl", "de.jsonl")}
         for name in both(hub, tmp_path, files):
             (file,) = resolve_source(name, configuration="en").files
-            assert [document.text for document in file.documents()] == ["en/train.jsonl 0", "en/train.jsonl 1"]
+            assert [document.text for document in read_documents(file.fetch(), file.slice)] == [
+                "en/train.jsonl 0",
+                "en/train.jsonl 1",
+            ]
             assert len(files_of(name, configuration="en", split="test")) == 1
             assert files_of(name, configuration="de") == ["de.jsonl"]
             assert error_of(resolve_source, name, configuration="nowhere", flag="--task_name") == (

@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from corpora import error_of
+from corpora import documents_in, error_of
 from corpus.encoder import TextEncoder
-from corpus.order import Permutation, ShardedSampler, splitmix64
+from corpus.order import Permutation, splitmix64
 from corpus.rows import read_rows
 from corpus.sources import Source, SourceFile, resolve_source
 from data_utils import StreamedDataset
@@ -31,6 +31,7 @@ from model_utils import IGNORE_INDEX
 from pretrain import parse_args
 from runs import run_from
 from runtime.console import InputError
+from training.batches import ShardedSampler
 from training.plan import TrainState, make_plan
 
 LENGTH = 16
@@ -77,10 +78,7 @@ def test_every_document_comes_once_an_epoch(source, encoder):
     starts = np.flatnonzero(tokens == encoder.tokenizer.bos_token_id)
     documents = [tuple(document) for document in np.split(tokens, starts)[1:-1]]
     expected = Counter(
-        tuple(encoder.encode([document.text])[0].tolist())
-        for file in source.files
-        for document in file.documents()
-        if document.text
+        tuple(encoder.encode([document.text])[0].tolist()) for document in documents_in(source) if document.text
     )
     first = documents[: sum(expected.values())]
     missing = expected - Counter(first)

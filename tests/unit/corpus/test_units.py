@@ -15,28 +15,16 @@ from corpora import (
     PREPARE,
     error_of,
     files_of,
-    prepare_in_units,
     reference_stream,
     run_python,
     wait_until,
     write_jsonl,
-    write_slow_source,
 )
 from corpus import units
 from corpus.encoder import TextEncoder
 from corpus.prepare import Part, prepare_dataset, prepare_folder
 from corpus.rows import Span, read_rows
 from corpus.sources import resolve_source
-
-
-@pytest.fixture
-def prepared(tokenizer, tmp_path, monkeypatch):
-    return prepare_in_units(tmp_path, tokenizer, monkeypatch)
-
-
-@pytest.fixture
-def slow_source(tmp_path):
-    return write_slow_source(tmp_path)
 
 
 class TestUnits:

@@ -110,19 +110,6 @@ def list_repository(name: str, revision: str | None) -> Repository:
     return Repository(name, str(info.sha), files)
 
 
-def list_converted(name: str) -> Repository | None:
-    """List the Parquet files that the hub made of a data set; None if it made none. Raises as `list_repository`."""
-    try:
-        return list_repository(name, CONVERTED)
-    except NoRevision:
-        return None
-
-
-def is_offline() -> bool:
-    """Return True if the user chose to work without the hub."""
-    return constants.HF_HUB_OFFLINE
-
-
 def _refusal(name: str, revision: str | None, error: HfHubHTTPError) -> InputError:
     if isinstance(error, GatedRepoError):
         return InputError(
@@ -187,16 +174,13 @@ def _reason(error: OSError) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def read_url_lists(repository: Repository, paths: Sequence[str]) -> dict[str, list[str]]:
-    """Return the URLs in text files of a data set, which have one a line, by path."""
-    lists = {}
-    for path in paths:
-        lines = fetch(repository.name, repository.commit, path).read_text(encoding="utf-8").split()
-        others = [line for line in lines if urlparse(line).scheme not in ("http", "https")]
-        if others or not lines:
-            raise InputError(f"--dataset: {path} of {repository.name} is no list of URLs ({[*others, 'empty'][0]!r})")
-        lists[path] = lines
-    return lists
+def read_url_list(repository: Repository, path: str) -> list[str]:
+    """Return the URLs in a text file of a data set, which has one a line."""
+    lines = fetch(repository.name, repository.commit, path).read_text(encoding="utf-8").split()
+    others = [line for line in lines if urlparse(line).scheme not in ("http", "https")]
+    if others or not lines:
+        raise InputError(f"--dataset: {path} of {repository.name} is no list of URLs ({[*others, 'empty'][0]!r})")
+    return lines
 
 
 def remote_files(urls: Sequence[str]) -> list[RemoteFile]:

@@ -14,10 +14,11 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 
-from corpora import error_of, reference_stream, stream_of
-from corpus import hub as downloads
+from corpora import documents_in, error_of, reference_stream, stream_of
+from corpus import downloads
 from corpus.encoder import TextEncoder
 from corpus.prepare import prepare_dataset
+from corpus.rows import read_documents, read_rows
 from corpus.sources import resolve_source
 from corpus.units import make_units
 from data_utils import StreamedDataset
@@ -86,7 +87,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def texts_of(source):
-    return [(document.slice, document.text) for file in source.files for document in file.documents()]
+    return [(document.slice, document.text) for document in documents_in(source)]
 
 
 class TestNames:
@@ -126,11 +127,11 @@ class TestNames:
     def test_instructions_by_the_converted_branch(self, hub):
         source = resolve_source(INSTRUCTIONS, configuration="super_natural_instructions")
         (file,) = source.files
-        rows = list(file.rows(["prompt", "completion"]))
+        rows = [row.columns for row in read_rows(file.fetch(), ["prompt", "completion"])]
         assert [row["completion"] for row in rows] == ["answer 0", "answer 1", "answer 2"]
-        assert [row["id"] for row in file.rows(start_row=1)] == [1, 2]
+        assert [row.columns["id"] for row in read_rows(file.fetch(), (), start_row=1)] == [1, 2]
         (held_out,) = resolve_source(INSTRUCTIONS, configuration="super_natural_instructions", split="test").files
-        assert len(list(held_out.rows())) == 1
+        assert len(list(read_rows(held_out.fetch(), ()))) == 1
         assert "choose of self_instruct, super_natural_instructions" in error_of(
             resolve_source, INSTRUCTIONS, configuration="none"
         )
@@ -193,7 +194,7 @@ class TestDownloads:
         key = fetched.name.partition(".")[0]
         fetched.with_name(f"arxiv_0.jsonl.{key}.part").write_bytes(fetched.read_bytes()[:7])
         fetched.unlink()
-        assert [document.text for document in file.documents()] == ["paper one"]
+        assert [document.text for document in read_documents(file.fetch(), file.slice)] == ["paper one"]
         assert hub.downloads("arxiv_0.jsonl") == [None, "bytes=7-"]
 
     def test_a_part_that_is_too_long(self, hub):

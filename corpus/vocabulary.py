@@ -1,25 +1,18 @@
-"""Encodes text in which special tokens stay text, and proves when SentencePiece gives the tokenizer's ids."""
+"""Reads a tokenizer's vocabulary: the special tokens that text would make, and a proof that SentencePiece is equal."""
 
 import contextlib
-import copy
 import itertools
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Container, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
-from tokenizers import Tokenizer
-from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils import Trie
-
-from runtime.console import InputError, first_line
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 Piece = ModelProto.SentencePiece
 FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
@@ -30,100 +23,12 @@ PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 
-class PlainText:
-    """Encodes plain text: special tokens spelled out stay text, other added tokens are used.
-
-    transformers' `split_special_tokens` is not enough. Slow tokenizers ignore it in batches, and the model of a fast
-    one may have a special token in its vocabulary like any word; a text with such a token is encoded again with a model
-    in which that word is renamed.
-
-    Attributes:
-        hidden: special tokens that the model itself makes from text, and their ids.
-        letters: special tokens that text needs as characters, such as a `!` used for padding.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.hidden: dict[str, int] = {}
-        self.letters: set[str] = set()
-        if not tokenizer.is_fast:
-            self._slow = _without_special_tokens(tokenizer)
-            return
-        ids = tokenizer.get_vocab()
-        self.tables = tables_of(tokenizer)
-        self.letters = _letters(self.tables)
-        if framing := self.letters & {tokenizer.bos_token, tokenizer.eos_token}:
-            raise InputError(
-                f"--tokenizer: its BOS or EOS token is {framing.pop()!r}, which text cannot do without; set another in "
-                "its tokenizer_config.json"
-            )
-        self.hidden = {token: ids[token] for token in _special_tokens_of_text(self.tables) - self.letters}
-        self._fast = _loaded(self.tables)
-        hiding = self._fast if not self.hidden else _loaded(_hide(self.tables, self.hidden))
-        if self._fast.get_vocab() != ids or any(hiding.token_to_id(token) != ids[token] for token in self._visible):
-            raise InputError("--tokenizer: its added tokens get other ids once it is saved; number them without gaps")
-        self._hiding = hiding
-        self._unknown = self.hidden.get(str(tokenizer.unk_token))
-        self._wrong = set(self.hidden.values()) - {self._unknown}
-
-    @property
-    def _visible(self) -> set[str]:
-        """Added tokens that may come from text."""
-        return {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
-        if not self.tokenizer.is_fast:
-            return [self._slow.convert_tokens_to_ids(self._slow.tokenize(text)) for text in texts]
-        with unknown_refused():
-            encoded = [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-            for number, text in enumerate(texts if self.hidden else ()):
-                if self._makes_special(text, encoded[number]):
-                    encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
-        return encoded
-
-    def _makes_special(self, text: str, ids: list[int]) -> bool:
-        """Return True if the ids have a hidden token. The unknown token counts only if the text spells it."""
-        return not self._wrong.isdisjoint(ids) or (self._unknown in ids and str(self.tokenizer.unk_token) in text)
-
-    @cached_property
-    def state(self) -> bytes:
-        """Everything that the ids depend on, special tokens included."""
-        if self.tokenizer.is_fast:
-            return json.dumps(self.tables, sort_keys=True).encode()
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            return b"".join(path.name.encode() + path.read_bytes() for path in sorted(Path(folder).iterdir()))
-
-    def has_additions(self, rules: ModelProto) -> bool:
-        """Return True if there are added tokens besides the model's own special tokens."""
-        for id_, token in self.tokenizer.added_tokens_decoder.items():
-            own = id_ < len(rules.pieces) and rules.pieces[id_].type in RESERVED
-            if not own or rules.pieces[id_].piece != token.content:
-                return True
-            if not token.special or token.lstrip or token.rstrip or token.single_word:
-                return True
-        return False
-
-
 def tables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the content of a fast tokenizer's tokenizer.json, without truncation and padding."""
     ids = tokenizer.get_vocab()
     with _silent_stdout() if max(ids.values()) >= len(ids) else contextlib.nullcontext():
         text = tokenizer.backend_tokenizer.to_str()
     return json.loads(text) | {"truncation": None, "padding": None}
-
-
-@contextlib.contextmanager
-def unknown_refused() -> Iterator[None]:
-    """Raise InputError if a fast tokenizer has no token for some text, not even an unknown token."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises no other class
-        raise InputError(
-            f"--tokenizer: it has no token for some text ({first_line(error)}); set the unknown token of the model in "
-            "its tokenizer.json"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -140,38 +45,21 @@ def _silent_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _loaded(tables: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(tables))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def _without_special_tokens(tokenizer: PreTrainedTokenizer) -> PreTrainedTokenizer:
-    plain = copy.copy(tokenizer)
-    plain.split_special_tokens = False  # True would split other added tokens too
-    plain._added_tokens_decoder = {
-        id_: token for id_, token in tokenizer.added_tokens_decoder.items() if not token.special
-    }
-    plain._added_tokens_encoder = {token.content: id_ for id_, token in plain._added_tokens_decoder.items()}
-    plain.tokens_trie = Trie(plain._added_tokens_encoder)
-    return plain
-
-
-def _special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
+def special_tokens_of_text(tables: dict[str, Any]) -> set[str]:
     """Return the special tokens that the model itself makes from text."""
     model, special = tables["model"], _special_words(tables)
     if model["type"] != "BPE" or model["ignore_merges"]:
         return special
     inner = len(model["continuing_subword_prefix"] or "")
-    return special & (
-        {left + right[inner:] for left, right in model["merges"]} | {token for token in special if _is_character(token)}
-    )
+    merged = {left + right[inner:] for left, right in model["merges"]}
+    return {token for token in special if token in merged or len(token) == 1}
 
 
-def _letters(tables: dict[str, Any]) -> set[str]:
+def letters(tables: dict[str, Any]) -> set[str]:
+    """Return the special tokens that text needs as characters: those of a model without bytes for other characters."""
     if tables["model"].get("byte_fallback"):
         return set()
-    return {token for token in _special_words(tables) if _is_character(token)}
+    return {token for token in _special_words(tables) if len(token) == 1}
 
 
 def _special_words(tables: dict[str, Any]) -> set[str]:
@@ -180,11 +68,7 @@ def _special_words(tables: dict[str, Any]) -> set[str]:
     return {token["content"] for token in tables["added_tokens"] if token["special"]} & words.keys()
 
 
-def _is_character(token: str) -> bool:
-    return len(token) == 1
-
-
-def _hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
+def hide(tables: dict[str, Any], hidden: Container[str]) -> dict[str, Any]:
     """Return tables with the same ids and scores in which the tokens `hidden` have names that no text has."""
 
     def name(token: str | None) -> str | None:
@@ -222,11 +106,15 @@ def neighbours(rules: ModelProto) -> set[str]:
 
 
 def equal_sentencepiece(
-    tokenizer: PreTrainedTokenizerBase, plain_text: PlainText
+    tokenizer: PreTrainedTokenizerBase, tables: dict[str, Any] | None, hidden: Container[str]
 ) -> tuple[SentencePieceProcessor | None, bool]:
-    """Return SentencePiece if it is proven to give the ids of `plain_text`, else None.
+    """Return SentencePiece if it is proven to give the ids of plain text, else None.
 
     Also return True if the tokenizer, unlike SentencePiece, puts no space before a text that begins with one.
+
+    Args:
+        tables: `tables_of` a fast tokenizer.
+        hidden: `special_tokens_of_text`, which stay text.
     """
     vocab_file = getattr(tokenizer, "vocab_file", None)
     if not vocab_file or any(not token.special for token in tokenizer.added_tokens_decoder.values()):
@@ -236,7 +124,7 @@ def equal_sentencepiece(
         rules = ModelProto.FromString(content)
         if type(tokenizer) is LlamaTokenizer and tokenizer.legacy:  # it calls SentencePiece itself
             return SentencePieceProcessor(model_proto=content), False
-        prefix = _prefix(tokenizer, plain_text, rules)
+        prefix = _prefix(tokenizer, tables, hidden, rules)
         if prefix is None:
             return None, False
         space_first, bare = prefix
@@ -245,9 +133,11 @@ def equal_sentencepiece(
         return None, False
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: ModelProto) -> tuple[bool, bool] | None:
+def _prefix(
+    tokenizer: PreTrainedTokenizerBase, tables: dict[str, Any] | None, hidden: Container[str], rules: ModelProto
+) -> tuple[bool, bool] | None:
     """Return None if nothing is proven. Else True if a space goes before a text, and True if not before a space."""
-    if not tokenizer.is_fast:
+    if tables is None:
         if (
             type(tokenizer) is not LlamaTokenizer
             or not plain_spec(rules)
@@ -257,8 +147,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, plain_text: PlainText, rules: Mo
         # It puts its unknown token before a text that begins with a space, and removes that token's pieces.
         joined = f"{tokenizer.unk_token[-1:]}▁" in neighbours(rules)
         return None if joined else (tokenizer.add_prefix_space, False)
-    tables = plain_text.tables
-    if not _same_model(tables["model"], plain_text.hidden, rules):
+    if not _same_model(tables["model"], hidden, rules):
         return None
     normalizer, pre_tokenizer = tables["normalizer"] or {}, tables["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -293,7 +182,7 @@ def _same_model(model: dict[str, Any], hidden: Container[str], rules: ModelProto
         model["vocab"] != {piece.piece: id_ for id_, piece in enumerate(rules.pieces)}
         or len(scores) + len(others) != len(rules.pieces)
         or {piece.piece for piece in pieces[Piece.BYTE]} != BYTES
-        or any(map(_is_character, others))
+        or any(len(piece) == 1 for piece in others)
         or not set("".join(scores)) <= scores.keys()
     ):
         return False
