@@ -5,11 +5,11 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 from checkpointing.adapters import Lora
 from checkpoints import make_checkpoint
 from data_utils import PackedDataset
+from engine.job import Job
 from model_utils import load_config
 from runs import run_from
 from runtime.console import InputError
@@ -227,9 +227,8 @@ class TestResumeState:
             claim_folders(outputs_of(*flags), TrainState(), None)
 
     def test_checking_the_folders_makes_none(self, tmp_path):
-        config = load_config("test")
-        config.torch_dtype = torch.bfloat16
-        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), config, step=0)
+        job = Job(load_config("test"))
+        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), job, step=0)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.2.jsonl", "events.out.tfevents.1"])
