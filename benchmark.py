@@ -267,9 +267,9 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
 def main() -> int:
     args = parse_args()
     config, plan = load_config(args.config), take(DryRun, args)
+    attention = select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
     job = job_of(args, config)
     check(args, job)
-    attention = select_attention(config, args.flash_attention, sequence_parallel=job.layout.sp > 1)
     job = settle_recomputation(job, plan)
     announce(args.config, job, attention)
     if args.dry_run:

@@ -13,13 +13,12 @@ requirements.require()
 requirements.start_cuda()
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from attn import select_attention
 from checkpointing.adapters import Lora
 from checkpointing.export import export_merged, export_model
 from checkpointing.folder import check_model
@@ -27,20 +26,16 @@ from checkpointing.pretrained import (
     check_pretrained,
     find_model,
     generation_config,
-    load_pretrained,
     refuse_other_formats,
     weights_fingerprint,
 )
-from checkpointing.reader import LazyTensors, load_checkpoint
 from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder, find_shape
 from corpus.sources import Source, resolve_source
 from corpus.splits import NotFound
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import InstructionDataset
-from engine.boost import Engine
 from engine.job import Job
-from engine.shards import initialize_weights
 from model_utils import load_config
 from planning.cards import DryRun
 from planning.memory import settle_recomputation
@@ -61,7 +56,7 @@ from training.flags import (
     take,
     user_name,
 )
-from training.plan import Run, announce, check_folders, make_plan, resume_state
+from training.plan import Run, announce, check_folders, complete, make_plan, resume_state
 from training.session import execute
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
@@ -97,47 +92,59 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_source(args: argparse.Namespace, split: str) -> Source:
-    """Find the files of a split of --dataset, in the configuration --task_name."""
-    default = TASK if args.dataset == DATASET and not Path(args.dataset).exists() else None
+@dataclass(frozen=True)
+class Data:
+    """The examples to train on, and the way they become sequences; the fields are the flags of their names."""
+
+    dataset: str
+    task_name: str | None
+    cache_dir: Path
+    train_on_prompt: bool
+    pack: bool
+    given: frozenset[str]  # those with `action=Given` that are on the command line
+
+
+def find_source(data: Data, split: str) -> Source:
+    """Find the files of a split of the data set, in the configuration `task_name`."""
+    default = TASK if data.dataset == DATASET and not Path(data.dataset).exists() else None
     return resolve_source(
-        args.dataset,
-        configuration=args.task_name or default,
+        data.dataset,
+        configuration=data.task_name or default,
         split=split,
         used=("train", "test"),
         flag="--task_name",
     )
 
 
-def find_test_source(args: argparse.Namespace, train: Source) -> Source | None:
+def find_test_source(data: Data, train: Source) -> Source | None:
     """Find the files of the split `test`; None if there is no such split or it is the training data.
 
     Raises:
         InputError: the split exists but cannot be read.
     """
-    if Path(args.dataset).expanduser().is_file():
+    if Path(data.dataset).expanduser().is_file():
         return None
     try:
-        test = replace(find_source(args, "test"), remark="")  # already printed for the training split
+        test = replace(find_source(data, "test"), remark="")  # already printed for the training split
     except NotFound:
         return None
     return None if set(test.files) & set(train.files) else test
 
 
-def finetuning_job(args: argparse.Namespace, config: LlamaConfig) -> Job:
+def finetuning_job(args: argparse.Namespace, config: LlamaConfig, lora: Lora) -> Job:
     """Return the job; the default length is at most the model's context, and adapters default to tp 1 and pp 1."""
-    job = job_of(args, config, length_varies=True)
+    job = replace(job_of(args, config), length_varies=True, adapters=lora.config(args.model_path))
     if args.max_length is None:
         max_length = min(MAX_LENGTH, config.max_position_embeddings)
         job = replace(job, batch=replace(job.batch, max_length=max_length))
-    if args.lora_rank and args.plugin == "hybrid_parallel":  # it cannot split adapters
+    if job.adapters and args.plugin == "hybrid_parallel":  # it cannot split adapters
         asked = job.parallelism
         job = replace(job, parallelism=replace(asked, tp=asked.tp or 1, pp=asked.pp or 1))
     return job
 
 
 def open_data(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, job: Job
+    data: Data, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[InstructionDataset, InstructionDataset | None]:
     """Return the training data, and the split `test` or None.
 
@@ -145,40 +152,28 @@ def open_data(
     """
 
     def prepare() -> list[str]:
-        folders, train = [], find_source(args, "train")
-        for source in filter(None, (train, find_test_source(args, train))):
+        folders, train = [], find_source(data, "train")
+        for source in filter(None, (train, find_test_source(data, train))):
             encoder = ExampleEncoder(
-                tokenizer, find_shape(source, tokenizer), job.batch.max_length, args.train_on_prompt
+                tokenizer, find_shape(source, tokenizer), job.batch.max_length, data.train_on_prompt
             )
-            folders.append(str(prepare_examples(source, encoder, args.cache_dir)))
+            folders.append(str(prepare_examples(source, encoder, data.cache_dir)))
         return folders
 
     dataset, *held_out = (
-        InstructionDataset(Path(folder), args.pack, job.layout.sp) for folder in once_per_node(prepare)
+        InstructionDataset(Path(folder), data.pack, job.layout.sp) for folder in once_per_node(prepare)
     )
     if not held_out:
-        refuse_interval(args, "give a data set with a split `test`")
+        refuse_interval(data.given, "give a data set with a split `test`")
     return dataset, held_out[0] if held_out else None
 
 
-def check(args: argparse.Namespace, run: Run, lora: Lora) -> None:
+def check(args: argparse.Namespace, run: Run) -> None:
     """Check every flag before data or a GPU is touched. Raises InputError with one line per problem."""
     data = Path(args.dataset, args.task_name or "")
     check_job(run.job, take(DryRun, args), args.given, further=run_problems(run, data, args.cache_dir))
-    if problems := lora.problems(run.job.layout):
+    if run.lora and (problems := run.lora.problems(run.job.layout)):
         raise InputError(*problems)
-
-
-def set_weights(engine: Engine, checkpoint: Path | None, pretrained: LazyTensors, folder: Path) -> None:
-    """Load the weights of the model or of a checkpoint; with adapters, those of both."""
-    adapted = getattr(engine.config, "lora", None) is not None
-    if adapted or not checkpoint:
-        load_pretrained(pretrained, engine, "--model_path")
-        say(f"initial weights: {folder}")
-    if checkpoint:
-        load_checkpoint(checkpoint, engine)
-    elif adapted:
-        initialize_weights(engine)
 
 
 def main() -> int:
@@ -187,29 +182,24 @@ def main() -> int:
     # Find every mistake before a process group, a model or a GPU is touched.
     folder = find_model(args.model_path, "--model_path")
     refuse_other_formats(folder, "--model_path")
-    config = load_config(str(folder), "--model_path")
-    lora = take(Lora, args)
-    run = run_of(args, finetuning_job(args, config), args.model_path, lora.resolved)
-    check(args, run, lora)
+    config, lora = load_config(str(folder), "--model_path"), take(Lora, args)
+    run = run_of(args, finetuning_job(args, config, lora), args.model_path, lora)
+    check(args, run)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(folder, config, "--model_path")
     json_files = generation_config(folder, tokenizer, "--model_path")
-    if lora.lora_rank:
+    if run.job.adapters:
         fingerprint = once_per_node(lambda: weights_fingerprint(pretrained))
-        run = replace(run, lora=replace(lora.resolved, base_weights=fingerprint))
+        run = replace(run, lora=replace(lora, base_weights=fingerprint))
     state, checkpoint = resume_state(run.outputs)
     if checkpoint:
         check_model(checkpoint / "model", config, "--load")
-    if lora.lora_rank:
-        config.lora = lora.resolved.config(args.model_path)
-    config.torch_dtype = run.job.dtype
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    run, attention = complete(run, tokenizer, args.pack)
     if not args.dry_run:
-        check_folders(run.outputs, config, state.step)
-    dataset, held_out = open_data(args, tokenizer, run.job)
+        check_folders(run.outputs, run.job, state.step)
+    dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
-    attention = select_attention(config, args.flash_attention, plan.layout.sp > 1, args.pack)
     run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
     announce(run, dataset, plan, attention)
     if held_out:
@@ -220,11 +210,12 @@ def main() -> int:
         say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    weights = partial(set_weights, checkpoint=checkpoint, pretrained=pretrained, folder=folder)
     export = partial(export_model, tokenizer=tokenizer, json_files=json_files)
-    if lora.lora_rank:
-        export = partial(export_merged, tokenizer=tokenizer, config=config, weights=pretrained, json_files=json_files)
-    return execute(run, plan, state, checkpoint, (dataset, held_out), weights, export)
+    if run.job.adapters:
+        export = partial(
+            export_merged, tokenizer=tokenizer, config=run.job.config, weights=pretrained, json_files=json_files
+        )
+    return execute(run, plan, state, checkpoint, (dataset, held_out), pretrained, export)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2CLS, ACT2FN
@@ -367,12 +367,12 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
 
 
-def trained_specs(config: LlamaConfig) -> list[ParameterSpec]:
-    """Return the parameters that training changes: all, or those of the adapters that `config.lora` describes."""
-    if getattr(config, "lora", None) is None:
+def trained_specs(config: LlamaConfig, adapters: LoraConfig | None) -> list[ParameterSpec]:
+    """Return the parameters that training changes: those of the adapters if there are any, else all."""
+    if adapters is None:
         return parameter_specs(config)
     # A copy, because peft writes the name of its model into it, and this model has none.
-    model = get_peft_model(build_model(config, torch.device("meta")), copy.deepcopy(config.lora))
+    model = get_peft_model(build_model(config, torch.device("meta")), copy.deepcopy(adapters))
     parameters = model.named_parameters()
     return [ParameterSpec(plain_name(name), value.shape) for name, value in parameters if value.requires_grad]
 
@@ -383,15 +383,14 @@ def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.name != skipped)
 
 
-def model_flops_per_token(config: LlamaConfig, seq_length: int) -> int:
+def model_flops_per_token(config: LlamaConfig, seq_length: int, adapted: bool = False) -> int:
     """Return the FLOPs of a token, forward and backward: 6 N + 12 L H S, N without the input embedding.
 
-    With LoRA it is 4 N, since the weights are frozen. As in PaLM (arXiv:2204.02311, appendix B) and torchtitan,
+    With adapters it is 4 N, since the weights are frozen. As in PaLM (arXiv:2204.02311, appendix B) and torchtitan,
     attention counts in full, not halved for causality, and recomputation does not count.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
-    passes = 4 if getattr(config, "lora", None) else 6
-    return passes * count_parameters(config, input_embedding=False) + attention
+    return (4 if adapted else 6) * count_parameters(config, input_embedding=False) + attention
 
 
 @contextlib.contextmanager

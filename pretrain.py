@@ -14,25 +14,24 @@ requirements.require()
 requirements.start_cuda()
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from attn import select_attention
 from checkpointing.export import export_model
 from checkpointing.folder import check_model
-from checkpointing.pretrained import check_pretrained, load_pretrained
-from checkpointing.reader import LazyTensors, load_checkpoint
+from checkpointing.pretrained import check_pretrained
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT
 from corpus.prepare import is_prepared, prepare_dataset
 from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import PackedDataset, StreamedDataset
-from engine.boost import Engine
-from engine.shards import initialize_weights
+from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import DryRun
 from planning.memory import settle_recomputation
@@ -58,7 +57,7 @@ from training.flags import (
     user_name,
     user_path,
 )
-from training.plan import Run, announce, check_folders, make_plan, resume_state
+from training.plan import Run, announce, check_folders, complete, make_plan, resume_state
 from training.session import execute
 
 
@@ -115,31 +114,48 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@dataclass(frozen=True)
+class Data:
+    """The text to train on, and the way it becomes sequences; the fields are the flags of their names."""
+
+    dataset: str
+    dataset_revision: str | None
+    dataset_slices: Sequence[str]
+    cache_dir: Path
+    eval_fraction: float | None
+    streaming: bool
+    shuffle_buffer: int
+    slice_weights: dict[str, float] | None
+    document_mask: bool
+    given: frozenset[str]  # those with `action=Given` that are on the command line
+
+
 def open_data(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    data: Data, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[PackedDataset | StreamedDataset, PackedDataset | None]:
     """Return the training data, and the held-out data or None."""
-    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if args.document_mask else None
-    order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
-    choice = {"revision": args.dataset_revision, "slices": args.dataset_slices}
-    if args.streaming:
-        if is_prepared(Path(args.dataset)):
-            raise InputError(f"--streaming: {args.dataset} is already prepared; leave the flag out")
-        source = Source.from_json(once_per_node(lambda: resolve_source(args.dataset, **choice).to_json()))
+    max_length = job.batch.max_length
+    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if data.document_mask else None
+    weights = data.slice_weights
+    choice: dict[str, Any] = {"revision": data.dataset_revision, "slices": data.dataset_slices}
+    if data.streaming:
+        if is_prepared(Path(data.dataset)):
+            raise InputError(f"--streaming: {data.dataset} is already prepared; leave the flag out")
+        source = Source.from_json(once_per_node(lambda: resolve_source(data.dataset, **choice).to_json()))
         if source.remark:
             say(source.remark)
         encoder = TextEncoder(tokenizer)
-        stream = StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order)
+        stream = StreamedDataset(source, encoder, max_length, job.seed, data.shuffle_buffer, document_ends, weights)
         once_per_node(stream.check)
         return stream, None
-    if not args.eval_fraction and not is_prepared(Path(args.dataset)):
-        refuse_interval(args, "give --eval_fraction")
-    folder = prepare_dataset(args.dataset, tokenizer, args.cache_dir, eval_fraction=args.eval_fraction, **choice)
-    dataset = PackedDataset(folder, args.max_length, **order)
+    if not data.eval_fraction and not is_prepared(Path(data.dataset)):
+        refuse_interval(data.given, "give --eval_fraction")
+    folder = prepare_dataset(data.dataset, tokenizer, data.cache_dir, eval_fraction=data.eval_fraction, **choice)
+    dataset = PackedDataset(folder, max_length, document_ends, slice_weights=weights)
     if not dataset.manifest.get("eval_fraction"):
-        refuse_interval(args, "prepare them with --eval_fraction")
+        refuse_interval(data.given, "prepare them with --eval_fraction")
         return dataset, None
-    return dataset, PackedDataset(folder, args.max_length, document_ends, split=HELD_OUT)
+    return dataset, PackedDataset(folder, max_length, document_ends, split=HELD_OUT)
 
 
 def check(args: argparse.Namespace, run: Run) -> None:
@@ -162,19 +178,6 @@ def check(args: argparse.Namespace, run: Run) -> None:
     check_job(run.job, take(DryRun, args), args.given, args.document_mask, problems)
 
 
-def set_weights(
-    engine: Engine, checkpoint: Path | None, init_from: Path | None, pretrained: LazyTensors | None
-) -> None:
-    """Load the weights of a checkpoint or of the model at `init_from`, or initialize them."""
-    if checkpoint:
-        load_checkpoint(checkpoint, engine)
-    elif pretrained:
-        load_pretrained(pretrained, engine)
-        say(f"initial weights: {init_from}")
-    else:
-        initialize_weights(engine)
-
-
 def main() -> int:
     args = parse_args()
 
@@ -188,13 +191,11 @@ def main() -> int:
     state, checkpoint = resume_state(run.outputs)
     if checkpoint:
         check_model(checkpoint / "model", config, "--load")
-    config.torch_dtype = run.job.dtype
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    run, attention = complete(run, tokenizer, args.document_mask)
     if not args.dry_run:
-        check_folders(run.outputs, config, state.step)
-    dataset, held_out = open_data(args, tokenizer)
+        check_folders(run.outputs, run.job, state.step)
+    dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
-    attention = select_attention(config, args.flash_attention, plan.layout.sp > 1, args.document_mask)
     run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
     announce(run, dataset, plan, attention)
     if held_out:
@@ -203,9 +204,8 @@ def main() -> int:
         say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
         return 0
 
-    weights = partial(set_weights, checkpoint=checkpoint, init_from=args.init_from, pretrained=pretrained)
     export = partial(export_model, tokenizer=tokenizer)
-    return execute(run, plan, state, checkpoint, (dataset, held_out), weights, export)
+    return execute(run, plan, state, checkpoint, (dataset, held_out), pretrained, export)
 
 
 if __name__ == "__main__":

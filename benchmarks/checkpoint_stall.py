@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from attn import select_attention
-from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES
 from checkpointing.writer import CheckpointWriter, Retention
 from engine import device
 from engine.boost import boost
@@ -45,9 +44,8 @@ def main() -> int:
     add_training_args(parser)
     args = parser.parse_args()
     config = load_config(args.config)
+    say(select_attention(config, args.flash_attention, args.sp > 1))
     job = job_of(args, config)
-    config.torch_dtype = job.dtype
-    say(select_attention(config, args.flash_attention, job.layout.sp > 1))
     launch(args.seed)
     engine = boost(job)
     initialize_weights(engine)
@@ -65,8 +63,7 @@ def main() -> int:
         return time.perf_counter() - started
 
     def save(writer: CheckpointWriter, number: int) -> None:
-        states = {"epoch": 0, "step": number, "adam_steps": 1, "loss_scaler": None}
-        writer.save(engine, {RUNNING_STATES: states, LR_SCHEDULER: {}})
+        writer.save({"epoch": 0, "step": number, "adam_steps": 1})
 
     for _ in range(3):
         train_step()
@@ -75,11 +72,11 @@ def main() -> int:
     quiet = [train_step() for _ in range(args.steps)]
     peak_before = device.peak_memory()
     keep_one = Retention(keep_checkpoints=1)
-    foreground = CheckpointWriter(args.save_dir, config, keep_one, background=False)
-    background = CheckpointWriter(args.save_dir, config, keep_one)
+    foreground = CheckpointWriter(args.save_dir, engine, keep_one, background=False)
+    background = CheckpointWriter(args.save_dir, engine, keep_one)
     rows = {"foreground": [], "background": []}
     during, number = [], 0
-    gigabytes = count_parameters(config) * (config.torch_dtype.itemsize + 12) / 1e9
+    gigabytes = count_parameters(config) * (job.dtype.itemsize + 12) / 1e9
     say(f"{count_parameters(config):,} parameters, {args.plugin} on {console.world_size()} ranks: {gigabytes:.2f} GB")
     for _ in range(args.rounds):
         for name, writer in (("foreground", foreground), ("background", background)):

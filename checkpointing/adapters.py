@@ -1,10 +1,9 @@
 """LoRA: low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685), in peft's layout.
 
-A configuration with `config.lora`, a peft LoraConfig, trains only its adapters. `model_utils.trained_specs` then lists
-their parameters; initializing, saving and loading need no more than this list.
+A job with `adapters`, a peft LoraConfig, trains only these. `model_utils.trained_specs` then lists their parameters;
+initializing, saving and loading need no more than this list.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,9 @@ class Lora:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that a resume must not change."""
-        return {name: value for name, value in vars(self).items() if name != "base_weights" or value is not None}
+        """The settings that a resume must not change, `resolved`."""
+        settings = vars(self.resolved)
+        return {name: value for name, value in settings.items() if name != "base_weights" or value is not None}
 
     def problems(self, layout: Layout) -> list[str]:
         """Return a line for each flag that is wrong, has no effect, or conflicts with the layout."""
@@ -75,15 +75,17 @@ class Lora:
             )
         return problems
 
-    def config(self, model_path: str) -> LoraConfig:
-        """Return peft's configuration of the adapters; a model's folder gets an absolute path."""
-        base = Path(model_path)
+    def config(self, model_path: str) -> LoraConfig | None:
+        """Return peft's configuration of the adapters, if any; a model's folder gets an absolute path."""
+        if not self.lora_rank:
+            return None
+        base, settings = Path(model_path), self.resolved
         return LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(base.absolute() if base.is_dir() else base),
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            target_modules=self.lora_modules.split(","),
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            target_modules=settings.lora_modules.split(","),
         )
 
 
@@ -94,15 +96,14 @@ def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path
         adapter: folder that `write_adapter` has written.
         weights: the frozen weights on which the adapters were trained.
     """
-    lora, plain = config.lora, copy.deepcopy(config)
-    del plain.lora
+    lora = LoraConfig.from_pretrained(adapter)
     folder.mkdir(parents=True)
-    files = file_names(plain, "model")
+    files = file_names(config, "model")
     with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
         adapted = set(file.keys())
         for group, name in files.items():
             merged = {}
-            for spec in parameter_specs(plain):
+            for spec in parameter_specs(config):
                 if spec.group != group:
                     continue
                 weight = weights[spec.name][:].float()
@@ -112,4 +113,4 @@ def merge(adapter: Path, weights: LazyTensors, config: LlamaConfig, folder: Path
                     weight += lora.lora_alpha / lora.r * (up @ down)
                 merged[spec.name] = weight.to(config.torch_dtype)
             write_tensors(folder / name, merged)
-    write_model_index(folder, plain)
+    write_model_index(folder, config)

@@ -62,7 +62,7 @@ def export_merged(
     weights: LazyTensors,
     json_files: dict[str, dict],
 ) -> None:
-    """Export a checkpoint's adapters, described by `config.lora`, merged into their frozen `weights`."""
+    """Export a checkpoint's adapters, merged into their frozen `weights`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merged-") as folder:
         merge(checkpoint / "model", weights, config, Path(folder, "model"))

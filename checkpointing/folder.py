@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from model_utils import load_config, trained_specs
+from engine.job import Job
+from model_utils import load_config, parameter_specs, trained_specs
 from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, rank, say, size_text
 from runtime.files import checksum, claim_folder, existing_part, sync, write_json
@@ -86,9 +88,9 @@ def check_shared(save_dir: Path) -> None:
             )
 
 
-def check_room(save_dir: Path, config: LlamaConfig) -> None:
+def check_room(save_dir: Path, job: Job) -> None:
     """Raise InputError if the file system has no room for a checkpoint; the folder need not exist yet."""
-    needed, free = checkpoint_bytes(config), shutil.disk_usage(existing_part(save_dir)).free
+    needed, free = checkpoint_bytes(job), shutil.disk_usage(existing_part(save_dir)).free
     if free < needed:
         raise InputError(
             f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}; "
@@ -96,10 +98,14 @@ def check_room(save_dir: Path, config: LlamaConfig) -> None:
         )
 
 
-def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
-    """Return the file name of each trained part of the model (see ParameterSpec.group), the same in every layout."""
+def file_names(config: LlamaConfig, kind: str, adapted: bool = False) -> dict[str, str]:
+    """Return the file name of each trained part of the model (see ParameterSpec.group), the same in every layout.
+
+    Args:
+        adapted: only adapters are trained.
+    """
     groups = [f"model.layers.{number}" for number in range(config.num_hidden_layers)]
-    if getattr(config, "lora", None) is None:  # adapters are only in layers
+    if not adapted:  # adapters are only in layers
         head = [] if config.tie_word_embeddings else ["lm_head"]
         groups = ["model.embed_tokens", *groups, "model.norm", *head]
     return {
@@ -107,21 +113,21 @@ def file_names(config: LlamaConfig, kind: str) -> dict[str, str]:
     }
 
 
-def required_files(config: LlamaConfig) -> set[str]:
-    """Return the paths in a checkpoint of all its files except the manifest."""
-    if getattr(config, "lora", None):
+def required_files(config: LlamaConfig, adapted: bool = False) -> set[str]:
+    """Return the paths in a checkpoint, of all weights or only of adapters, of all its files except the manifest."""
+    if adapted:
         model = {CONFIG, ADAPTER_FILE, ADAPTER_CONFIG}
     else:
         model = {CONFIG, MODEL_INDEX, *file_names(config, "model").values()}
-    optimizer = file_names(config, "optimizer").values()
+    optimizer = file_names(config, "optimizer", adapted).values()
     folders = {f"model/{name}" for name in model} | {f"optimizer/{name}" for name in optimizer}
     return {RUNNING_STATES, LR_SCHEDULER} | folders
 
 
-def checkpoint_bytes(config: LlamaConfig) -> int:
-    """Return the bytes of a checkpoint: trained weights in `config.torch_dtype`, and three float32 numbers for each."""
-    trained = sum(spec.shape.numel() for spec in trained_specs(config))
-    return trained * (config.torch_dtype.itemsize + 12)
+def checkpoint_bytes(job: Job) -> int:
+    """Return the bytes of a checkpoint: trained weights in working precision, and three float32 numbers for each."""
+    trained = sum(spec.shape.numel() for spec in trained_specs(job.config, job.adapters))
+    return trained * (job.dtype.itemsize + 12)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -138,31 +144,34 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def write_model_index(folder: Path, config: LlamaConfig) -> None:
     """Write config.json and the index of the safetensors files."""
-    files, specs = file_names(config, "model"), trained_specs(config)
+    files, specs = file_names(config, "model"), parameter_specs(config)
     size = sum(spec.shape.numel() for spec in specs) * config.torch_dtype.itemsize
     weight_map = {spec.name: files[spec.group] for spec in specs}
     write_json(folder / MODEL_INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: LlamaConfig) -> None:
     saved = copy.deepcopy(config)
     saved.use_cache = True
-    vars(saved).pop("lora", None)
     saved.architectures = ["LlamaForCausalLM"]
     saved.to_json_file(folder / CONFIG)
 
 
-def write_adapter(folder: Path, config: LlamaConfig) -> None:
+def write_adapter(folder: Path, config: LlamaConfig, adapters: LoraConfig) -> None:
     """Join the adapters' files into the one that peft loads, and write peft's configuration.
 
     config.json stays, so that a resume can check that it trains the same model.
     """
-    files = file_names(config, "model")
-    adapters = {}
-    for file in files.values():
-        adapters |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in load_file(folder / file).items()}
-    write_tensors(folder / ADAPTER_FILE, adapters)
-    config.lora.save_pretrained(folder)
-    write_model_index(folder, config)
-    for name in (MODEL_INDEX, *files.values()):
-        (folder / name).unlink()
+    files = [folder / name for name in file_names(config, "model", adapted=True).values()]
+    tensors = {}
+    for file in files:
+        tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in load_file(file).items()}
+    write_tensors(folder / ADAPTER_FILE, tensors)
+    adapters.save_pretrained(folder)
+    _write_config(folder, config)
+    for file in files:
+        file.unlink()
 
 
 def _manifest(folder: Path) -> dict[str, dict] | None:
@@ -173,8 +182,7 @@ def _manifest(folder: Path) -> dict[str, dict] | None:
         config = LlamaConfig.from_dict(json.loads((folder / "model" / CONFIG).read_text(encoding="utf-8")))
         if config.num_hidden_layers > len(files):  # or a damaged number could make endless names
             return None
-        config.lora = f"model/{ADAPTER_FILE}" in files or None
-        return files if files.keys() == required_files(config) else None
+        return files if files.keys() == required_files(config, f"model/{ADAPTER_FILE}" in files) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

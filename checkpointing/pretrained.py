@@ -286,7 +286,15 @@ def _is_buffer(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
+class Pretrained(LazyTensors):
+    """The weights of a model folder, every parameter of the model in its shape; `flag` gave the folder."""
+
+    def __init__(self, files: dict[str, Path], prefix: str, folder: Path, flag: str):
+        super().__init__(files, prefix)
+        self.folder, self.flag = folder, flag
+
+
+def model_weights(folder: Path, config: LlamaConfig, flag: str) -> Pretrained:
     """Return the weights of every parameter of `config`, by name, after checking that all exist in their shapes.
 
     Raises:
@@ -325,10 +333,10 @@ def model_weights(folder: Path, config: LlamaConfig, flag: str) -> LazyTensors:
                 f"{flag}: {name} in {folder} has shape {list(stored[name].shape)}, but its config.json gives "
                 f"{list(shape)}"
             )
-    return LazyTensors({name: tensor.path for name, tensor in stored.items()}, prefix)
+    return Pretrained({name: tensor.path for name, tensor in stored.items()}, prefix, folder, flag)
 
 
-def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from") -> LazyTensors:
+def check_pretrained(folder: Path, config: LlamaConfig, flag: str = "--init_from") -> Pretrained:
     """Return the weights of a model folder; refuse it, before anything is allocated, if they do not fit `config`."""
     refuse_other_formats(folder, flag)
     if not (folder / "config.json").is_file():
@@ -352,7 +360,7 @@ def weights_fingerprint(weights: LazyTensors) -> str:
     return xxhash.xxh3_64(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def load_pretrained(weights: LazyTensors, engine: Engine, flag: str = "--init_from") -> None:
+def load_pretrained(weights: Pretrained, engine: Engine) -> None:
     """Set the model's weights; each rank reads only its own slices into host memory. Collective.
 
     With adapters, which have no weights here, this sets the frozen weights.
@@ -372,4 +380,7 @@ def load_pretrained(weights: LazyTensors, engine: Engine, flag: str = "--init_fr
         restore(engine, lambda name, key: weights[name], adam_steps=0)
         broken = first_not_finite(engine)
     if broken:
-        raise InputError(f"{flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give other weights")
+        raise InputError(
+            f"{weights.flag}: {broken} in {weights.files[broken]} has a NaN or an infinity; give other weights"
+        )
+    say(f"initial weights: {weights.folder}")

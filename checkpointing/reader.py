@@ -81,11 +81,12 @@ def load_checkpoint(folder: Path, engine: Engine) -> None:
         InputError: on every rank, if a file is damaged, or a weight is NaN or infinite.
     """
     refuse_damaged(folder)
-    files = file_names(engine.config, "optimizer")
+    config, adapters = engine.config, engine.job.adapters
+    files = file_names(config, "optimizer", adapters is not None)
     tensors = LazyTensors(
         {
             f"{spec.name}.{key}": folder / "optimizer" / files[spec.group]
-            for spec in trained_specs(engine.config)
+            for spec in trained_specs(config, adapters)
             for key in (MASTER, *MOMENTS)
         }
     )

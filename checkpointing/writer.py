@@ -15,13 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import LlamaConfig
 
 from checkpointing.folder import (
     CHECKPOINT,
+    LR_SCHEDULER,
     MANIFEST,
     RUNNING_STATES,
     check_room,
@@ -36,6 +37,7 @@ from checkpointing.folder import (
 from engine import device
 from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, LocalShard, local_shards
+from engine.step import loss_scaler_state
 from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
 from runtime.console import RunError, below, rank, say, size_text, world_size
 from runtime.files import checksum, replace_folder, write_json
@@ -68,7 +70,7 @@ class CheckpointWriter:
     def __init__(
         self,
         save_dir: Path,
-        config: LlamaConfig,
+        engine: Engine,
         retention: Retention,
         background: bool = True,
         latest: Path | None = None,
@@ -78,10 +80,12 @@ class CheckpointWriter:
             background: copy the state to host memory, if it fits, and write it while training goes on.
             latest: the checkpoint that the run resumes from.
         """
-        self.save_dir, self.config = save_dir, config
+        self.save_dir, self.engine, self.job = save_dir, engine, engine.job
         self.background = background
         self.retention = retention
-        self.model_files, self.optimizer_files = file_names(config, "model"), file_names(config, "optimizer")
+        self.model_files, self.optimizer_files = (
+            file_names(self.job.config, kind, self.job.adapters is not None) for kind in ("model", "optimizer")
+        )
         self._positions = {group: number for number, group in enumerate(self.model_files)}
         self.latest = latest
         self._reports: list[str] = []
@@ -92,23 +96,22 @@ class CheckpointWriter:
         self._target: Path  # folder of the checkpoint in flight
         self._temporary: Path  # where it is written
 
-    def save(self, engine: Engine, json_files: dict[str, dict]) -> None:
+    def save(self, states: dict[str, Any]) -> None:
         """Start to write a checkpoint, and return when the weights may change again. Collective.
 
         Args:
-            json_files: further files of the checkpoint; `epoch` and `step` in running_states.json name the folder.
+            states: for running_states.json, beside the loss scale; its `epoch` and `step` name the folder.
 
         Raises:
             RunError: on every rank, if the previous checkpoint failed on any, or this one has no room.
         """
         started = time.perf_counter()
         self.wait()
-        states = json_files[RUNNING_STATES]
-        target = self.save_dir / CHECKPOINT.format(**states)
-        temporary = target.with_name(f".{target.name}.incomplete")
-        self._target, self._temporary = target, temporary
-        on_rank_zero(lambda: self._begin(temporary), self._failure)
-        shards_by_file = self._by_file(engine)
+        self._target = self.save_dir / CHECKPOINT.format(**states)
+        self._temporary = self._target.with_name(f".{self._target.name}.incomplete")
+        on_rank_zero(self._begin, self._failure)
+        shards_by_file = self._by_file()
+        json_files = self._json_files(states)
         files: dict[str, dict] = {}
         staged: list[File] = []
         if self.background and self._fits_in_memory(shards_by_file):
@@ -180,16 +183,22 @@ class CheckpointWriter:
         reports, self._reports = self._reports, []
         return reports
 
-    def _begin(self, temporary: Path) -> None:
+    def _begin(self) -> None:
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        check_room(self.save_dir, self.config)
-        (temporary / "model").mkdir(parents=True)
-        (temporary / "optimizer").mkdir()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        check_room(self.save_dir, self.job)
+        (self._temporary / "model").mkdir(parents=True)
+        (self._temporary / "optimizer").mkdir()
 
-    def _by_file(self, engine: Engine) -> list[list[LocalShard]]:
+    def _json_files(self, states: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the JSON files; a resume computes the schedule from the step, and reads only the running states."""
+        groups = self.engine.optimizer.optim.param_groups
+        schedule = {"last_epoch": states["step"], "base_lrs": [self.job.optimization.lr for _ in groups]}
+        return {RUNNING_STATES: states | {"loss_scaler": loss_scaler_state(self.engine)}, LR_SCHEDULER: schedule}
+
+    def _by_file(self) -> list[list[LocalShard]]:
         """Return the shards of each file of this stage, padded with empty lists to the largest stage. Collective."""
-        files = [list(members) for _, members in groupby(local_shards(engine), key=lambda shard: shard.spec.group)]
+        files = [list(members) for _, members in groupby(local_shards(self.engine), key=lambda shard: shard.spec.group)]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
     def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
@@ -231,7 +240,7 @@ class CheckpointWriter:
         try:
             suffix = f".{MASTER}"
             weights = {
-                name.removesuffix(suffix): tensor.to(self.config.torch_dtype).contiguous()
+                name.removesuffix(suffix): tensor.to(self.job.dtype).contiguous()
                 for name, tensor in tensors.items()
                 if name.endswith(suffix)
             }
@@ -252,27 +261,29 @@ class CheckpointWriter:
         for group, tensors in staged:
             self._write(group, tensors, files)
         try:
-            self._conclude(self._temporary, self._target, json_files, files, started, stall)
+            self._conclude(json_files, files, started, stall)
         except RunError as error:
             self.error = self.error or str(error)
         except Exception as error:
             self.error = self.error or f"{type(error).__name__}: {error}"
 
-    def _conclude(
-        self, temporary: Path, target: Path, json_files: dict, files: dict[str, dict], started: float, stall: float
-    ) -> None:
+    def _conclude(self, json_files: dict, files: dict[str, dict], started: float, stall: float) -> None:
+        temporary, target = self._temporary, self._target
         part = {"error": self.error} if self.error else {"files": files}
         write_json(temporary / f"part-{rank():05d}.json", part)
         if rank() != 0:
             return
-        all_files = self._wait_for_parts(temporary)
+        all_files = self._wait_for_parts()
         if all_files is None:
             return
         for name, content in json_files.items():
             write_json(temporary / name, content)
-        write_rest = write_adapter if getattr(self.config, "lora", None) else write_model_index
-        write_rest(temporary / "model", self.config)
-        required = sorted(required_files(self.config))
+        config, adapters = self.job.config, self.job.adapters
+        if adapters:
+            write_adapter(temporary / "model", config, adapters)
+        else:
+            write_model_index(temporary / "model", config)
+        required = sorted(required_files(config, adapters is not None))
         all_files = {name: all_files.get(name) or checksum(temporary / name) for name in required}
         write_json(temporary / MANIFEST, {"format": 1, "files": all_files})
         if incomplete := incomplete_files(temporary):
@@ -288,11 +299,11 @@ class CheckpointWriter:
         except OSError as error:
             self._reports.append(f"checkpoint: an old one could not be removed: {error}")
 
-    def _wait_for_parts(self, temporary: Path) -> dict[str, dict] | None:
+    def _wait_for_parts(self) -> dict[str, dict] | None:
         """Return the files of all ranks; None if a rank has failed."""
         files = {}
         for number in range(world_size()):
-            path = temporary / f"part-{number:05d}.json"
+            path = self._temporary / f"part-{number:05d}.json"
             while not path.exists():
                 if self._abandoned:
                     return None

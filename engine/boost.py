@@ -89,7 +89,7 @@ def boost(job: Job) -> Engine:
     model = module.empty_model(job, device)
     module.checkpoint_layers(job, model)
     booster = Booster(plugin=plugin)
-    if lora := getattr(job.config, "lora", None):
+    if lora := job.adapters:
         model.name_or_path = lora.base_model_name_or_path  # peft saves it with the adapters
         model = booster.enable_lora(model, lora_config=lora)
     attend_inside_documents(model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig
 
 from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
@@ -93,7 +94,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Job:
-    """The engine's part of a run."""
+    """The engine's part of a run. Nothing writes to it or to its configuration; a change makes a new job."""
 
     config: LlamaConfig
     parallelism: Parallelism = field(default_factory=Parallelism)
@@ -103,6 +104,7 @@ class Job:
     placement: Placement = field(default_factory=Placement)
     seed: int = 42
     length_varies: bool = False  # sequences differ in length, as in fine-tuning
+    adapters: LoraConfig | None = None  # trained on frozen weights; None: all weights are trained
 
     @cached_property
     def layout(self) -> Layout:

@@ -126,8 +126,8 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     """Return the state of LowLevelZeroPlugin and HybridParallelPlugin: full weights, the rest by the ZeRO stage."""
     layout, parameters = job.layout, sum(spec.shape.numel() for spec in specs)
     frozen = 0
-    if getattr(job.config, "lora", None) is not None:
-        frozen, specs = parameters, trained_specs(job.config)
+    if job.adapters is not None:
+        frozen, specs = parameters, trained_specs(job.config, job.adapters)
         parameters = sum(spec.shape.numel() for spec in specs)
     largest = max(spec.shape.numel() for spec in specs)
     # HybridParallelPlugin adds torch's DistributedDataParallel; its buckets are as large as all gradients together.

@@ -24,7 +24,6 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
         changed = change.of(job)
         if changed.problems() or (changed.compute.keep_attention and reenters(changed.layout)):
             return False
-        select_attention(changed.config, changed.compute.flash_attention, changed.layout.sp > 1)
         limit = None if change.no_limit else plan.memory_limit
         needed, room = estimate_memory(changed).peak.total, planned_card(replace(plan, memory_limit=limit)).memory_gb
         return (needed < before or change.no_limit) and not needed > room * 1e9  # NaN: an unknown GPU
@@ -35,7 +34,7 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
         lean["-g" if job.recomputed == 0 else "--recompute 1"] = Change(compute=dict(recompute=1.0))
     sizes = [batch.batch_size >> halvings for halvings in range(1, batch.batch_size.bit_length())]
     batches = [{f"-b {size}": Change(batch=dict(batch_size=size))} for size in sizes]
-    plugins = ("zero2_cpu",) if getattr(job.config, "lora", None) else ("gemini", "zero2_cpu", "gemini_auto")
+    plugins = ("zero2_cpu",) if job.adapters else ("gemini", "zero2_cpu", "gemini_auto")
     others = {"no --keep_attention": Change(compute=dict(keep_attention=False))} if compute.keep_attention else {}
     others |= {f"-p {plugin}": Change(parallelism=dict(plugin=plugin)) for plugin in plugins}
     if plan.memory_limit:
@@ -72,12 +71,14 @@ class Change:
         )
 
     def of(self, job: Job) -> Job:
+        config, compute = copy.deepcopy(job.config), replace(job.compute, **self.compute)
+        select_attention(config, compute.flash_attention, job.parallelism.sp > 1)
         return replace(
             job,
-            config=copy.deepcopy(job.config),
+            config=config,
             parallelism=replace(job.parallelism, **self.parallelism),
             batch=replace(job.batch, **self.batch),
-            compute=replace(job.compute, **self.compute),
+            compute=compute,
         )
 
 
@@ -100,7 +101,7 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) 
             verdict, remedy = "does NOT fit", f"; what helps: {memory_remedies(job, plan)}"
         say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
-    flops = model_flops_per_token(job.config, job.batch.max_length)
+    flops = model_flops_per_token(job.config, job.batch.max_length, job.adapters is not None)
     if math.isnan(card.peak_tflops):
         say(f"time: the peak of {card.name} is unknown; name a known GPU with --gpu")
         return

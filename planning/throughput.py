@@ -25,8 +25,8 @@ class Throughput:
 class PerformanceEvaluator:
     """Measure the throughput between calls of `lap`. The caller synchronizes the device before each."""
 
-    def __init__(self, config: LlamaConfig, seq_length: int, gpus: int, device_name: str):
-        self.flops_per_token = model_flops_per_token(config, seq_length)
+    def __init__(self, flops_per_token: int, gpus: int, device_name: str):
+        self.flops_per_token = flops_per_token
         self.gpus = gpus
         self.peak = peak_tflops(device_name)
         self.last = time.perf_counter()

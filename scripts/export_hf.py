@@ -46,12 +46,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, LazyTensors]:
-    """Return the folder and weights of the model on which the checkpoint's adapters, `config.lora`, were trained.
+    """Return the folder and weights of the model on which the checkpoint's adapters were trained.
 
     Raises:
         InputError: the model is missing, or it is a different one.
     """
-    base = find_model(args.base_model or config.lora.base_model_name_or_path, "--base_model")
+    adapters = LoraConfig.from_pretrained(args.checkpoint / "model")
+    base = find_model(args.base_model or adapters.base_model_name_or_path, "--base_model")
     weights = check_pretrained(base, config, "--base_model")
     trained_on = folder.read_running_states(args.checkpoint)["settings"]["base_weights"]
     if weights_fingerprint(weights) != trained_on:
@@ -72,7 +73,6 @@ def main() -> int:
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
     make: Callable[..., None] = export_model
     if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
-        config.lora = LoraConfig.from_pretrained(args.checkpoint / "model")
         base, weights = find_base(args, config)
         json_files = generation_config(base, tokenizer, "--base_model")
         make = partial(export_merged, config=config, weights=weights, json_files=json_files)

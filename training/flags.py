@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 CLOSE = 0.75  # similarity of two spellings of a flag, from 0 to 1 (difflib)
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
 AUTO = "auto"  # --recompute: as few layers as the memory allows
+WITHOUT_FLAG = {  # fields of the dataclasses that some program has no flag for
+    *("extra_dp", "memory_limit", *vars(Placement())),  # only benchmark.py has them
+    "warmup_steps",  # only pretrain.py has it
+    *("warmup_given", "base_weights"),  # computed
+}
 Options = TypeVar("Options")
 
 
@@ -158,12 +163,16 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def take(kind: type[Options], args: argparse.Namespace) -> Options:
-    """Return a dataclass filled from the flags of the same names; other fields keep their defaults."""
+    """Return a dataclass filled from the flags of the same names; fields in WITHOUT_FLAG may keep their defaults.
+
+    Raises:
+        AttributeError: the program has no flag for another field.
+    """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return kind(**{name: getattr(args, name) for name in names if name in args or name not in WITHOUT_FLAG})
 
 
-def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = False) -> Job:
+def job_of(args: argparse.Namespace, config: LlamaConfig) -> Job:
     """Return the job that the flags describe.
 
     Raises:
@@ -183,7 +192,6 @@ def job_of(args: argparse.Namespace, config: LlamaConfig, length_varies: bool = 
         take(Optimization, args),
         take(Placement, args),
         args.seed,
-        length_varies,
     )
 
 
@@ -362,9 +370,9 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
     )
 
 
-def refuse_interval(args: argparse.Namespace, remedy: str) -> None:
-    """Raise InputError if --eval_interval is on the command line; call it if no data are held out."""
-    if "eval_interval" in args.given:
+def refuse_interval(given: frozenset[str], remedy: str) -> None:
+    """Raise InputError if --eval_interval is `given` on the command line; call it if no data are held out."""
+    if "eval_interval" in given:
         raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
 
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES
 from checkpointing.writer import CheckpointWriter
 from corpus.order import splitmix64
 from engine.boost import Engine
 from engine.device import current_device, device_name
 from engine.layout import describe_layout
-from engine.step import forward_backward, loss_scaler, loss_scaler_state, optimizer_step
+from engine.step import forward_backward, loss_scaler, optimizer_step
+from model_utils import model_flops_per_token
 from planning.throughput import PerformanceEvaluator
 from runtime.collectives import gather
 from runtime.console import RunError, rank, say
@@ -62,15 +62,16 @@ def train(
     batches = Batches(loader, run.job.batch.accumulation_steps, plan.layout)
     if state.step < plan.total_steps:
         batches.prefetch()
-    speed = PerformanceEvaluator(engine.config, round(plan.mean_length), dist.get_world_size(), device_name())
-    writer = CheckpointWriter(run.outputs.save_dir, engine.config, run.retention, latest=checkpoint)
+    flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
+    speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
+    writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
             batch = batches.take()
             if batch.ranks_without:
                 unsaved = state.step > first_step and state.step % run.retention.save_interval > 0
-                _end_without_data(engine, scheduler, state if unsaved else None, batch, writer, metrics)
+                _end_without_data(state if unsaved else None, batch, writer, metrics)
             torch.manual_seed(step_seed(run.job.seed, state.step))
             loss_sum = torch.zeros(())
             if batch.label_tokens:
@@ -93,7 +94,7 @@ def train(
             metrics.log(row)
             metrics.note(writer.take_reports())
             if state.step % run.retention.save_interval == 0 or last or stopping:
-                writer.save(engine, json_files(engine, scheduler, state))
+                writer.save(state.saved())
                 speed.restart()
             if stopping:
                 break
@@ -117,7 +118,7 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
         f"{plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device_name()}; {versions}",
     }
-    settled = {"warmup_steps": plan.warmup_steps, **asdict(run.job.compute)}
+    settled = run.settings(plan.warmup_steps) | asdict(run.job.compute)
     metrics.describe(state.step, run.flags | settled, texts)
     return metrics
 
@@ -203,13 +204,6 @@ def step_seed(seed: int, step: int) -> int:
     return splitmix64(splitmix64(splitmix64(seed) ^ step) ^ rank())
 
 
-def json_files(engine: Engine, scheduler: LambdaLR, state: TrainState) -> dict[str, dict[str, Any]]:
-    """Return the JSON files of a checkpoint."""
-    running_states = asdict(state) | {"adam_steps": state.adam_steps, "loss_scaler": loss_scaler_state(engine)}
-    schedule = {"last_epoch": scheduler.last_epoch, "base_lrs": scheduler.base_lrs}
-    return {RUNNING_STATES: running_states, LR_SCHEDULER: schedule}
-
-
 def _catch_up(
     engine: Engine, run: Run, state: TrainState, held_out: DataLoader[Any] | None, metrics: Metrics, stop: StopRequest
 ) -> bool:
@@ -228,17 +222,10 @@ def _catch_up(
     return True
 
 
-def _end_without_data(
-    engine: Engine,
-    scheduler: LambdaLR,
-    unsaved: TrainState | None,
-    batch: StepBatch,
-    writer: CheckpointWriter,
-    metrics: Metrics,
-) -> None:
+def _end_without_data(unsaved: TrainState | None, batch: StepBatch, writer: CheckpointWriter, metrics: Metrics) -> None:
     """Save the `unsaved` state, if any, and raise RunError with the reason why a rank has no data. Collective."""
     if unsaved:
-        writer.save(engine, json_files(engine, scheduler, unsaved))
+        writer.save(unsaved.saved())
     writer.wait()
     metrics.note(writer.take_reports())
     reason = next(text for text in gather(batch.error) if text)

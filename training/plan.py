@@ -1,17 +1,19 @@
 """The plan of a run: its position, its length, and the settings that a resume must not change unnoticed."""
 
 import contextlib
+import copy
 import json
 import math
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import PreTrainedTokenizerBase
 
+from attn import select_attention
 from checkpointing.adapters import Lora
 from checkpointing.folder import (
     check_room,
@@ -123,6 +125,10 @@ class TrainState:
         """The number of updates, for Adam's bias correction."""
         return self.step - self.skipped_steps
 
+    def saved(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
+        return asdict(self) | {"adam_steps": self.adam_steps}
+
     def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
         """Add a completed step."""
         self.step += 1
@@ -173,6 +179,19 @@ class Plan:
         """Return the flags for a run of this many steps."""
         epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
         return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
+
+
+def complete(run: Run, tokenizer: PreTrainedTokenizerBase, inside_documents: bool) -> tuple[Run, str]:
+    """Return the run with the model's configuration as it is trained and saved, and a line on its attention.
+
+    Args:
+        inside_documents: attention stays inside each document of a sequence (see `select_attention`).
+    """
+    job, config = run.job, copy.deepcopy(run.job.config)
+    config.torch_dtype = job.dtype
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    attention = select_attention(config, job.compute.flash_attention, job.layout.sp > 1, inside_documents)
+    return replace(run, job=replace(job, config=config)), attention
 
 
 def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[TrainState, Path | None]:
@@ -229,7 +248,7 @@ def refuse_foreign_logs(outputs: Outputs, step: int) -> None:
         )
 
 
-def check_folders(outputs: Outputs, config: LlamaConfig, step: int) -> None:
+def check_folders(outputs: Outputs, job: Job, step: int) -> None:
     """Refuse early, before hours of data preparation, what `claim_folders` would refuse later; make no folder.
 
     Raises:
@@ -242,7 +261,7 @@ def check_folders(outputs: Outputs, config: LlamaConfig, step: int) -> None:
     if (outputs.tensorboard_dir / LOCK).exists():
         claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
     refuse_foreign_logs(outputs, step)
-    check_room(outputs.save_dir, config)
+    check_room(outputs.save_dir, job)
 
 
 def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) -> None:

@@ -4,10 +4,12 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpointing.reader import refuse_damaged
+from checkpointing.pretrained import Pretrained, load_pretrained
+from checkpointing.reader import load_checkpoint, refuse_damaged
 from data_utils import TrainingData
 from engine.boost import Engine, boost
 from engine.launch import launch, shut_down
+from engine.shards import initialize_weights
 from runtime.collectives import on_rank_zero
 from runtime.console import say
 from runtime.process import INTERRUPTED
@@ -25,7 +27,7 @@ def execute(
     state: TrainState,
     checkpoint: Path | None,
     data: tuple[TrainingData, MapDataset | None],
-    set_weights: Callable[[Engine], None],
+    pretrained: Pretrained | None,
     export: Callable[[Path, Path], None],
 ) -> int:
     """Launch the ranks, build the model, train and export; return the exit status of the run.
@@ -33,7 +35,7 @@ def execute(
     Args:
         checkpoint: the checkpoint to resume from, if any.
         data: the training data, and the held-out data if any.
-        set_weights: loads the weights of the checkpoint, or the initial ones.
+        pretrained: the initial weights, or those under the adapters; None: random ones.
         export: exports a checkpoint to a folder; called on rank 0.
     """
     dataset, held_out = data
@@ -46,7 +48,7 @@ def execute(
         refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
-    set_weights(engine)
+    set_weights(engine, checkpoint, pretrained)
     if checkpoint:
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     loader = build_dataloader(engine, dataset, run, state, plan)
@@ -55,6 +57,20 @@ def execute(
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
     return status
+
+
+def set_weights(engine: Engine, checkpoint: Path | None, pretrained: Pretrained | None) -> None:
+    """Load the weights of a checkpoint or of a pretrained model, or initialize them. Collective.
+
+    Adapters need two sources: the frozen weights are the pretrained model's, the adapters a checkpoint's or initial.
+    """
+    adapted = engine.job.adapters is not None
+    if pretrained and (adapted or not checkpoint):
+        load_pretrained(pretrained, engine)
+    if checkpoint:
+        load_checkpoint(checkpoint, engine)
+    elif adapted or not pretrained:
+        initialize_weights(engine)
 
 
 def _conclude(save_dir: Path, checkpoint: Path, export: Callable[[Path, Path], None], interrupted: bool) -> int:

@@ -58,8 +58,8 @@ def size_of(folder: Path) -> float:
 # Another file takes up the free space after the check has found enough.
 FILLED = """
 enough = checkpointing.writer.check_room
-def check_then_fill(save_dir, config):
-    enough(save_dir, config)
+def check_then_fill(save_dir, job):
+    enough(save_dir, job)
     if any(save_dir.glob("epoch*-step2")):
         with open(save_dir / "another's", "wb") as file:
             while file.write(b"x" * 4096):

@@ -34,6 +34,7 @@ from runtime.console import InputError
 from runtime.process import USAGE_ERROR
 from scripts import export_hf, generate
 from training import session
+from training.flags import take
 
 EXAMPLES = 24
 GLOBAL_BATCH = 8
@@ -355,7 +356,7 @@ def test_a_checkpoint_is_not_exported_with_a_larger_tokenizer(adapted, export, s
 def test_adapters_name_their_model_by_an_absolute_path_or_hub_name(model_folder, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     for given, named in ((model_folder.name, str(model_folder)), ("meta-llama/some", "meta-llama/some")):
-        assert Lora(4).resolved.config(given).base_model_name_or_path == named
+        assert Lora(4).config(given).base_model_name_or_path == named
 
 
 def test_adapters_resume(adapted, finetune):
@@ -464,11 +465,11 @@ class TestRefused:
         )
 
     def test_rows_that_are_trained_on_are_not_evaluated_on(self, tmp_path):
-        args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
+        data = take(program.Data, program.parse_args(["--model_path", "model", "-d", str(tmp_path)]))
         for name, held_out in (("test.jsonl", False), ("valid.jsonl", False), ("train.jsonl", True)):
             write(tmp_path / name, *rows())
-            train = program.find_source(args, "train")
-            test = program.find_test_source(args, train)
+            train = program.find_source(data, "train")
+            test = program.find_test_source(data, train)
             assert (test is not None) == held_out
         assert [file.path for source in (train, test) for file in source.files] == ["train.jsonl", "test.jsonl"]
 
@@ -479,8 +480,8 @@ class TestRefused:
     def test_an_evaluation_split_that_cannot_be_read_is_refused(self, tmp_path, name, problem):
         write(tmp_path / "train.jsonl", *rows())
         (tmp_path / name).touch()
-        args = program.parse_args(["--model_path", "model", "-d", str(tmp_path)])
-        assert problem in error_of(program.find_test_source, args, program.find_source(args, "train"))
+        data = take(program.Data, program.parse_args(["--model_path", "model", "-d", str(tmp_path)]))
+        assert problem in error_of(program.find_test_source, data, program.find_source(data, "train"))
 
     def test_evaluation_split_without_a_usable_row(self, problem, tmp_path):
         write(tmp_path / "rows" / "train.jsonl", *rows())

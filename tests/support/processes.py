@@ -4,15 +4,17 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+from peft import LoraConfig
 from transformers import LlamaConfig
 
 from engine.boost import Engine, boost
-from engine.job import Job
+from engine.job import DTYPES, Job
 from engine.launch import launch
 from engine.shards import MASTER, MOMENTS
 from launching import free_port
@@ -45,21 +47,25 @@ def _run_rank(rank: int, ranks: int, port: int, folder: str, function: Callable,
     os._exit(0)  # as process.run does, and for the same reason
 
 
-def job(flags: str, **changes: Any) -> Job:
-    """Return the job that pretrain.py makes from these flags, for the model `test` with these changes."""
+def job(flags: str, adapters: LoraConfig | None = None, **changes: Any) -> Job:
+    """Return the job that pretrain.py makes from these flags, for the model `test` with these changes.
+
+    Args:
+        adapters: as in `Job`.
+        changes: fields of the model's configuration.
+    """
     args = parse_args(["-c", "test", "-l", "64", "-x", "bf16", *flags.split()])
     args.extra_dp = 1  # as in benchmark.py, whose gemini takes --tp
     config = load_config(args.config)
-    config.update(changes)
-    asked = job_of(args, config)
-    config.torch_dtype = asked.dtype
+    config.update({"torch_dtype": DTYPES[args.mixed_precision], **changes})
+    asked = replace(job_of(args, config), adapters=adapters)
     assert asked.problems() == []
     return asked
 
 
-def boosted(flags: str, **changes: Any) -> Engine:
+def boosted(flags: str, adapters: LoraConfig | None = None, **changes: Any) -> Engine:
     """Return the engine that pretrain.py builds from these flags, its weights not yet set."""
-    return boost(job(flags, **changes))
+    return boost(job(flags, adapters, **changes))
 
 
 def random_states(config: LlamaConfig) -> dict[tuple[str, str], torch.Tensor]:

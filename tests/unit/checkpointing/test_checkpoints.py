@@ -39,7 +39,7 @@ from checkpoints import make_checkpoint
 from corpora import error_of
 from engine import shards
 from engine.shards import MASTER, MOMENTS
-from engine.step import loss_scaler, loss_scaler_state
+from engine.step import loss_scaler
 from model_utils import load_config, parameter_specs
 from processes import boosted, random_states, run_ranks
 from runtime.collectives import on_rank_zero
@@ -62,9 +62,8 @@ LAYOUTS = [
 
 def save(engine, folder, states):
     """Write a checkpoint, wait for it and return its folder."""
-    writer = CheckpointWriter(folder, engine.config, Retention())
-    running_states = {**states, "loss_scaler": loss_scaler_state(engine)}
-    writer.save(engine, {"running_states.json": running_states, "lr_scheduler": {"last_epoch": states["step"]}})
+    writer = CheckpointWriter(folder, engine, Retention())
+    writer.save(states)
     writer.wait()
     return writer.latest
 
@@ -126,6 +125,7 @@ class TestSave:
         ]
         assert is_complete(saved)
         assert json.loads((saved / "running_states.json").read_text()) == {**STATES, "loss_scaler": None}
+        assert json.loads((saved / "lr_scheduler").read_text()) == {"last_epoch": 6, "base_lrs": [3e-4]}
         assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
     @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS)
@@ -264,10 +264,9 @@ def save_and_lose(folder, file, change):
         write_model_index(model, config)
 
     checkpointing.writer.write_model_index = lose_and_write
-    writer = CheckpointWriter(folder, engine.config, Retention(keep_checkpoints=1), latest=earlier)
-    states = {**STATES, "step": 7, "loss_scaler": None}
+    writer = CheckpointWriter(folder, engine, Retention(keep_checkpoints=1), latest=earlier)
     shards.initialize_weights(engine)
-    writer.save(engine, {"running_states.json": states, "lr_scheduler": {}})
+    writer.save({**STATES, "step": 7})
     with pytest.raises(RunError) as caught:
         writer.wait()
     return str(caught.value)

@@ -74,12 +74,12 @@ class TestIsComplete:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("lora", [None, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])])
-def test_files_are_those_of_all_trained_parameters(tied, lora):
+@pytest.mark.parametrize("adapters", [None, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])])
+def test_files_are_those_of_all_trained_parameters(tied, adapters):
     config = load_config("test")
-    config.tie_word_embeddings, config.lora = tied, lora
-    groups = list(dict.fromkeys(spec.group for spec in trained_specs(config)))
-    files = file_names(config, "optimizer")
+    config.tie_word_embeddings = tied
+    groups = list(dict.fromkeys(spec.group for spec in trained_specs(config, adapters)))
+    files = file_names(config, "optimizer", adapters is not None)
     assert list(files) == groups
     assert files[groups[-1]] == f"optimizer-{len(groups):05d}-of-{len(groups):05d}.safetensors"
 

@@ -166,7 +166,7 @@ class TestLoading:
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         first, second = run_ranks(2, error_of, loaded, tmp_path, flags)
         assert first == second
-        assert "--init_from: model.layers.2.mlp.up_proj.weight in " in first
+        assert "--model_path: model.layers.2.mlp.up_proj.weight in " in first
         assert "has a NaN or an infinity" in first
 
     def test_old_rotary_buffers_are_ignored(self, tmp_path):

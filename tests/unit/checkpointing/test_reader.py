@@ -17,11 +17,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from checkpointing.adapters import MODULES
-from checkpointing.folder import LR_SCHEDULER, RUNNING_STATES, read_running_states
+from checkpointing.folder import read_running_states
 from checkpointing.reader import load_checkpoint
 from checkpointing.writer import CheckpointWriter, Retention
 from engine import shards
 from engine.boost import ADAM_BETAS, Engine
+from engine.job import Job
 from engine.shards import MASTER, MOMENTS
 from engine.step import forward_backward, optimizer_step
 from model_utils import build_model, plain_name, trained_specs
@@ -46,8 +47,8 @@ LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "tas
 
 def tiny(flags: str, changes: dict[str, Any]) -> Engine:
     changes = TINY | changes
-    if "lora" in changes:
-        changes["lora"] = LoraConfig(**changes["lora"], base_model_name_or_path="tiny")
+    if "adapters" in changes:
+        changes["adapters"] = LoraConfig(**changes["adapters"], base_model_name_or_path="tiny")
     engine = boosted(f"{flags} --lr 1e-2", **changes)
     for number, parameter in enumerate(shards.frozen_parameters(engine.model).values()):
         parameter.data.copy_(random(number, parameter.shape))
@@ -58,10 +59,10 @@ def random(seed: int, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4
 
 
-def random_states(config) -> dict[str, torch.Tensor]:
+def random_states(job: Job) -> dict[str, torch.Tensor]:
     """Return full master weights and moments by 'parameter.key', always the same."""
     states = {}
-    for number, spec in enumerate(trained_specs(config)):
+    for number, spec in enumerate(trained_specs(job.config, job.adapters)):
         values = [random(3 * number + place, spec.shape) for place in range(3)]
         named = zip(KEYS, (values[0], values[1] / 50, values[2].square() / 50), strict=True)
         states |= {f"{spec.name}.{key}": value for key, value in named}
@@ -69,7 +70,7 @@ def random_states(config) -> dict[str, torch.Tensor]:
 
 
 def restore_random(engine: Engine, adam_steps: int) -> None:
-    states = random_states(engine.config)
+    states = random_states(engine.job)
     shards.restore(engine, lambda name, key: states[f"{name}.{key}"], adam_steps)
 
 
@@ -149,7 +150,7 @@ def cases(draw, ranks: int, other_ranks: int) -> dict[str, Any]:
     whole = all("tp 2" not in text and "pp 2" not in text and "sp 2" not in text for text in flags)
     if whole and not any("gemini" in text for text in flags) and draw(st.booleans()):
         modules = st.lists(st.sampled_from(MODULES), min_size=1, unique=True)
-        model["lora"] = {"r": draw(st.integers(1, 3)), "target_modules": draw(modules), "task_type": "CAUSAL_LM"}
+        model["adapters"] = {"r": draw(st.integers(1, 3)), "target_modules": draw(modules), "task_type": "CAUSAL_LM"}
     if any("pp 2" in text for text in flags):
         model["tie_word_embeddings"] = False
     adam_steps, trained = draw(st.sampled_from([0, 1, 2, 999])), draw(st.integers(0, 2))
@@ -176,11 +177,10 @@ def save_cases(folder, drawn):
     for number, case in enumerate(drawn):
         engine, steps = tiny(case["flags"][0], case["model"]), case["adam_steps"]
         restore_random(engine, steps)
-        assert_states(engine, random_states(engine.config), steps)
+        assert_states(engine, random_states(engine.job), steps)
         updates = train(engine, case["trained"])
-        writer = CheckpointWriter(folder / str(number), engine.config, Retention())
-        states = {"epoch": 0, "step": 1, "adam_steps": steps + updates, "loss_scaler": None}
-        writer.save(engine, {RUNNING_STATES: states, LR_SCHEDULER: {}})
+        writer = CheckpointWriter(folder / str(number), engine, Retention())
+        writer.save({"epoch": 0, "step": 1, "adam_steps": steps + updates})
         writer.wait()
         assert_states(engine, saved_states(writer.latest), steps + updates)
 
@@ -209,7 +209,7 @@ LAYOUTS = [
     (3, "-p gemini -b 2 -x bf16", {"tie_word_embeddings": True}),
     (2, f"{HYBRID} --tp 1 --pp 1 --zero 0 -x bf16", {}),
     (6, f"{HYBRID} --tp 1 --pp 2 --zero 1 -x bf16", {}),
-    (3, f"{ZERO} -x fp32", {"lora": LORA | {"r": 1, "target_modules": ["q_proj"]}}),
+    (3, f"{ZERO} -x fp32", {"adapters": LORA | {"r": 1, "target_modules": ["q_proj"]}}),
 ]
 
 
@@ -222,10 +222,10 @@ def test_an_update_after_a_resume_is_adamw_at_that_step(ranks, flags, changes):
 def check_next_update(flags, changes):
     engine, adam_steps = tiny(flags, changes), 7
     restore_random(engine, adam_steps)
-    empty = assert_states(engine, random_states(engine.config), adam_steps)
+    empty = assert_states(engine, random_states(engine.job), adam_steps)
     train(engine, 1)
-    reference = reference_update(engine, random_states(engine.config), adam_steps)
-    before, tolerance = random_states(engine.config), 1e-4 if "fp32" in flags else 0.08
+    reference = reference_update(engine, random_states(engine.job), adam_steps)
+    before, tolerance = random_states(engine.job), 1e-4 if "fp32" in flags else 0.08
     assert_states(engine, reference, adam_steps + 1, tolerance)
     # An update is small compared with the weights, so compare it separately too.
     for shard in shards.local_shards(engine):
@@ -239,8 +239,8 @@ def reference_update(engine: Engine, states: dict[str, torch.Tensor], adam_steps
     """Return the states after one step of plain PyTorch on the whole model in float32."""
     config, optimization = engine.config, engine.job.optimization
     model: Any = build_model(config, torch.device("cpu"))
-    if getattr(config, "lora", None):
-        model = get_peft_model(model, config.lora)
+    if engine.job.adapters:
+        model = get_peft_model(model, engine.job.adapters)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for number, parameter in enumerate(frozen):
         parameter.data.copy_(random(number, parameter.shape))

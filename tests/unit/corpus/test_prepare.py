@@ -21,7 +21,9 @@ from corpus.prepare import PREPARATION, prepare_dataset, prepare_folder
 from corpus.sources import resolve_source
 from data_utils import PackedDataset
 from launching import ROOT
-from pretrain import open_data, parse_args
+from model_utils import load_config
+from pretrain import Data, open_data, parse_args
+from training.flags import job_of, take
 
 GOOD = b'{"text": "fine"}\n'
 
@@ -175,7 +177,7 @@ class TestFolders:
         prepare_dataset(str(source), tokenizer, tmp_path / "cache")
         assert capsys.readouterr().out == f"left out in {source}: {left_out}\n"
         args = parse_args(["-d", str(source), "--streaming", "--max_steps", "1", "-l", "16"])
-        open_data(args, tokenizer)
+        open_data(take(Data, args), tokenizer, job_of(args, load_config("test")))
         assert capsys.readouterr().out == f"left out in {source}: {left_out}\n"
 
     def test_training_on_another_split_is_said(self, tmp_path, capsys):

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -23,6 +24,7 @@ from corpus.sources import resolve_source
 from corpus.splits import NAMES_A_SPLIT
 from hub_server import Branches, HubServer, connect
 from runtime.console import InputError
+from training.flags import take
 
 NUMBERS = itertools.count()
 
@@ -171,15 +173,14 @@ class TestConfigurations:
     def test_none_chosen(self, hub, tmp_path):
         configurations = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("full", "fr")]
         for name in both(hub, tmp_path, FILES | {"README.md": card(configurations)}):
-            args = finetune.parse_args(["--model_path", "model", "-d", name])
-            assert error_of(finetune.find_source, args, "train") == (
+            data = take(finetune.Data, finetune.parse_args(["--model_path", "model", "-d", name]))
+            assert error_of(finetune.find_source, data, "train") == (
                 f"--dataset: {name} has several configurations; choose by --task_name: full, fr"
             )
             assert "choose by --dataset_slices: full, fr" in error_of(resolve_source, name)
-            args.task_name = "fr"
-            assert [file.path for file in finetune.find_source(args, "train").files] == ["fr.jsonl"]
-            args.task_name = "de"
-            assert error_of(finetune.find_source, args, "train") == (
+            french, german = (replace(data, task_name=name) for name in ("fr", "de"))
+            assert [file.path for file in finetune.find_source(french, "train").files] == ["fr.jsonl"]
+            assert error_of(finetune.find_source, german, "train") == (
                 f"--task_name: {name} has no configuration de; choose of full, fr"
             )
 

@@ -1,5 +1,7 @@
 """The estimate of memory, against the tensors of real training steps and peaks measured on GPUs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -110,8 +112,8 @@ def test_estimate_matches_the_tensors_of_real_steps(ranks, flags):
 
 def test_adapters_with_frozen_weights():
     job = planned("-c tiny -l 128 -p zero2 -a --dry_run --gpus 1")
-    job.config.lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
-    trained = sum(spec.shape.numel() for spec in trained_specs(job.config))
+    job = replace(job, adapters=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    trained = sum(spec.shape.numel() for spec in trained_specs(job.config, job.adapters))
     first = estimate_memory(job).phases[0]
     assert first.weights == 2 * (count_parameters(job.config) + trained)
     assert first.optimizer == 12 * trained

@@ -53,7 +53,7 @@ def clock(monkeypatch):
 
 def test_measured_reference_point(clock):
     """LLaMA-2 7B on one H200 at 9,772 tokens per second: 45.5% of the peak, recomputation not counted."""
-    evaluator = PerformanceEvaluator(load_config("7b"), seq_length=4096, gpus=1, device_name="NVIDIA H200")
+    evaluator = PerformanceEvaluator(model_flops_per_token(load_config("7b"), 4096), gpus=1, device_name="NVIDIA H200")
     clock.now += 2.0
     throughput = evaluator.lap(tokens=9772 * 2)
     assert throughput.tokens_per_second == 9772
@@ -62,7 +62,7 @@ def test_measured_reference_point(clock):
 
 
 def test_each_lap_starts_at_the_end_of_the_last(clock):
-    evaluator = PerformanceEvaluator(load_config("test"), seq_length=64, gpus=2, device_name="cpu")
+    evaluator = PerformanceEvaluator(model_flops_per_token(load_config("test"), 64), gpus=2, device_name="cpu")
     clock.now += 0.5
     assert evaluator.lap(100).tokens_per_second == 200
     clock.now += 4.0
@@ -73,7 +73,7 @@ def test_each_lap_starts_at_the_end_of_the_last(clock):
 
 
 def test_restart_excludes_the_time_before(clock):
-    evaluator = PerformanceEvaluator(load_config("test"), seq_length=64, gpus=1, device_name="cpu")
+    evaluator = PerformanceEvaluator(model_flops_per_token(load_config("test"), 64), gpus=1, device_name="cpu")
     clock.now += 60.0
     evaluator.restart()
     clock.now += 2.0

@@ -1,5 +1,6 @@
 """Flags, their short forms and their defaults."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import pytest
 import benchmark
 import finetune
 import pretrain
+from engine.layout import Parallelism
 from model_utils import load_config
 from pretrain import parse_args
 from runtime.console import InputError
-from training.flags import job_of, settings
+from training.flags import job_of, settings, take
 
 
 class TestFlags:
@@ -107,6 +109,20 @@ class TestFlags:
         (problem,) = caught.value.problems
         assert all(part in problem for part in expected), problem
         assert "\n" not in problem
+
+
+def test_a_field_without_a_flag_is_an_error():
+    """Unless some program is meant to lack it, as pretrain.py lacks --extra_dp."""
+
+    @dataclass(frozen=True)
+    class Misspelled:
+        batch_sise: int = 2
+        extra_dp: int | None = None
+
+    args = parse_args([])
+    assert take(Parallelism, args) == Parallelism()
+    with pytest.raises(AttributeError, match="batch_sise"):
+        take(Misspelled, args)
 
 
 def test_home_folder_in_flags(monkeypatch, tmp_path):

@@ -5,16 +5,17 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
+from attn import TORCH_FUSED
 from checkpointing.adapters import Lora
 from checkpoints import make_checkpoint
 from data_utils import PackedDataset
+from engine.job import Job
 from model_utils import load_config
 from runs import run_from
 from runtime.console import InputError
 from training import plan
-from training.plan import TrainState, announce, check_folders, claim_folders, make_plan, resume_state
+from training.plan import TrainState, announce, check_folders, claim_folders, complete, make_plan, resume_state
 
 FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
 
@@ -23,6 +24,20 @@ def plan_of(flags, data, **state):
     """Return the plan on four ranks for `data` sequences."""
     run = run_from(*FOUR_RANKS, "-s", "0", *flags.split())
     return make_plan(run, PackedStub(data, run.job.batch.max_length), TrainState(**state))
+
+
+def test_a_complete_run_leaves_the_one_before_as_it_was(tokenizer):
+    run = run_from(*FOUR_RANKS, "-x", "bf16", "-a")
+    before = run.job.config.to_dict()
+    config = complete(run, tokenizer, inside_documents=False)[0].job.config
+    assert run.job.config.to_dict() == before
+    assert config._attn_implementation == TORCH_FUSED
+    changes = {
+        "torch_dtype": "bfloat16",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    assert config.to_dict() == before | changes
 
 
 class TestPlan:
@@ -227,9 +242,8 @@ class TestResumeState:
             claim_folders(outputs_of(*flags), TrainState(), None)
 
     def test_checking_the_folders_makes_none(self, tmp_path):
-        config = load_config("test")
-        config.torch_dtype = torch.bfloat16
-        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), config, step=0)
+        job = Job(load_config("test"))
+        check_folders(outputs_of("-o", str(tmp_path / "saved"), "-t", str(tmp_path / "logs")), job, step=0)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.2.jsonl", "events.out.tfevents.1"])
