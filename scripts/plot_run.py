@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from runtime.console import InputError
-from training.flags import ArgumentParser, user_path
+from training.flags import ArgumentParser, add_flag, user_path
 from training.metrics import LOG_FILE
 
 MAX_POINTS = 2000  # in a curve; of more, neighbours are averaged
@@ -219,11 +219,9 @@ def summary(run: LoggedRun) -> str:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run's --tensorboard_dir or metrics.jsonl")
-    parser.add_argument("-o", "--output", type=user_path, default="run.png", help="the PNG file (default: run.png)")
-    parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="horizontal axis (default: step)")
-    parser.add_argument(
-        "--smooth", type=int, default=1, help="rows in a moving average, drawn over the pale rows (default: 1)"
-    )
+    add_flag(parser, "-o --output", "run.png", "the PNG file", type=user_path)
+    add_flag(parser, "--x", "step", "horizontal axis", choices=tuple(X_LABELS))
+    add_flag(parser, "--smooth", 1, "rows in a moving average, drawn over the pale rows")
     return parser.parse_args(arguments)
 
 
