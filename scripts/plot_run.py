@@ -155,11 +155,9 @@ def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figu
     """Return a figure with a panel per curve, a color per run, and a legend in the last panel."""
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
-    for number, run in enumerate(runs):
-        run_color = colors[number % len(colors)]
-        for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
-            draw_curve(axis, run, panel, x, smooth, run_color)
     for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
+        for number, run in enumerate(runs):
+            draw_curve(axis, run, panel, x, smooth, colors[number % len(colors)])
         finish(axis, panel, x)
     draw_legend(axes.flat[-1], runs, colors)
     return figure
