@@ -16,7 +16,6 @@ requirements.start_cuda()
 import argparse
 import contextlib
 import math
-import os
 import platform
 import resource
 import subprocess
@@ -44,7 +43,7 @@ from planning.memory import settle_recomputation
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
 from runtime.console import RunError, below, rank, say
-from runtime.files import write_json
+from runtime.files import file_problems, write_json
 from training.checks import check_job, folder_problems
 from training.flags import (
     ArgumentParser,
@@ -102,21 +101,10 @@ def check(args: argparse.Namespace, job: Job) -> None:
             f"--num_steps: {args.num_steps} leaves no step to count after --ignore_steps {args.ignore_steps}"
         )
     if args.json:
-        problems += json_problems(args.json.absolute())
+        problems += file_problems("--json", args.json)
     if args.profile:
         problems += folder_problems("--profile", args.profile)
     check_job(job, take(DryRun, args), args.given, further=problems)
-
-
-def json_problems(file: Path) -> list[str]:
-    """Return a line for a reason why the file cannot be written."""
-    if not file.parent.is_dir():
-        return [f"--json: folder {file.parent} does not exist; create it, or give another file"]
-    if file.is_dir():
-        return [f"--json: {file} is a folder; give a file"]
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        return [f"--json: no permission to write in {file.parent}; give another folder"]
-    return []
 
 
 def placement_problems(job: Job) -> list[str]:

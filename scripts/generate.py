@@ -35,7 +35,7 @@ from corpus.chat_template import prompt_ids
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from engine.shards import is_finite
 from model_utils import load_config
-from runtime.console import InputError, first_line
+from runtime.console import InputError, below, first_line
 from training.flags import ArgumentParser, add_flag, user_name
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -60,9 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError with a line for every unusable flag."""
-    problems = []
-    if args.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens: must be at least 1, not {args.max_new_tokens}")
+    problems = below(1, max_new_tokens=args.max_new_tokens)
     if not 0 <= args.temperature < float("inf"):
         problems.append(f"--temperature: must be 0 or a positive number, not {args.temperature}")
     if not 0 < args.top_p <= 1:

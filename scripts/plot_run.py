@@ -18,7 +18,6 @@ requirements.require()
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 
 import matplotlib
@@ -29,7 +28,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from runtime.console import InputError
+from runtime.console import InputError, below
+from runtime.files import file_problems
 from training.flags import ArgumentParser, add_flag, user_path
 from training.metrics import LOG_FILE
 
@@ -225,15 +225,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    problems = []
+    problems = below(1, smooth=args.smooth) + file_problems("--output", args.output)
     if args.output.suffix.lower() != ".png":
         problems.append(f"--output: {args.output} does not end in .png; choose a name that does")
-    if not args.output.absolute().parent.is_dir():
-        problems.append(f"--output: folder {args.output.absolute().parent} does not exist; create it first")
-    elif not os.access(args.output.absolute().parent, os.W_OK | os.X_OK):
-        problems.append(f"--output: no permission to write in {args.output.absolute().parent}; give another folder")
-    if args.smooth < 1:
-        problems.append(f"--smooth: must be at least 1, not {args.smooth}")
     if problems:
         raise InputError(*problems)
     runs = [read_run(text) for text in args.runs]
