@@ -223,13 +223,7 @@ def _fraction(text: str) -> float | str:
 class Given(argparse.Action):
     """Store the value, and add the flag to `given`: it is on the command line."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: object, namespace: Any, values: Any, option_string: object = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.given |= {self.dest}
 
