@@ -16,7 +16,6 @@ requirements.start_cuda()
 import argparse
 import contextlib
 import math
-import os
 import platform
 import resource
 import subprocess
@@ -44,12 +43,13 @@ from planning.memory import settle_recomputation
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
 from runtime.console import RunError, below, rank, say
-from runtime.files import write_json
+from runtime.files import file_problems, write_json
 from training.checks import check_job, folder_problems
 from training.flags import (
     ArgumentParser,
     add_compute_args,
     add_dry_run_args,
+    add_flag,
     add_plugin_args,
     job_of,
     settings,
@@ -66,51 +66,27 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(lr=3e-4, weight_decay=0.1, seed=42, accumulation_steps=1)  # no effect on speed
     work = parser.add_argument_group("model and batch")
     known = ", ".join(MODEL_CONFIGS)
-    work.add_argument(
-        "-c",
-        "--config",
-        type=user_name,
-        default="7b",
-        help=f"{known}, or a config.json or its folder (default: 7b)",
-    )
-    work.add_argument("-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank (default: 2)")
-    work.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
-    work.add_argument("-s", "--num_steps", type=int, default=5, help="optimizer steps to run (default: 5)")
-    work.add_argument("-i", "--ignore_steps", type=int, default=2, help="first steps, which do not count (default: 2)")
-    work.add_argument(
-        "--gradient_clipping", type=float, default=1.0, help="maximum gradient norm; 0: no clipping (default: 1.0)"
-    )
+    add_flag(work, "-c --config", "7b", f"{known}, or a config.json or its folder", type=user_name)
+    add_flag(work, "-b --batch_size", 2, "sequences per data-parallel rank")
+    add_flag(work, "-l --max_length", 4096, "sequence length in tokens")
+    add_flag(work, "-s --num_steps", 5, "optimizer steps to run")
+    add_flag(work, "-i --ignore_steps", 2, "first steps, which do not count")
+    add_flag(work, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
     add_plugin_args(parser, all_plugins=True)
     gemini = parser.add_argument_group("gemini and gemini_auto")
-    gemini.add_argument("--extra_dp", type=int, default=1, help="copies of the sharded model (default: 1)")
-    gemini.add_argument(
-        "--shard_param_frac", type=float, default=1.0, help="gemini: fraction of weights to shard (default: 1.0)"
-    )
-    gemini.add_argument(
-        "--offload_optim_frac",
-        type=float,
-        default=0.0,
-        help="gemini: fraction of the optimizer state offloaded (default: 0.0)",
-    )
-    gemini.add_argument(
-        "--offload_param_frac",
-        type=float,
-        default=0.0,
-        help="gemini: fraction of the weights offloaded, if all optimizer state is (default: 0.0)",
-    )
-    gemini.add_argument(
-        "-w",
-        "--warmup_ratio",
-        type=float,
-        default=0.8,
-        help="gemini_auto: GPU memory kept for activations in the first step (default: 0.8)",
-    )
+    add_flag(gemini, "--extra_dp", 1, "copies of the sharded model")
+    add_flag(gemini, "--shard_param_frac", 1.0, "gemini: fraction of weights to shard")
+    add_flag(gemini, "--offload_optim_frac", 0.0, "gemini: fraction of the optimizer state offloaded")
+    text = "gemini: fraction of the weights offloaded, if all optimizer state is"
+    add_flag(gemini, "--offload_param_frac", 0.0, text)
+    text = "gemini_auto: GPU memory kept for activations in the first step"
+    add_flag(gemini, "-w --warmup_ratio", 0.8, text)
     add_compute_args(parser, precision="bf16")
     memory = parser.add_argument_group("limits and output")
-    memory.add_argument("-x", "--xformers", dest="flash_attention", action="store_true", help="the same as -a")
-    memory.add_argument("-m", "--memory_limit", type=int, help="MB of GPU memory that a process may use (default: all)")
-    memory.add_argument("--json", type=user_path, help="file for inputs and results")
-    memory.add_argument("--profile", type=user_path, help="folder for traces of one more step, for chrome://tracing")
+    add_flag(memory, "-x --xformers", False, "the same as -a", dest="flash_attention")
+    add_flag(memory, "-m --memory_limit", int, "MB of GPU memory that a process may use (default: all)")
+    add_flag(memory, "--json", user_path, "file for inputs and results")
+    add_flag(memory, "--profile", user_path, "folder for traces of one more step, for chrome://tracing")
     add_dry_run_args(parser)
     return parser.parse_args(arguments)
 
@@ -125,21 +101,10 @@ def check(args: argparse.Namespace, job: Job) -> None:
             f"--num_steps: {args.num_steps} leaves no step to count after --ignore_steps {args.ignore_steps}"
         )
     if args.json:
-        problems += json_problems(args.json.absolute())
+        problems += file_problems("--json", args.json)
     if args.profile:
         problems += folder_problems("--profile", args.profile)
     check_job(job, take(DryRun, args), args.given, further=problems)
-
-
-def json_problems(file: Path) -> list[str]:
-    """Return a line for a reason why the file cannot be written."""
-    if not file.parent.is_dir():
-        return [f"--json: folder {file.parent} does not exist; create it, or give another file"]
-    if file.is_dir():
-        return [f"--json: {file} is a folder; give a file"]
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        return [f"--json: no permission to write in {file.parent}; give another folder"]
-    return []
 
 
 def placement_problems(job: Job) -> list[str]:

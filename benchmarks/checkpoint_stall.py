@@ -32,14 +32,14 @@ from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import count_parameters, load_config
 from runtime.console import say
-from training.flags import ArgumentParser, add_plugin_args, add_training_args, job_of
+from training.flags import ArgumentParser, add_flag, add_plugin_args, add_training_args, job_of
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("-c", "--config", default="tiny")
-    parser.add_argument("--rounds", type=int, default=3, help="number of saves of each kind (default: 3)")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps timed without a save (default: 5)")
+    add_flag(parser, "--rounds", 3, "number of saves of each kind")
+    add_flag(parser, "--steps", 5, "optimizer steps timed without a save")
     add_plugin_args(parser)
     add_training_args(parser)
     args = parser.parse_args()

@@ -45,7 +45,7 @@ from corpus.rows import read_documents
 from corpus.sources import resolve_source
 from corpus.tokenizer import load_tokenizer
 from data_utils import PackedDataset
-from training.flags import ArgumentParser
+from training.flags import ArgumentParser, add_flag
 
 CORES = len(os.sched_getaffinity(0))
 SEQUENCE_LENGTH = 4096
@@ -56,10 +56,10 @@ SEQUENCES = 3 * 10**8
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="data_preparation.py", description=__doc__)
-    parser.add_argument("-d", "--dataset", required=True, help="local JSONL files, repeated to fill --megabytes")
-    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.model")
-    parser.add_argument("--megabytes", type=int, default=60, help="megabytes of JSONL to prepare (default: 60)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: 3)")
+    add_flag(parser, "-d --dataset", str, "local JSONL files, repeated to fill --megabytes", required=True)
+    add_flag(parser, "--tokenizer", str, "folder with tokenizer.model", required=True)
+    add_flag(parser, "--megabytes", 60, "megabytes of JSONL to prepare")
+    add_flag(parser, "--rounds", 3, "runs of each program")
     return parser.parse_args()
 
 

@@ -7,25 +7,24 @@ Needs no data. Exits with status 1 if a prediction is off by more than --toleran
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime import process
 
 process.prepare()
 
 import torch
+from several_gpus import measure
 
 import benchmark
 from attn import select_attention
 from model_utils import load_config
 from planning.memory import estimate_memory
+from runtime.console import InputError, RunError
 from training.flags import job_of
 
 
@@ -39,8 +38,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.1)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("memory_check: no GPU found; run it on a machine with one", file=sys.stderr)
-        return process.USAGE_ERROR
+        raise InputError("no GPU found; run it on a machine with one")
 
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -54,13 +52,9 @@ def main() -> int:
                 flags = ["-c", folder, "-p", plugin, "-b", str(options.batch_size), "-a", *recompute]
                 select_attention(config, flash_attention=True)
                 peak = estimate_memory(job_of(benchmark.parse_args(flags), config)).peak
-                result = Path(folder, "result.json")
-                subprocess.run(
-                    [sys.executable, ROOT / "benchmark.py", *flags, "--json", result],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                figures = json.loads(result.read_text())
+                figures = measure(1, flags, Path(folder))
+                if isinstance(figures, str):
+                    raise RunError(figures)
                 measured = figures["peak_device_memory_bytes"]
                 off = peak.total / measured - 1
                 wrong += abs(off) > options.tolerance
@@ -74,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main, "memory_check.py")

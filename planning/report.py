@@ -2,7 +2,8 @@
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from collections import ChainMap
+from dataclasses import replace
 from typing import Any
 
 from attn import select_attention
@@ -20,66 +21,50 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
     """
     before, gpus = estimate_memory(job).peak.total, 2 * job.parallelism.ranks
 
-    def fits(change: Change) -> bool:
-        changed = change.of(job)
+    def fits(change: dict[str, Any]) -> bool:
+        changed = _changed(job, change)
         if changed.problems() or (changed.compute.keep_attention and reenters(changed.layout)):
             return False
-        limit = None if change.no_limit else plan.memory_limit
-        needed, room = estimate_memory(changed).peak.total, planned_card(replace(plan, memory_limit=limit)).memory_gb
-        return (needed < before or change.no_limit) and not needed > room * 1e9  # NaN: an unknown GPU
+        card = planned_card(replace(plan, memory_limit=change.get("memory_limit", plan.memory_limit)))
+        needed = estimate_memory(changed).peak.total
+        return (needed < before or "memory_limit" in change) and not needed > card.memory_gb * 1e9  # NaN: unknown GPU
 
+    # New values of fields, by the flags that set them.
     compute, batch = job.compute, job.batch
-    lean = {} if compute.flash_attention else {"-a": Change(compute=dict(flash_attention=True))}
+    lean: dict[str, dict[str, Any]] = {} if compute.flash_attention else {"-a": {"flash_attention": True}}
     if job.recomputed < 1:
-        lean["-g" if job.recomputed == 0 else "--recompute 1"] = Change(compute=dict(recompute=1.0))
+        lean["-g" if job.recomputed == 0 else "--recompute 1"] = {"recompute": 1.0}
     sizes = [batch.batch_size >> halvings for halvings in range(1, batch.batch_size.bit_length())]
-    batches = [{f"-b {size}": Change(batch=dict(batch_size=size))} for size in sizes]
+    batches = [{f"-b {size}": {"batch_size": size}} for size in sizes]
     plugins = ("zero2_cpu",) if job.adapters else ("gemini", "zero2_cpu", "gemini_auto")
-    others = {"no --keep_attention": Change(compute=dict(keep_attention=False))} if compute.keep_attention else {}
-    others |= {f"-p {plugin}": Change(parallelism=dict(plugin=plugin)) for plugin in plugins}
+    others: dict[str, dict[str, Any]] = {}
+    if compute.keep_attention:
+        others["no --keep_attention"] = {"keep_attention": False}
+    others |= {f"-p {plugin}": {"plugin": plugin} for plugin in plugins}
     if plan.memory_limit:
-        others["a larger --memory_limit"] = Change(no_limit=True)
-    others[f"{gpus} GPUs"] = Change(parallelism=dict(gpus=gpus))
+        others["a larger --memory_limit"] = {"memory_limit": None}
+    others[f"{gpus} GPUs"] = {"gpus": gpus}
 
     largest = next((smaller for smaller in batches if all(map(fits, smaller.values()))), {})
     if remedies := [name for name, change in (lean | largest | others).items() if fits(change)]:
         return ", ".join(remedies)
     for several in (lean, *(lean | smaller for smaller in batches)):
-        flags, change = " ".join(several), sum(several.values(), Change())
+        flags, change = " ".join(several), dict(ChainMap(*several.values()))
         if fits(change):
             return flags
-        if remedies := [name for name, more in others.items() if fits(change + more)]:
+        if remedies := [name for name, more in others.items() if fits(change | more)]:
             return f"{flags} with {' or '.join(remedies)}"
     return "more GPUs, or larger ones"
 
 
-@dataclass(frozen=True)
-class Change:
-    """New values of a job's fields, by the part of the job."""
-
-    parallelism: dict[str, Any] = field(default_factory=dict)
-    batch: dict[str, Any] = field(default_factory=dict)
-    compute: dict[str, Any] = field(default_factory=dict)
-    no_limit: bool = False  # without --memory_limit
-
-    def __add__(self, other: "Change") -> "Change":
-        return Change(
-            self.parallelism | other.parallelism,
-            self.batch | other.batch,
-            self.compute | other.compute,
-            self.no_limit or other.no_limit,
-        )
-
-    def of(self, job: Job) -> Job:
-        config, compute = copy.deepcopy(job.config), replace(job.compute, **self.compute)
-        select_attention(config, compute.flash_attention, job.parallelism.sp > 1)
-        return replace(
-            job,
-            config=config,
-            parallelism=replace(job.parallelism, **self.parallelism),
-            batch=replace(job.batch, **self.batch),
-            compute=compute,
-        )
+def _changed(job: Job, change: dict[str, Any]) -> Job:
+    """Return the job with new values of fields of its parallelism, batch and compute."""
+    parts: dict[str, Any] = {"config": copy.deepcopy(job.config)}
+    for name in ("parallelism", "batch", "compute"):
+        part = getattr(job, name)
+        parts[name] = replace(part, **{key: value for key, value in change.items() if key in vars(part)})
+    select_attention(parts["config"], parts["compute"].flash_attention, job.parallelism.sp > 1)
+    return replace(job, **parts)
 
 
 def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:

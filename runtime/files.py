@@ -99,6 +99,18 @@ def existing_part(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
+def file_problems(flag: str, file: Path) -> list[str]:
+    """Return a line for a reason why the file cannot be written."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        return [f"{flag}: folder {folder} does not exist; create it, or give another file"]
+    if file.is_dir():
+        return [f"{flag}: {file} is a folder; give a file"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{flag}: no permission to write in {folder}; give another folder"]
+    return []
+
+
 def claim_folder(folder: Path, flag: str) -> None:
     """Create a folder and lock it for this run, until the process ends.
 

@@ -44,7 +44,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check on one machine. `ok` is None if there is nothing to check."""
+    """Result of one check on one machine. `ok` is None if there is nothing to check; `remedy` is for a failure."""
 
     check: str
     ok: bool | None
@@ -90,7 +90,7 @@ def cuda() -> Finding:
     detail = f"torch for CUDA {torch.version.cuda}, nvcc {version} in {CUDA_HOME}"
     same = version.partition(".")[0] == str(torch.version.cuda).partition(".")[0]
     remedy = f"set CUDA_HOME to a CUDA {torch.version.cuda}, or install a torch for CUDA {version}"
-    return Finding("CUDA", same, detail, "" if same else remedy)
+    return Finding("CUDA", same, detail, remedy)
 
 
 def extensions(build: bool = False) -> Finding:
@@ -101,16 +101,15 @@ def extensions(build: bool = False) -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("extensions", None, "no GPU, so there is nothing to compile")
-    if not build:
-        if missing := missing_extensions():
-            detail = f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
-            return Finding("extensions", None, detail)
-        return Finding("extensions", True, "compiled")
-    try:
-        compile_extensions()
-    except Exception as error:  # ninja, nvcc and the loader raise many kinds
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        return Finding("extensions", False, reason, "see the CUDA line of python scripts/doctor.py")
+    if not build and (missing := missing_extensions()):
+        detail = f"not compiled yet: {', '.join(missing)}; bash scripts/build_extensions.sh"
+        return Finding("extensions", None, detail)
+    if build:
+        try:
+            compile_extensions()
+        except Exception as error:  # ninja, nvcc and the loader raise many kinds
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            return Finding("extensions", False, reason, "see the CUDA line of python scripts/doctor.py")
     return Finding("extensions", True, "compiled")
 
 
@@ -152,16 +151,18 @@ def memory() -> Finding:
     host = f"{psutil.virtual_memory().available / 1e9:.1f} GB of host memory free"
     if not torch.cuda.is_available():
         return Finding("memory", True, host)
-    devices = range(torch.cuda.device_count())
-    free = [torch.cuda.mem_get_info(device) for device in devices]
+    free = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
     least = min(unused for unused, _ in free)
     detail = f"{len(free)} x {torch.cuda.get_device_name(0)}, at least {least / 1e9:.1f} GB free; {host}"
-    full = [device for device in devices if free[device][0] < MIN_FREE_FRACTION * free[device][1]]
+    full = [
+        f"GPU {device}: {unused / 1e9:.1f} of {size / 1e9:.1f}"
+        for device, (unused, size) in enumerate(free)
+        if unused < MIN_FREE_FRACTION * size
+    ]
     if full:
-        listing = ", ".join(
-            f"GPU {device}: {free[device][0] / 1e9:.1f} of {free[device][1] / 1e9:.1f}" for device in full
+        return Finding(
+            "memory", False, f"GB free on {', '.join(full)}", "end the processes that nvidia-smi lists there"
         )
-        return Finding("memory", False, f"GB free on {listing}", "end the processes that nvidia-smi lists there")
     return Finding("memory", True, detail)
 
 
@@ -222,10 +223,8 @@ def all_reduce(backend: str) -> Finding:
     right = bool((values == ranks * (ranks - 1) / 2).all())
     bandwidth = 2 * (ranks - 1) / ranks * ALL_REDUCE_BYTES[backend] / statistics.median(seconds) / 1e9
     detail = f"{backend}, {ranks} ranks, {ALL_REDUCE_BYTES[backend] / 2**20:.0f} MiB: {bandwidth:.2f} GB/s"
-    if not right:
-        remedy = "a link or a GPU is faulty: NCCL_DEBUG=INFO"
-        return Finding("all-reduce", False, f"{detail}, but the sum is wrong", remedy)
-    return Finding("all-reduce", True, detail)
+    fault = "" if right else ", but the sum is wrong"
+    return Finding("all-reduce", right, f"{detail}{fault}", "a link or a GPU is faulty: NCCL_DEBUG=INFO")
 
 
 def clocks() -> Finding:
@@ -238,17 +237,16 @@ def clocks() -> Finding:
     for _ in range(ROUNDS):
         dist.barrier()
         rounds.append(gather((socket.gethostname(), time.time())))
-    skews = {}
-    for number in range(world_size()):
-        difference = statistics.median(times[number][1] - times[0][1] for times in rounds)
-        skews[rounds[0][number][0]] = difference
+    skews = {
+        host: statistics.median(times[number][1] - times[0][1] for times in rounds)
+        for number, (host, _) in enumerate(rounds[0])
+    }
     worst = max(skews, key=lambda host: abs(skews[host]))
-    detail = f"at most {abs(skews[worst]):.3f} s apart"
-    if abs(skews[worst]) > MAX_SKEW_SECONDS:
-        ahead = "ahead of" if skews[worst] > 0 else "behind"
-        detail = f"{worst} is {abs(skews[worst]):.1f} s {ahead} {rounds[0][0][0]}"
-        return Finding("clocks", False, detail, "synchronize them (chrony or systemd-timesyncd)")
-    return Finding("clocks", True, detail)
+    if abs(skews[worst]) <= MAX_SKEW_SECONDS:
+        return Finding("clocks", True, f"at most {abs(skews[worst]):.3f} s apart")
+    ahead = "ahead of" if skews[worst] > 0 else "behind"
+    detail = f"{worst} is {abs(skews[worst]):.1f} s {ahead} {rounds[0][0][0]}"
+    return Finding("clocks", False, detail, "synchronize them (chrony or systemd-timesyncd)")
 
 
 def shared_folder(folder: Path) -> Finding:
@@ -291,7 +289,7 @@ def lines(finding: Finding, host: str | None = None) -> list[str]:
     """Format a finding: a line, and another for the remedy, if any."""
     mark = {True: "ok", False: "FAILED", None: "-"}[finding.ok]
     line = f"{mark:<7} {finding.check:<14} {f'{host}: ' if host else ''}{finding.detail}"
-    return [line, f"{'':<22} -> {finding.remedy}"] if finding.remedy else [line]
+    return [line, f"{'':<22} -> {finding.remedy}"] if finding.remedy and finding.ok is False else [line]
 
 
 def show(findings: dict[str, Finding]) -> bool:

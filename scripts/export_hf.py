@@ -31,16 +31,15 @@ from checkpointing.reader import LazyTensors
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from model_utils import load_config
 from runtime.console import InputError
-from training.flags import ArgumentParser, add_tokenizer_arg, user_name, user_path
+from training.flags import ArgumentParser, add_flag, add_tokenizer_arg, user_name, user_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="export_hf.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=user_path, required=True, help="folder epochE-stepS")
-    parser.add_argument("--output", type=user_path, required=True, help="folder to create; it must not exist")
-    parser.add_argument(
-        "--base_model", type=user_name, help="model under the adapters (default: the one they were trained on)"
-    )
+    add_flag(parser, "--checkpoint", user_path, "folder epochE-stepS", required=True)
+    add_flag(parser, "--output", user_path, "folder to create; it must not exist", required=True)
+    text = "model under the adapters (default: the one they were trained on)"
+    add_flag(parser, "--base_model", user_name, text)
     add_tokenizer_arg(parser)
     return parser.parse_args()
 

@@ -35,48 +35,32 @@ from corpus.chat_template import prompt_ids
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from engine.shards import is_finite
 from model_utils import load_config
-from runtime.console import InputError, first_line
-from training.flags import ArgumentParser, user_name
+from runtime.console import InputError, below, first_line
+from training.flags import ArgumentParser, add_flag, user_name
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="generate.py", description=__doc__)
-    parser.add_argument(
-        "--model", type=user_name, required=True, help="folder of a model, a checkpoint or adapters, or a hub name"
-    )
-    parser.add_argument(
-        "--base_model", type=user_name, help="model under the adapters (default: the one they were trained on)"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=user_name,
-        help="hub name or folder (default: the model's own, or that of `final` next to it)",
-    )
-    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: empty)")
-    parser.add_argument(
-        "--chat", action="store_true", help="send the prompt as a user's message, through the chat template"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=60, help="tokens to generate at most (default: 60)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 always takes the most probable token (default: 0.7)"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample from the most probable tokens that make up this probability (default: 1.0)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    text = "folder of a model, a checkpoint or adapters, or a hub name"
+    add_flag(parser, "--model", user_name, text, required=True)
+    text = "model under the adapters (default: the one they were trained on)"
+    add_flag(parser, "--base_model", user_name, text)
+    text = "hub name or folder (default: the model's own, or that of `final` next to it)"
+    add_flag(parser, "--tokenizer", user_name, text)
+    add_flag(parser, "--prompt", "", "text to continue; - reads standard input (default: empty)")
+    add_flag(parser, "--chat", False, "send the prompt as a user's message, through the chat template")
+    add_flag(parser, "--max_new_tokens", 60, "tokens to generate at most")
+    add_flag(parser, "--temperature", 0.7, "0 always takes the most probable token")
+    add_flag(parser, "--top_p", 1.0, "sample from the most probable tokens that make up this probability")
+    add_flag(parser, "--seed", 0, "of the sampling")
     return parser.parse_args(arguments)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError with a line for every unusable flag."""
-    problems = []
-    if args.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens: must be at least 1, not {args.max_new_tokens}")
+    problems = below(1, max_new_tokens=args.max_new_tokens)
     if not 0 <= args.temperature < float("inf"):
         problems.append(f"--temperature: must be 0 or a positive number, not {args.temperature}")
     if not 0 < args.top_p <= 1:

@@ -111,6 +111,16 @@ accumulation_steps() { # BATCH_SIZE MAX_LENGTH MODEL_PARALLEL_RANKS
     echo "$steps"
 }
 
+# Sets batch_flags to the batch size (default: 4), the length (default: 4096) and the accumulation steps.
+set_batch() { # MODEL_PARALLEL_RANKS FLAGS...
+    local ranks=$1 batch_size max_length steps
+    shift
+    batch_size=$(flag_value 4 -b --batch_size "$@")
+    max_length=$(flag_value 4096 -l --max_length "$@")
+    steps=$(accumulation_steps "$batch_size" "$max_length" "$ranks")
+    batch_flags=(-b "$batch_size" -l "$max_length" --accumulation_steps "$steps")
+}
+
 prepare() { # "$@" of the calling script
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then
         usage "$0"

@@ -39,12 +39,7 @@ SITE_PACKAGES = [sysconfig.get_path("purelib")]  # without setuptools' vendored 
 SKIPPED = re.compile(
     r"(^|/)(site-packages|dist-packages|_vendor|_?tests?|idle_test|encodings|pydoc_data|_sysconfigdata\w*)(/|\.)"
 )
-
-
-@dataclass(frozen=True)
-class Document:
-    text: str
-    meta: dict[str, str]  # its source; the keys differ between slices, as in RedPajama
+Document = tuple[str, dict[str, str]]  # text, and its source: the keys differ between slices, as in RedPajama
 
 
 # Readers of the installation.
@@ -93,12 +88,8 @@ def module_docstrings(*packages: str) -> Iterator[tuple[str, list[tuple[str, str
 
 
 def distributions() -> list[metadata.Distribution]:
-    readable = (
-        distribution
-        for distribution in metadata.distributions(path=SITE_PACKAGES)
-        if distribution.read_text("METADATA")
-    )
-    return sorted(readable, key=lambda distribution: distribution.name.lower())
+    found = metadata.distributions(path=SITE_PACKAGES)
+    return sorted((each for each in found if each.read_text("METADATA")), key=lambda each: each.name.lower())
 
 
 # Slices: each takes the text that resembles its namesake most.
@@ -107,7 +98,7 @@ def distributions() -> list[metadata.Distribution]:
 def github() -> Iterator[Document]:
     """Source files of the standard library."""
     for package, path, source in python_sources("python"):
-        yield Document(source, {"package": package, "path": path, "language": "Python"})
+        yield source, {"package": package, "path": path, "language": "Python"}
 
 
 def book() -> Iterator[Document]:
@@ -115,14 +106,14 @@ def book() -> Iterator[Document]:
     for module, chapters in module_docstrings("python", "torch"):
         text = "\n\n\n".join(f"{name}\n\n{text}" for name, text in chapters)
         if len(text) > 10 * MIN_CHARACTERS:
-            yield Document(text, {"short_book_title": module})
+            yield text, {"short_book_title": module}
 
 
 def arxiv() -> Iterator[Document]:
     """Documentation of mathematical libraries, with formulas and references."""
     for module, documentation in module_docstrings("mpmath", "networkx", "sympy"):
         for name, text in documentation:
-            yield Document(text, {"module": module, "title": name})
+            yield text, {"module": module, "title": name}
 
 
 def stackexchange() -> Iterator[Document]:
@@ -130,20 +121,20 @@ def stackexchange() -> Iterator[Document]:
     for module, documentation in module_docstrings("numpy", "pandas"):
         for name, text in documentation:
             if ">>>" in text:
-                yield Document(text, {"module": module, "about": name, "language": "en"})
+                yield text, {"module": module, "about": name, "language": "en"}
 
 
 def wikipedia() -> Iterator[Document]:
     """Articles of the Python reference, each about one topic."""
     for title, text in topics.items():
-        yield Document(text, {"title": title, "source": "pydoc topics", "language": "en"})
+        yield text, {"title": title, "source": "pydoc topics", "language": "en"}
 
 
 def c4() -> Iterator[Document]:
     """Introductory pages of packages."""
     for distribution in distributions():
         if text := distribution.metadata.get_payload():  # type: ignore[attr-defined]
-            yield Document(text, {"package": distribution.name, "version": distribution.version})
+            yield text, {"package": distribution.name, "version": distribution.version}
 
 
 def common_crawl() -> Iterator[Document]:
@@ -161,7 +152,7 @@ def common_crawl() -> Iterator[Document]:
             if name.endswith(".html"):
                 text = html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", "", text))
             if len(text) > 30 * text.count("\n"):  # lists of names or words are not prose
-                yield Document(text, {"package": package, "file": name})
+                yield text, {"package": package, "file": name}
 
 
 @dataclass(frozen=True)
@@ -198,12 +189,12 @@ def split_long(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
     yield part
 
 
-def parts(documents: Iterable[Document]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (text, meta) of documents, with long ones split and short ones dropped."""
-    for document in documents:
-        for text in map(str.strip, split_long(document.text)):
+def parts(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents, with long ones split and short ones dropped."""
+    for whole, meta in documents:
+        for text in map(str.strip, split_long(whole)):
             if len(text) >= MIN_CHARACTERS:
-                yield text, document.meta
+                yield text, meta
 
 
 class Novelty:

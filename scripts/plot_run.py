@@ -18,7 +18,6 @@ requirements.require()
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 
 import matplotlib
@@ -29,8 +28,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from runtime.console import InputError
-from training.flags import ArgumentParser, user_path
+from runtime.console import InputError, below
+from runtime.files import file_problems
+from training.flags import ArgumentParser, add_flag, user_path
 from training.metrics import LOG_FILE
 
 MAX_POINTS = 2000  # in a curve; of more, neighbours are averaged
@@ -155,11 +155,9 @@ def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figu
     """Return a figure with a panel per curve, a color per run, and a legend in the last panel."""
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
-    for number, run in enumerate(runs):
-        run_color = colors[number % len(colors)]
-        for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
-            draw_curve(axis, run, panel, x, smooth, run_color)
     for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
+        for number, run in enumerate(runs):
+            draw_curve(axis, run, panel, x, smooth, colors[number % len(colors)])
         finish(axis, panel, x)
     draw_legend(axes.flat[-1], runs, colors)
     return figure
@@ -219,25 +217,17 @@ def summary(run: LoggedRun) -> str:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run's --tensorboard_dir or metrics.jsonl")
-    parser.add_argument("-o", "--output", type=user_path, default="run.png", help="the PNG file (default: run.png)")
-    parser.add_argument("--x", choices=tuple(X_LABELS), default="step", help="horizontal axis (default: step)")
-    parser.add_argument(
-        "--smooth", type=int, default=1, help="rows in a moving average, drawn over the pale rows (default: 1)"
-    )
+    add_flag(parser, "-o --output", "run.png", "the PNG file", type=user_path)
+    add_flag(parser, "--x", "step", "horizontal axis", choices=tuple(X_LABELS))
+    add_flag(parser, "--smooth", 1, "rows in a moving average, drawn over the pale rows")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     args = parse_args()
-    problems = []
+    problems = below(1, smooth=args.smooth) + file_problems("--output", args.output)
     if args.output.suffix.lower() != ".png":
         problems.append(f"--output: {args.output} does not end in .png; choose a name that does")
-    if not args.output.absolute().parent.is_dir():
-        problems.append(f"--output: folder {args.output.absolute().parent} does not exist; create it first")
-    elif not os.access(args.output.absolute().parent, os.W_OK | os.X_OK):
-        problems.append(f"--output: no permission to write in {args.output.absolute().parent}; give another folder")
-    if args.smooth < 1:
-        problems.append(f"--smooth: must be at least 1, not {args.smooth}")
     if problems:
         raise InputError(*problems)
     runs = [read_run(text) for text in args.runs]

@@ -29,31 +29,20 @@ from corpus.prepare import Part, prepare_folder, verify
 from corpus.sources import REDPAJAMA_SAMPLE, resolve_source
 from corpus.tokenizer import load_tokenizer
 from runtime.console import InputError, say
-from training.flags import ArgumentParser, add_source_args, add_tokenizer_arg, user_name, user_path
+from training.flags import ArgumentParser, add_flag, add_source_args, add_tokenizer_arg, user_name, user_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="prepare_dataset.py", description=__doc__)
-    parser.add_argument(
-        "-d",
-        "--dataset",
-        type=user_name,
-        default=REDPAJAMA_SAMPLE,
-        help=f"as in pretrain.py (default: {REDPAJAMA_SAMPLE})",
-    )
+    add_flag(parser, "-d --dataset", REDPAJAMA_SAMPLE, "as in pretrain.py", type=user_name)
     add_source_args(parser)
     add_tokenizer_arg(parser)
-    parser.add_argument("--output", type=user_path, required=True, help="folder for the shards and the manifest")
-    parser.add_argument("--num_workers", type=int, help="tokenizing processes (default: one per core)")
-    parser.add_argument(
-        "--part", type=_part, default=Part(), metavar="K/N", help="do the K-th of N parts (default: 1/1, everything)"
-    )
-    parser.add_argument(
-        "--eval_fraction", type=float, default=0.0, help="fraction of the documents held out of training (default: 0)"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="only compare every shard of a finished folder with its checksum"
-    )
+    add_flag(parser, "--output", user_path, "folder for the shards and the manifest", required=True)
+    add_flag(parser, "--num_workers", int, "tokenizing processes (default: one per core)")
+    text = "do the K-th of N parts (default: 1/1, everything)"
+    add_flag(parser, "--part", _part, text, default=Part(), metavar="K/N")
+    add_flag(parser, "--eval_fraction", 0.0, "fraction of the documents held out of training (default: 0)")
+    add_flag(parser, "--verify", False, "only compare every shard of a finished folder with its checksum")
     args = parser.parse_args()
     if args.num_workers is not None and args.num_workers < 1:
         raise InputError(f"--num_workers: must be at least 1, not {args.num_workers}")

@@ -12,12 +12,7 @@ set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 prepare "$@"
-
-batch_size=$(flag_value 4 -b --batch_size "$@")
-max_length=$(flag_value 4096 -l --max_length "$@")
 tp=$(flag_value 4 --tp --tp "$@")
 pp=$(flag_value 2 --pp --pp "$@")
-steps=$(accumulation_steps "$batch_size" "$max_length" "$((tp * pp))")
-
-launch pretrain.py -c 70b -p hybrid_parallel --tp "$tp" --pp "$pp" -x bf16 -a -g --lr 1.5e-4 \
-    -b "$batch_size" -l "$max_length" --accumulation_steps "$steps" "$@"
+set_batch "$((tp * pp))" "$@"
+launch pretrain.py -c 70b -p hybrid_parallel --tp "$tp" --pp "$pp" -x bf16 -a -g --lr 1.5e-4 "${batch_flags[@]}" "$@"

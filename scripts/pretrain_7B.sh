@@ -11,10 +11,5 @@ set -euo pipefail
 # shellcheck source=scripts/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 prepare "$@"
-
-batch_size=$(flag_value 4 -b --batch_size "$@")
-max_length=$(flag_value 4096 -l --max_length "$@")
-steps=$(accumulation_steps "$batch_size" "$max_length" 1)
-
-launch pretrain.py -c 7b -p zero2 -x bf16 -a -g --lr 3e-4 -b "$batch_size" -l "$max_length" \
-    --accumulation_steps "$steps" "$@"
+set_batch 1 "$@"
+launch pretrain.py -c 7b -p zero2 -x bf16 -a -g --lr 3e-4 "${batch_flags[@]}" "$@"

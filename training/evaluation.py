@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from engine.boost import Engine
@@ -26,34 +26,24 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
 
 
-class Padded(Dataset[Any]):
-    """A data set padded with items whose labels do not count, so that all ranks have equally many full batches."""
-
-    def __init__(self, dataset: MapDataset, multiple: int):
-        self.dataset = dataset
-        self.length = -(-len(dataset) // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index < len(self.dataset):
-            return self.dataset[index]
-        item = self.dataset[0]
-        return {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
+def padded(dataset: MapDataset, multiple: int) -> ConcatDataset[Any]:
+    """Return the data set, padded to a multiple with items whose labels do not count: all ranks get as many batches."""
+    item = dataset[0]
+    padding = {**item, "labels": torch.full_like(item["labels"], IGNORE_INDEX)}
+    return ConcatDataset([dataset, [padding] * (-len(dataset) % multiple)])  # type: ignore[list-item]
 
 
 def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader[Any]:
     """Return this rank's part of the held-out data in order: micro-batches, or whole steps with pipeline stages."""
     batch = engine.job.batch
     batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
-    padded = Padded(dataset, batch_size * engine.layout.dp)
+    items = padded(dataset, batch_size * engine.layout.dp)
     return engine.plugin.prepare_dataloader(
-        padded,
+        items,
         batch_size=batch_size,
         shuffle=False,
         pin_memory=torch.cuda.is_available(),
-        distributed_sampler_cls=partial(ShardedSampler, seed=0, stop=len(padded)),
+        distributed_sampler_cls=partial(ShardedSampler, seed=0, stop=len(items)),
         collate_fn=getattr(dataset, "collate", None),
     )
 

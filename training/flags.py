@@ -55,52 +55,52 @@ def parse_slice_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def add_flag(group: argparse._ActionsContainer, names: str, value: Any, text: str, **options: Any) -> None:
+    """Add a flag.
+
+    Args:
+        names: separated by spaces, such as "-e --num_epochs".
+        value: default, which also gives the type; False for a switch; a type for a flag without default.
+        text: help. The default is added at its end, unless `text` says it in other words, as "(default: ...)".
+        options: further arguments of `add_argument`.
+    """
+    if value is False:
+        options = {"action": "store_true", **options}
+    elif callable(value):
+        options = {"type": value, **options}
+    else:
+        options = {"type": type(value), "default": value, **options}
+        if "(default: " not in text:
+            text = f"{text} (default: {value})"
+    group.add_argument(*names.split(), help=text, **options)
+
+
 def add_source_args(parser: argparse._ActionsContainer) -> None:
     """Add the flags for the revision and the slices of `--dataset`."""
-    parser.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the hub (default: main)")
-    parser.add_argument(
-        "--dataset_slices",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="read only these slices, such as arxiv or wikipedia: files, folders or configurations of the data set "
-        "(default: all)",
-    )
+    add_flag(parser, "--dataset_revision", str, "branch, tag or commit of a data set on the hub (default: main)")
+    text = "read only these slices, such as arxiv or wikipedia: files, folders or configurations of the data set"
+    add_flag(parser, "--dataset_slices", str, f"{text} (default: all)", nargs="+", default=(), metavar="NAME")
 
 
 def add_tokenizer_arg(parser: argparse._ActionsContainer) -> None:
     """Add --tokenizer, for programs without a model that brings its own."""
-    parser.add_argument("--tokenizer", default=LLAMA_TOKENIZER, help=f"hub name or folder (default: {LLAMA_TOKENIZER})")
+    add_flag(parser, "--tokenizer", LLAMA_TOKENIZER, "hub name or folder")
 
 
 def add_plugin_args(parser: argparse.ArgumentParser, all_plugins: bool = False) -> None:
     """Add the flags for the plugin, one that trains or any, and the sizes of its parallelism."""
     plugins = [name for name, traits in PLUGINS.items() if traits.trains or all_plugins]
     group = parser.add_argument_group("parallelism")
-    group.add_argument("-p", "--plugin", choices=plugins, default="gemini", help="Booster plugin (default: gemini)")
-    group.add_argument("--tp", type=int, help="hybrid_parallel: tensor-parallel size (default: 4, or a divisor)")
-    group.add_argument("--pp", type=int, help="hybrid_parallel: pipeline stages (default: 2, or a divisor)")
-    group.add_argument("--sp", type=int, default=1, help="hybrid_parallel: sequence-parallel size (default: 1)")
-    group.add_argument(
-        "--zero",
-        type=int,
-        choices=(0, 1, 2),
-        help="hybrid_parallel: ZeRO stage (default: 1 with several data-parallel ranks, else 0)",
-    )
-    group.add_argument(
-        "--microbatch_size",
-        "--mbs",
-        type=int,
-        default=1,
-        help="hybrid_parallel: sequences in a pipeline microbatch (default: 1)",
-    )
-    group.add_argument(
-        "--pp_style",
-        choices=PIPELINE_STYLES,
-        default="1f1b",
-        help="hybrid_parallel: interleaved gives a stage several ranges of layers, so it idles less (default: 1f1b)",
-    )
-    group.add_argument("--model_chunks", type=int, help="interleaved: ranges of layers per stage (default: 2)")
+    add_flag(group, "-p --plugin", "gemini", "Booster plugin", choices=plugins)
+    add_flag(group, "--tp", int, "hybrid_parallel: tensor-parallel size (default: 4, or a divisor)")
+    add_flag(group, "--pp", int, "hybrid_parallel: pipeline stages (default: 2, or a divisor)")
+    add_flag(group, "--sp", 1, "hybrid_parallel: sequence-parallel size")
+    text = "hybrid_parallel: ZeRO stage (default: 1 with several data-parallel ranks, else 0)"
+    add_flag(group, "--zero", int, text, choices=(0, 1, 2))
+    add_flag(group, "--microbatch_size --mbs", 1, "hybrid_parallel: sequences in a pipeline microbatch")
+    text = "hybrid_parallel: interleaved gives a stage several ranges of layers, so it idles less"
+    add_flag(group, "--pp_style", "1f1b", text, choices=PIPELINE_STYLES)
+    add_flag(group, "--model_chunks", int, "interleaved: ranges of layers per stage (default: 2)")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -223,13 +223,7 @@ def _fraction(text: str) -> float | str:
 class Given(argparse.Action):
     """Store the value, and add the flag to `given`: it is on the command line."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: object, namespace: Any, values: Any, option_string: object = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.given |= {self.dest}
 
@@ -237,137 +231,71 @@ class Given(argparse.Action):
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of batch, optimization, output and plan that pretrain.py and finetune.py share."""
     batch = parser.add_argument_group("batch and duration")
-    batch.add_argument("-e", "--num_epochs", type=int, default=1, help="passes over the data (default: 1)")
-    batch.add_argument(
-        "-b", "--batch_size", type=int, default=2, help="sequences per data-parallel rank and micro-batch (default: 2)"
-    )
-    batch.add_argument(
-        "--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step (default: 1)"
-    )
-    batch.add_argument("-l", "--max_length", type=int, default=4096, help="sequence length in tokens (default: 4096)")
-    batch.add_argument("--max_steps", type=int, help="stop after this many optimizer steps (default: end of the data)")
+    add_flag(batch, "-e --num_epochs", 1, "passes over the data")
+    add_flag(batch, "-b --batch_size", 2, "sequences per data-parallel rank and micro-batch")
+    add_flag(batch, "--accumulation_steps", 1, "micro-batches per optimizer step")
+    add_flag(batch, "-l --max_length", 4096, "sequence length in tokens")
+    add_flag(batch, "--max_steps", int, "stop after this many optimizer steps (default: end of the data)")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
-    optimization.add_argument("-w", "--weight_decay", type=float, default=0.1, help="decoupled (default: 0.1)")
-    optimization.add_argument(
-        "--gradient_clipping", type=float, default=1.0, help="maximum gradient norm; 0: no clipping (default: 1.0)"
-    )
-    optimization.add_argument("--seed", type=int, default=42, help="seed of weights and data order (default: 42)")
+    add_flag(optimization, "--lr", 3e-4, "peak learning rate (default: 3e-4)")
+    add_flag(optimization, "-w --weight_decay", 0.1, "decoupled")
+    add_flag(optimization, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
+    add_flag(optimization, "--seed", 42, "seed of weights and data order")
 
-    add_compute_args(parser, "-x")
+    add_compute_args(parser, precision_short="-x")
 
     output = parser.add_argument_group("checkpoints and logs")
-    output.add_argument(
-        "-i", "--save_interval", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
-    )
-    output.add_argument("-o", "--save_dir", type=user_path, default="checkpoint", help="folder (default: checkpoint)")
-    output.add_argument(
-        "-f",
-        "--load",
-        type=user_name,
-        metavar="PATH|latest",
-        help="checkpoint folder to resume from, or latest: the newest, if any (default: none)",
-    )
-    output.add_argument(
-        "--allow_changes",
-        action="store_true",
-        help="resume although data, seed, recipe or length changed; prints each change (default: off)",
-    )
-    output.add_argument(
-        "--keep_checkpoints",
-        type=int,
-        help="newest checkpoints to keep; the disk needs room for one more (default: all)",
-    )
-    output.add_argument("--keep_every", type=int, help="also keep those at multiples of this step (default: none)")
-    output.add_argument(
-        "-t",
-        "--tensorboard_dir",
-        type=user_path,
-        default="tb_logs",
-        help="folder of TensorBoard logs and metrics.jsonl (default: tb_logs)",
-    )
-    output.add_argument(
-        "--log_interval", type=int, default=10, help="optimizer steps between terminal lines (default: 10)"
-    )
+    add_flag(output, "-i --save_interval", 1000, "optimizer steps between checkpoints")
+    add_flag(output, "-o --save_dir", "checkpoint", "folder", type=user_path)
+    text = "checkpoint folder to resume from, or latest: the newest, if any (default: none)"
+    add_flag(output, "-f --load", user_name, text, metavar="PATH|latest")
+    text = "resume although data, seed, recipe or length changed; prints each change (default: off)"
+    add_flag(output, "--allow_changes", False, text)
+    text = "newest checkpoints to keep; the disk needs room for one more (default: all)"
+    add_flag(output, "--keep_checkpoints", int, text)
+    add_flag(output, "--keep_every", int, "also keep those at multiples of this step (default: none)")
+    text = "folder of TensorBoard logs and metrics.jsonl"
+    add_flag(output, "-t --tensorboard_dir", "tb_logs", text, type=user_path)
+    add_flag(output, "--log_interval", 10, "optimizer steps between terminal lines")
     add_dry_run_args(parser)
 
-    for old, new in (("--weigth_decay", "weight_decay"), ("--grad_clip", "gradient_clipping")):
-        parser.add_argument(old, dest=new, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--grad_checkpoint",
-        dest="gradient_checkpoint",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    unlisted: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--weigth_decay", dest="weight_decay", type=float, **unlisted)
+    parser.add_argument("--grad_clip", dest="gradient_clipping", type=float, **unlisted)
+    parser.add_argument("--grad_checkpoint", dest="gradient_checkpoint", action="store_true", **unlisted)
 
 
 def add_loading_args(parser: argparse._ActionsContainer) -> None:
     """Add the flags for the cache of tokenized data and the loader processes."""
-    parser.add_argument(
-        "--cache_dir",
-        type=user_path,
-        default="~/.cache/llama-training",
-        help="folder for tokenized data sets (default: ~/.cache/llama-training)",
-    )
-    parser.add_argument("--num_workers", type=int, default=1, help="loader processes per rank (default: 1)")
+    add_flag(parser, "--cache_dir", "~/.cache/llama-training", "folder for tokenized data sets", type=user_path)
+    add_flag(parser, "--num_workers", 1, "loader processes per rank")
 
 
-def add_compute_args(parser: argparse.ArgumentParser, *precision_short: str, precision: str = "fp16") -> None:
+def add_compute_args(parser: argparse.ArgumentParser, precision: str = "fp16", precision_short: str = "") -> None:
     """Add the flags of precision, recomputation and kernels; benchmark.py uses -x for another flag."""
     compute = parser.add_argument_group("precision and memory")
-    compute.add_argument(
-        *precision_short,
-        "--mixed_precision",
-        choices=("fp16", "bf16", "fp32"),
-        default=precision,
-        help=f"working precision; master weights are always float32 (default: {precision})",
-    )
-    compute.add_argument(
-        "-g",
-        "--gradient_checkpoint",
-        action="store_true",
-        help="recompute activations in the backward pass (default: off)",
-    )
-    compute.add_argument(
-        "--recompute",
-        type=_fraction,
-        metavar="FRACTION",
-        help="recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows (default: 1 "
-        "with -g, else 0)",
-    )
-    compute.add_argument(
-        "--keep_attention",
-        action="store_true",
-        help="keep attention's output instead of recomputing it: a little faster, for 2 more bytes (in fp32 4) per "
-        "hidden unit, token and layer (default: off)",
-    )
-    compute.add_argument("-a", "--flash_attention", action="store_true", help="fused attention kernel (default: off)")
-    compute.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the model's element-wise work and, where the plugin allows, its layers (default: on a GPU)",
-    )
+    names, text = f"{precision_short} --mixed_precision", "working precision; master weights are always float32"
+    add_flag(compute, names, precision, text, choices=("fp16", "bf16", "fp32"))
+    text = "recompute activations in the backward pass (default: off)"
+    add_flag(compute, "-g --gradient_checkpoint", False, text)
+    text = "recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows"
+    add_flag(compute, "--recompute", _fraction, f"{text} (default: 1 with -g, else 0)", metavar="FRACTION")
+    text = "keep attention's output instead of recomputing it: a little faster, for 2 more bytes (in fp32 4) per "
+    add_flag(compute, "--keep_attention", False, f"{text}hidden unit, token and layer (default: off)")
+    add_flag(compute, "-a --flash_attention", False, "fused attention kernel (default: off)")
+    text = "torch.compile the model's element-wise work and, where the plugin allows, its layers (default: on a GPU)"
+    compute.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = True) -> None:
     """Add the flags of the evaluation on held-out data: a fraction of the documents, or a split of the data set."""
     held_out = parser.add_argument_group("evaluation")
     if by_fraction:
-        held_out.add_argument(
-            "--eval_fraction",
-            type=float,
-            help="fraction of the documents held out of training, chosen by a hash of their text "
-            "(default: none, or that of a prepared data set)",
-        )
-    held_out.add_argument(
-        "--eval_interval",
-        type=int,
-        default=1000,
-        action=Given,
-        help="optimizer steps between evaluations on held-out data; also at the end (default: 1000)",
-    )
+        text = "fraction of the documents held out of training, chosen by a hash of their text"
+        add_flag(held_out, "--eval_fraction", float, f"{text} (default: none, or that of a prepared data set)")
+    text = "optimizer steps between evaluations on held-out data; also at the end"
+    add_flag(held_out, "--eval_interval", 1000, text, action=Given)
 
 
 def refuse_interval(given: frozenset[str], remedy: str) -> None:
@@ -379,31 +307,17 @@ def refuse_interval(given: frozenset[str], remedy: str) -> None:
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of dry runs, which plan for GPUs that need not be there."""
     plan = parser.add_argument_group("plan")
-    plan.add_argument(
-        "--dry_run", action="store_true", help="check everything, print the memory and time that the run needs, and end"
-    )
-    plan.add_argument("--gpus", type=int, help="dry run: plan for this many GPUs (default: the ranks launched)")
-    plan.add_argument("--gpu", help="dry run: their model, such as A100 (default: this machine's, else H100)")
-    plan.add_argument("--gpu_memory", type=float, help="dry run: memory of each in GB (default: that of the model)")
-    plan.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        action=Given,
-        help="dry run: fraction of their peak FLOPS that training reaches (default: 0.4)",
-    )
+    add_flag(plan, "--dry_run", False, "check everything, print the memory and time that the run needs, and end")
+    add_flag(plan, "--gpus", int, "dry run: plan for this many GPUs (default: the ranks launched)")
+    add_flag(plan, "--gpu", str, "dry run: their model, such as A100 (default: this machine's, else H100)")
+    add_flag(plan, "--gpu_memory", float, "dry run: memory of each in GB (default: that of the model)")
+    add_flag(plan, "--mfu", 0.4, "dry run: fraction of their peak FLOPS that training reaches", action=Given)
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
     """Add --warmup_steps, which only pretraining has."""
-    parser.add_argument_group("warm-up").add_argument(
-        "-s",
-        "--warmup_steps",
-        type=int,
-        default=2000,
-        action=Given,
-        help="optimizer steps of linear warm-up (default: 2000)",
-    )
+    group = parser.add_argument_group("warm-up")
+    add_flag(group, "-s --warmup_steps", 2000, "optimizer steps of linear warm-up", action=Given)
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> None:
@@ -411,10 +325,7 @@ def add_lora_args(parser: argparse.ArgumentParser) -> None:
     from checkpointing.adapters import MODULES
 
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_rank", type=int, help="train adapters of this rank on frozen weights (default: none)")
-    group.add_argument("--lora_alpha", type=float, help="adapters are scaled by alpha / rank (default: 2 x rank)")
-    group.add_argument(
-        "--lora_modules",
-        default=",".join(MODULES),
-        help="linear modules that get an adapter, separated by commas (default: all seven of a layer)",
-    )
+    add_flag(group, "--lora_rank", int, "train adapters of this rank on frozen weights (default: none)")
+    add_flag(group, "--lora_alpha", float, "adapters are scaled by alpha / rank (default: 2 x rank)")
+    text = "linear modules that get an adapter, separated by commas (default: all seven of a layer)"
+    add_flag(group, "--lora_modules", ",".join(MODULES), text)

@@ -24,7 +24,6 @@ from runtime.files import write_json
 from training.plan import OWNER, TrainState, log_owner
 
 LOG_FILE = "metrics.jsonl"
-LONGEST_ROW = 4096  # bytes, with room to spare
 MEAN_STEPS = 20  # of the loss in the summary
 BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts it to the terminal's width
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
@@ -114,15 +113,18 @@ class Metrics:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
             write_json(self.folder / OWNER, self.owner)
-            self.file = self._open_after(self.folder / LOG_FILE, self.step)
-            self.last = self._last_row(self.folder / LOG_FILE)
+            self.file, self.last = self._open_after(self.folder / LOG_FILE, self.step)
             self.start -= 3600 * self.last.get("hours", 0)
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         return self.file
 
     @staticmethod
-    def _open_after(path: Path, step: int) -> FileIO:
-        """Open the file to append after `step`; move rows of later steps, which the run repeats, to another file."""
+    def _open_after(path: Path, step: int) -> tuple[FileIO, dict[str, Any]]:
+        """Open the file to append after `step`; move rows of later steps, which the run repeats, to another file.
+
+        Returns:
+            The file and its last row.
+        """
         kept, later = [], []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
@@ -139,14 +141,7 @@ class Metrics:
             temporary.replace(path.with_name(f"metrics.{max(taken, default=0) + 1}.jsonl"))
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
-        return open(path, "ab", buffering=0)
-
-    @staticmethod
-    def _last_row(path: Path) -> dict[str, Any]:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - LONGEST_ROW))
-            rows = file.read().splitlines()
-        return json.loads(rows[-1]) if rows else {}
+        return open(path, "ab", buffering=0), json.loads(kept[-1]) if kept else {}
 
     def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
         """Write the run's settings to TensorBoard, as hyperparameters and as a table, and further texts.
@@ -158,11 +153,10 @@ class Metrics:
         if not self.main or self.board is None:
             return
         plain = {
-            name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
+            # A file name may hold bytes that are not UTF-8.
+            name: value if isinstance(value, int | float) else str(value).encode(errors="backslashreplace").decode()
+            for name, value in settings.items()
         }
-        for name, value in plain.items():
-            if isinstance(value, str):  # a file name may hold bytes that are not UTF-8
-                plain[name] = value.encode(errors="backslashreplace").decode()
         for summary in hparams(plain, {"train/loss": 0.0, "eval/loss": 0.0}):
             self.board._get_file_writer().add_summary(summary)
         table = "\n".join(
@@ -186,22 +180,18 @@ class Metrics:
             self._write(step, values)
         except OSError as error:
             self._report(step, error)
-        else:
-            self.failing = False
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
-        norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
-        loss, lr = "loss unknown", f"lr {values['lr']:.2e}"
+        speed, lr = f"{values['tokens_per_second']:,.0f} tok/s{mfu}", f"lr {values['lr']:.2e}"
         if values["loss"] is None:
-            norm = "no label counts, step skipped"
+            loss, norm = "loss unknown", "no label counts, step skipped"
         else:
             loss = f"loss {values['loss']:.4f}"
-        speed = f"{values['tokens_per_second']:,.0f} tok/s{mfu}"
-        line = f"{loss}, {lr}, {norm}, {speed}"
+            norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
         # The most important figures first: a narrow terminal cuts off the end.
         self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
-            say(f"step {step}/{self.total_steps}: {line}{self._time_left(first, step, now)}")
+            say(f"step {step}/{self.total_steps}: {loss}, {lr}, {norm}, {speed}{self._time_left(first, step, now)}")
         if "eval_loss" in values:
             loss, perplexity = values["eval_loss"], values["eval_perplexity"]
             self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
@@ -252,6 +242,7 @@ class Metrics:
             if key not in ("step", "epoch") and value is not None:
                 tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
                 self.board.add_scalar(tag, value, step)
+        self.failing = False
 
     def note(self, messages: list[str]) -> None:
         """Print lines without disturbing the progress bar."""

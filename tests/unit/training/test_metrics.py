@@ -43,8 +43,10 @@ class TestMetrics:
     def test_a_resumed_file_ends_at_the_checkpoints_step(self, tmp_path, before, kept):
         path = tmp_path / "metrics.jsonl"
         path.write_text("".join(before), errors="surrogateescape")
-        with Metrics._open_after(path, step=2) as file:
+        file, last = Metrics._open_after(path, step=2)
+        with file:
             file.write(b"new\n")
+        assert last == (json.loads(kept[-1]) if kept else {})
         assert path.read_text() == "".join([*kept, "new\n"])
         assert list(tmp_path.iterdir()) == [path]
 
@@ -54,7 +56,7 @@ class TestMetrics:
         rows, path = [line(number) for number in range(1, 5)], tmp_path / "metrics.jsonl"
         for _ in range(2):
             path.write_text("".join(rows))
-            Metrics._open_after(path, step).close()
+            Metrics._open_after(path, step)[0].close()
             assert path.read_text() == "".join(rows[:step])
         for number in (1, 2):
             assert (tmp_path / f"metrics.{number}.jsonl").read_text() == "".join(rows[step:])
