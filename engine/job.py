@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
 
+MICRO_BATCH, STEP = "micro_batch", "step"  # --exchange
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -97,7 +98,7 @@ class Exchange:
     Attributes:
         reduce_dtype: precision of the reduction: fp32, or the working precision.
         exchange: reduce the gradients of each `micro_batch`, or once a `step` their sum, which takes memory for
-            unsharded float32 gradients; None: not settled (see `planning.memory.settle_exchange`).
+            unsharded float32 gradients; None: as `planning.memory.settle_exchange` decides.
     """
 
     reduce_dtype: str = "fp32"
@@ -112,9 +113,9 @@ class Exchange:
             )
         if self.exchange and accumulation_steps == 1 and self.exchange == "step":
             problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
-        if self.exchange == "step" and layout.traits.module == "gemini":
+        if self.exchange == STEP and layout.traits.module == "gemini":
             problems.append(f"--exchange: {layout.plugin} shards gradients as it computes them; leave it out")
-        if self.exchange == "micro_batch" and (layout.pp or 1) > 1:
+        if self.exchange == MICRO_BATCH and (layout.pp or 1) > 1:
             problems.append("--exchange: a pipeline exchanges gradients once a step; leave it out")
         return problems
 
@@ -165,16 +166,8 @@ class Job:
 
     @property
     def exchanges_at_update(self) -> bool:
-        """True if gradients are reduced once a step, after all micro-batches.
-
-        Raises:
-            ValueError: it is not settled yet.
-        """
-        if self.layout.pp > 1 or self.batch.accumulation_steps == 1:
-            return self.layout.pp > 1
-        if self.exchange.exchange is None:
-            raise ValueError("the exchange of gradients is not settled")
-        return self.exchange.exchange == "step"
+        """True if gradients are reduced once a step, after all micro-batches; a pipeline always does."""
+        return self.layout.pp > 1 or (self.batch.accumulation_steps > 1 and self.exchange.exchange == STEP)
 
     @property
     def recomputed(self) -> float:
