@@ -260,7 +260,8 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
         gradients = chunk.grad_chunk
         if gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1:
             manager.accessed_chunks.add(gradients)
-            gradients.l2_norm = None
+            replace(manager, "accessed_mem", manager.accessed_mem + gradients.chunk_mem)
+            replace(gradients, "l2_norm", None)
             return gradients
         summed = gradients.payload.to(get_accelerator().get_current_device(), copy=True)
         gradients = manager.init_grad_chunk(chunk)

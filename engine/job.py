@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
 
-MICRO_BATCH, STEP = "micro_batch", "step"  # --exchange
+AUTO, MICRO_BATCH, STEP = "auto", "micro_batch", "step"  # --exchange
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -69,7 +69,7 @@ class Compute:
 class Optimization:
     """Settings of AdamW and gradient clipping. All parameters are decayed, norms and embeddings too, as in LLaMA.
 
-    The defaults of `adam_betas` and `weight_decay` are LLaMA's (arXiv:2302.13971, section 2.3).
+    The defaults but `adam_eps` are LLaMA's (arXiv:2302.13971, section 2.3).
     """
 
     lr: float = 3e-4
@@ -77,6 +77,7 @@ class Optimization:
     gradient_clipping: float = 1.0  # largest norm; 0: no clipping
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
+    min_lr_ratio: float = 0.1  # fraction of `lr` at which the cosine ends
 
     def problems(self) -> list[str]:
         """Return a line for each number that cannot be used."""
@@ -88,6 +89,8 @@ class Optimization:
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             first, second = self.adam_betas
             problems.append(f"--adam_betas: must be at least 0 and below 1, not {first} {second}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"--min_lr_ratio: must be from 0 to 1, not {self.min_lr_ratio}")
         return problems
 
 
@@ -98,11 +101,11 @@ class Exchange:
     Attributes:
         reduce_dtype: precision of the reduction: fp32, or the working precision.
         exchange: reduce the gradients of each `micro_batch`, or once a `step` their sum, which takes memory for
-            unsharded float32 gradients; None: as `planning.memory.settle_exchange` decides.
+            unsharded float32 gradients; `auto`: as `planning.memory.settle` decides, until then each micro-batch's.
     """
 
     reduce_dtype: str = "fp32"
-    exchange: str | None = None
+    exchange: str = AUTO
 
     def problems(self, precision: str, layout: Parallelism, accumulation_steps: int) -> list[str]:
         """Return a line for each setting that conflicts with others, or has no effect."""

@@ -19,7 +19,7 @@ HYBRID = "-p hybrid_parallel --pp 1"
 
 
 def sequences(number: int) -> torch.Tensor:
-    return torch.randint(1024, (number, LENGTH), generator=torch.Generator().manual_seed(0))
+    return torch.randint(32, (number, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def plain_gradients(number: int) -> dict[str, torch.Tensor]:
