@@ -20,7 +20,7 @@ from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk, TensorState
-from colossalai.zero.gemini.chunk.chunk import free_storage
+from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
@@ -307,7 +307,7 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             gradients.copy_(reduced)
         else:
             self.cuda_shard = reduced
-            free_storage(gradients)
+            chunk_module.free_storage(gradients)
             self.is_gathered = False
         self._Chunk__update_tensors_state(TensorState.HOLD)
 

@@ -136,18 +136,23 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
     held = parameters / shards if layout.zero_stage else parameters
     gradients = kept * held + (FP32 * parameters if several and job.exchanges_at_update else 0)
-    # At the end of the pass, the small gradients exist one by one, concatenated, and in the precision of the reduction.
-    small = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < zero.SMALL)
-    in_layers = [spec.shape.numel() for spec in specs if ".layers." in spec.name]
-    large = [size for size in in_layers if size >= zero.SMALL]
+    sizes = [spec.shape.numel() for spec in specs]
+    large = [size for size in sizes if size >= zero.SMALL]
+    in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
+    # At the end of the pass, the embeddings' gradient is reduced while those before it may still be; then the small
+    # ones, which exist one by one and concatenated.
+    partitions = layout.zero_stage > 0
+    copied = (lambda elements: _reduced_copy(job, elements)) if partitions else lambda elements: 0
+    small = sum(sizes) - sum(large)
+    last = width * sum(large[: zero.IN_FLIGHT + 1])
+    exchange = last + max(copied(max(large, default=0)), (3 if partitions else 2) * width * small + copied(small))
     during_pass = several and not job.exchanges_at_update
-    reducing = width * sum(large[-zero.IN_FLIGHT :]) + _reduced_copy(job, max(large, default=0)) if during_pass else 0
     return _State(
         weights=width * (frozen + parameters),
-        optimizer=(MASTER_AND_MOMENTS if mixed else 2 * FP32) * held,
+        optimizer=(MASTER_AND_MOMENTS if mixed or layout.zero_stage else 2 * FP32) * held,
         gradients=gradients,
-        reducing=reducing,
-        exchange=2 * width * small + _reduced_copy(job, small) if several else 0,
+        reducing=width * sum(in_layers[-zero.IN_FLIGHT :]) + copied(max(in_layers, default=0)) if during_pass else 0,
+        exchange=exchange if several else 0,
         # Without ZeRO in fp32, the largest gradient in float64, for its norm.
         step=0 if mixed or layout.zero_stage else 8 * largest,
     )
