@@ -126,6 +126,7 @@ MEASURED = {"zero2": 25.4, "zero2_cpu": 12.5, "gemini_auto": 12.7}
 MEASURED_COMPILED = [
     (8, "-p zero2 -b 4", 47.38, 0.01),
     (8, "-p gemini -b 4", 47.38, 0.01),
+    (8, "-p hybrid_parallel --tp 1 --pp 1 -b 4", 47.38, 0.01),
     (8, "-p gemini_auto -b 4", 25.2, 0.01),
     (32, "-p zero2 -b 2", 132.4, 0.01),
     (32, "-p gemini -b 2", 132.4, 0.01),
@@ -167,6 +168,14 @@ def test_measured_on_a_gpu(plugin):
 def test_measured_compiled(layers, flags, measured, off):
     predicted = estimate(f"-c 7b -a {flags}", layers).peak.total / 1e9
     assert measured * 0.99 <= predicted <= measured * (1 + off)
+
+
+@pytest.mark.parametrize("plugin", ["zero2", "gemini", "hybrid_parallel"])
+def test_measured_with_accumulation(plugin):
+    """Compiled on an H200: 8 micro-batches of 2 sequences, summed in float32."""
+    job = planned(f"-c 7b -a -p {plugin} -b 2 --dry_run --gpus 1", layers=8)
+    job = replace(job, batch=replace(job.batch, accumulation_steps=8))
+    assert estimate_memory(job).peak.total / 1e9 == pytest.approx(44.42, rel=0.01)
 
 
 @pytest.mark.parametrize(("layers", "flags", "measured"), MEASURED_ON_TWO)
