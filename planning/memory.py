@@ -5,7 +5,6 @@ compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,7 +134,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     several = layout.gradient_ranks > 1
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
     held = parameters / shards if layout.zero_stage else parameters
-    gradients = kept * held + (FP32 * parameters if several and job.exchanges_at_update else 0)
+    gradients = FP32 * parameters if several and job.exchanges_at_update else kept * held
     sizes = [spec.shape.numel() for spec in specs]
     large = [size for size in sizes if size >= zero.SMALL]
     in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
@@ -273,31 +272,17 @@ def settle(job: Job, dry_run: DryRun) -> Job:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = math.inf
-    return _settle_exchange(_settle_recomputation(job, memory), memory, machines(dry_run, job.layout.ranks))
+    return _settle_exchange(_settle_recomputation(job, memory), memory)
 
 
-def machines(dry_run: DryRun, ranks: int) -> int:
-    """Return the number of machines that the ranks run on, with 8 GPUs each if they are only planned."""
-    return math.ceil(ranks / (8 if dry_run.dry_run else int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def _settle_exchange(job: Job, memory: float, machines: int) -> Job:
-    """Return the job that exchanges gradients once a step if ranks are on several machines and the memory allows it.
-
-    Inside a machine the exchange of each micro-batch is hidden behind its backward pass.
-    """
-    changed = replace(job, exchange=replace(job.exchange, exchange=STEP))
-    asked, steps = job.parallelism, job.batch.accumulation_steps
-    if (
-        job.exchange.exchange != AUTO
-        or machines == 1
-        or changed.exchange.problems(job.compute.mixed_precision, asked, steps)
-    ):
+def _settle_exchange(job: Job, memory: float) -> Job:
+    """Return the job that exchanges gradients once a step if its memory fits by the estimate; for `--exchange auto`."""
+    once = replace(job, exchange=replace(job.exchange, exchange=STEP))
+    problems = once.exchange.problems(job.compute.mixed_precision, job.parallelism, job.batch.accumulation_steps)
+    several = job.layout.gradient_ranks > 1
+    if job.exchange.exchange != AUTO or problems or not (several and job.accumulates):
         return job
-    if not estimate_memory(changed).peak.total <= memory * USABLE_FRACTION - CONTEXT_BYTES:
-        return job
-    say(f"gradients: exchanged once a step, between {machines} machines")
-    return changed
+    return once if estimate_memory(once).peak.total <= memory * USABLE_FRACTION - CONTEXT_BYTES else job
 
 
 def _settle_recomputation(job: Job, memory: float) -> Job:

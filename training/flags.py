@@ -236,7 +236,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(batch, "-b --batch_size", 2, "sequences per data-parallel rank and micro-batch")
     add_flag(batch, "--accumulation_steps", 1, "micro-batches per optimizer step")
     text = "exchange gradients between ranks with each micro-batch, or their sum once a step, which takes 4 bytes per "
-    text += "parameter; auto: once a step between machines, if the memory allows it"
+    text += "parameter; auto: once a step if the GPU's memory allows it"
     add_flag(batch, "--exchange", AUTO, text, choices=(AUTO, MICRO_BATCH, STEP))
     add_flag(batch, "-l --max_length", 4096, "sequence length in tokens")
     add_flag(batch, "--max_steps", int, "stop after this many optimizer steps (default: end of the data)")

@@ -164,6 +164,7 @@ class TestResumeState:
         "slice_weights": None,
         "document_mask": False,
     }
+    LATER = {"adam_betas": [0.9, 0.95], "adam_eps": 1e-8, "min_lr_ratio": 0.1}  # noqa: RUF012  older checkpoints lack it
     FLAGS = (*FOUR_RANKS, "-l", "64", "-s", "0", "-b", "2", "-e", "3")
 
     @pytest.fixture
@@ -177,7 +178,7 @@ class TestResumeState:
         assert resume_state(run.outputs) == (TrainState(), None)
         state = TrainState()
         make_plan(run, PackedStub(43), state)
-        assert state.settings == self.SETTINGS
+        assert state.settings == self.SETTINGS | self.LATER
 
     def test_everything_comes_back(self, checkpoint):
         folder, state = checkpoint
