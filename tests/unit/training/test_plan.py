@@ -309,6 +309,14 @@ class TestResumeState:
             with pytest.raises(InputError, match=line):
                 make_plan(replace(run, lora=lora), PackedStub(43), saved)
 
+    def test_settings_that_older_checkpoints_lack_are_their_defaults(self, checkpoint):
+        folder, _ = checkpoint
+        run = run_from(*self.FLAGS, "--adam_betas", "0.9", "0.99", "-o", str(folder.parent), "-f", str(folder))
+        with pytest.raises(
+            InputError, match=r"--adam_betas was \[0\.9, 0\.95\] in the checkpoint and is \[0\.9, 0\.99\]"
+        ):
+            make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
+
     def test_lists_all_changes_and_accepts_them_with_allow_changes(self, checkpoint, capsys):
         folder, _ = checkpoint
         dataset = PackedStub(43)
