@@ -32,14 +32,14 @@ from data_utils import RandomDataset
 from engine import device
 from engine.boost import Engine, boost
 from engine.device import MB
-from engine.job import Job, Placement
+from engine.job import Job, Optimization, Placement
 from engine.launch import launch, shut_down
 from engine.layout import describe_layout
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
 from planning.cards import DryRun
-from planning.memory import settle_recomputation
+from planning.memory import settle
 from planning.report import memory_remedies, say_plan
 from planning.throughput import StepTimer, benchmark_figures
 from runtime.console import RunError, below, rank, say
@@ -63,7 +63,8 @@ REDPAJAMA_TOKENS = 1.2e12  # that a dry run plans to train on
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="benchmark.py", description=__doc__)
-    parser.set_defaults(lr=3e-4, weight_decay=0.1, seed=42, accumulation_steps=1)  # no effect on speed
+    unset = vars(Optimization()) | dict(seed=42, accumulation_steps=1)
+    parser.set_defaults(**unset)  # no effect on speed
     work = parser.add_argument_group("model and batch")
     known = ", ".join(MODEL_CONFIGS)
     add_flag(work, "-c --config", "7b", f"{known}, or a config.json or its folder", type=user_name)
@@ -235,7 +236,7 @@ def main() -> int:
     attention = select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
     job = job_of(args, config)
     check(args, job)
-    job = settle_recomputation(job, plan)
+    job = settle(job, plan)
     announce(args.config, job, attention)
     if args.dry_run:
         say_plan(job, plan, job.batch.batch_size * job.layout.dp * job.batch.max_length, REDPAJAMA_TOKENS)

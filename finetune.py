@@ -38,7 +38,7 @@ from data_utils import InstructionDataset
 from engine.job import Job
 from model_utils import load_config
 from planning.cards import DryRun
-from planning.memory import settle_recomputation
+from planning.memory import settle
 from planning.report import say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
@@ -200,7 +200,7 @@ def main() -> int:
         check_folders(run.outputs, run.job, state.step)
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
-    run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
+    run = replace(run, job=settle(run.job, take(DryRun, args)))
     announce(run, dataset, plan, attention)
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")

@@ -34,7 +34,7 @@ from data_utils import PackedDataset, StreamedDataset
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import DryRun
-from planning.memory import settle_recomputation
+from planning.memory import settle
 from planning.report import say_plan
 from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
@@ -196,7 +196,7 @@ def main() -> int:
         check_folders(run.outputs, run.job, state.step)
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
-    run = replace(run, job=settle_recomputation(run.job, take(DryRun, args)))
+    run = replace(run, job=settle(run.job, take(DryRun, args)))
     announce(run, dataset, plan, attention)
     if held_out:
         say(f"held out: {held_out.description}")

@@ -22,7 +22,6 @@ from engine.update import Adam, let_gemini_take_adam, patch_loss_scaling
 from model_utils import restore_rotary_precision
 from runtime.console import say
 
-ADAM_BETAS = (0.9, 0.95)  # LLaMA's (arXiv:2302.13971, section 2.3)
 MODULES: dict[str, PluginModule] = {"zero": zero, "gemini": gemini, "hybrid": hybrid, "fsdp": fsdp}
 
 
@@ -60,7 +59,7 @@ class Engine:
 
 
 def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: bool = False) -> Adam:
-    """Return ColossalAI's AdamW for parameters on the GPU and in host memory, with LLaMA's betas.
+    """Return ColossalAI's AdamW for parameters on the GPU and in host memory.
 
     Args:
         fused: update states on the GPU and their working weights in one compiled pass.
@@ -71,7 +70,8 @@ def build_optimizer(model: torch.nn.Module, optimization: Optimization, fused: b
         return Adam(
             trained,
             lr=optimization.lr,
-            betas=ADAM_BETAS,
+            betas=optimization.adam_betas,
+            eps=optimization.adam_eps,
             weight_decay=optimization.weight_decay,
             adamw_mode=True,
             fused=fused,
@@ -96,7 +96,7 @@ def boost(job: Job) -> Engine:
     fusion = choose_fusion(job, on_gpu=torch.cuda.is_available())
     optimizer = build_optimizer(model, job.optimization, fused=fusion is not Fusion.NONE)
     model, optimizer, *_ = booster.boost(model, optimizer)
-    module.prepare(plugin, model, optimizer)
+    module.prepare(job, plugin, model, optimizer)
     restore_rotary_precision(model, device)
     fuse(model, fusion, module.compile_layers)
     model.train()

@@ -40,7 +40,7 @@ def build(job: Job) -> "FSDPPlugin":
     if offload and not on_gpu:
         say("fsdp_cpu: without a GPU the same as fsdp, all in host memory")
     return FSDPPlugin(
-        job.dtype,
+        MixedPrecision(param_dtype=job.dtype, reduce_dtype=job.reduce_dtype),
         max_norm=common["max_norm"],
         offload=offload and on_gpu,
         initial_scale=common["initial_scale"],
@@ -59,7 +59,7 @@ def checkpoint_layers(job: Job, model: LlamaForCausalLM) -> None:
     """Do nothing: the plugin checkpoints layers after sharding them."""
 
 
-def prepare(plugin: "FSDPPlugin", model: ModelWrapper, optimizer: "FSDPOptimizer") -> None:
+def prepare(job: Job, plugin: "FSDPPlugin", model: ModelWrapper, optimizer: "FSDPOptimizer") -> None:
     """Do nothing."""
 
 
@@ -107,7 +107,7 @@ class FSDPPlugin(TorchFSDPPlugin):
     The model is built on the meta device. Each layer gets its memory and initial weights when it is sharded.
 
     Args:
-        dtype: of computation and communication; shards of weights and gradients are float32.
+        precision: of computation and communication; shards of weights and gradients are float32.
         max_norm: largest gradient norm; infinite: no clipping.
         offload: keep shards and optimizer states in host memory.
         initial_scale: first loss scale, in fp16.
@@ -118,7 +118,7 @@ class FSDPPlugin(TorchFSDPPlugin):
 
     def __init__(
         self,
-        dtype: torch.dtype,
+        precision: MixedPrecision,
         max_norm: float,
         offload: bool,
         initial_scale: float,
@@ -129,11 +129,11 @@ class FSDPPlugin(TorchFSDPPlugin):
         super().__init__(
             cpu_offload=CPUOffload(offload_params=offload),
             auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
-            mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=dtype),
+            mixed_precision=precision,
         )
         self.max_norm, self.seed, self.recomputed = max_norm, seed, recomputed
         self.checkpointed = checkpointed
-        self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=dtype is torch.float16)
+        self.scaling: dict[str, Any] = dict(init_scale=initial_scale, enabled=precision.param_dtype is torch.float16)
 
     def supported_devices(self) -> list[str]:
         return ["cuda", "npu"]

@@ -19,7 +19,8 @@ from colossalai.lazy import LazyInitContext
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
-from colossalai.zero.gemini.chunk import Chunk
+from colossalai.zero.gemini.chunk import Chunk, TensorState
+from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
@@ -71,9 +72,11 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
     return build_model(job.config, LazyInitContext(default_device=device))
 
 
-def prepare(plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
+def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
     """Patch Gemini's memory, prefetching and gradient norm."""
     compute_norm_on_device(plugin.tp_size)
+    sum_gradients_in_float32(model)
+    reduce_chunks_in(job.reduce_dtype)
     allocate_chunks_on_one_stream(model)
     prefetch_only_in_training(model)
     reset_memory_plan_each_pass(model)
@@ -231,6 +234,84 @@ def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:
 
     replace(manager, "access_chunk", access_chunk)
     replace(manager, "init_grad_chunk", init_grad_chunk)
+
+
+def sum_gradients_in_float32(model: ModelWrapper) -> None:
+    """Accumulate gradients in float32, in the shard that the rank keeps.
+
+    Symptom: gradients accumulated over many micro-batches lose as much precision as the working one has.
+    Cause: `Chunk.init_grad_chunk` gives the chunk of accumulated gradients the weights' precision, and
+        `rearrange_accumulated_grad_chunk` puts the sum so far into the next reduction.
+    Fix: the chunk of gradients is float32. `rearrange_accumulated_grad_chunk` keeps the sum aside as the chunk's
+        `summed`, and `reduce` (see `reduce_chunks_in`) adds it to the reduced shard. A chunk that is not reduced stays
+        where it is.
+    Remove when: Gemini accumulates in float32.
+    """
+    manager, init = model.chunk_manager, Chunk.init_grad_chunk
+
+    def init_grad_chunk(self: Chunk) -> Chunk:
+        working, self.dtype = self.dtype, torch.float32
+        try:
+            return init(self)
+        finally:
+            self.dtype = working
+
+    def rearrange_accumulated_grad_chunk(chunk: Chunk) -> Chunk:
+        gradients = chunk.grad_chunk
+        if gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1:
+            manager.accessed_chunks.add(gradients)
+            replace(manager, "accessed_mem", manager.accessed_mem + gradients.chunk_mem)
+            replace(gradients, "l2_norm", None)
+            return gradients
+        summed = gradients.payload.to(get_accelerator().get_current_device(), copy=True)
+        gradients = manager.init_grad_chunk(chunk)
+        gradients.cuda_global_chunk.zero_()
+        gradients.summed = summed
+        return gradients
+
+    if not model.enable_gradient_accumulation:
+        return
+    replace(Chunk, "init_grad_chunk", init_grad_chunk)
+    replace(manager, "rearrange_accumulated_grad_chunk", rearrange_accumulated_grad_chunk)
+
+
+def reduce_chunks_in(dtype: torch.dtype) -> None:
+    """Reduce chunks of gradients between ranks in this precision.
+
+    Symptom: a sum over many ranks loses as much precision as the working one has, and may overflow in fp16.
+    Cause: `Chunk.reduce` reduces in the precision of the chunk.
+    Fix: reduce a copy in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision.
+    Remove when: Gemini has an option for it.
+    """
+    reduce_alone = Chunk.reduce
+
+    def reduce(self: Chunk, async_op: bool = False) -> None:
+        if self.pg_size == self.extra_dp_size == 1:
+            reduce_alone(self)
+            return
+        gradients, divisor = self.cuda_global_chunk, self.pg_size * self.extra_dp_size  # Gemini divides afterwards
+        reduced = gradients.to(dtype)
+        if self.keep_gathered:
+            dist.all_reduce(reduced, group=self.torch_pg)
+        else:
+            shard = reduced.new_empty(self.shard_size)
+            dist.reduce_scatter_tensor(shard, reduced, group=self.torch_pg)
+            reduced = shard
+        if self.extra_dp_group is not None:
+            dist.all_reduce(reduced, group=self.extra_dp_group)
+        reduced = reduced.to(gradients.dtype)
+        summed, self.summed = getattr(self, "summed", None), None
+        if summed is not None:
+            reduced.add_(summed, alpha=divisor)
+        if self.keep_gathered:
+            gradients.copy_(reduced)
+        else:
+            self.cuda_shard = reduced
+            chunk_module.free_storage(gradients)
+            self.is_gathered = False
+        self._Chunk__update_tensors_state(TensorState.HOLD)
+
+    replace(Chunk, "reduce", reduce)
 
 
 def prefetch_only_in_training(model: ModelWrapper) -> None:

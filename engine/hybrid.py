@@ -3,13 +3,15 @@
 B is the batch size, S the sequence length, H heads, D the head dimension, P the sequence-parallel size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from colossalai.amp.naive_amp.mixed_precision_mixin import MixedPrecisionMixin
 from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
-from colossalai.booster.plugin import HybridParallelPlugin
+from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plugin
+from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.lazy import LazyInitContext
 from colossalai.shardformer.layer._operation import all_to_all_comm
@@ -24,16 +26,19 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from engine import zero
 from engine.compilation import compile_layers as compile_layers
 from engine.job import Job
+from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from engine.update import Part, update
+from engine.zero import GradientReducer
 from model_utils import build_model
 from runtime.console import world_size
 
 
 def build(job: Job) -> HybridParallelPlugin:
     """Return HybridParallelPlugin with the job's layout."""
+    _keep_model_unwrapped()
     on_gpu, layout = torch.cuda.is_available(), job.layout
     sequence_parallel, interleaved = layout.sp > 1, layout.chunks > 1
     return HybridParallelPlugin(
@@ -57,15 +62,37 @@ def build(job: Job) -> HybridParallelPlugin:
     )
 
 
+@functools.cache
+def _keep_model_unwrapped() -> None:
+    """Leave torch's DistributedDataParallel out of the models that the plugin builds.
+
+    Symptom: without ZeRO, gradients take twice their memory, also with one data-parallel rank, and are summed and
+        reduced in the working precision.
+    Cause: `configure` builds HybridParallelModule with `use_ddp`; the buckets of DistributedDataParallel are as large
+        as all gradients.
+    Fix: build it without; the GradientReducer averages over ranks.
+    Remove when: HybridParallelPlugin has an option for it.
+    """
+
+    class Unwrapped(HybridParallelModule):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"use_ddp": False})
+
+    replace(hybrid_parallel_plugin, "HybridParallelModule", Unwrapped)
+
+
 def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
     """Return the model without storage; the plugin allocates this rank's part."""
     return build_model(job.config, LazyInitContext(default_device=device))
 
 
-def prepare(plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Replace ZeRO's gradient buckets, if the layout uses ZeRO."""
+def prepare(job: Job, plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
+    """Reduce gradients by a GradientReducer."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        zero.prepare(plugin, model, optimizer)
+        zero.prepare(job, plugin, model, optimizer)
+    else:
+        trained = filter(lambda parameter: parameter.requires_grad, model.parameters())
+        optimizer.reducer = GradientReducer(job, trained, plugin.mixed_dp_group, partitions=False)
 
 
 def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:
@@ -79,15 +106,17 @@ def step(optimizer: OptimizerWrapper) -> float:
     """Clip and update; return the gradient norm before clipping, times the loss scale."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         return zero.step(optimizer)
+    reducer = optimizer.reducer
+    reducer.finish()
+    gradients = {parameter: gradient.view_as(parameter) for parameter, gradient in reducer.reduced.items()}
+    reducer.reduced.clear()
     if not isinstance(optimizer, MixedPrecisionOptimizer):
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         optimizer.step()
         return float(optimizer.get_grad_norm())
-    parts = [
-        Part(parameter, parameter.data, master, parameter.grad)
-        for parameter, master in optimizer.working_to_master_map.items()
-        if parameter.grad is not None
-    ]
-    groups = filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+    masters, groups = optimizer.working_to_master_map, filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+    parts = [Part(parameter, parameter.data, masters[parameter], gradient) for parameter, gradient in gradients.items()]
     return update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
 
+AUTO, MICRO_BATCH, STEP = "auto", "micro_batch", "step"  # --exchange
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -66,19 +67,59 @@ class Compute:
 
 @dataclass(frozen=True)
 class Optimization:
-    """Settings of AdamW and gradient clipping."""
+    """Settings of AdamW and gradient clipping. All parameters are decayed, norms and embeddings too, as in LLaMA.
+
+    The defaults but `adam_eps` are LLaMA's (arXiv:2302.13971, section 2.3).
+    """
 
     lr: float = 3e-4
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0  # largest norm; 0: no clipping
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    min_lr_ratio: float = 0.1  # fraction of `lr` at which the cosine ends
 
     def problems(self) -> list[str]:
         """Return a line for each number that cannot be used."""
         problems = []
-        for name, value in vars(self).items():
-            kind = "positive" if name == "lr" else "non-negative"
-            if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-                problems.append(f"--{name}: {value} is not a {kind} number")
+        for name, positive in dict(lr=True, weight_decay=False, gradient_clipping=False, adam_eps=True).items():
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                problems.append(f"--{name}: {value} is not a {'positive' if positive else 'non-negative'} number")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            first, second = self.adam_betas
+            problems.append(f"--adam_betas: must be at least 0 and below 1, not {first} {second}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"--min_lr_ratio: must be from 0 to 1, not {self.min_lr_ratio}")
+        return problems
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Reduction of gradients between ranks; their sums over micro-batches are float32 in any case.
+
+    Attributes:
+        reduce_dtype: precision of the reduction: fp32, or the working precision.
+        exchange: reduce the gradients of each `micro_batch`, or once a `step` their sum, which takes memory for
+            unsharded float32 gradients; `auto`: as `planning.memory.settle` decides, until then each micro-batch's.
+    """
+
+    reduce_dtype: str = "fp32"
+    exchange: str = AUTO
+
+    def problems(self, precision: str, layout: Parallelism, accumulation_steps: int) -> list[str]:
+        """Return a line for each setting that conflicts with others, or has no effect."""
+        problems = []
+        if self.reduce_dtype not in ("fp32", precision):
+            problems.append(
+                f"--reduce_dtype: must be fp32 or the --mixed_precision {precision}, not {self.reduce_dtype}"
+            )
+        if self.exchange and accumulation_steps == 1 and self.exchange == "step":
+            problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
+        if self.exchange == STEP and layout.traits.module == "gemini":
+            problems.append(f"--exchange: {layout.plugin} shards gradients as it computes them; leave it out")
+        if self.exchange == MICRO_BATCH and (layout.pp or 1) > 1:
+            problems.append("--exchange: a pipeline exchanges gradients once a step; leave it out")
         return problems
 
 
@@ -101,6 +142,7 @@ class Job:
     batch: Batch = field(default_factory=Batch)
     compute: Compute = field(default_factory=Compute)
     optimization: Optimization = field(default_factory=Optimization)
+    exchange: Exchange = field(default_factory=Exchange)
     placement: Placement = field(default_factory=Placement)
     seed: int = 42
     length_varies: bool = False  # sequences differ in length, as in fine-tuning
@@ -114,6 +156,21 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Working precision."""
         return DTYPES[self.compute.mixed_precision]
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """Precision in which gradients are reduced between ranks."""
+        return DTYPES[self.exchange.reduce_dtype]
+
+    @property
+    def accumulates(self) -> bool:
+        """True if a step sums up the gradients of several micro-batches, or of a pipeline's microbatches."""
+        return self.batch.accumulation_steps > 1 or self.layout.pp > 1
+
+    @property
+    def exchanges_at_update(self) -> bool:
+        """True if gradients are reduced once a step, after all micro-batches; a pipeline always does."""
+        return self.layout.pp > 1 or (self.batch.accumulation_steps > 1 and self.exchange.exchange == STEP)
 
     @property
     def recomputed(self) -> float:

@@ -47,7 +47,7 @@ class PluginModule(Protocol):
         """Checkpoint the activations of the layers to recompute, unless the plugin does so itself."""
         ...
 
-    def prepare(self, plugin: Any, model: ModelWrapper, optimizer: Any, /) -> None:
+    def prepare(self, job: Job, plugin: Any, model: ModelWrapper, optimizer: Any, /) -> None:
         """Patch the boosted model and optimizer."""
         ...
 

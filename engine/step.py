@@ -1,6 +1,5 @@
 """One optimizer step: the loss over tokens, forward and backward under any plugin, clipping and the update."""
 
-import contextlib
 import math
 import weakref
 from typing import Any
@@ -150,17 +149,9 @@ def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]
         return _pipeline_loss(engine, micro_batches, scale) / scale
 
     total = torch.zeros((), device=get_accelerator().get_current_device())
-    can_defer = engine.layout.zero_stage < 2
-    for index, micro in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        deferred = (
-            contextlib.nullcontext()
-            if last or not can_defer
-            else engine.booster.no_sync(engine.model, engine.optimizer)
-        )
-        with deferred:
-            loss = _batch_loss(engine, micro)
-            engine.booster.backward(loss * scale, engine.optimizer)
+    for micro in micro_batches:
+        loss = _batch_loss(engine, micro)
+        engine.booster.backward(loss * scale, engine.optimizer)
         total += loss.detach()
     return total
 

@@ -1,7 +1,8 @@
 """The plugins `zero2` and `zero2_cpu`: sharded gradients and optimizer states; `zero2_cpu` has these in host memory."""
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from colossalai.interface import ModelWrapper
 from colossalai.zero import LowLevelZeroOptimizer
 from colossalai.zero.low_level._utils import all_gather_into_flat_tensor_nd
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 from transformers import LlamaForCausalLM
 
 from engine.compilation import compile_layers as compile_layers
@@ -44,21 +47,22 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
     return build_model(job.config, device, job.dtype)
 
 
-def prepare(plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer: LowLevelZeroOptimizer) -> None:
-    """Reduce each large gradient separately instead of in ZeRO's buckets.
+def prepare(job: Job, plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer: LowLevelZeroOptimizer) -> None:
+    """Reduce gradients by a GradientReducer instead of in ZeRO's buckets.
 
-    Symptom: the backward pass waits for the host, which launches many small kernels in between.
-    Cause: ZeRO cuts each gradient into one tensor per rank, and concatenates a bucket's tensors to reduce them.
-    Fix: `_add_to_bucket` reduces a large, flat gradient at once, and `_run_reduction` reduces the rest.
-    Remove when: ZeRO's buckets are flat buffers that gradients are written into.
+    Symptom: sums over micro-batches lose as much precision as the working one has, and the backward pass waits for
+        the host, which launches many small kernels in between.
+    Cause: ZeRO adds up and reduces gradients in the working precision. It cuts each gradient into one tensor per rank,
+        and concatenates a bucket's tensors to reduce them.
+    Fix: remove its hooks on gradients. `_overlap_communication` would now only make backward() synchronize.
+    Remove when: ZeRO sums in float32, in flat buffers that gradients are written into.
     """
-    reducer = _GradientReducer(optimizer)
-    replace(optimizer, "_add_to_bucket", reducer.add)
-    replace(optimizer, "_run_reduction", reducer.end_pass)
-    # The flag now only makes backward() synchronize, which we do not need.
+    for handle in optimizer.grad_handles:
+        handle.remove()
     replace(optimizer, "_overlap_communication", False)
-    if optimizer.grad_handles:  # hooks have added every gradient before the pass ends
-        replace(optimizer, "_reduce_grad", lambda partition_grad: reducer.end_pass())
+    (group,) = optimizer.pg_to_grad_store
+    parameters = itertools.chain.from_iterable(optimizer._working_param_groups.values())
+    optimizer.reducer = GradientReducer(job, parameters, group)
 
 
 def precision_mixin(optimizer: LowLevelZeroOptimizer) -> MixedPrecisionMixin | None:
@@ -68,35 +72,31 @@ def precision_mixin(optimizer: LowLevelZeroOptimizer) -> MixedPrecisionMixin | N
 
 def step(optimizer: LowLevelZeroOptimizer) -> float:
     """Clip and update (see `engine.update`); each rank updates its partition, and gathers the others' weights."""
-    gatherer = _WeightGatherer(optimizer)
+    reducer, gatherer = optimizer.reducer, _WeightGatherer(optimizer)
+    reducer.finish()
     tp_group, pp_group = getattr(optimizer, "tp_pg", None), getattr(optimizer, "pp_pg", None)
     norm = update(
         optimizer.optim,
-        list(_parts(optimizer)),
+        [_part(optimizer, parameter, gradient) for parameter, gradient in reducer.reduced.items()],
         optimizer.mixed_precision_mixin,
         optimizer._clip_grad_norm,
-        filter(None, (*optimizer.pg_to_grad_store, tp_group, pp_group)),
+        filter(None, (reducer.group, tp_group, pp_group)),
         tp_group,
         gatherer.start,
     )
     gatherer.finish()
+    reducer.reduced.clear()
     return norm
 
 
-def _parts(optimizer: LowLevelZeroOptimizer) -> Iterator[Part]:
-    (store,) = optimizer.pg_to_grad_store.values()
-    index = 0 if optimizer._partition_grads else store.local_rank
-    for group_id, parameters in optimizer._working_param_groups.items():
-        for parameter in parameters:
-            gradients = store.get_partitioned_gradients_by_param_id(group_id, id(parameter))
-            if gradients:
-                whole = optimizer._working_param_to_padded_working_param[parameter].view(-1)
-                working = whole.chunk(store.world_size)[store.local_rank]
-                master = optimizer.working_to_master_param[id(parameter)]
-                yield Part(parameter, working, master, gradients[index].view(-1))
+def _part(optimizer: LowLevelZeroOptimizer, parameter: Parameter, gradient: Tensor) -> Part:
+    group = optimizer.param_to_pg[parameter]
+    padded = optimizer._working_param_to_padded_working_param[parameter].view(-1)
+    working = padded.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    return Part(parameter, working, optimizer.working_to_master_param[id(parameter)], gradient)
 
 
-def local_part(optimizer: LowLevelZeroOptimizer, parameter: torch.nn.Parameter) -> LocalPart:
+def local_part(optimizer: LowLevelZeroOptimizer, parameter: Parameter) -> LocalPart:
     """Return this rank's part of a parameter and its optimizer state."""
     storage = optimizer.working_to_master_param[id(parameter)]
     start = min(dist.get_rank(optimizer.param_to_pg[parameter]) * storage.numel(), parameter.numel())
@@ -112,81 +112,112 @@ def update_working_weights(optimizer: LowLevelZeroOptimizer) -> None:
         all_gather_into_flat_tensor_nd(padded, master.to(device, working.dtype), optimizer.param_to_pg[working])
 
 
-class _GradientReducer:
-    """Reduction of gradients to the partitions that ranks update.
+class GradientReducer:
+    """Sums of gradients over micro-batches and means over ranks; takes each gradient as soon as it is complete.
 
-    Large gradients are reduced on a side stream during the backward pass, small ones in one operation at its end. At
-    most IN_FLIGHT large gradients are kept in memory until they are reduced. Under ZeRO-1 only this rank's partition is
-    reduced. With one rank nothing is communicated.
+    Each micro-batch is reduced during its backward pass: large gradients on a side stream, small ones in one operation
+    at its end. Or ranks sum up their own micro-batches, and `finish` reduces these sums. At most IN_FLIGHT large
+    gradients are kept in memory until they are reduced. With one rank nothing is communicated.
+
+    Args:
+        parameters: those that are trained.
+        group: the ranks over which gradients are averaged.
+        partitions: keep this rank's partition of each gradient, flat and padded, instead of all of it.
+
+    Attributes:
+        reduced: the result for each parameter; float32, unless it is the gradient of a single micro-batch that was
+            reduced in the working precision.
     """
 
-    def __init__(self, optimizer: LowLevelZeroOptimizer):
-        self.optimizer = optimizer
-        ((self.group, self.store),) = optimizer.pg_to_grad_store.items()
-        self.side_stream = optimizer.pg_to_bucket_store[self.group].comm_stream
+    def __init__(self, job: Job, parameters: Iterable[Parameter], group: ProcessGroup, partitions: bool = True):
+        self.parameters, self.group, self.ranks = list(parameters), group, dist.get_world_size(group)
+        self.rows = self.ranks if partitions else 1  # parts of a gradient that ranks keep
+        self.dtype, self.accumulates = job.reduce_dtype, job.accumulates
+        self.at_update = self.ranks > 1 and job.exchanges_at_update
+        self.side_stream = get_accelerator().Stream()
         # The allocator reuses freed memory at once on the stream that allocated it, so a gradient is kept until that
         # stream has waited for its reduction.
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.small: list[tuple[torch.nn.Parameter, int]] = []
+        self.small: dict[Parameter, Tensor] = {}
+        self.local: dict[Parameter, Tensor] = {}  # this rank's sums, not yet reduced
+        self.reduced: dict[Parameter, Tensor] = {}
+        self.in_pass = False
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
 
-    def add(self, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Reduce a parameter's finished gradient; a small one waits for `end_pass`."""
-        if self.store.world_size == 1:
-            self._keep(self._padded(parameter), parameter, group_id)
+    def _take(self, parameter: Parameter) -> None:
+        """Take a parameter's gradient of a micro-batch, during the backward pass."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.flatten(), None
+        if self.ranks == 1 or self.at_update:
+            self._add(self.local if self.at_update else self.reduced, parameter, gradient)
             return
+        if not self.in_pass:
+            self.in_pass = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+        self._reduce(parameter, gradient)
+
+    def _add(self, sums: dict[Parameter, Tensor], parameter: Parameter, gradient: Tensor) -> None:
+        if parameter in sums:
+            sums[parameter].add_(gradient)
+        else:
+            sums[parameter] = gradient.float() if self.accumulates else gradient
+
+    def _reduce(self, parameter: Parameter, gradient: Tensor) -> None:
+        """Reduce a gradient on the side stream; a small one waits for the end of the pass."""
+        gradient = self._padded(gradient)
         if parameter.numel() < SMALL:
-            self.small.append((parameter, group_id))
+            self.small[parameter] = gradient
             return
-        gradient = self._padded(parameter)
         accelerator = get_accelerator()
         current = accelerator.current_stream()
         self.side_stream.wait_stream(current)
         with accelerator.stream(self.side_stream):
-            self._keep(self._reduce_scatter(gradient), parameter, group_id)
+            self._add(self.reduced, parameter, self._mean(gradient))
             reduced = accelerator.Event()
             reduced.record()
         self.in_flight.append((gradient, reduced))
         if len(self.in_flight) > IN_FLIGHT:
             current.wait_event(self.in_flight.popleft()[1])
 
-    def end_pass(self) -> None:
+    def _end_pass(self) -> None:
         """Reduce the small gradients, and wait for the large ones."""
+        self.in_pass = False
         if self.small:
-            gradients = [self._padded(parameter).view(self.store.world_size, -1) for parameter, _ in self.small]
-            reduced = self._reduce_scatter(torch.cat(gradients, dim=1).flatten())
-            partitions = reduced.split([gradient.shape[1] for gradient in gradients])
-            for partition, (parameter, group_id) in zip(partitions, self.small, strict=True):
-                self._keep(partition, parameter, group_id)
+            gradients = [gradient.view(self.rows, -1) for gradient in self.small.values()]
+            means = self._mean(torch.cat(gradients, dim=1).flatten())
+            parts = means.split([gradient.shape[1] for gradient in gradients])
+            for parameter, part in zip(self.small, parts, strict=True):
+                self._add(self.reduced, parameter, part)
             self.small.clear()
         get_accelerator().current_stream().wait_stream(self.side_stream)
         self.in_flight.clear()
 
-    def _padded(self, parameter: torch.nn.Parameter) -> Tensor:
-        """Take the gradient from its parameter, flat and padded to a length divisible by the number of ranks."""
-        assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.flatten(), None
-        padding = self.optimizer.get_param_padding_size(parameter)
+    def finish(self) -> None:
+        """Reduce this rank's sums, if they are reduced only now. Collective."""
+        for parameter in reversed(self.parameters):
+            if parameter in self.local:
+                self._reduce(parameter, self.local.pop(parameter))
+        self._end_pass()
+
+    def _padded(self, gradient: Tensor) -> Tensor:
+        """Return a flat gradient, padded to a length divisible by the number of parts."""
+        padding = -gradient.numel() % self.rows
         return F.pad(gradient, (0, padding)) if padding else gradient
 
-    def _reduce_scatter(self, gradient: Tensor) -> Tensor:
-        """Return this rank's partition of the mean of a flat gradient over the group; overwrites the gradient."""
-        ranks = self.store.world_size
-        partition = gradient.new_empty(gradient.numel() // ranks)
+    def _mean(self, gradient: Tensor) -> Tensor:
+        """Return this rank's part of the mean of a flat gradient over the group; may overwrite the gradient."""
+        gradient = gradient.to(self.dtype)
         if gradient.is_cuda:
-            dist.reduce_scatter_tensor(partition, gradient, op=dist.ReduceOp.AVG, group=self.group)
+            mean = dist.ReduceOp.AVG
         else:  # Gloo has no mean
-            dist.reduce_scatter_tensor(partition, gradient.div_(ranks), group=self.group)
+            mean, gradient = dist.ReduceOp.SUM, gradient.div_(self.ranks)
+        if self.rows == 1:
+            dist.all_reduce(gradient, mean, group=self.group)
+            return gradient
+        partition = gradient.new_empty(gradient.numel() // self.rows)
+        dist.reduce_scatter_tensor(partition, gradient, mean, group=self.group)
         return partition
-
-    def _keep(self, partition: Tensor, parameter: torch.nn.Parameter, group_id: int) -> None:
-        """Add a partition to ZeRO's store, where micro-batches accumulate."""
-        store = self.store
-        if kept := store.get_partitioned_gradients_by_param_id(group_id, id(parameter)):
-            kept[0].add_(partition)
-            return
-        places = 1 if self.optimizer._partition_grads else store.world_size  # ZeRO-1 has a place for each rank
-        for _ in range(places):
-            store.append_gradients_by_param_id(partition, group_id, id(parameter))
 
 
 class _WeightGatherer:

@@ -4,6 +4,7 @@ It is pure arithmetic and needs no GPUs or ranks. It counts the tensors that tor
 compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.job import Job, recomputed_layers, reenters
+from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
@@ -59,7 +60,6 @@ class _State:
     weights: float
     optimizer: float
     gradients: float  # at the end of the backward pass
-    buckets: float = 0  # of the gradient reduction, never freed
     reducing: float = 0  # unsharded gradients that reductions still read during the backward pass
     exchange: float = 0  # copies of gradients in the reduction at the end of the backward pass
     gathered: float = 0  # weights of other shards during the loss
@@ -115,9 +115,9 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
         weights=width * room * (unsharded + (1 - unsharded) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
         # A gradient overwrites its weight, unless gradients are accumulated.
-        gradients=width * room / shards if job.batch.accumulation_steps > 1 else 0,
+        gradients=FP32 * room / shards if job.accumulates else 0,
         gathered=width * (chunk + prefetched) if shards > 1 else 0,
-        gathered_layers=width * chunk if shards > 1 else 0,
+        gathered_layers=(FP32 if job.accumulates else width) * chunk + _reduced_copy(job, chunk) if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )
 
@@ -130,34 +130,37 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
         frozen, specs = parameters, trained_specs(job.config, job.adapters)
         parameters = sum(spec.shape.numel() for spec in specs)
     largest = max(spec.shape.numel() for spec in specs)
-    # HybridParallelPlugin adds torch's DistributedDataParallel; its buckets are as large as all gradients together.
-    replicated = layout.zero_stage == 0 or (layout.traits.splits and layout.dp == 1)
-    common = dict(
-        weights=width * (frozen + parameters),
-        buckets=width * parameters if replicated and layout.pp == 1 else 0,
-    )
-    if layout.zero_stage == 0:
-        mixed = width < FP32
-        return _State(
-            optimizer=(MASTER_AND_MOMENTS if mixed else 2 * FP32) * parameters,
-            gradients=width * parameters,
-            step=0 if mixed else 8 * largest,  # the largest gradient in float64, for its norm
-            **common,
-        )
-    # At the end of the pass, the small gradients exist in three concatenated copies.
-    small = sum(spec.shape.numel() for spec in specs if spec.shape.numel() < zero.SMALL)
-    exchange = 3 * width * small if shards > 1 else 0
-    in_layers = [spec.shape.numel() for spec in specs if ".layers." in spec.name]
-    large = [size for size in in_layers if size >= zero.SMALL]
-    reducing = width * sum(large[-zero.IN_FLIGHT :]) if shards > 1 else 0
-    gradients = width * parameters / (shards if layout.zero_stage == 2 else 1)
+    mixed = width < FP32
+    several = layout.gradient_ranks > 1
+    kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
+    held = parameters / shards if layout.zero_stage else parameters
+    gradients = FP32 * parameters if several and job.exchanges_at_update else kept * held
+    sizes = [spec.shape.numel() for spec in specs]
+    large = [size for size in sizes if size >= zero.SMALL]
+    in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
+    # At the end of the pass, the embeddings' gradient is reduced while those before it may still be; then the small
+    # ones, which exist one by one and concatenated.
+    partitions = layout.zero_stage > 0
+    copied = (lambda elements: _reduced_copy(job, elements)) if partitions else lambda elements: 0
+    small = sum(sizes) - sum(large)
+    last = width * sum(large[: zero.IN_FLIGHT + 1])
+    exchange = last + max(copied(max(large, default=0)), (3 if partitions else 2) * width * small + copied(small))
+    during_pass = several and not job.exchanges_at_update
     return _State(
-        optimizer=MASTER_AND_MOMENTS * parameters / shards,
+        weights=width * (frozen + parameters),
+        optimizer=(MASTER_AND_MOMENTS if mixed or layout.zero_stage else 2 * FP32) * held,
         gradients=gradients,
-        reducing=reducing,
-        exchange=exchange,
-        **common,
+        reducing=width * sum(in_layers[-zero.IN_FLIGHT :]) + copied(max(in_layers, default=0)) if during_pass else 0,
+        exchange=exchange if several else 0,
+        # Without ZeRO in fp32, the largest gradient in float64, for its norm.
+        step=0 if mixed or layout.zero_stage else 8 * largest,
     )
+
+
+def _reduced_copy(job: Job, elements: int) -> int:
+    """Return the bytes of a copy of so many gradients in the precision of the reduction, if it is another."""
+    copied = job.layout.gradient_ranks > 1 and job.reduce_dtype != job.dtype
+    return job.reduce_dtype.itemsize * elements if copied else 0
 
 
 _STATES = {"fsdp": _fsdp_state, "gemini": _gemini_state, "zero": _zero_state, "hybrid": _zero_state}
@@ -246,12 +249,12 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     weights = state.weights + state.gathered
     backward_weights = weights + state.gathered_layers
     optimizer = state.optimizer
-    all_gradients = state.buckets + state.gradients
+    all_gradients = state.gradients
     at_end = all_gradients + state.reducing
-    accumulated = state.gradients if batch.accumulation_steps > 1 or layout.pp > 1 else 0
-    first = state.buckets + max(accumulated, min(head_gradient, state.gradients)) + min(head_gradient, state.reducing)
+    accumulated = state.gradients if job.accumulates else 0
+    first = max(accumulated, min(head_gradient, state.gradients)) + min(head_gradient, state.reducing)
     phases = [
-        Phase("the loss", weights, state.buckets + accumulated, optimizer, activations + final_norm, logits),
+        Phase("the loss", weights, accumulated, optimizer, activations + final_norm, logits),
         Phase("the last layer's backward", backward_weights, first, optimizer, activations + working),
         Phase("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
     ]
@@ -261,18 +264,35 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     return MemoryEstimate(tuple(phases), state.host)
 
 
-def settle_recomputation(job: Job, dry_run: DryRun) -> Job:
+def settle(job: Job, dry_run: DryRun) -> Job:
+    """Return the job with the choices made that depend on the GPU's memory: `--recompute auto`, `--exchange auto`."""
+    if dry_run.dry_run:
+        memory = planned_card(dry_run).memory_gb * 1e9
+    elif torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        memory = math.inf
+    return _settle_exchange(_settle_recomputation(job, memory), memory)
+
+
+def _settle_exchange(job: Job, memory: float) -> Job:
+    """Return the job that exchanges gradients once a step if its memory fits by the estimate; for `--exchange auto`."""
+    once = replace(job, exchange=replace(job.exchange, exchange=STEP))
+    problems = once.exchange.problems(job.compute.mixed_precision, job.parallelism, job.batch.accumulation_steps)
+    several = job.layout.gradient_ranks > 1
+    if job.exchange.exchange != AUTO or problems or not (several and job.accumulates):
+        return job
+    return once if estimate_memory(once).peak.total <= memory * USABLE_FRACTION - CONTEXT_BYTES else job
+
+
+def _settle_recomputation(job: Job, memory: float) -> Job:
     """Return the job with the least recomputation that fits by the estimate, and print it; only for `--recompute auto`.
 
     Attention's output is kept while there is room: recomputing one layer less takes more memory for the time it saves.
     """
     if job.compute.recompute is not None:
         return job
-    if dry_run.dry_run:
-        memory = planned_card(dry_run).memory_gb * 1e9
-    elif torch.cuda.is_available():
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
+    if memory == math.inf:
         say("recomputation: none, since there is no GPU")
         return replace(job, compute=replace(job.compute, recompute=0.0))
     room = memory * USABLE_FRACTION - CONTEXT_BYTES

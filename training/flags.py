@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from corpus.order import LLAMA_WEIGHTS
 from corpus.tokenizer import LLAMA_TOKENIZER
-from engine.job import Compute, Job, Optimization, Placement
+from engine.job import AUTO, MICRO_BATCH, STEP, Compute, Exchange, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 CLOSE = 0.75  # similarity of two spellings of a flag, from 0 to 1 (difflib)
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
-AUTO = "auto"  # --recompute: as few layers as the memory allows
 WITHOUT_FLAG = {  # fields of the dataclasses that some program has no flag for
     *("extra_dp", "memory_limit", *vars(Placement())),  # only benchmark.py has them
+    *("exchange", "min_lr_ratio"),  # benchmark.py lacks them: its steps have one micro-batch and no schedule
     "warmup_steps",  # only pretrain.py has it
     *("warmup_given", "base_weights"),  # computed
 }
@@ -190,6 +190,7 @@ def job_of(args: argparse.Namespace, config: LlamaConfig) -> Job:
         take(Batch, args),
         replace(take(Compute, args), recompute=recompute),
         take(Optimization, args),
+        take(Exchange, args),
         take(Placement, args),
         args.seed,
     )
@@ -234,12 +235,19 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(batch, "-e --num_epochs", 1, "passes over the data")
     add_flag(batch, "-b --batch_size", 2, "sequences per data-parallel rank and micro-batch")
     add_flag(batch, "--accumulation_steps", 1, "micro-batches per optimizer step")
+    text = "exchange gradients between ranks with each micro-batch, or their sum once a step, which takes 4 bytes per "
+    text += "parameter; auto: once a step if the GPU's memory allows it"
+    add_flag(batch, "--exchange", AUTO, text, choices=(AUTO, MICRO_BATCH, STEP))
     add_flag(batch, "-l --max_length", 4096, "sequence length in tokens")
     add_flag(batch, "--max_steps", int, "stop after this many optimizer steps (default: end of the data)")
 
     optimization = parser.add_argument_group("optimization")
     add_flag(optimization, "--lr", 3e-4, "peak learning rate (default: 3e-4)")
     add_flag(optimization, "-w --weight_decay", 0.1, "decoupled")
+    text = "of AdamW; LLaMA's (default: 0.9 0.95)"
+    add_flag(optimization, "--adam_betas", float, text, nargs=2, default=(0.9, 0.95), metavar="BETA")
+    add_flag(optimization, "--adam_eps", 1e-8, "of AdamW; LLaMA-2 used 1e-5 (default: 1e-8)")
+    add_flag(optimization, "--min_lr_ratio", 0.1, "fraction of --lr at which the cosine ends")
     add_flag(optimization, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
     add_flag(optimization, "--seed", 42, "seed of weights and data order")
 
@@ -277,6 +285,8 @@ def add_compute_args(parser: argparse.ArgumentParser, precision: str = "fp16", p
     compute = parser.add_argument_group("precision and memory")
     names, text = f"{precision_short} --mixed_precision", "working precision; master weights are always float32"
     add_flag(compute, names, precision, text, choices=("fp16", "bf16", "fp32"))
+    text = "precision in which ranks add up their gradients: fp32, or the working precision"
+    add_flag(compute, "--reduce_dtype", "fp32", text, choices=("fp16", "bf16", "fp32"))
     text = "recompute activations in the backward pass (default: off)"
     add_flag(compute, "-g --gradient_checkpoint", False, text)
     text = "recompute in this fraction of the layers, 0 to 1; auto: in as few as the GPU's memory allows"

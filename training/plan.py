@@ -25,7 +25,7 @@ from checkpointing.folder import (
 )
 from checkpointing.writer import Retention
 from data_utils import TrainingData
-from engine.job import Job
+from engine.job import Job, Optimization
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather
@@ -93,6 +93,7 @@ class Run:
             "warmup_steps": warmup_steps,
             "weight_decay": optimization.weight_decay,
             "gradient_clipping": optimization.gradient_clipping,
+            **_later_settings(optimization),
             **(self.lora.settings if self.lora else {}),
         }
 
@@ -104,6 +105,15 @@ class Run:
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
         )
+
+
+def _later_settings(optimization: Optimization) -> dict[str, Any]:
+    """Return the settings that older checkpoints lack, which were made with their defaults."""
+    return {
+        "adam_betas": list(optimization.adam_betas),
+        "adam_eps": optimization.adam_eps,
+        "min_lr_ratio": optimization.min_lr_ratio,
+    }
 
 
 @dataclass
@@ -345,10 +355,11 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
     )
     settings = run.settings(warmup_steps) | {"schedule_steps": total_steps, "data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
+    before = state.settings and _later_settings(Optimization()) | state.settings
     changes = {
-        name: f"--load: {_setting(name)} was {state.settings.get(name)} in the checkpoint and is {value} now"
+        name: f"--load: {_setting(name)} was {before.get(name)} in the checkpoint and is {value} now"
         for name, value in settings.items()
-        if state.settings and state.settings.get(name) != value
+        if before and before.get(name) != value
     }
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # --allow_changes does not cover them

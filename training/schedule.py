@@ -7,15 +7,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from engine.boost import Engine
 
-MIN_LR_RATIO = 0.1  # the cosine ends at a tenth of the peak (LLaMA, arXiv:2302.13971, section 2.3)
 
-
-def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the fraction of the peak learning rate at a step, counted from 0: linear up, cosine down to a tenth."""
+def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_ratio: float = 0.1) -> float:
+    """Return the fraction of the peak learning rate at a step, counted from 0: linear up, cosine down to a fraction."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_scheduler(engine: Engine, step: int, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -23,5 +21,6 @@ def build_scheduler(engine: Engine, step: int, warmup_steps: int, total_steps: i
     optimizer = engine.optimizer.optim
     for group in optimizer.param_groups:
         group["initial_lr"] = engine.job.optimization.lr
-    schedule = partial(cosine_with_warmup, warmup_steps=warmup_steps, total_steps=total_steps)
+    ratio = engine.job.optimization.min_lr_ratio
+    schedule = partial(cosine_with_warmup, warmup_steps=warmup_steps, total_steps=total_steps, min_ratio=ratio)
     return LambdaLR(optimizer, schedule, last_epoch=step - 1)

@@ -33,6 +33,13 @@ HYBRID = "-p hybrid_parallel"
         ("-b 1000 --accumulation_steps 2", 2, ["--dataset", "4000"]),
         ("-f no/such/folder", 1, ["--load", "no/such/folder"]),
         ("--lr -1e-3", 1, ["--lr", "-0.001 is not a positive number"]),
+        ("--adam_betas 0.9 1", 1, ["--adam_betas", "not 0.9 1.0"]),
+        ("--adam_eps 0", 1, ["--adam_eps", "0.0 is not a positive number"]),
+        ("--min_lr_ratio 2", 1, ["--min_lr_ratio", "from 0 to 1, not 2.0"]),
+        ("--reduce_dtype bf16 -x fp16", 1, ["--reduce_dtype", "fp32 or the --mixed_precision fp16", "not bf16"]),
+        ("-p zero2 --exchange step", 1, ["--exchange", "--accumulation_steps"]),
+        ("-p gemini --exchange step --accumulation_steps 2", 1, ["--exchange", "gemini shards gradients"]),
+        (f"{HYBRID} --tp 1 --pp 2 --exchange micro_batch", 2, ["--exchange", "a pipeline"]),
         (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from colossalai.nn.optimizer import HybridAdam
 
 from engine import cpu
-from engine.boost import ADAM_BETAS, build_optimizer
+from engine.boost import build_optimizer
 from engine.job import Optimization
 from engine.launch import gpu_index, launch, launch_problems
 from launching import ROOT
@@ -186,7 +186,7 @@ def adam_updates():
                 optimizer.step(div_scale=scale)
         return holder.weight.detach().flatten()
 
-    options = dict(lr=0.1, betas=ADAM_BETAS, weight_decay=0.1)
+    options = dict(lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
     return (
         updated(lambda module: build_optimizer(module, Optimization(lr=0.1, weight_decay=0.1)), unscale=False),
         updated(lambda module: HybridAdam(module.parameters(), adamw_mode=True, **options), unscale=False),

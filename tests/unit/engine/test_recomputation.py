@@ -13,7 +13,7 @@ from engine import shards
 from engine.job import Job, recomputed_layers
 from engine.step import forward_backward, optimizer_step
 from planning.cards import DryRun
-from planning.memory import CONTEXT_BYTES, USABLE_FRACTION, estimate_memory, settle_recomputation
+from planning.memory import CONTEXT_BYTES, USABLE_FRACTION, estimate_memory, settle
 from pretrain import parse_args
 from processes import boosted, job, run_ranks
 from runtime.console import InputError
@@ -99,7 +99,7 @@ def settled(batch_size: int) -> tuple[float, bool, float, float]:
     dry_run = DryRun(dry_run=True, gpu="H200")
     check_job(asked, dry_run, given=frozenset())
     select_attention(asked.config, flash_attention=True)
-    found = settle_recomputation(asked, dry_run)
+    found = settle(asked, dry_run)
     fraction, kept = found.recomputed, found.compute.keep_attention
     less = fraction - 1 / found.config.num_hidden_layers if kept else fraction
     faster = replace(found, compute=replace(found.compute, recompute=less, keep_attention=True))

@@ -164,6 +164,7 @@ class TestResumeState:
         "slice_weights": None,
         "document_mask": False,
     }
+    LATER = {"adam_betas": [0.9, 0.95], "adam_eps": 1e-8, "min_lr_ratio": 0.1}  # noqa: RUF012  older checkpoints lack it
     FLAGS = (*FOUR_RANKS, "-l", "64", "-s", "0", "-b", "2", "-e", "3")
 
     @pytest.fixture
@@ -177,7 +178,7 @@ class TestResumeState:
         assert resume_state(run.outputs) == (TrainState(), None)
         state = TrainState()
         make_plan(run, PackedStub(43), state)
-        assert state.settings == self.SETTINGS
+        assert state.settings == self.SETTINGS | self.LATER
 
     def test_everything_comes_back(self, checkpoint):
         folder, state = checkpoint
@@ -307,6 +308,14 @@ class TestResumeState:
             line = f"^--load: --lora_rank was 4 in the checkpoint and is {lora.lora_rank} now$"
             with pytest.raises(InputError, match=line):
                 make_plan(replace(run, lora=lora), PackedStub(43), saved)
+
+    def test_settings_that_older_checkpoints_lack_are_their_defaults(self, checkpoint):
+        folder, _ = checkpoint
+        run = run_from(*self.FLAGS, "--adam_betas", "0.9", "0.99", "-o", str(folder.parent), "-f", str(folder))
+        with pytest.raises(
+            InputError, match=r"--adam_betas was \[0\.9, 0\.95\] in the checkpoint and is \[0\.9, 0\.99\]"
+        ):
+            make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
 
     def test_lists_all_changes_and_accepts_them_with_allow_changes(self, checkpoint, capsys):
         folder, _ = checkpoint

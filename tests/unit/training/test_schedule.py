@@ -24,6 +24,12 @@ def test_cosine_ends_at_a_tenth():
     assert falling == sorted(falling, reverse=True)
 
 
+def test_cosine_ends_at_the_fraction_asked_for():
+    assert cosine_with_warmup(100, 4, 100, min_ratio=0.25) == pytest.approx(0.25)
+    assert cosine_with_warmup(100, 4, 100, min_ratio=0.0) == pytest.approx(0.0)
+    assert cosine_with_warmup(4, 4, 100, min_ratio=0.0) == 1.0
+
+
 def test_no_warm_up_and_only_warm_up():
     assert cosine_with_warmup(0, 0, 10) == 1.0
     assert [cosine_with_warmup(step, 10, 10) for step in (0, 9)] == [0.1, 1.0]

@@ -1,0 +1,79 @@
+"""Sums of gradients over micro-batches and ranks, compared with a float32 model in plain PyTorch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from engine.shards import initialize_weights, local_shards
+from engine.step import forward_backward, optimizer_step
+from model_utils import ParameterSpec, initial_weight, load_config
+from processes import boosted, run_ranks
+
+pytestmark = pytest.mark.slow
+
+LENGTH = 32
+FEW, MANY = 4, 64  # sequences in a step, one in a micro-batch
+HYBRID = "-p hybrid_parallel --pp 1"
+
+
+def sequences(number: int) -> torch.Tensor:
+    return torch.randint(32, (number, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def plain_gradients(number: int) -> dict[str, torch.Tensor]:
+    """Return the float32 gradients of the mean loss over all tokens, from one batch."""
+    config = load_config("test")
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(ParameterSpec(name, parameter.shape), config, 42, torch.device("cpu")))
+    ids = sequences(number)
+    F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def errors(flags: str, number: int, references: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
+    """Return this rank's squared errors and squares of the first moments, embeddings left out."""
+    replicas = dist.get_world_size()
+    if "pp 2" in flags or "tp 2" in flags:
+        replicas //= 2
+    run = boosted(f"{flags} -b 1 --accumulation_steps {number // replicas} --gradient_clipping 0")
+    initialize_weights(run)
+    mine = sequences(number).chunk(replicas)[dist.get_rank() % replicas]
+    micro_batches = [{"input_ids": ids, "labels": ids} for ids in mine.split(1)]
+    forward_backward(run, micro_batches, number * (LENGTH - 1))
+    optimizer_step(run)
+    found = []
+    for shard in local_shards(run):
+        if shard.start < shard.stop and "embed" not in shard.spec.name:
+            right = shard.read(references[shard.spec.name])
+            found.append((((10 * shard.tensor("exp_avg") - right) ** 2).sum().item(), (right**2).sum().item()))
+    return found
+
+
+def relative_error(ranks: int, flags: str, number: int) -> float:
+    pairs = [pair for rank in run_ranks(ranks, errors, flags, number, plain_gradients(number)) for pair in rank]
+    return (sum(error for error, _ in pairs) / sum(square for _, square in pairs)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "-p zero2"),
+        (2, "-p zero2"),
+        (2, "-p zero2 --exchange step"),
+        (1, "-p gemini"),
+        (2, "-p gemini"),
+        (2, f"{HYBRID} --tp 1 --zero 0"),
+        (2, f"{HYBRID} --tp 1 --zero 1"),
+        (2, f"{HYBRID} --tp 1 --zero 2"),
+        (2, f"{HYBRID} --tp 2"),
+        (2, "-p hybrid_parallel --tp 1 --pp 2"),
+    ],
+)
+def test_the_error_does_not_grow_with_the_number_of_micro_batches(ranks, flags):
+    few, many = (relative_error(ranks, flags, number) for number in (FEW, MANY))
+    print(f"{few:.4%} {many:.4%}")
+    assert many < few < 0.01
