@@ -7,6 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -185,11 +186,17 @@ def _run_program(command: list[str], environment: dict[str, str], cwd: Path, fol
     for name, number in (("stdout", 1), ("stderr", 2)):
         with open(folder / name, "ab") as file:
             os.dup2(file.fileno(), number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, errors="backslashreplace", buffering=1)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
+
+
+def run_script(script: Path, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script to its end in a process forked from the server."""
+    command = [str(part) for part in (script, *arguments)]
+    with tempfile.TemporaryDirectory() as folder, ForkedRun(command, Path(folder), cwd=cwd) as run:
+        run.wait()
+        return subprocess.CompletedProcess(command, run.returncode, run.stdout, run.stderr)
 
 
 def start_finetune(*args, **kwargs) -> Run:
