@@ -3,12 +3,12 @@
 import json
 import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -188,7 +188,10 @@ def _run_program(command: list[str], environment: dict[str, str], cwd: Path, fol
             os.dup2(file.fileno(), number)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    # runpy would do this in frames without a file, for which ColossalAI's logger searches all modules at every call.
+    program = sys.modules["__main__"] = types.ModuleType("__main__")
+    program.__file__ = command[0]
+    exec(compile(Path(command[0]).read_bytes(), command[0], "exec"), vars(program))
 
 
 def run_script(script: Path, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
