@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from colossalai.accelerator import get_accelerator
-from colossalai.legacy.utils.memory import colo_set_process_memory_fraction
 
 MB = 2**20  # as in ColossalAI's published figures
 
@@ -42,6 +41,8 @@ def limit_memory(megabytes: int) -> bool:
     """
     if not torch.cuda.is_available():
         return False
+    from colossalai.legacy.utils.memory import colo_set_process_memory_fraction  # importing it takes half a second
+
     total = torch.cuda.get_device_properties(current_device()).total_memory
     colo_set_process_memory_fraction(min(1.0, megabytes * MB / total))
     return True

@@ -182,10 +182,10 @@ def start(tmp_path_factory, sample_flags, sample_dataset) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def pretrain(start) -> Callable[..., Run]:
-    """Function that runs to the end, and fails if the run does, unless `check=False`; `processes` > 1 use torchrun."""
+    """Function that runs to the end, and fails if the run does, unless `check=False`, which ranks do under torchrun."""
 
     def pretrain(*args, check: bool = True, **kwargs) -> Run:
-        with start(*args, **kwargs) as run:
+        with start(*args, torchrun=not check, **kwargs) as run:
             run.wait()
             assert run.returncode == 0 or not check, run.output()
             return run

@@ -14,7 +14,7 @@ import benchmark
 from data_utils import RandomDataset
 from engine import device
 from engine.layout import Layout
-from launching import ROOT, Run
+from launching import ROOT, ForkedRun
 from model_utils import load_config
 from planning import throughput
 from planning.throughput import StepTimer, benchmark_figures
@@ -120,7 +120,7 @@ def test_memory_limit_applies_to_torch_and_to_geminis_plan(monkeypatch, megabyte
 
 def test_memory_limit_without_a_gpu_is_reported(tmp_path):
     flags = "-c test -p zero2 -l 64 -s 1 -i 0 -m 20000"
-    with Run([sys.executable, ROOT / "benchmark.py", *flags.split()], tmp_path) as run:
+    with ForkedRun([ROOT / "benchmark.py", *flags.split()], tmp_path) as run:
         assert run.wait() == 0, run.output()
     assert "--memory_limit: no effect without a GPU\n" in run.stdout
 
@@ -238,8 +238,9 @@ process.run(benchmark.main, "benchmark.py")
     ],
 )
 def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_path):
-    program = OUT_OF_MEMORY.format(where=where)
-    with Run([sys.executable, "-c", program, "-c", "test", "-l", 64, *flags.split()], tmp_path) as run:
+    program = tmp_path / "program.py"
+    program.write_text(OUT_OF_MEMORY.format(where=where))
+    with ForkedRun([program, "-c", "test", "-l", 64, *flags.split()], tmp_path) as run:
         assert run.wait() == 1
     (line,) = run.stderr.splitlines()
     pattern = (
@@ -252,7 +253,7 @@ def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_p
 def test_no_warning_about_flags_that_were_given(plugin, tmp_path):
     """Without our filter ColossalAI warns about ZeRO on one rank."""
     small = f"-c test -l 64 -s 2 -i 1 -p {plugin}"
-    with Run([sys.executable, ROOT / "benchmark.py", *small.split()], tmp_path) as run:
+    with ForkedRun([ROOT / "benchmark.py", *small.split()], tmp_path) as run:
         assert run.wait() == 0
     assert "WARNING" not in run.output()
 
@@ -275,9 +276,8 @@ def test_no_warning_about_flags_that_were_given(plugin, tmp_path):
 )
 def test_two_processes(plugin, flags, tmp_path):
     """All layouts train one model on the same global batch, so loss and gradient norm agree."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     small = ["-c", "test", "-l", 64, "-b", 2, "-s", 3, "-i", 1, "-a", "-p", plugin, "--json", "result.json"]
-    with Run([*launcher, ROOT / "benchmark.py", *small, *flags], tmp_path, cwd=tmp_path) as run:
+    with ForkedRun([ROOT / "benchmark.py", *small, *flags], tmp_path, ranks=2, cwd=tmp_path) as run:
         run.wait()
     assert run.returncode == 0, run.output()
 

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from launching import ROOT, Run
+from launching import ROOT, ForkedRun, Run
 from processes import run_ranks
 from scripts import doctor
 from scripts.doctor import Finding, lines, show
@@ -34,7 +34,7 @@ def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):
     (tmp_path / "hosts.txt").write_text("no-such-name.invalid\n")
     (tmp_path / "file").touch()
     flags = ["--hostfile", tmp_path / "hosts.txt", "-o", tmp_path / "file" / "folder"]
-    with Run([sys.executable, DOCTOR, *flags], tmp_path) as run:
+    with ForkedRun([DOCTOR, *flags], tmp_path) as run:
         assert run.wait() == 1
     assert "FAILED  hosts          no-such-name.invalid: " in run.stdout
     assert "FAILED  shared folder " in run.stdout

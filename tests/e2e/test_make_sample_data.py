@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, LlamaTokenizer
 
+from launching import ROOT, run_script
 from scripts.make_sample_data import (
     MAX_CHARACTERS,
     MIN_CHARACTERS,
@@ -19,14 +19,13 @@ from scripts.make_sample_data import (
     write_corpus,
 )
 
-PROGRAM = Path(__file__).parents[2] / "scripts" / "make_sample_data.py"
+PROGRAM = ROOT / "scripts" / "make_sample_data.py"
 MEGABYTES, VOCAB_SIZE = 0.5, 1000
 CODE = "def f(x):\n\tif x:\n        return  {'ké': 2026}  # 🦙 ﬁ Å\n\n\n"
 
 
 def run(output_dir: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, PROGRAM, "--output_dir", output_dir, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script(PROGRAM, "--output_dir", output_dir, *options)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from launching import ROOT
+from launching import ROOT, run_script
 from runtime.console import InputError
 from runtime.process import USAGE_ERROR
 from scripts import plot_run
@@ -128,7 +128,6 @@ def test_a_folder_without_write_permission(monkeypatch, logs, locked_folder):
 
 
 def test_exit_status(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "plot_run.py", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_script(ROOT / "scripts" / "plot_run.py", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (USAGE_ERROR, "")
     assert done.stderr.startswith("plot_run.py: error: nowhere does not exist")

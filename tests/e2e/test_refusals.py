@@ -1,12 +1,11 @@
 """Refused input, with the programs as processes: one line, the exit status, and nothing written."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launching import ROOT, Run, start_pretrain
+from launching import ROOT, Run, run_script, start_pretrain
 from runtime.process import KEYBOARD_INTERRUPT, USAGE_ERROR
 
 
@@ -122,8 +121,7 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
 def test_scripts_without_a_place_to_write(finished_run, few_data, script, flags):
     """A folder that cannot be created is reported in one line without a traceback."""
     places = {"run": finished_run.save_dir, "few": few_data, "locked": "/proc/none"}
-    command = [sys.executable, ROOT / "scripts" / script, *flags.format(**places).split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(ROOT / "scripts" / script, *flags.format(**places).split())
     line = done.stderr.splitlines()[-1]
     assert done.returncode == USAGE_ERROR, done.stderr
     assert line.startswith(f"{script}: error: --output")

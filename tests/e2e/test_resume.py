@@ -347,7 +347,7 @@ def test_signal_to_one_rank(pretrain, few_data, whole_run):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_terminate(start, processes):
     """A cluster's scheduler sends SIGTERM to the program or to its launcher."""
-    with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000, processes=processes) as run:
+    with start("-p", "zero2", "-x", "bf16", "-b", 1, "-e", 1000, processes=processes, torchrun=True) as run:
         run.wait_until(lambda: len(run.metrics) >= 3, "the third step")
         with contextlib.suppress(psutil.NoSuchProcess):
             run.process.terminate()

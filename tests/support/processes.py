@@ -1,6 +1,5 @@
 """Run a function of a test module on several ranks of a process group, each a real process."""
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,9 +20,6 @@ from launching import free_port
 from model_utils import ParameterSpec, initial_weight, load_config, parameter_specs
 from pretrain import parse_args
 from training.flags import job_of
-
-# Ranks fork from a server that imports the modules once; the imports take longer than most of these tests.
-multiprocessing.set_forkserver_preload(["pretrain"])
 
 
 def run_ranks(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
