@@ -118,7 +118,7 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
         f"{plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device_name()}; {versions}",
     }
-    settled = run.settings(plan.warmup_steps) | asdict(run.job.compute)
+    settled = run.settings(plan.warmup_steps) | asdict(run.job.compute) | asdict(run.job.exchange)
     metrics.describe(state.step, run.flags | settled, texts)
     return metrics
 
