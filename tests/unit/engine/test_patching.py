@@ -31,6 +31,7 @@ RUNS = [  # together they apply every patch
     (2, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved", ""),
     (1, "-p gemini -x fp16", "layers"),
     (1, "-p gemini", "automatic placement"),
+    (1, "-p gemini --accumulation_steps 2", ""),
 ]
 OWN_FIELDS = {  # of our classes; gradients; marks that our code leaves on models, and options of a plugin
     *("gradient", "gradient_norm", "reducer", "summed", "parts", "updated", "grad", "data"),
@@ -59,7 +60,7 @@ def replaced(flags: str, prepare: str) -> dict[str, str]:
     torch.compiler.set_stance("force_eager")
     ids = torch.randint(run.config.vocab_size, (2, 32))
     for label_tokens in (62, 1e-6):
-        forward_backward(run, [{"input_ids": ids, "labels": ids}], label_tokens)
+        forward_backward(run, [{"input_ids": ids, "labels": ids}] * run.job.batch.accumulation_steps, label_tokens)
         optimizer_step(run)
     torch.distributed.destroy_process_group = lambda *_: None  # run_ranks ends with a barrier
     shut_down(run.plugin)
