@@ -286,10 +286,17 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
     reduce_alone = Chunk.reduce
 
     def reduce(self: Chunk, async_op: bool = False) -> None:
-        if self.pg_size == self.extra_dp_size == 1:
+        divisor = self.pg_size * self.extra_dp_size  # Gemini divides afterwards
+        if divisor == 1:
             reduce_alone(self)
-            return
-        gradients, divisor = self.cuda_global_chunk, self.pg_size * self.extra_dp_size  # Gemini divides afterwards
+        else:
+            reduce_in_dtype(self)
+        summed, self.summed = getattr(self, "summed", None), None
+        if summed is not None:
+            self.payload.add_(summed, alpha=divisor)
+
+    def reduce_in_dtype(self: Chunk) -> None:
+        gradients = self.cuda_global_chunk
         reduced = gradients.to(dtype)
         if self.keep_gathered:
             dist.all_reduce(reduced, group=self.torch_pg)
@@ -299,14 +306,10 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             reduced = shard
         if self.extra_dp_group is not None:
             dist.all_reduce(reduced, group=self.extra_dp_group)
-        reduced = reduced.to(gradients.dtype)
-        summed, self.summed = getattr(self, "summed", None), None
-        if summed is not None:
-            reduced.add_(summed, alpha=divisor)
         if self.keep_gathered:
             gradients.copy_(reduced)
         else:
-            self.cuda_shard = reduced
+            self.cuda_shard = reduced.to(gradients.dtype)
             chunk_module.free_storage(gradients)
             self.is_gathered = False
         self._Chunk__update_tensors_state(TensorState.HOLD)

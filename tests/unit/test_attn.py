@@ -274,5 +274,6 @@ def sequence_parallel_pass(kv_heads):
     logits = model(input_ids=random_tokens(2, 64)).logits
     assert logits.shape == (2, 32, VOCAB)
     engine.optimizer.backward(logits.square().sum() * 2)  # the plugin averages over the two ranks
-    gradients = {name: parameter.grad for name, parameter in model.unwrap().named_parameters()}
+    means = engine.optimizer.reducer.reduced
+    gradients = {name: means[parameter].view_as(parameter) for name, parameter in model.unwrap().named_parameters()}
     return all_positions(logits), gradients

@@ -21,7 +21,7 @@ from checkpointing.folder import read_running_states
 from checkpointing.reader import load_checkpoint
 from checkpointing.writer import CheckpointWriter, Retention
 from engine import shards
-from engine.boost import ADAM_BETAS, Engine
+from engine.boost import Engine
 from engine.job import Job
 from engine.shards import MASTER, MOMENTS
 from engine.step import forward_backward, optimizer_step
@@ -245,7 +245,9 @@ def reference_update(engine: Engine, states: dict[str, torch.Tensor], adam_steps
     for number, parameter in enumerate(frozen):
         parameter.data.copy_(random(number, parameter.shape))
     trained = {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
-    adam = torch.optim.AdamW(trained.values(), optimization.lr, ADAM_BETAS, weight_decay=optimization.weight_decay)
+    adam = torch.optim.AdamW(
+        trained.values(), optimization.lr, optimization.adam_betas, weight_decay=optimization.weight_decay
+    )
     for name, parameter in trained.items():
         parameter.data.copy_(states[f"{name}.{MASTER}"])
         adam.state[parameter] = {key: states[f"{name}.{key}"].clone() for key in MOMENTS}

@@ -65,6 +65,8 @@ def relative_error(ranks: int, flags: str, number: int) -> float:
         (2, "-p zero2"),
         (2, "-p zero2 --exchange step"),
         (1, "-p gemini"),
+        (1, "-p gemini_auto"),
+        (2, "-p gemini_auto"),
         (2, "-p gemini"),
         (2, f"{HYBRID} --tp 1 --zero 0"),
         (2, f"{HYBRID} --tp 1 --zero 1"),
