@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed import TCPStore
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -27,22 +26,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import benchmark
 import pretrain as pretrain_program
 from corpora import write_jsonl
-from corpus.order import GlobalOrder
 from corpus.prepare import prepare_dataset
 from corpus.tokenizer import load_tokenizer
 from data_utils import PackedDataset
 from instruction_rows import ROWS
 from launching import ROOT, Run, free_port, start_pretrain
+from runs import EPOCH, SECRET, SEQUENCE_LENGTH
 from runtime import ranks
 from runtime.console import InputError
 from scripts.make_sample_data import train_tokenizer
 from training import session
 
-SEQUENCE_LENGTH = 64
-EPOCH = 24  # sequences in `few_data`
-SEED = 42  # the default
 NOBODY = 65534  # user id
-SECRET = "hf_never_to_be_written"
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that the tests start would ignore it too
 
@@ -50,12 +45,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that th
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU even if there is a GPU
-
-
-def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
-    """Return the sequences between two positions in the order of a run's data, [stop - start, SEQUENCE_LENGTH]."""
-    order = GlobalOrder(len(dataset), SEED)
-    return torch.stack([dataset[order[position]]["input_ids"] for position in range(start, stop)])
 
 
 @pytest.fixture(scope="session")

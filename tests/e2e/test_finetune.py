@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +29,7 @@ from data_utils import InstructionDataset
 from hub_server import Branches, HubServer
 from launching import optimizer_states, start_finetune
 from model_utils import ParameterSpec, initial_weight, load_config, plain_name
+from runs import SEED
 from runtime.console import InputError
 from runtime.process import USAGE_ERROR
 from scripts import export_hf, generate

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, SEQUENCE_LENGTH, batch_at
 from transformers import LlamaForCausalLM
 
 from data_utils import PackedDataset
 from launching import optimizer_states
 from model_utils import ParameterSpec, initial_weight, load_config, parameter_specs
+from runs import SEED, SEQUENCE_LENGTH, batch_at
 
 STEPS = 20
 GLOBAL_BATCH = 8

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EPOCH, SECRET, SEQUENCE_LENGTH, batch_at
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +20,7 @@ from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from launching import ROOT, Run, optimizer_states
 from model_utils import IGNORE_INDEX, load_config, parameter_specs
+from runs import EPOCH, SECRET, SEQUENCE_LENGTH, batch_at
 from runtime.process import RUN_FAILED
 from scripts import plot_run
 from training import session

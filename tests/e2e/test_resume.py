@@ -9,13 +9,13 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import EPOCH, SEQUENCE_LENGTH, batch_at
 from transformers import AutoModelForCausalLM
 
 from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from launching import optimizer_states
 from model_utils import load_config
+from runs import EPOCH, SEQUENCE_LENGTH, batch_at
 from runtime.process import INTERRUPTED
 
 GLOBAL_BATCH = 8

@@ -1,10 +1,25 @@
-"""Runs described by flags of pretrain.py, and the problems that it finds in flags."""
+"""Runs of pretrain.py on the tests' corpus, those that flags describe, and the problems that it finds in flags."""
 
+import torch
+
+from corpus.order import GlobalOrder
+from data_utils import PackedDataset
 from model_utils import load_config
 from pretrain import check, parse_args
 from runtime.console import InputError
 from training.flags import job_of, run_of
 from training.plan import Run
+
+SEQUENCE_LENGTH = 64
+EPOCH = 24  # sequences in `few_data`
+SEED = 42  # the default
+SECRET = "hf_never_to_be_written"
+
+
+def batch_at(dataset: PackedDataset, start: int, stop: int) -> torch.Tensor:
+    """Return the sequences between two positions in the order of a run's data, [stop - start, SEQUENCE_LENGTH]."""
+    order = GlobalOrder(len(dataset), SEED)
+    return torch.stack([dataset[order[position]]["input_ids"] for position in range(start, stop)])
 
 
 def run_from(*flags: str) -> Run:
