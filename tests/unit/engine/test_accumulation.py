@@ -77,5 +77,4 @@ def relative_error(ranks: int, flags: str, number: int) -> float:
 )
 def test_the_error_does_not_grow_with_the_number_of_micro_batches(ranks, flags):
     few, many = (relative_error(ranks, flags, number) for number in (FEW, MANY))
-    print(f"{few:.4%} {many:.4%}")
-    assert many < few < 0.01
+    assert many < few < 0.0068  # measured: 0.0041 and 0.0066; summed in bf16 at least 0.0065 and 0.0070
