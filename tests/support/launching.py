@@ -1,8 +1,10 @@
 """Runs of the programs in real processes; none outlives its test."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -41,10 +43,12 @@ process.run(pretrain.main, "pretrain.py")
 
 
 def free_port() -> int:
-    """Return a port of this machine that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a free port below those that the system gives to connections, which could take it before its user does."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Run:
