@@ -27,16 +27,20 @@ for host in 0 1; do
     tc -n host$host qdisc add dev eth0 root tbf rate "${RATE:-200mbit}" burst 128kb latency 100ms
 done
 
+train() { # HOST EXCHANGE FLAG...
+    GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 ip netns exec "host$1" "$python" -m torch.distributed.run \
+        --nnodes 2 --node_rank "$1" --master_addr 10.78.0.10 --master_port 29400 \
+        pretrain.py -c tiny -d quickstart/data --tokenizer quickstart/tokenizer --cache_dir "$output/cache" \
+        -x bf16 -b 1 -l 64 -s 1 --max_steps 5 --log_interval 1 --exchange "$2" \
+        -o "$output/$2" -t "$output/$2-logs" "${@:3}" >"$output/log$1" 2>&1 ||
+        fail "host $1 with --exchange $2: $(tail -n 20 "$output/log$1")"
+}
+
 for exchange in micro_batch step; do
-    for host in 0 1; do
-        GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 ip netns exec host$host "$python" -m torch.distributed.run \
-            --nnodes 2 --node_rank $host --master_addr 10.78.0.10 --master_port 29400 \
-            pretrain.py -c tiny -d quickstart/data --tokenizer quickstart/tokenizer --cache_dir "$output/cache" \
-            -x bf16 -b 1 -l 64 -s 1 --max_steps 5 --log_interval 1 --exchange $exchange \
-            -o "$output/$exchange" -t "$output/$exchange-logs" "$@" &
-    done
-    wait
-done >"$output/log" 2>&1 || { tail -n 20 "$output/log" >&2; exit 1; }
+    train 1 $exchange "$@" &
+    train 0 $exchange "$@"
+    wait $!
+done
 for exchange in micro_batch step; do
     "$python" - "$exchange" "$output/$exchange-logs/metrics.jsonl" <<'END'
 import json, statistics, sys

@@ -107,18 +107,18 @@ class Exchange:
     reduce_dtype: str = "fp32"
     exchange: str = AUTO
 
-    def problems(self, precision: str, layout: Parallelism, accumulation_steps: int) -> list[str]:
+    def problems(self, precision: str, layout: Layout, accumulation_steps: int) -> list[str]:
         """Return a line for each setting that conflicts with others, or has no effect."""
         problems = []
         if self.reduce_dtype not in ("fp32", precision):
             problems.append(
                 f"--reduce_dtype: must be fp32 or the --mixed_precision {precision}, not {self.reduce_dtype}"
             )
-        if self.exchange and accumulation_steps == 1 and self.exchange == "step":
+        if self.exchange == STEP and accumulation_steps == 1:
             problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
         if self.exchange == STEP and layout.traits.module == "gemini":
             problems.append(f"--exchange: {layout.plugin} shards gradients as it computes them; leave it out")
-        if self.exchange == MICRO_BATCH and (layout.pp or 1) > 1:
+        if self.exchange == MICRO_BATCH and layout.pp > 1:
             problems.append("--exchange: a pipeline exchanges gradients once a step; leave it out")
         return problems
 
@@ -184,5 +184,8 @@ class Job:
         return self.compute.recompute
 
     def problems(self) -> list[str]:
-        """Return the problems of the layout (see `layout_problems`)."""
-        return layout_problems(self.parallelism, self.batch, self.compute.mixed_precision, self.config)
+        """Return the problems of the layout (see `layout_problems`), or those of the exchange of gradients in it."""
+        precision, batch = self.compute.mixed_precision, self.batch
+        return layout_problems(self.parallelism, batch, precision, self.config) or self.exchange.problems(
+            precision, self.layout, batch.accumulation_steps
+        )

@@ -3,7 +3,7 @@
 Symptom: ColossalAI's `step` reads and writes each gradient and weight several times more than AdamW needs.
 Cause: it casts every gradient to float32, takes its norm in float64 and scales it in place. It copies the weights one
     by one, and through pageable memory if the optimizer states are in host memory.
-Fix: `update` does the same arithmetic. AdamW reads gradients in the working precision and divides them as it reads.
+Fix: `update` does the same arithmetic. AdamW reads gradients in any precision and divides them as it reads.
     States in host memory are updated parameter by parameter while later gradients and earlier weights are being copied.
 Remove when: ColossalAI's `step` makes no more passes than this one.
 """
@@ -36,7 +36,7 @@ class Part:
         parameter: the model's parameter.
         working: the part of it that this rank updates, in the working precision; a view.
         master: the float32 master weight of that part.
-        gradient: the gradient of that part, in the working precision; a view.
+        gradient: the gradient of that part, in float32 or the working precision.
     """
 
     parameter: torch.nn.Parameter

@@ -140,17 +140,16 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
     # At the end of the pass, the embeddings' gradient is reduced while those before it may still be; then the small
     # ones, which exist one by one and concatenated.
-    partitions = layout.zero_stage > 0
-    copied = (lambda elements: _reduced_copy(job, elements)) if partitions else lambda elements: 0
     small = sum(sizes) - sum(large)
-    last = width * sum(large[: zero.IN_FLIGHT + 1])
-    exchange = last + max(copied(max(large, default=0)), (3 if partitions else 2) * width * small + copied(small))
+    copies = (3 if layout.zero_stage else 2) * width * small + _reduced_copy(job, small)
+    exchange = width * sum(large[: zero.IN_FLIGHT + 1]) + max(_reduced_copy(job, max(large, default=0)), copies)
+    in_flight = width * sum(in_layers[-zero.IN_FLIGHT :]) + _reduced_copy(job, max(in_layers, default=0))
     during_pass = several and not job.exchanges_at_update
     return _State(
         weights=width * (frozen + parameters),
         optimizer=(MASTER_AND_MOMENTS if mixed or layout.zero_stage else 2 * FP32) * held,
         gradients=gradients,
-        reducing=width * sum(in_layers[-zero.IN_FLIGHT :]) + copied(max(in_layers, default=0)) if during_pass else 0,
+        reducing=in_flight if during_pass else 0,
         exchange=exchange if several else 0,
         # Without ZeRO in fp32, the largest gradient in float64, for its norm.
         step=0 if mixed or layout.zero_stage else 8 * largest,
@@ -158,8 +157,11 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
 
 
 def _reduced_copy(job: Job, elements: int) -> int:
-    """Return the bytes of a copy of so many gradients in the precision of the reduction, if it is another."""
-    copied = job.layout.gradient_ranks > 1 and job.reduce_dtype != job.dtype
+    """Return the bytes of a copy of so many gradients in the precision of the reduction, if it is another.
+
+    Without ZeRO the copy is what is kept, and counts there.
+    """
+    copied = job.layout.zero_stage > 0 and job.layout.gradient_ranks > 1 and job.reduce_dtype != job.dtype
     return job.reduce_dtype.itemsize * elements if copied else 0
 
 
@@ -278,9 +280,8 @@ def settle(job: Job, dry_run: DryRun) -> Job:
 def _settle_exchange(job: Job, memory: float) -> Job:
     """Return the job that exchanges gradients once a step if its memory fits by the estimate; for `--exchange auto`."""
     once = replace(job, exchange=replace(job.exchange, exchange=STEP))
-    problems = once.exchange.problems(job.compute.mixed_precision, job.parallelism, job.batch.accumulation_steps)
     several = job.layout.gradient_ranks > 1
-    if job.exchange.exchange != AUTO or problems or not (several and job.accumulates):
+    if job.exchange.exchange != AUTO or not (several and job.accumulates) or once.problems():
         return job
     return once if estimate_memory(once).peak.total <= memory * USABLE_FRACTION - CONTEXT_BYTES else job
 

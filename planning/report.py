@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from attn import select_attention
-from engine.job import Job, reenters
+from engine.job import AUTO, MICRO_BATCH, STEP, Job, reenters
 from model_utils import model_flops_per_token
 from planning.cards import DryRun, planned_card
 from planning.memory import estimate_memory
@@ -40,7 +40,9 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
     others: dict[str, dict[str, Any]] = {}
     if compute.keep_attention:
         others["no --keep_attention"] = {"keep_attention": False}
-    others |= {f"-p {plugin}": {"plugin": plugin} for plugin in plugins}
+    if job.exchange.exchange == STEP:
+        others["--exchange micro_batch"] = {"exchange": MICRO_BATCH}
+    others |= {f"-p {plugin}": {"plugin": plugin, "exchange": AUTO} for plugin in plugins}
     if plan.memory_limit:
         others["a larger --memory_limit"] = {"memory_limit": None}
     others[f"{gpus} GPUs"] = {"gpus": gpus}
@@ -58,9 +60,9 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
 
 
 def _changed(job: Job, change: dict[str, Any]) -> Job:
-    """Return the job with new values of fields of its parallelism, batch and compute."""
+    """Return the job with new values of fields of its parallelism, batch, compute and exchange."""
     parts: dict[str, Any] = {"config": copy.deepcopy(job.config)}
-    for name in ("parallelism", "batch", "compute"):
+    for name in ("parallelism", "batch", "compute", "exchange"):
         part = getattr(job, name)
         parts[name] = replace(part, **{key: value for key, value in change.items() if key in vars(part)})
     select_attention(parts["config"], parts["compute"].flash_attention, job.parallelism.sp > 1)

@@ -36,7 +36,6 @@ def check_job(
     config, asked = job.config, job.parallelism
     problems = [*further, *job.batch.problems(), *below(1, gpus=asked.gpus), *below(0, seed=job.seed)]
     problems += job.optimization.problems() + job.compute.problems(asked, config.num_hidden_layers)
-    problems += job.exchange.problems(job.compute.mixed_precision, asked, job.batch.accumulation_steps)
     if job.seed > LARGEST_SEED:
         problems.append(f"--seed: must be at most {LARGEST_SEED}, not {job.seed}")
     if job.batch.max_length > config.max_position_embeddings:

@@ -392,14 +392,19 @@ def _setting(name: str) -> str:
     return names.get(name, f"--{name}")
 
 
-def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None) -> None:
+def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None, exchange: str) -> None:
     """Refuse to train if ranks do not share --save_dir, or differ in checkpoint, data or flags. Collective.
+
+    Args:
+        exchange: the settled `--exchange`; ranks whose GPUs differ in memory may have settled `auto` differently, and
+            would wait for one another in the first step.
 
     Raises:
         InputError: on every rank; the message names the first rank that differs from rank 0.
     """
     check_shared(save_dir)
     own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
+    own["--exchange auto (give step or micro_batch if GPUs differ)"] = exchange
     own |= {_setting(name): value for name, value in state.settings.items()}
     views = gather((socket.gethostname(), own))
     for number, (host, other) in enumerate(views):

@@ -174,7 +174,9 @@ def plain_training(model_folder, instructions, sample_tokenizer, cache_dir):
 
 HYBRID = "-p hybrid_parallel"
 FP32 = {
+    "zero2": (1, "-p zero2 -b 8"),
     "zero2, 2 ranks, accumulating": (2, "-p zero2 -b 2 --accumulation_steps 2"),
+    "tensor": (2, f"{HYBRID} --tp 2 --pp 1 -b 4 --accumulation_steps 2"),
     "pipeline": (2, f"{HYBRID} --tp 1 --pp 2 -b 4 --accumulation_steps 2 --microbatch_size 2"),
     "interleaved": (2, f"{HYBRID} --tp 1 --pp 2 --pp_style interleaved -b 4 --accumulation_steps 2"),
     "sequence": (2, f"{HYBRID} --tp 1 --pp 1 --sp 2 -b 8"),
@@ -182,6 +184,7 @@ FP32 = {
 BF16 = {
     "gemini": (2, "-p gemini -b 2 --accumulation_steps 2"),
     "gemini_auto": (1, "-p gemini_auto -b 8 -a -g"),
+    "zero2_cpu": (1, "-p zero2_cpu -b 4 --accumulation_steps 2 -g"),
 }
 
 

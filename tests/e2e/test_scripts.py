@@ -52,9 +52,10 @@ def test_all_benchmark_scripts_are_found():
     assert [str(path) for path in BENCHMARKS] == [f"benchmark_{name}.sh" for name in names.split()]
 
 
-def test_benchmark(run_script):
-    script = Path("benchmark_7B/gemini_auto.sh")
-    run = run_script(script, *SMALL, "-s", 2, "-i", 1, "--json", "a file.json", NPROC_PER_NODE="2")
+@pytest.mark.parametrize("script", BENCHMARKS, ids=str)
+def test_benchmark(script, run_script):
+    split = ["--tp", 2, "--pp", 1, "-b", 4] if script.name == "3d.sh" else []
+    run = run_script(script, *SMALL, "-s", 2, "-i", 1, *split, "--json", "a file.json", NPROC_PER_NODE="2")
     assert run.returncode == 0, run.output()
     assert "max memory usage:" in run.stdout.splitlines()[-1]
     inputs = json.loads((run.folder / "a file.json").read_text())["inputs"]
@@ -78,12 +79,15 @@ def test_flags_of_the_benchmarks(script, flags, run_script, without_program):
     assert run.stdout.split()[1:] == [*flags.split(), "-m", "9"]
 
 
-def test_pretraining(run_script, sample, cache_dir):
+@pytest.mark.parametrize("script", ["pretrain_7B.sh", "pretrain_70B.sh"])
+def test_pretraining(script, run_script, sample, cache_dir):
     data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir]
-    steps = ["-s", 1, "--max_steps", 2, "-o", "checkpoint", "-t", "logs", "--tp", 2, "--pp", 1]
-    run = run_script("pretrain_70B.sh", *SMALL, *data, *steps, NPROC_PER_NODE="2", BATCH_TOKENS="256")
+    split = ["--tp", 2, "--pp", 1] if "70B" in script else []
+    steps = ["-s", 1, "--max_steps", 2, "-o", "checkpoint", "-t", "logs"]
+    tokens = 2 * 2 * 64 * (1 if split else 2)
+    run = run_script(script, *SMALL, *data, *steps, *split, NPROC_PER_NODE="2", BATCH_TOKENS=str(tokens))
     assert run.returncode == 0, run.output()
-    assert "= 256 tokens" in run.stdout
+    assert f"= {tokens} tokens" in run.stdout
     assert (run.folder / "checkpoint" / "final").is_dir()
 
 

@@ -515,6 +515,11 @@ class TestSharedFolder:
             r"--load: the checkpoint is epoch0-step1 on rank 0 \(\S+\) and None on rank 1 \(\S+\);", message
         )
 
+    def test_ranks_that_would_exchange_gradients_at_other_times(self, tmp_path):
+        """GPUs of different sizes may settle --exchange auto differently, and the ranks would wait for ever."""
+        (message,) = set(run_ranks(2, objection_to_exchanges, tmp_path))
+        assert re.match(r"--exchange auto .* is step on rank 0 \(\S+\) and micro_batch on rank 1 \(\S+\);", message)
+
 
 def objection_to_folders(folders):
     checkpointing.folder.SHARED_SECONDS = 0.5
@@ -527,7 +532,13 @@ def objection_to_folders(folders):
 def objection_to_findings(folder):
     checkpoint = None if dist.get_rank() else Path("epoch0-step1")
     with pytest.raises(InputError) as caught:
-        check_agreement(folder, TrainState(), checkpoint)
+        check_agreement(folder, TrainState(), checkpoint, "step")
+    return str(caught.value)
+
+
+def objection_to_exchanges(folder):
+    with pytest.raises(InputError) as caught:
+        check_agreement(folder, TrainState(), None, "micro_batch" if dist.get_rank() else "step")
     return str(caught.value)
 
 

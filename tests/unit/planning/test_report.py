@@ -5,9 +5,12 @@ import re
 import pytest
 
 import benchmark
+import pretrain
 from model_utils import load_config
+from planning.cards import DryRun
+from planning.report import memory_remedies
 from runtime.console import InputError
-from training.flags import job_of
+from training.flags import job_of, take
 
 
 def checked(flags: str) -> None:
@@ -100,3 +103,10 @@ def test_suggested_changes(flags, remedies, capsys, monkeypatch):
     dry_run(monkeypatch, f"{flags} --dry_run")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("does NOT fit: "))
     assert line.partition("; what helps: ")[2] == remedies
+
+
+def test_gradients_that_are_exchanged_sooner_take_less():
+    flags = "-c 13b -p zero2 -x bf16 -a -g --accumulation_steps 8 --exchange step --dry_run --gpus 8 --gpu H100"
+    args = pretrain.parse_args(flags.split())
+    remedies = memory_remedies(job_of(args, load_config(args.config)), take(DryRun, args)).split(", ")
+    assert {"--exchange micro_batch", "-p gemini"} <= set(remedies)
