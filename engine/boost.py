@@ -12,7 +12,7 @@ from colossalai.interface import ModelWrapper, OptimizerWrapper
 from transformers import LlamaConfig
 
 from attn import attend_inside_documents
-from engine import fsdp, gemini, hybrid, zero
+from engine import float8, fsdp, gemini, hybrid, zero
 from engine.compilation import Fusion, choose_fusion, fuse
 from engine.job import Job, Optimization
 from engine.launch import build_extensions
@@ -98,6 +98,7 @@ def boost(job: Job) -> Engine:
     model, optimizer, *_ = booster.boost(model, optimizer)
     module.prepare(job, plugin, model, optimizer)
     restore_rotary_precision(model, device)
+    float8.convert(model, job.compute)
     fuse(model, fusion, module.compile_layers)
     model.train()
     return Engine(job, booster, model, optimizer, fusion)

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from engine import float8
 from engine.compilation import plain, take_checkpoint_function
 from engine.job import Job
 from engine.patching import replace
@@ -448,6 +449,7 @@ def compile_layers(model: ModelWrapper) -> None:
     layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
     with torch.device("meta"):
         empty = LlamaDecoderLayer(model.unwrap().config, layer_idx=0)
+    float8.convert_alike(empty, layers[0])
 
     @torch.compile
     def compute(checkpointed: Callable | None, *inputs: Any) -> tuple[torch.Tensor, ...]:

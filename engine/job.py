@@ -11,6 +11,8 @@ from transformers import LlamaConfig
 from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_layout
 
 AUTO, MICRO_BATCH, STEP = "auto", "micro_batch", "step"  # --exchange
+TENSORWISE, ROWWISE = "tensorwise", "rowwise"  # --fp8_recipe
+FLOAT8_ALIGNMENT = 16  # elements: kernels for float8 take sizes divisible by it
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -39,6 +41,8 @@ class Compute:
             as memory allows (see `planning.memory.settle_recomputation`).
         keep_attention: keep the output of attention in these layers, so that it is computed once.
         compile: torch.compile the model; None: only on a GPU.
+        fp8: multiply in float8 in the decoder's linear layers.
+        fp8_recipe: scale each tensor as a whole, `tensorwise`, or each of its rows, `rowwise`; None: tensorwise.
     """
 
     mixed_precision: str = "bf16"
@@ -46,6 +50,8 @@ class Compute:
     recompute: float | None = 0.0
     keep_attention: bool = False
     compile: bool | None = None
+    fp8: bool = False
+    fp8_recipe: str | None = None
 
     def problems(self, layout: Parallelism, layers: int) -> list[str]:
         """Return a line for each setting that is out of range, or conflicts with others in a model of `layers`."""
@@ -186,6 +192,30 @@ class Job:
     def problems(self) -> list[str]:
         """Return the problems of the layout (see `layout_problems`), or those of the exchange of gradients in it."""
         precision, batch = self.compute.mixed_precision, self.batch
-        return layout_problems(self.parallelism, batch, precision, self.config) or self.exchange.problems(
-            precision, self.layout, batch.accumulation_steps
-        )
+        if problems := layout_problems(self.parallelism, batch, precision, self.config):
+            return problems
+        return self._float8_problems() + self.exchange.problems(precision, self.layout, batch.accumulation_steps)
+
+    def _float8_problems(self) -> list[str]:
+        compute, config, layout = self.compute, self.config, self.layout
+        if not compute.fp8:
+            unused = "--fp8_recipe: takes effect only with --fp8; give that too, or leave it out"
+            return [unused] if compute.fp8_recipe else []
+        problems = []
+        if compute.mixed_precision == "fp32":
+            problems.append("--fp8: needs --mixed_precision bf16 or fp16, not fp32")
+        if compute.compile is False:
+            problems.append("--fp8: not compiled, it is slower than bf16; leave --no-compile or --fp8 out")
+        if layout.traits.module == "gemini" and layout.tp > 1:
+            problems.append(f"--fp8: {layout.plugin} does not support it with --tp; leave one out")
+        sizes = {
+            "hidden size": config.hidden_size,
+            "size of a rank's queries": config.num_attention_heads * config.head_dim // layout.tp,
+            "size of a rank's keys": config.num_key_value_heads * config.head_dim // layout.tp,
+            "FFN size of a rank": config.intermediate_size // layout.tp,
+        }
+        return problems + [
+            f"--fp8: the {name} is {size}, not divisible by {FLOAT8_ALIGNMENT} as float8 products need; leave --fp8 out"
+            for name, size in sizes.items()
+            if size % FLOAT8_ALIGNMENT
+        ]

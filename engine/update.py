@@ -67,20 +67,25 @@ def update(
     Returns:
         The norm before clipping, times the loss scale.
     """
-    norm = _gradient_norm(parts, groups, tp_group)
+    on_host = [part for part in parts if part.master.device != part.gradient.device]
+    on_device = [part for part in parts if part.master.device == part.gradient.device]
+    squared_norm = _squared_norm(parts, groups, tp_group)
+    for part in on_device:  # while the GPU computes the norm
+        _set_gradient(part.master, part.gradient)
+    norm = squared_norm.sqrt().item()
     if isinstance(precision, FP16MixedPrecisionMixin):
         precision.gradient_norm = norm
     if precision is not None and precision.should_skip_step():
+        for part in on_device:
+            part.master.grad = None
         return norm
 
     scale = 1.0 if precision is None else precision.get_grad_div_scale()
     if max_norm > 0:
         scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
-    on_host = [part for part in parts if part.master.device != part.gradient.device]
     _copy_to_host(adam, on_host)
-    for part in parts:
+    for part in on_host:
         _set_gradient(part.master, part.gradient)
-    on_device = [part for part in parts if part.master.device == part.working.device]
     adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, updated
     adam.step(div_scale=scale)
     adam.parts = {}  # frees the gradients
@@ -96,8 +101,8 @@ def update(
     return norm
 
 
-def _gradient_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: ProcessGroup | None) -> float:
-    """Return the L2 norm over the groups' parts; gradients that tensor-parallel ranks replicate count once."""
+def _squared_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: ProcessGroup | None) -> Tensor:
+    """Return the squared L2 norm over the groups' parts; gradients that tensor-parallel ranks replicate count once."""
     squares = torch.stack(torch._foreach_norm([part.gradient for part in parts], 2, dtype=torch.float32)).square_()
     if tp_group is not None and (tp_size := dist.get_world_size(tp_group)) > 1:
         fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
@@ -106,7 +111,7 @@ def _gradient_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: 
     for group in groups:
         if dist.get_world_size(group) > 1:
             dist.all_reduce(total, group=group)
-    return total.sqrt().item()
+    return total
 
 
 @functools.cache
@@ -145,35 +150,6 @@ def patch_loss_scaling() -> None:
         replace(mixin, "check_local_overflow", check_local_overflow)
 
 
-@torch.compile(dynamic=True)
-def _adamw(
-    master: Tensor,
-    moment: Tensor,
-    square: Tensor,
-    gradient: Tensor,
-    working: Tensor | None,
-    lr: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    epsilon: Tensor,
-    decay: Tensor,
-    correction1: Tensor,
-    correction2: Tensor,
-    scale: Tensor,
-) -> None:
-    """Update by AdamW (arXiv:1711.05101) as ColossalAI's kernel does, and round the weight to `working`, in one pass.
-
-    All tensors have the same shape. The scalars are tensors too: torch.compile would treat numbers as constants.
-    """
-    gradient = gradient.float() / scale
-    moment.copy_(beta1 * moment + (1 - beta1) * gradient)
-    square.copy_(beta2 * square + (1 - beta2) * gradient * gradient)
-    update = moment / correction1 / ((square / correction2).sqrt() + epsilon) + decay * master
-    master.sub_(lr * update)
-    if working is not None:
-        working.copy_(master)
-
-
 class Adam(HybridAdam):
     """ColossalAI's AdamW for states on the GPU and in host memory, with host gradients in any precision.
 
@@ -183,7 +159,7 @@ class Adam(HybridAdam):
     Fused update on the GPU:
         Symptom: with master weights, each update reads the weights once more to copy them to the working precision.
         Cause: HybridAdam's CUDA kernel, `gpu_adam_op`, writes float32 weights only.
-        Fix: with `fused`, a compiled kernel also writes the working weights. `parts` maps the address of a master
+        Fix: with `fused`, a kernel of our own also writes the working weights. `parts` maps the address of a master
             weight to its part; `updated` is called with each part once its update has been launched.
         Remove when: ColossalAI's kernel writes the working precision too.
 
@@ -219,14 +195,13 @@ class Adam(HybridAdam):
         scale: float,
     ) -> None:
         """Update tensors on the GPU; takes the arguments of ColossalAI's `multi_tensor_adam`."""
+        from engine.adamw import adamw_  # here, since torch has Triton only where it has CUDA
+
         corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
         values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
-        numbers = torch.tensor(values, dtype=torch.float32).to(tensors[0][0].device, non_blocking=True).unbind()
         for gradient, master, moment, square in zip(*tensors, strict=True):
             part = self.parts.get(master.data_ptr())
-            working = part.working.view(-1) if part else None
-            states = (tensor.view(-1) for tensor in (master, moment, square, gradient))
-            _adamw(*states, working, *numbers)  # type: ignore[call-arg]
+            adamw_(master, moment, square, gradient, part.working if part else None, values)
             if part:
                 self.updated(part)
 

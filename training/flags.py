@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from corpus.order import LLAMA_WEIGHTS
 from corpus.tokenizer import LLAMA_TOKENIZER
-from engine.job import AUTO, MICRO_BATCH, STEP, Compute, Exchange, Job, Optimization, Placement
+from engine.job import AUTO, MICRO_BATCH, ROWWISE, STEP, TENSORWISE, Compute, Exchange, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
 
@@ -285,6 +285,10 @@ def add_compute_args(parser: argparse.ArgumentParser, precision: str = "fp16", p
     compute = parser.add_argument_group("precision and memory")
     names, text = f"{precision_short} --mixed_precision", "working precision; master weights are always float32"
     add_flag(compute, names, precision, text, choices=("fp16", "bf16", "fp32"))
+    text = "multiply in float8 in the decoder's linear layers, on GPUs from compute capability 8.9 (default: off)"
+    add_flag(compute, "--fp8", False, text)
+    text = "scale whole tensors for float8, or each row: slower and finer (default: tensorwise)"
+    add_flag(compute, "--fp8_recipe", str, text, choices=(TENSORWISE, ROWWISE))
     text = "precision in which ranks add up their gradients: fp32, or the working precision"
     add_flag(compute, "--reduce_dtype", "fp32", text, choices=("fp16", "bf16", "fp32"))
     text = "recompute activations in the backward pass (default: off)"

@@ -132,10 +132,11 @@ class TestStreams:
             assert any(hazard in line for line in found), found
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("step", "dtype", "scale"), [(1, torch.bfloat16, 2.0), (7, torch.float32, -1)])
 def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
-    master, moment, square = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).abs_()
-    gradient, working = torch.randn(50).to(dtype), torch.empty(50, dtype=dtype)
+    master, moment, square = torch.randn(3, 5000, device="cuda").abs_()
+    gradient, working = torch.randn(5000, device="cuda").to(dtype), torch.empty(5000, dtype=dtype, device="cuda")
     others = [tensor.clone() for tensor in (master, moment, square)]
     adam = Adam.__new__(Adam)  # its constructor loads kernels that are not needed here
     part = Part(torch.nn.Parameter(working), working, master, gradient)
@@ -146,7 +147,7 @@ def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
 
     lists = [[tensor] for tensor in (others[0], gradient.float() / abs(scale), others[1], others[2])]
     options = dict(lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
-    torch._fused_adamw_(*lists, [], [torch.tensor(float(step))], **options)
+    torch._fused_adamw_(*lists, [], [torch.tensor(float(step), device="cuda")], **options)
     for ours, theirs in zip((master, moment, square), others, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     assert torch.equal(working, master.to(dtype))

@@ -1,0 +1,66 @@
+"""AdamW on a GPU as one Triton kernel, which also rounds the weights to the working precision.
+
+torch.compile makes the same kernel of PyTorch operations, but calling it takes as long as updating 20 million weights
+(160 microseconds on an H200).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024  # elements that one program updates
+
+
+@triton.jit
+def _adamw(
+    master,
+    moment,
+    square,
+    gradient,
+    working,
+    size,
+    lr,
+    beta1,
+    beta2,
+    epsilon,
+    decay,
+    correction1,
+    correction2,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    weight, first = tl.load(master + index, inside), tl.load(moment + index, inside)
+    second = tl.load(square + index, inside)
+    slope = tl.div_rn(tl.load(gradient + index, inside).to(tl.float32), scale)
+    first = beta1 * first + (1 - beta1) * slope
+    second = beta2 * second + (1 - beta2) * slope * slope
+    root = tl.sqrt_rn(tl.div_rn(second, correction2))
+    weight -= lr * (tl.div_rn(tl.div_rn(first, correction1), root + epsilon) + decay * weight)
+    tl.store(moment + index, first, inside)
+    tl.store(square + index, second, inside)
+    tl.store(master + index, weight, inside)
+    if working is not None:
+        tl.store(working + index, weight.to(working.dtype.element_ty), inside)
+
+
+def adamw_(
+    master: torch.Tensor,
+    moment: torch.Tensor,
+    square: torch.Tensor,
+    gradient: torch.Tensor,
+    working: torch.Tensor | None,
+    numbers: tuple[float, ...],
+) -> None:
+    """Update a weight and its moments in place, as ColossalAI's kernel does (arXiv:1711.05101), in one pass.
+
+    Args:
+        master, moment, square: float32, contiguous.
+        gradient: of the same size, in any precision.
+        working: receives the rounded weight; None: nothing does.
+        numbers: learning rate, beta 1, beta 2, epsilon, weight decay, the two corrections of the moments' bias, and the
+            divisor of the gradient.
+    """
+    size = master.numel()
+    _adamw[(triton.cdiv(size, BLOCK),)](master, moment, square, gradient, working, size, *numbers, BLOCK=BLOCK)

@@ -1,0 +1,169 @@
+"""Linear layers that multiply in float8, by dynamic scaling; weights, gradients and everything else stay as they are.
+
+Forward: activations and weights as e4m3. Backward: gradients of outputs as e5m2, or as e4m3 if each row has a scale
+(Micikevicius et al., arXiv:2209.05433). Products are summed in float32.
+
+M is the number of tokens, K and N are the sizes of a layer's input and output.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
+from colossalai.shardformer.layer._operation import reduce_backward, reduce_forward
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from engine.job import FLOAT8_ALIGNMENT, ROWWISE, Compute
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SMALLEST_MAXIMUM = 2.0**-100  # the reciprocal of its scale is a normal float32 number
+WORTHWHILE = 2**20  # weights from which a product on a GPU gains more than the conversions cost; measured on an H200
+
+
+def scale_of(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
+    """Return the float32 scale by which `dtype` times the scale has the range of a tensor, or of each row.
+
+    Args:
+        dim: the dimension that shares a scale, 0 or 1; None: the whole tensor does.
+
+    Returns:
+        A scalar, or the tensor's shape with 1 for `dim`. It is not finite if the tensor has elements that are not.
+    """
+    magnitudes = tensor.abs()
+    largest = magnitudes.amax() if dim is None else magnitudes.amax(dim, keepdim=True)
+    return largest.float().clamp(min=SMALLEST_MAXIMUM) / torch.finfo(dtype).max
+
+
+def divide(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor divided by its scale, rounded to float8."""
+    limit = torch.finfo(dtype).max
+    return (tensor.float() * scale.reciprocal()).clamp(-limit, limit).to(dtype)
+
+
+def _multiply(
+    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """Return the product of two float8 matrices times their scales.
+
+    Args:
+        fast: add up in the tensor cores, which have fewer bits than float32.
+    """
+    if left_scale.dim():  # kernels check the stride of the dimension of size 1
+        left_scale, right_scale = left_scale.flatten()[:, None], right_scale.flatten()[None]
+    columns = right.t().contiguous().t()  # kernels take a right matrix whose columns are contiguous
+    # F.scaled_mm is the public name, but torch.compile cannot trace its arguments (torch 2.11 and 2.13).
+    return torch._scaled_mm(left.contiguous(), columns, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
+
+
+class _Linear(torch.autograd.Function):
+    """The product of hidden states [M, K] and the transpose of a weight [N, K].
+
+    It keeps its inputs, not their float8 values: a compiled layer keeps whatever is smaller.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
+        across = 1 if rowwise else None
+        hidden_scale, weight_scale = scale_of(hidden, E4M3, across), scale_of(weight, E4M3, across)
+        ctx.save_for_backward(hidden, weight, *(() if rowwise else (hidden_scale, weight_scale)))
+        hidden8, weight8 = divide(hidden, hidden_scale, E4M3), divide(weight, weight_scale, E4M3)
+        return _multiply(hidden8, weight8.t(), hidden_scale, weight_scale.t(), hidden.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, *scales = ctx.saved_tensors
+        if scales:
+            gradient_scale = scale_of(gradient, E5M2)
+            gradient8 = columns8 = divide(gradient, gradient_scale, E5M2)
+            columns_scale, (hidden_scale, weight_scale) = gradient_scale, scales
+        else:
+            gradient_scale, columns_scale = scale_of(gradient, E4M3, 1), scale_of(gradient, E4M3, 0)
+            gradient8, columns8 = divide(gradient, gradient_scale, E4M3), divide(gradient, columns_scale, E4M3)
+            hidden_scale, weight_scale = scale_of(hidden, E4M3, 0), scale_of(weight, E4M3, 0)
+        weight8, dtype = divide(weight, weight_scale, E4M3), gradient.dtype
+        hidden_gradient = _multiply(gradient8, weight8, gradient_scale, weight_scale, dtype, fast=False)
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            hidden8 = divide(hidden, hidden_scale, E4M3)
+            if padding := -len(hidden) % FLOAT8_ALIGNMENT:
+                columns8, hidden8 = F.pad(columns8, (0, 0, 0, padding)), F.pad(hidden8, (0, 0, 0, padding))
+            weight_gradient = _multiply(columns8.t(), hidden8, columns_scale.t(), hidden_scale, dtype, fast=False)
+        return hidden_gradient, weight_gradient, None
+
+
+@torch.compile
+def _compiled_linear(hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
+    return _Linear.apply(hidden, weight, rowwise)
+
+
+def linear(hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
+    """Return hidden states [..., K] times the transpose of a weight [N, K], multiplied in float8.
+
+    Args:
+        rowwise: scale each row by itself in forward products, and each column where backward products sum over it;
+            instead of whole tensors.
+    """
+    if has_torch_function((weight,)):  # Gemini gathers its parameters in the calls that it sees
+        return handle_torch_function(linear, (weight,), hidden, weight, rowwise)
+    return _compiled_linear(hidden.flatten(0, -2), weight, rowwise).unflatten(0, hidden.shape[:-1])
+
+
+class _Float8(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+    rowwise: bool
+
+    def product(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight, self.rowwise)
+
+    def with_bias(self, output: Tensor) -> Tensor:
+        return output if self.bias is None else output + self.bias
+
+
+class _Whole(_Float8, nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.with_bias(self.product(hidden))
+
+
+class _Column(_Float8, Linear1D_Col):
+    """A layer whose outputs are split over tensor-parallel ranks."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.with_bias(self.product(reduce_backward(hidden, self.process_group)))
+
+
+class _Row(_Float8, Linear1D_Row):
+    """A layer whose inputs are split over tensor-parallel ranks."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.with_bias(reduce_forward(self.product(hidden), self.process_group))
+
+
+_CLASSES: dict[type[nn.Module], type[_Float8]] = {nn.Linear: _Whole, Linear1D_Col: _Column, Linear1D_Row: _Row}
+
+
+def gains(weight_elements: int, on_gpu: bool) -> bool:
+    """Return True if a linear layer is faster in float8; without a GPU, where nothing is, True for each."""
+    return not on_gpu or weight_elements >= WORTHWHILE
+
+
+def convert(model: nn.Module, compute: Compute) -> None:
+    """Have the decoder's linear layers multiply in float8, if `compute` says so and the layer gains by it."""
+    if not compute.fp8:
+        return
+    for layer in model.modules():
+        for module in layer.modules() if isinstance(layer, LlamaDecoderLayer) else ():
+            kind = _CLASSES.get(type(module))
+            if kind and gains(module.weight.numel(), torch.cuda.is_available()):
+                module.__class__, module.rowwise = kind, compute.fp8_recipe == ROWWISE
+
+
+def convert_alike(layer: LlamaDecoderLayer, pattern: LlamaDecoderLayer) -> None:
+    """Convert a decoder layer's linear layers as those of `pattern` are."""
+    for name, module in pattern.named_modules():
+        if isinstance(module, _Float8):
+            own = layer.get_submodule(name)
+            own.__class__, own.rowwise = type(module), module.rowwise
