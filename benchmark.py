@@ -219,6 +219,8 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
         layout = asdict(job.layout) | {"gpus": job.layout.ranks}
         write_json(args.json, {"inputs": inputs, "layout": layout, **results})
     mfu = "" if results["mfu"] is None else f", MFU {results['mfu']:.1%}"
+    if mfu and job.compute.fp8:
+        mfu += f" of the bf16 peak, {results['float8_utilization'] or 0:.1%} of the float8 peak"
     say(
         f"step: median {results['step_seconds_median']:.3f} s, p10 {results['step_seconds_p10']:.3f}, "
         f"p90 {results['step_seconds_p90']:.3f}; {results['tokens_per_second']:,.0f} tokens/s, "

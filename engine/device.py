@@ -16,6 +16,11 @@ def device_name() -> str:
     return get_accelerator().get_device_name()
 
 
+def has_float8() -> bool:
+    """Return True if the GPUs multiply float8 matrices; also without a GPU, where the processor does, slowly."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+
 def synchronize() -> None:
     """Wait until the device has finished all submitted work."""
     get_accelerator().synchronize()

@@ -113,7 +113,7 @@ def linear(hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
 
 class _Float8(nn.Module):
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a tensor or None
     rowwise: bool
 
     def product(self, hidden: Tensor) -> Tensor:

@@ -182,23 +182,29 @@ def _state(job: Job, specs: list[ParameterSpec]) -> _State:
     return replace(state, host=sum(moved.values()), **left)
 
 
-def layer_activations(config: LlamaConfig, tp: int, width: int, seq_length: int, fused: Fusion = Fusion.NONE) -> float:
+def layer_activations(
+    config: LlamaConfig, tp: int, width: int, seq_length: int, fused: Fusion = Fusion.NONE, fp8: bool = False
+) -> float:
     """Return the bytes per token that one decoder layer keeps for the backward pass.
 
     Tensors of hidden size: each RMSNorm's input in float32, its normalised and its scaled output; query, key and value,
     the latter two repeated to the number of heads; the attention's output twice, for the kernel and for the projection.
     Tensors of FFN size: gate, its activation, up, and their product. Together they take 26 h + 8 f in half precision.
     Compiled pieces keep a norm's input in working precision and no activation: 22 h + 6 f. A compiled layer keeps no
-    normalised output either: 18 h + 6 f. Plain attention also keeps its weights, in float32 and in working precision.
+    normalised output either: 18 h + 6 f. In float8 it also computes again what linear layers take as input, from what
+    other operations keep: 12 h + 4 f. Plain attention also keeps its weights, in float32 and in working precision.
     The method is from Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     norm = {Fusion.NONE: FP32 + 2 * width, Fusion.PIECES: 3 * width, Fusion.LAYERS: 2 * width}
     norms = 2 * norm[fused] * hidden
     attention = 5 * width * hidden
+    tensors = 4 if fused is Fusion.NONE else 3  # of FFN size
+    if fp8 and fused is Fusion.LAYERS:
+        norms, attention, tensors = 2 * width * hidden, 4 * width * hidden, 2
     if config._attn_implementation == EAGER:
         attention += (FP32 + width) * config.num_attention_heads * seq_length
-    return norms + (attention + (4 if fused is Fusion.NONE else 3) * width * ffn) / tp
+    return norms + (attention + tensors * width * ffn) / tp
 
 
 def estimate_memory(job: Job) -> MemoryEstimate:
@@ -227,7 +233,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     tokens = sequences * batch.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(job, on_gpu=True)
-    layer = tokens * layer_activations(config, layout.tp, width, batch.max_length, fused)
+    layer = tokens * layer_activations(config, layout.tp, width, batch.max_length, fused, job.compute.fp8)
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden if all_recomputed else layer

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from engine.device import synchronize
 from model_utils import count_parameters, model_flops_per_token
-from planning.cards import peak_tflops
+from planning.cards import find_card
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class PerformanceEvaluator:
     def __init__(self, flops_per_token: int, gpus: int, device_name: str):
         self.flops_per_token = flops_per_token
         self.gpus = gpus
-        self.peak = peak_tflops(device_name)
+        card = find_card(device_name)
+        self.peak = card.peak_tflops if card else None
         self.last = time.perf_counter()
 
     def restart(self) -> None:
@@ -77,14 +78,16 @@ def benchmark_figures(
     Returns:
         Among others `tflops_per_gpu`, which counts FLOPs as ColossalAI's published figures do (8 x parameters x tokens
         with recomputation, 6 without, in between for a fraction of the layers; no attention), and
-        `model_tflops_per_gpu` and `mfu`, which use `model_flops_per_token`.
+        `model_tflops_per_gpu`, `mfu` and `float8_utilization`, which use `model_flops_per_token`; the last two are
+        fractions of the device's peaks in bf16 and float8.
     """
     mean = statistics.fmean(step_seconds)
     samples_per_second = sequences / mean
     tokens_per_second = samples_per_second * seq_length
     counted = (6 + 2 * recomputation) * count_parameters(config)
     model_tflops = tokens_per_second * model_flops_per_token(config, seq_length) / gpus / 1e12
-    peak = peak_tflops(device_name)
+    card = find_card(device_name)
+    float8_peak = card.peak_float8_tflops if card else None
     return {
         "step_seconds": step_seconds,
         "step_seconds_mean": mean,
@@ -95,5 +98,6 @@ def benchmark_figures(
         "tokens_per_second": tokens_per_second,
         "tflops_per_gpu": tokens_per_second * counted / gpus / 1e12,
         "model_tflops_per_gpu": model_tflops,
-        "mfu": model_tflops / peak if peak else None,
+        "mfu": model_tflops / card.peak_tflops if card else None,
+        "float8_utilization": model_tflops / float8_peak if float8_peak else None,
     }

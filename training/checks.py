@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corpus.manifest import MANIFEST_NAME
+from engine.device import device_name, has_float8
 from engine.job import Job
 from engine.launch import launch_problems
 from model_utils import mixed_length_problem
@@ -43,20 +44,23 @@ def check_job(
         problems.append(f"--max_length: {job.batch.max_length} is above the model's context of {context} tokens")
     if mixed_lengths:
         problems.extend(filter(None, [mixed_length_problem(config, job.batch.max_length)]))
-    problems += _plan_problems(plan, asked.gpus, given)
+    problems += _plan_problems(plan, asked.gpus, given, job.compute.fp8)
     if problems := problems or job.problems():
         raise InputError(*problems)
 
 
-def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str]) -> list[str]:
+def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str], fp8: bool) -> list[str]:
     if plan.dry_run:
-        return card_problems(plan) + ranks.launch_problems()
+        return card_problems(plan, fp8) + ranks.launch_problems()
     flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
-    return launch_problems() + [
+    problems = launch_problems() + [
         f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs"
         for name, value in flags.items()
         if value is not None
     ]
+    if fp8 and not problems and not has_float8():
+        problems.append(f"--fp8: {device_name()} has no float8, which needs compute capability 8.9; leave --fp8 out")
+    return problems
 
 
 def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:

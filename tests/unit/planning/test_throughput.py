@@ -5,7 +5,7 @@ import time
 import pytest
 
 from model_utils import load_config, model_flops_per_token
-from planning.cards import peak_tflops
+from planning.cards import find_card
 from planning.throughput import PerformanceEvaluator
 
 
@@ -32,7 +32,8 @@ from planning.throughput import PerformanceEvaluator
     ],
 )
 def test_peak(device, peak):
-    assert peak_tflops(device) == peak
+    card = find_card(device)
+    assert (card and card.peak_tflops) == peak
 
 
 class Clock:
