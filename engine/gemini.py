@@ -19,7 +19,7 @@ from colossalai.lazy import LazyInitContext
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiOptimizer
-from colossalai.zero.gemini.chunk import Chunk, TensorState
+from colossalai.zero.gemini.chunk import Chunk, ChunkManager, TensorState
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
@@ -77,6 +77,8 @@ def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: Gemi
     compute_norm_on_device(plugin.tp_size)
     sum_gradients_in_float32(model)
     reduce_chunks_in(job.reduce_dtype)
+    if job.exchanges_at_update and job.layout.dp > 1:
+        keep_gradients_until_update(model)
     allocate_chunks_on_one_stream(model)
     prefetch_only_in_training(model)
     reset_memory_plan_each_pass(model)
@@ -103,6 +105,7 @@ def step(optimizer: GeminiOptimizer) -> float:
     Fix: turn it off.
     Remove when: GeminiOptimizer.step does this when it skips.
     """
+    _reduce_sums(optimizer)
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
     norm = optimizer.get_grad_norm()
@@ -243,11 +246,11 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
     Cause: `Chunk.init_grad_chunk` gives the chunk of accumulated gradients the weights' precision, and
         `rearrange_accumulated_grad_chunk` puts the sum so far into the next reduction.
     Fix: the chunk of gradients is float32. `rearrange_accumulated_grad_chunk` keeps the sum aside as the chunk's
-        `summed`, and `reduce` (see `reduce_chunks_in`) adds it to the reduced shard. A chunk that is not reduced stays
-        where it is.
+        `summed`, `add_tensor_to_chunk_slice` then copies instead, and `reduce` (see `reduce_chunks_in`) adds the sum
+        to the reduced shard. A chunk that is not reduced stays where it is, and is added to.
     Remove when: Gemini accumulates in float32.
     """
-    manager, init = model.chunk_manager, Chunk.init_grad_chunk
+    manager, init, add = model.chunk_manager, Chunk.init_grad_chunk, Chunk.add_tensor_to_chunk_slice
 
     def init_grad_chunk(self: Chunk) -> Chunk:
         working, self.dtype = self.dtype, torch.float32
@@ -258,21 +261,68 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
 
     def rearrange_accumulated_grad_chunk(chunk: Chunk) -> Chunk:
         gradients = chunk.grad_chunk
-        if gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1:
-            manager.accessed_chunks.add(gradients)
-            replace(manager, "accessed_mem", manager.accessed_mem + gradients.chunk_mem)
+        if gradients.can_reduce or (gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1):
+            for tensor in gradients.get_tensors():
+                gradients.tensor_trans_state(tensor, TensorState.HOLD)
+            _use(manager, gradients)
             replace(gradients, "l2_norm", None)
             return gradients
-        summed = gradients.payload.to(get_accelerator().get_current_device(), copy=True)
-        gradients = manager.init_grad_chunk(chunk)
-        gradients.cuda_global_chunk.zero_()
+        summed = gradients.payload.clone() if gradients.is_gathered else gradients.payload
+        manager.init_grad_chunk(chunk)
         gradients.summed = summed
         return gradients
+
+    def add_tensor_to_chunk_slice(self: Chunk, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+        if getattr(self, "summed", None) is None:
+            add(self, tensor, gradient)
+        else:
+            self.copy_tensor_to_chunk_slice(tensor, gradient, update_ptr=False)
 
     if not model.enable_gradient_accumulation:
         return
     replace(Chunk, "init_grad_chunk", init_grad_chunk)
+    replace(Chunk, "add_tensor_to_chunk_slice", add_tensor_to_chunk_slice)
     replace(manager, "rearrange_accumulated_grad_chunk", rearrange_accumulated_grad_chunk)
+
+
+def _use(manager: ChunkManager, chunk: Chunk) -> None:
+    """Count a gathered chunk among those in use."""
+    manager.accessed_chunks.add(chunk)
+    replace(manager, "accessed_mem", manager.accessed_mem + chunk.chunk_mem)
+
+
+def keep_gradients_until_update(model: ModelWrapper) -> None:
+    """Keep each rank's sums of gradients unsharded, and reduce them in `step`.
+
+    Symptom: on a slow network, most of a step passes in reductions, one of each chunk in every micro-batch.
+    Cause: `grad_handle` calls `reduce_chunk` as soon as it has all gradients of a chunk.
+    Fix: `reduce_chunk` only releases the chunk of weights, and says that nothing was reduced. The chunk of gradients
+        stays ready to reduce; the next micro-batch adds to it, or `_reduce_sums` reduces it.
+    Remove when: Gemini has an option for it.
+    """
+    manager = model.chunk_manager
+
+    def reduce_chunk(gradients: Chunk, async_op: bool = False) -> bool:
+        if gradients.can_reduce:
+            manager.accessed_chunks.remove(gradients)
+            replace(manager, "accessed_mem", manager.accessed_mem - gradients.chunk_mem)
+            weights = manager.get_chunk(gradients.get_tensors()[0])
+            (manager.fake_release_chunk if weights.keep_gathered else manager.release_chunk)(weights)
+        return False
+
+    replace(manager, "reduce_chunk", reduce_chunk)
+
+
+def _reduce_sums(optimizer: GeminiOptimizer) -> None:
+    """Reduce the chunks of gradients that `keep_gradients_until_update` has kept, if any. Collective."""
+    manager = optimizer.chunk_manager
+    for weights in manager.get_chunks(optimizer.module.fp16_params):  # in the same order on all ranks
+        gradients = weights.grad_chunk
+        if gradients is not None and gradients.can_reduce:
+            _use(manager, gradients)
+            ChunkManager.reduce_chunk(manager, gradients)
+            gradients.payload.div_(gradients.pg_size * gradients.extra_dp_size)
+            manager.overflow_counter += gradients.has_inf_or_nan
 
 
 def reduce_chunks_in(dtype: torch.dtype) -> None:
@@ -293,7 +343,7 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             reduce_in_dtype(self)
         summed, self.summed = getattr(self, "summed", None), None
         if summed is not None:
-            self.payload.add_(summed, alpha=divisor)
+            self.payload.add_(summed.to(self.payload.device, non_blocking=True), alpha=divisor)
 
     def reduce_in_dtype(self: Chunk) -> None:
         gradients = self.cuda_global_chunk
