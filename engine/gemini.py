@@ -320,7 +320,7 @@ def _reduce_sums(optimizer: GeminiOptimizer) -> None:
             gradients.reduce()
             manager._ChunkManager__add_memory_usage(gradients.memory_usage)
             gradients.payload.div_(gradients.pg_size * gradients.extra_dp_size)
-            manager.overflow_counter += gradients.has_inf_or_nan
+            manager.overflow_counter.add_(gradients.has_inf_or_nan)
 
 
 def reduce_chunks_in(dtype: torch.dtype) -> None:
@@ -347,7 +347,11 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
 
     def reduce_in_dtype(self: Chunk) -> None:
         gradients = self.cuda_global_chunk
-        reduced = all_reduced(self) if self.keep_gathered else sum_of_shards(self)
+        if self.keep_gathered:
+            reduced = gradients.to(dtype)
+            dist.all_reduce(reduced, group=self.torch_pg)
+        else:
+            reduced = sum_of_shards(self)
         if self.extra_dp_group is not None:
             dist.all_reduce(reduced, group=self.extra_dp_group)
         if self.keep_gathered:
@@ -357,11 +361,6 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             chunk_module.free_storage(gradients)
             self.is_gathered = False
         self._Chunk__update_tensors_state(TensorState.HOLD)
-
-    def all_reduced(self: Chunk) -> torch.Tensor:
-        reduced = self.cuda_global_chunk.to(dtype)
-        dist.all_reduce(reduced, group=self.torch_pg)
-        return reduced
 
     def sum_of_shards(self: Chunk) -> torch.Tensor:
         gradients = self.cuda_global_chunk
