@@ -6,6 +6,7 @@ Gemini keeps parameters in chunks. Hooks around each operation on a parameter ga
 import contextlib
 import functools
 import math
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from model_utils import build_model, count_parameters, parameter_specs
+from runtime.collectives import gather
 from runtime.console import say
 
 OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
@@ -78,6 +80,8 @@ def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: Gemi
     compute_norm_on_device(plugin.tp_size)
     sum_gradients_in_float32(model)
     reduce_chunks_in(job.reduce_dtype)
+    if job.exchanges_at_update and job.layout.dp > 1:
+        keep_gradients_until_update(model)
     allocate_chunks_on_one_stream(model)
     prefetch_only_in_training(model)
     reset_memory_plan_each_pass(model)
@@ -104,6 +108,7 @@ def step(optimizer: GeminiOptimizer) -> float:
     Fix: turn it off.
     Remove when: GeminiOptimizer.step does this when it skips.
     """
+    _reduce_sums(optimizer)
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
     norm = optimizer.get_grad_norm()
@@ -244,11 +249,11 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
     Cause: `Chunk.init_grad_chunk` gives the chunk of accumulated gradients the weights' precision, and
         `rearrange_accumulated_grad_chunk` puts the sum so far into the next reduction.
     Fix: the chunk of gradients is float32. `rearrange_accumulated_grad_chunk` keeps the sum aside as the chunk's
-        `summed`, and `reduce` (see `reduce_chunks_in`) adds it to the reduced shard. A chunk that is not reduced stays
-        where it is.
+        `summed`, `add_tensor_to_chunk_slice` then copies instead, and `reduce` (see `reduce_chunks_in`) adds the sum
+        to the reduced shard. A chunk that is not reduced stays where it is, and is added to.
     Remove when: Gemini accumulates in float32.
     """
-    manager, init = model.chunk_manager, Chunk.init_grad_chunk
+    manager, init, add = model.chunk_manager, Chunk.init_grad_chunk, Chunk.add_tensor_to_chunk_slice
 
     def init_grad_chunk(self: Chunk) -> Chunk:
         working, self.dtype = self.dtype, torch.float32
@@ -259,32 +264,77 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
 
     def rearrange_accumulated_grad_chunk(chunk: Chunk) -> Chunk:
         gradients = chunk.grad_chunk
-        if gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1:
+        if gradients.can_reduce or (gradients.is_gathered and gradients.pg_size == gradients.extra_dp_size == 1):
+            for tensor in gradients.get_tensors():
+                gradients.tensor_trans_state(tensor, TensorState.HOLD)
             manager.accessed_chunks.add(gradients)
             replace(manager, "accessed_mem", manager.accessed_mem + gradients.chunk_mem)
             replace(gradients, "l2_norm", None)
             return gradients
-        summed = gradients.payload.to(get_accelerator().get_current_device(), copy=True)
-        gradients = manager.init_grad_chunk(chunk)
-        gradients.cuda_global_chunk.zero_()
+        summed = gradients.payload.clone() if gradients.is_gathered else gradients.payload
+        manager.init_grad_chunk(chunk)
         gradients.summed = summed
         return gradients
+
+    def add_tensor_to_chunk_slice(self: Chunk, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+        if getattr(self, "summed", None) is None:
+            add(self, tensor, gradient)
+        else:
+            self.copy_tensor_to_chunk_slice(tensor, gradient, update_ptr=False)
 
     if not model.enable_gradient_accumulation:
         return
     replace(Chunk, "init_grad_chunk", init_grad_chunk)
+    replace(Chunk, "add_tensor_to_chunk_slice", add_tensor_to_chunk_slice)
     replace(manager, "rearrange_accumulated_grad_chunk", rearrange_accumulated_grad_chunk)
 
 
+def keep_gradients_until_update(model: ModelWrapper) -> None:
+    """Keep each rank's sums of gradients unsharded, and reduce them in `step`.
+
+    Symptom: on a slow network, most of a step passes in reductions, one of each chunk in every micro-batch.
+    Cause: `grad_handle` calls `reduce_chunk` as soon as it has all gradients of a chunk.
+    Fix: `reduce_chunk` only releases the chunk of weights, and says that nothing was reduced. The chunk of gradients
+        stays ready to reduce; the next micro-batch adds to it, or `_reduce_sums` reduces it.
+    Remove when: Gemini has an option for it.
+    """
+    manager = model.chunk_manager
+
+    def reduce_chunk(gradients: Chunk, async_op: bool = False) -> bool:
+        if gradients.can_reduce:
+            manager.accessed_chunks.remove(gradients)
+            replace(manager, "accessed_mem", manager.accessed_mem - gradients.chunk_mem)
+            weights = manager.get_chunk(gradients.get_tensors()[0])
+            (manager.fake_release_chunk if weights.keep_gathered else manager.release_chunk)(weights)
+        return False
+
+    replace(manager, "reduce_chunk", reduce_chunk)
+
+
+def _reduce_sums(optimizer: GeminiOptimizer) -> None:
+    """Reduce the chunks of gradients that `keep_gradients_until_update` has kept, if any. Collective."""
+    manager = optimizer.chunk_manager
+    for weights in manager.get_chunks(optimizer.module.fp16_params):  # in the same order on all ranks
+        gradients = weights.grad_chunk
+        if gradients is not None and gradients.can_reduce:
+            manager._ChunkManager__sub_memory_usage(gradients.memory_usage)
+            gradients.reduce()
+            manager._ChunkManager__add_memory_usage(gradients.memory_usage)
+            gradients.payload.div_(gradients.pg_size * gradients.extra_dp_size)
+            manager.overflow_counter.add_(gradients.has_inf_or_nan)
+
+
 def reduce_chunks_in(dtype: torch.dtype) -> None:
-    """Reduce chunks of gradients between ranks in this precision.
+    """Reduce chunks of gradients between ranks in this precision. Collective.
 
     Symptom: a sum over many ranks loses as much precision as the working one has, and may overflow in fp16.
     Cause: `Chunk.reduce` reduces in the precision of the chunk.
-    Fix: reduce a copy in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision.
+    Fix: reduce in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision. Ranks of
+        one host exchange shards in the chunk's precision, and each adds up its own in float32: a float32 copy would
+        take twice the traffic.
     Remove when: Gemini has an option for it.
     """
-    reduce_alone = Chunk.reduce
+    reduce_alone, hosts = Chunk.reduce, gather(socket.gethostname())
 
     def reduce(self: Chunk, async_op: bool = False) -> None:
         divisor = self.pg_size * self.extra_dp_size  # Gemini divides afterwards
@@ -294,17 +344,15 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             reduce_in_dtype(self)
         summed, self.summed = getattr(self, "summed", None), None
         if summed is not None:
-            self.payload.add_(summed, alpha=divisor)
+            self.payload.add_(summed.to(self.payload.device, non_blocking=True), alpha=divisor)
 
     def reduce_in_dtype(self: Chunk) -> None:
         gradients = self.cuda_global_chunk
-        reduced = gradients.to(dtype)
         if self.keep_gathered:
+            reduced = gradients.to(dtype)
             dist.all_reduce(reduced, group=self.torch_pg)
         else:
-            shard = reduced.new_empty(self.shard_size)
-            dist.reduce_scatter_tensor(shard, reduced, group=self.torch_pg)
-            reduced = shard
+            reduced = sum_of_shards(self)
         if self.extra_dp_group is not None:
             dist.all_reduce(reduced, group=self.extra_dp_group)
         if self.keep_gathered:
@@ -314,6 +362,19 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             chunk_module.free_storage(gradients)
             self.is_gathered = False
         self._Chunk__update_tensors_state(TensorState.HOLD)
+
+    def sum_of_shards(self: Chunk) -> torch.Tensor:
+        gradients = self.cuda_global_chunk
+        one_host = len({hosts[rank] for rank in dist.get_process_group_ranks(self.torch_pg)}) == 1
+        if one_host and dtype == torch.float32 != gradients.dtype:
+            shards = torch.empty_like(gradients)
+            dist.all_to_all_single(shards, gradients, group=self.torch_pg)
+            kept = dtype if self.extra_dp_group is not None else gradients.dtype  # torch adds up in float32 anyway
+            return shards.view(self.pg_size, -1).sum(0, dtype=kept)
+        gradients = gradients.to(dtype)
+        shard = gradients.new_empty(self.shard_size)
+        dist.reduce_scatter_tensor(shard, gradients, group=self.torch_pg)
+        return shard
 
     replace(Chunk, "reduce", reduce)
 

@@ -122,8 +122,8 @@ class Exchange:
             )
         if self.exchange == STEP and accumulation_steps == 1:
             problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
-        if self.exchange == STEP and layout.traits.module == "gemini":
-            problems.append(f"--exchange: {layout.plugin} shards gradients as it computes them; leave it out")
+        if self.exchange == STEP and layout.traits.module == "gemini" and layout.traits.on_host:
+            problems.append(f"--exchange: {layout.plugin} keeps gradients in host memory; leave it out")
         if self.exchange == MICRO_BATCH and layout.pp > 1:
             problems.append("--exchange: a pipeline exchanges gradients once a step; leave it out")
         return problems

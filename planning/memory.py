@@ -111,13 +111,17 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
     room, chunk = sum(chunks), max(chunks)
     unsharded = 1 - job.placement.shard_param_frac
     prefetched = gemini.prefetched_chunks(job) * chunk
+    at_update = job.layout.gradient_ranks > 1 and job.exchanges_at_update
+    # A gradient overwrites its weight, unless gradients are accumulated.
+    second_chunk = (FP32 if job.accumulates and not at_update else width) * chunk
+    reduction = FP32 * chunk / shards + (0 if job.reduce_dtype.itemsize == FP32 else width * chunk)
     return _State(
         weights=width * room * (unsharded + (1 - unsharded) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
-        # A gradient overwrites its weight, unless gradients are accumulated.
-        gradients=FP32 * room / shards if job.accumulates else 0,
+        gradients=FP32 * room / (1 if at_update else shards) if job.accumulates else 0,
+        exchange=reduction if at_update else 0,
         gathered=width * (chunk + prefetched) if shards > 1 else 0,
-        gathered_layers=(FP32 if job.accumulates else width) * chunk + _reduced_copy(job, chunk) if shards > 1 else 0,
+        gathered_layers=second_chunk + (0 if at_update else _reduced_copy(job, chunk)) if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )
 

@@ -36,12 +36,13 @@ def memory_remedies(job: Job, plan: DryRun) -> str:
         lean["-g" if job.recomputed == 0 else "--recompute 1"] = {"recompute": 1.0}
     sizes = [batch.batch_size >> halvings for halvings in range(1, batch.batch_size.bit_length())]
     batches = [{f"-b {size}": {"batch_size": size}} for size in sizes]
-    plugins = ("zero2_cpu",) if job.adapters else ("gemini", "zero2_cpu", "gemini_auto")
+    plugins = ["zero2_cpu"] if job.adapters else ["gemini", "zero2_cpu", "gemini_auto"]
     others: dict[str, dict[str, Any]] = {}
     if compute.keep_attention:
         others["no --keep_attention"] = {"keep_attention": False}
     if job.exchange.exchange == STEP:
         others["--exchange micro_batch"] = {"exchange": MICRO_BATCH}
+    plugins = [plugin for plugin in plugins if plugin != job.parallelism.plugin]
     others |= {f"-p {plugin}": {"plugin": plugin, "exchange": AUTO} for plugin in plugins}
     if plan.memory_limit:
         others["a larger --memory_limit"] = {"memory_limit": None}

@@ -38,7 +38,7 @@ HYBRID = "-p hybrid_parallel"
         ("--min_lr_ratio 2", 1, ["--min_lr_ratio", "from 0 to 1, not 2.0"]),
         ("--reduce_dtype bf16 -x fp16", 1, ["--reduce_dtype", "fp32 or the --mixed_precision fp16", "not bf16"]),
         ("-p zero2 --exchange step", 1, ["--exchange", "--accumulation_steps"]),
-        ("-p gemini --exchange step --accumulation_steps 2", 1, ["--exchange", "gemini shards gradients"]),
+        ("-p gemini_auto --exchange step --accumulation_steps 2", 1, ["--exchange", "gemini_auto keeps gradients in"]),
         (f"{HYBRID} --exchange micro_batch", 8, ["--exchange", "a pipeline"]),  # tp 4 x pp 2 by default
         (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
     ],

@@ -195,9 +195,13 @@ def _watch_collectives(streams: Streams, use: Callable) -> None:
     order: Counter = Counter()  # collective operations of one group, which NCCL does one after another
 
     class Work:
+        def __init__(self, *tensors: torch.Tensor):
+            self.tensors: tuple[torch.Tensor, ...] = tensors  # torch keeps them until it has waited
+
         def wait(self) -> None:
             if streams.ignored != (streams.current[-1], "wait"):
                 streams.wait(streams.current[-1], NCCL)
+            self.tensors = ()
 
     def collective(operation: Callable) -> Callable:
         def run(output: torch.Tensor, source: torch.Tensor, *args, async_op: bool = False, **kwargs) -> Work | None:
@@ -208,12 +212,12 @@ def _watch_collectives(streams: Streams, use: Callable) -> None:
             use(output, operation.__name__, stream, write=True)
             use(source, operation.__name__, stream, write=False)
             order.update(streams.known[stream] - order)
-            return Work() if async_op else None
+            return Work(output, source) if async_op else None
 
         return run
 
-    dist.reduce_scatter_tensor = collective(dist.reduce_scatter_tensor)
-    dist.all_gather_into_tensor = collective(dist.all_gather_into_tensor)
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single"):
+        setattr(dist, name, collective(getattr(dist, name)))
 
 
 def watch_storages(ignored: tuple[str, str] | None = None) -> Storages:

@@ -1,15 +1,20 @@
 """Sums of gradients over micro-batches and ranks, compared with a float32 model in plain PyTorch."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from engine import gemini
+from engine.boost import boost
 from engine.shards import initialize_weights, local_shards
 from engine.step import forward_backward, optimizer_step
 from model_utils import ParameterSpec, initial_weight, load_config
-from processes import boosted, run_ranks
+from processes import boosted, job, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +73,7 @@ def relative_error(ranks: int, flags: str, number: int) -> float:
         (1, "-p gemini_auto"),
         (2, "-p gemini_auto"),
         (2, "-p gemini"),
+        (2, "-p gemini --exchange step"),
         (2, f"{HYBRID} --tp 1 --zero 0"),
         (2, f"{HYBRID} --tp 1 --zero 1"),
         (2, f"{HYBRID} --tp 1 --zero 2"),
@@ -80,19 +86,21 @@ def test_the_error_does_not_grow_with_the_number_of_micro_batches(ranks, flags):
     assert many < few < 0.0068  # measured: 0.0041 and 0.0066; summed in bf16 at least 0.0065 and 0.0070
 
 
-def reductions(flags: str) -> list[torch.dtype]:
-    """Return the precision of each reduce-scatter in a step of three micro-batches."""
-    found, reduce_scatter = [], dist.reduce_scatter_tensor
+def reductions(flags: str) -> list[tuple[int, torch.dtype]]:
+    """Return the micro-batch and the precision of each reduce-scatter in a step of three; 3: after the last one."""
+    found, passes, reduce_scatter = [], [], dist.reduce_scatter_tensor
 
     def recorded(output, gradients, *args, **kwargs):
-        found.append(gradients.dtype)
+        found.append((len(passes) - 1, gradients.dtype))
         return reduce_scatter(output, gradients, *args, **kwargs)
 
     dist.reduce_scatter_tensor = recorded
     run = boosted(f"{flags} -b 1 --accumulation_steps 3")
     initialize_weights(run)
+    run.model.unwrap().register_forward_pre_hook(lambda *_: passes.append(None))
     batches = [{"input_ids": ids, "labels": ids} for ids in sequences(3).split(1)]
     forward_backward(run, batches, 2 * 3 * (LENGTH - 1))
+    passes.append(None)
     optimizer_step(run)
     return found
 
@@ -100,14 +108,83 @@ def reductions(flags: str) -> list[torch.dtype]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_when_and_in_which_precision_gradients_are_reduced(dtype):
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    (each,), (once,), (hybrid,), (gemini,) = (
-        {tuple(rank) for rank in run_ranks(2, reductions, f"{flags} --reduce_dtype {dtype}")}
-        for flags in (
-            "-p zero2 --exchange micro_batch",
-            "-p zero2 --exchange step",
-            f"{HYBRID} --tp 1 --zero 1 --exchange step",
-            "-p gemini",
-        )
+    found = []
+    for flags in (
+        "-p zero2 --exchange micro_batch",
+        "-p zero2 --exchange step",
+        f"{HYBRID} --tp 1 --zero 1 --exchange step",
+        "-p gemini --exchange micro_batch",
+        "-p gemini --exchange step",
+    ):
+        (rank,) = {tuple(rank) for rank in run_ranks(2, reductions, f"{flags} --reduce_dtype {dtype}")}
+        assert {precision for _, precision in rank} == {expected}
+        found.append([micro_batch for micro_batch, _ in rank])
+    each, once, hybrid, chunks, chunks_once = found
+    assert each == [0, 1, 2]
+    assert once == hybrid == [3]
+    assert chunks == sorted(len(chunks_once) * [0, 1, 2])
+    assert chunks_once == len(chunks_once) * [3]
+
+
+def trained(
+    flags: str, extra_dp: int = 1, hosts: list[str] | None = None
+) -> tuple[list[float], list[torch.Tensor], set[tuple[str, torch.dtype]]]:
+    """Train two steps from different sequences on each rank.
+
+    Args:
+        hosts: names of the ranks' hosts, if they should seem to be on others.
+
+    Returns:
+        Losses and norms, this rank's first moments, and the collective operations on gradients with their precision.
+    """
+    used = set()
+
+    def recorded(name: str) -> Callable:
+        operation = getattr(dist, name)
+        return lambda *args, **kwargs: used.add((name, args[1].dtype)) or operation(*args, **kwargs)
+
+    for name in ("reduce_scatter_tensor", "all_to_all_single"):
+        setattr(dist, name, recorded(name))
+    if hosts:
+        gemini.gather = lambda _: hosts
+    asked = job(f"{flags} -b 1 --gradient_clipping 0.1")
+    run = boost(replace(asked, parallelism=replace(asked.parallelism, extra_dp=extra_dp)))
+    initialize_weights(run)
+    micro_batches = run.job.batch.accumulation_steps
+    mine = sequences(2 * micro_batches * run.layout.dp).chunk(run.layout.dp)[dist.get_rank() // run.layout.tp]
+    steps = []
+    for step in mine.chunk(2):
+        batches = [{"input_ids": ids, "labels": ids} for ids in step.split(1)]
+        steps.append(forward_backward(run, batches, micro_batches * run.layout.dp * (LENGTH - 1)).item())
+        steps.append(optimizer_step(run)[0])
+    moments = [shard.tensor("exp_avg").clone() for shard in local_shards(run) if shard.start < shard.stop]
+    return steps, moments, used
+
+
+def assert_the_same(ours: list, theirs: list) -> None:
+    """Compare what `trained` returned on all ranks, to the rounding of float32."""
+    for (steps, moments, _), (other_steps, other_moments, _) in zip(ours, theirs, strict=True):
+        assert steps == pytest.approx(other_steps, rel=1e-6)
+        for moment, other in zip(moments, other_moments, strict=True):
+            assert torch.allclose(moment, other, rtol=1e-5, atol=1e-8 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "extra_dp"),
+    [(2, "", 1), (2, "-x fp16", 1), (2, "", 2), (4, "", 2), (4, "--tp 2", 1)],
+)
+def test_gemini_sums_up_the_same_once_a_step(ranks, flags, extra_dp):
+    flags = f"-p gemini --accumulation_steps 3 {flags}"
+    each, once = (
+        run_ranks(ranks, trained, f"{flags} --exchange {exchange}", extra_dp) for exchange in ("micro_batch", "step")
     )
-    assert set(each + once + hybrid + gemini) == {expected}
-    assert (len(each), len(once), len(hybrid), len(gemini) % 3) == (3, 1, 1, 0)
+    assert_the_same(once, each)
+
+
+@pytest.mark.parametrize(("ranks", "extra_dp"), [(2, 1), (3, 1), (4, 2)])
+def test_gemini_sums_up_the_same_within_a_host_and_between_hosts(ranks, extra_dp):
+    others = [f"host{rank}" for rank in range(ranks)]
+    within, between = (run_ranks(ranks, trained, "-p gemini", extra_dp, hosts) for hosts in (None, others))
+    assert_the_same(within, between)
+    assert within[0][2] == {("all_to_all_single", torch.bfloat16)}
+    assert between[0][2] == {("reduce_scatter_tensor", torch.float32)}

@@ -116,9 +116,8 @@ def test_prefetching_does_not_change_the_results(flags):
         assert none_fetched == 0 < fetched
 
 
-def memory_hazards(flags: str, prefetch: bool, patched: bool) -> list[str]:
-    """Return unordered uses of chunks' memory in three steps that reduce gradients asynchronously, as on a GPU."""
-    memory = stream_order.watch_chunks()
+def train_asynchronously(flags: str) -> None:
+    """Train three steps that reduce gradients asynchronously, as on a GPU."""
 
     class Plugin(gemini.GeminiPlugin):
         def __init__(self, **options):
@@ -126,10 +125,6 @@ def memory_hazards(flags: str, prefetch: bool, patched: bool) -> list[str]:
             self.gemini_config["pin_memory"] = False
 
     gemini.GeminiPlugin = Plugin
-    if not prefetch:
-        gemini.prefetched_chunks = lambda *_: 0
-    if not patched:
-        gemini.allocate_chunks_on_one_stream = lambda model: None
     run = boosted(f"-p gemini -x bf16 -b 2 {flags}")
     torch.compiler.set_stance("force_eager")
     gemini.compile_layers(run.model)
@@ -140,14 +135,38 @@ def memory_hazards(flags: str, prefetch: bool, patched: bool) -> list[str]:
         batches = [{"input_ids": ids, "labels": ids}] * micro_batches
         forward_backward(run, batches, 62 * micro_batches * 2)
         optimizer_step(run)
+
+
+def memory_hazards(flags: str, prefetch: bool, patched: bool) -> list[str]:
+    """Return unordered uses of the memory of chunks."""
+    memory = stream_order.watch_chunks()
+    if not prefetch:
+        gemini.prefetched_chunks = lambda *_: 0
+    if not patched:
+        gemini.allocate_chunks_on_one_stream = lambda model: None
+    train_asynchronously(flags)
     return sorted(memory.hazards)
+
+
+def storage_hazards(flags: str) -> list[str]:
+    """Return unordered uses of tensors, and of the memory of freed ones."""
+    with stream_order.watch_storages() as storages:
+        train_asynchronously(flags)
+    return sorted(storages.hazards)
+
+
+STEPS = ["", "-g", "-g --keep_attention", "--accumulation_steps 3", "--accumulation_steps 3 --exchange step"]
 
 
 class TestMemory:
     @pytest.mark.parametrize("prefetch", [True, False])
-    @pytest.mark.parametrize("flags", ["", "-g", "-g --keep_attention", "--accumulation_steps 3"])
+    @pytest.mark.parametrize("flags", STEPS)
     def test_of_a_chunk_is_not_written_while_it_is_in_use(self, flags, prefetch):
         assert run_ranks(2, memory_hazards, flags, prefetch, True) == [[], []]
+
+    @pytest.mark.parametrize("flags", STEPS)
+    def test_of_a_freed_tensor_is_not_taken_while_it_is_in_use(self, flags):
+        assert run_ranks(2, storage_hazards, flags) == [[], []]
 
     def test_is_written_while_in_use_in_gemini_unpatched(self):
         found = run_ranks(2, memory_hazards, "--accumulation_steps 3", False, False)[0]

@@ -31,7 +31,7 @@ RUNS = [  # together they apply every patch
     (2, "-p hybrid_parallel --tp 1 --pp 2 --pp_style interleaved", ""),
     (1, "-p gemini -x fp16", "layers"),
     (1, "-p gemini", "automatic placement"),
-    (1, "-p gemini --accumulation_steps 2", ""),
+    (2, "-p gemini --accumulation_steps 2 --exchange step", ""),
 ]
 OWN_FIELDS = {  # of our classes; gradients; marks that our code leaves on models, and options of a plugin
     *("gradient", "gradient_norm", "reducer", "summed", "parts", "updated", "grad", "data"),

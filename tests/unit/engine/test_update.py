@@ -229,6 +229,7 @@ def scaled_training(flags: str, clippings: list[float], references: list[dict[st
     [
         (2, "-p zero2 -b 1 --accumulation_steps 2"),
         (2, "-p gemini -b 1 --accumulation_steps 2"),
+        (2, "-p gemini -b 1 --accumulation_steps 2 --exchange step"),
         (2, f"{HYBRID} --tp 2 --zero 0 -b 4"),
         (2, "-p hybrid_parallel --tp 1 --pp 2 -b 4 --microbatch_size 2"),
     ],

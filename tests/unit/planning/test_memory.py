@@ -12,12 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 import benchmark
 from attn import select_attention
 from engine.boost import boost
-from engine.job import Job
+from engine.job import AUTO, MICRO_BATCH, STEP, Exchange, Job
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import count_parameters, load_config, trained_specs
 from planning.cards import DryRun
-from planning.memory import MemoryEstimate, estimate_memory
+from planning.memory import MemoryEstimate, estimate_memory, settle
 from processes import run_ranks
 from training.checks import check_job
 from training.flags import job_of, take
@@ -54,16 +54,27 @@ def planned(flags: str, layers: int | None = None) -> Job:
     return job
 
 
-def measured_peaks(flags: str) -> tuple[float, float]:
-    """Return the peak bytes of this rank's tensors in the passes and in the optimizer step of the second step."""
+def accumulating(job: Job, exchange: str) -> Job:
+    """Return the job with two micro-batches per step, which benchmark.py does not have."""
+    return replace(job, batch=replace(job.batch, accumulation_steps=2), exchange=Exchange(exchange=exchange))
+
+
+def measured_peaks(flags: str, exchange: str = "") -> tuple[float, float]:
+    """Return the peak bytes of this rank's tensors in the passes and in the optimizer step of the second step.
+
+    Args:
+        exchange: accumulate gradients, and exchange them so.
+    """
     job = planned(flags)
+    if exchange:
+        job = accumulating(job, exchange)
     label_tokens = job.batch.batch_size * job.layout.dp * (job.batch.max_length - 1)
     with TensorMemory() as memory:
         engine = boost(job)
         initialize_weights(engine)
         for batch in benchmark.batches(engine, num_steps=2):
             memory.peak = 0
-            forward_backward(engine, [batch], label_tokens)
+            forward_backward(engine, [batch] * job.batch.accumulation_steps, label_tokens)
             passes, memory.peak = memory.peak, 0
             optimizer_step(engine)
             engine.optimizer.optim._scratch = torch.empty(0)  # Adam's buffer on the CPU; it needs none on a GPU
@@ -108,6 +119,31 @@ def test_estimate_matches_the_tensors_of_real_steps(ranks, flags):
     predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
     fullest = max(passes for passes, _ in peaks)
     assert max(phase.total for phase in predicted.phases[:-1]) == pytest.approx(fullest, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", [MICRO_BATCH, STEP])
+@pytest.mark.parametrize("plugin", ["gemini", "zero2"])
+def test_estimate_matches_the_tensors_of_accumulating_steps(plugin, exchange):
+    flags = f"{SMALL} -p {plugin} -a"
+    fullest = max(passes for passes, _ in run_ranks(2, measured_peaks, flags, exchange))
+    predicted = estimate_memory(accumulating(planned(f"{flags} --dry_run --gpus 2"), exchange))
+    assert max(phase.total for phase in predicted.phases[:3]) == pytest.approx(fullest, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("flags", "settled"),
+    [
+        ("-c 7b -p gemini --gpus 8", STEP),
+        ("-c 13b -p gemini --gpus 8", AUTO),  # 52 GB of sums do not fit
+        ("-c 7b -p gemini --gpus 1", AUTO),
+        ("-c 7b -p gemini_auto --gpus 8", AUTO),
+        ("-c 7b -p zero2 --gpus 8", STEP),
+    ],
+)
+def test_gradients_are_exchanged_once_a_step_if_their_sums_fit(flags, settled):
+    asked = accumulating(planned(f"{flags} -a -g --dry_run"), AUTO)
+    assert settle(asked, DryRun(dry_run=True, gpu="H100")).exchange.exchange == settled
 
 
 def test_adapters_with_frozen_weights():

@@ -110,3 +110,11 @@ def test_gradients_that_are_exchanged_sooner_take_less():
     args = pretrain.parse_args(flags.split())
     remedies = memory_remedies(job_of(args, load_config(args.config)), take(DryRun, args)).split(", ")
     assert {"--exchange micro_batch", "-p gemini"} <= set(remedies)
+
+
+def test_the_plugin_in_use_is_no_remedy():
+    flags = "-c 13b -p gemini -x bf16 -a -g --accumulation_steps 8 --exchange step --dry_run --gpus 8 --gpu H100"
+    args = pretrain.parse_args(flags.split())
+    remedies = memory_remedies(job_of(args, load_config(args.config)), take(DryRun, args)).split(", ")
+    assert "--exchange micro_batch" in remedies
+    assert "-p gemini" not in remedies
