@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from attn import select_attention
 from data_utils import RandomDataset
-from engine import device
+from engine import device, float8
 from engine.boost import Engine, boost
 from engine.device import MB
 from engine.job import Job, Optimization, Placement
@@ -143,7 +143,7 @@ def batches(engine: Engine, num_steps: int) -> Iterator[dict]:
 def announce(model: str, job: Job, attention: str) -> None:
     """Print the model, the layout and the global batch."""
     parameters, batch, layout = count_parameters(job.config), job.batch, job.layout
-    say(f"model: {model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
+    say(f"model: {model}, {parameters:,} parameters, {float8.describe(job)}; {attention}")
     say(describe_layout(layout))
     sequences = batch.batch_size * layout.dp
     say(

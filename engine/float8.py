@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from engine.job import FLOAT8_ALIGNMENT, ROWWISE, Compute
+from engine.job import FLOAT8_ALIGNMENT, ROWWISE, TENSORWISE, Compute, Job
+from model_utils import parameter_specs
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST_MAXIMUM = 2.0**-100  # the reciprocal of its scale is a normal float32 number
-WORTHWHILE = 2**20  # weights from which a product on a GPU gains more than the conversions cost; measured on an H200
+# Weights of a layer from which it is faster. Measured on an H200: a model of hidden size 1024 is 3% slower, one of
+# hidden size 2048 21% faster.
+WORTHWHILE = 2**22
 
 
 def scale_of(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
@@ -145,9 +148,32 @@ class _Row(_Float8, Linear1D_Row):
 _CLASSES: dict[type[nn.Module], type[_Float8]] = {nn.Linear: _Whole, Linear1D_Col: _Column, Linear1D_Row: _Row}
 
 
-def gains(weight_elements: int, on_gpu: bool) -> bool:
-    """Return True if a linear layer is faster in float8; without a GPU, where nothing is, True for each."""
-    return not on_gpu or weight_elements >= WORTHWHILE
+def _is_large(weights: int, on_gpu: bool) -> bool:
+    return weights >= WORTHWHILE or not on_gpu
+
+
+def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
+    """Return how many of a decoder layer's linear layers multiply in float8, and how many it has.
+
+    Without a GPU, where none gains, all do.
+    """
+    shapes = [spec.shape for spec in parameter_specs(job.config) if spec.group == "model.layers.0"]
+    sizes = [shape.numel() // job.layout.tp for shape in shapes if len(shape) == 2]
+    return sum(_is_large(size, on_gpu) for size in sizes) if job.compute.fp8 else 0, len(sizes)
+
+
+def describe(job: Job) -> str:
+    """Return the working precision, and which layers multiply in float8."""
+    compute = job.compute
+    if not compute.fp8:
+        return compute.mixed_precision
+    number, total = converted(job, torch.cuda.is_available())
+    if not number:
+        return (
+            f"{compute.mixed_precision} (--fp8 has no effect: layers of fewer than {WORTHWHILE:,} weights gain nothing)"
+        )
+    count = "" if number == total else f"{number} of {total} "
+    return f"{compute.mixed_precision}, {count}linear layers in float8 ({compute.fp8_recipe or TENSORWISE})"
 
 
 def convert(model: nn.Module, compute: Compute) -> None:
@@ -157,8 +183,15 @@ def convert(model: nn.Module, compute: Compute) -> None:
     for layer in model.modules():
         for module in layer.modules() if isinstance(layer, LlamaDecoderLayer) else ():
             kind = _CLASSES.get(type(module))
-            if kind and gains(module.weight.numel(), torch.cuda.is_available()):
+            if kind and _gains(module.weight):
                 module.__class__, module.rowwise = kind, compute.fp8_recipe == ROWWISE
+
+
+def _gains(weight: Tensor | None) -> bool:
+    """Return False for weights of other pipeline stages, and those too small, such as adapters'."""
+    if weight is None or any(size % FLOAT8_ALIGNMENT for size in weight.shape):
+        return False
+    return _is_large(weight.numel(), torch.cuda.is_available())
 
 
 def convert_alike(layer: LlamaDecoderLayer, pattern: LlamaDecoderLayer) -> None:

@@ -6,7 +6,6 @@ Gemini keeps parameters in chunks. Hooks around each operation on a parameter ga
 import contextlib
 import functools
 import math
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +35,6 @@ from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from model_utils import build_model, count_parameters, parameter_specs
-from runtime.collectives import gather
 from runtime.console import say
 
 OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
@@ -325,16 +323,14 @@ def _reduce_sums(optimizer: GeminiOptimizer) -> None:
 
 
 def reduce_chunks_in(dtype: torch.dtype) -> None:
-    """Reduce chunks of gradients between ranks in this precision. Collective.
+    """Reduce chunks of gradients between ranks in this precision.
 
     Symptom: a sum over many ranks loses as much precision as the working one has, and may overflow in fp16.
     Cause: `Chunk.reduce` reduces in the precision of the chunk.
-    Fix: reduce in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision. Ranks of
-        one host exchange shards in the chunk's precision, and each adds up its own in float32: a float32 copy would
-        take twice the traffic.
+    Fix: reduce a copy in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision.
     Remove when: Gemini has an option for it.
     """
-    reduce_alone, hosts = Chunk.reduce, gather(socket.gethostname())
+    reduce_alone = Chunk.reduce
 
     def reduce(self: Chunk, async_op: bool = False) -> None:
         divisor = self.pg_size * self.extra_dp_size  # Gemini divides afterwards
@@ -348,11 +344,13 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
 
     def reduce_in_dtype(self: Chunk) -> None:
         gradients = self.cuda_global_chunk
+        reduced = gradients.to(dtype)
         if self.keep_gathered:
-            reduced = gradients.to(dtype)
             dist.all_reduce(reduced, group=self.torch_pg)
         else:
-            reduced = sum_of_shards(self)
+            shard = reduced.new_empty(self.shard_size)
+            dist.reduce_scatter_tensor(shard, reduced, group=self.torch_pg)
+            reduced = shard
         if self.extra_dp_group is not None:
             dist.all_reduce(reduced, group=self.extra_dp_group)
         if self.keep_gathered:
@@ -362,19 +360,6 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
             chunk_module.free_storage(gradients)
             self.is_gathered = False
         self._Chunk__update_tensors_state(TensorState.HOLD)
-
-    def sum_of_shards(self: Chunk) -> torch.Tensor:
-        gradients = self.cuda_global_chunk
-        one_host = len({hosts[rank] for rank in dist.get_process_group_ranks(self.torch_pg)}) == 1
-        if one_host and dtype == torch.float32 != gradients.dtype:
-            shards = torch.empty_like(gradients)
-            dist.all_to_all_single(shards, gradients, group=self.torch_pg)
-            kept = dtype if self.extra_dp_group is not None else gradients.dtype  # torch adds up in float32 anyway
-            return shards.view(self.pg_size, -1).sum(0, dtype=kept)
-        gradients = gradients.to(dtype)
-        shard = gradients.new_empty(self.shard_size)
-        dist.reduce_scatter_tensor(shard, gradients, group=self.torch_pg)
-        return shard
 
     replace(Chunk, "reduce", reduce)
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
+from engine.float8 import converted
 from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
@@ -237,7 +238,9 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     tokens = sequences * batch.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(job, on_gpu=True)
-    layer = tokens * layer_activations(config, layout.tp, width, batch.max_length, fused, job.compute.fp8)
+    layer = tokens * layer_activations(
+        config, layout.tp, width, batch.max_length, fused, converted(job, on_gpu=True)[0] > 0
+    )
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden if all_recomputed else layer

@@ -25,6 +25,7 @@ from checkpointing.folder import (
 )
 from checkpointing.writer import Retention
 from data_utils import TrainingData
+from engine import float8
 from engine.job import Job, Optimization
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
@@ -129,6 +130,7 @@ class TrainState:
     stream: dict[str, Any] | None = None  # position in a data set that is streamed
     unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation
     global_batch: int = 0  # sequences in the last step; 0 in older checkpoints
+    fp8: bool = False  # the last step multiplied in float8
 
     @property
     def adam_steps(self) -> int:
@@ -380,6 +382,9 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             "--batch_size and --accumulation_steps can restore it"
         )
     state.global_batch = global_batch
+    if state.fp8 != run.job.compute.fp8 and total_steps > state.step > 0:
+        say(f"--fp8: steps up to the checkpoint were trained {'with' if state.fp8 else 'without'} it, unlike the next")
+    state.fp8 = run.job.compute.fp8
     return plan
 
 
@@ -420,7 +425,7 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> Non
     """Print the model, data, layout, batch and length of the run, on rank 0."""
     job, max_steps = run.job, run.length.max_steps
     parameters = count_parameters(job.config)
-    say(f"model: {run.model}, {parameters:,} parameters, {job.compute.mixed_precision}; {attention}")
+    say(f"model: {run.model}, {parameters:,} parameters, {float8.describe(job)}; {attention}")
     say(f"data: {dataset.description}")
     say(describe_layout(plan.layout))
     say(
