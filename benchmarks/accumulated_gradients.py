@@ -9,6 +9,7 @@ learning rate that differs by a rounding of float32. All run on the CPU; --tp, -
 and --pp at least 2 microbatches.
 """
 
+import argparse
 import functools
 import itertools
 import os
@@ -103,6 +104,7 @@ def differences(found: Curves, right: Curves) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)  # as on each rank
     print("| flags | 1 rank, one micro-batch of 64 | 1 rank, 64 micro-batches | 8 ranks, 8 micro-batches each |")
     print("|---|---|---|---|")
