@@ -5,16 +5,14 @@ import hashlib
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM
 
 from data_utils import PackedDataset
 from launching import optimizer_states
-from model_utils import ParameterSpec, initial_weight, load_config, parameter_specs
-from runs import SEED, SEQUENCE_LENGTH, batch_at
+from model_utils import initial_weight, load_config, parameter_specs
+from plain_loop import learnable_tokens, train_plainly
+from runs import SEQUENCE_LENGTH, batch_at
 
 STEPS = 20
 GLOBAL_BATCH = 8
@@ -34,11 +32,8 @@ def learning_rate(step: int) -> float:
 
 @pytest.fixture(scope="module")
 def fixed_dataset(sample_dataset, tmp_path_factory) -> PackedDataset:
-    """Return data that is the same on every machine, as the bounds need: half Zipf-distributed, half by a rule."""
-    chance = np.random.default_rng(0)
-    tokens = np.minimum(chance.zipf(1.3, 50_000), 1023)
-    for position in np.flatnonzero(chance.random(len(tokens) - 1) < 0.5):
-        tokens[position + 1] = (5 * tokens[position] + 1) % 1024
+    """Return data that is the same on every machine, as the bounds need."""
+    tokens = learnable_tokens(50_000)
     folder = tmp_path_factory.mktemp("fixed")
     content = tokens.astype("<u2").tobytes()
     (folder / "tokens-00000.bin").write_bytes(content)
@@ -55,31 +50,9 @@ def plain_training(fixed_dataset):
 
     @functools.cache
     def train(dtype: torch.dtype, skipped: tuple[int, ...] = ()) -> tuple[list[float], list[float]]:
-        config = load_config("test")
-        model = LlamaForCausalLM(config)
-        masters = []
-        for name, parameter in model.named_parameters():
-            master = initial_weight(ParameterSpec(name, parameter.shape), config, SEED, torch.device("cpu"))
-            masters.append(torch.nn.Parameter(master))
-            parameter.data = master.detach().to(dtype, copy=True)
-        adamw = torch.optim.AdamW(masters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-
-        losses, norms = [], []
-        for step in range(STEPS):
-            ids = batch_at(fixed_dataset, step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
-            logits = model(ids).logits.float()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
-            losses.append(loss.item())
-            for parameter, master in zip(model.parameters(), masters, strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None
-            norms.append(torch.nn.utils.clip_grad_norm_(masters, CLIPPING).item())
-            adamw.param_groups[0]["lr"] = learning_rate(step)
-            if step not in skipped:
-                adamw.step()
-            for parameter, master in zip(model.parameters(), masters, strict=True):
-                parameter.data.copy_(master)
-        return losses, norms
+        batches = [batch_at(fixed_dataset, step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH) for step in range(STEPS)]
+        learning_rates = [learning_rate(step) for step in range(STEPS)]
+        return train_plainly(load_config("test"), dtype, batches, GLOBAL_BATCH, learning_rates, CLIPPING, skipped)
 
     return train
 
