@@ -1,0 +1,97 @@
+"""Compare the losses of runs in float8 with those of runs in bf16, and print a Markdown table.
+
+    python benchmarks/float8_learning.py bf16/1=a/tb_logs bf16/2=b/tb_logs tensorwise/1=c/tb_logs tensorwise/2=d/tb_logs
+
+A run is RECIPE/SEED=LOGS, its log folder or metrics.jsonl. The first recipe is the reference. Another recipe's run is
+compared with the reference's of the same seed, which has the same initial weights and batches. The last rows show how
+far the seeds of the reference are apart; float8 is as good if its differences are no larger. "curves" is the mean
+absolute difference of the smoothed training losses after the warm-up. scripts/plot_run.py draws the runs.
+"""
+
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime import process, requirements
+
+requirements.require()
+
+import argparse
+
+import numpy as np
+
+from runtime.console import InputError, below
+from scripts.plot_run import read_run
+from training.flags import ArgumentParser, add_flag
+
+
+class Result(NamedTuple):
+    """The losses of a run, in nats per token."""
+
+    recipe: str
+    seed: str
+    loss: float  # on the training data, mean of the last steps
+    held_out: float  # at the end
+    curve: np.ndarray  # smoothed training loss of each step after the warm-up
+
+    def minus(self, other: "Result") -> list[float]:
+        """Return the differences in training and held-out loss, and the mean absolute difference of the curves."""
+        gap = float(np.abs(self.curve - other.curve).mean())
+        return [self.loss - other.loss, self.held_out - other.held_out, gap]
+
+
+def result(text: str, args: argparse.Namespace) -> Result:
+    """Read a run given on the command line.
+
+    Raises:
+        InputError: it has no recipe or seed, too few steps, or no held-out loss of its last step.
+    """
+    run = read_run(text)
+    recipe, _, seed = run.name.partition("/")
+    if not recipe or not seed or run.name == text:
+        raise InputError(f"{text} is not RECIPE/SEED=LOGS; name it like bf16/1=tb_logs")
+    losses = run.columns["loss"]
+    if len(losses) < max(args.warmup_steps + args.smooth, args.last):
+        raise InputError(f"{run.name} has only {len(losses)} steps; train it to its end, or lower the flags")
+    if not run.has("eval_loss") or not np.isfinite(run.columns["eval_loss"][-1]):
+        raise InputError(f"{run.name} has no held-out loss of its last step; train it to its end on data with such")
+    curve = np.convolve(losses[args.warmup_steps :], np.ones(args.smooth) / args.smooth, "valid")
+    return Result(recipe, seed, float(losses[-args.last :].mean()), float(run.columns["eval_loss"][-1]), curve)
+
+
+def main() -> int:
+    parser = ArgumentParser(prog="float8_learning.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RECIPE/SEED=LOGS", help="a run's log folder or metrics.jsonl")
+    add_flag(parser, "--last", 200, "steps at the end whose mean is the training loss")
+    add_flag(parser, "--smooth", 50, "steps in a moving average")
+    add_flag(parser, "--warmup_steps", 200, "steps at the start that the curve leaves out")
+    args = parser.parse_args()
+    if problems := below(1, last=args.last, smooth=args.smooth) + below(0, warmup_steps=args.warmup_steps):
+        raise InputError(*problems)
+    results = [result(text, args) for text in args.runs]
+    if len({len(each.curve) for each in results}) > 1:
+        raise InputError("the runs have different numbers of steps; give runs of the same length")
+    name = results[0].recipe
+    references = {each.seed: each for each in results if each.recipe == name}
+
+    print(f"| run | training loss | held-out loss | training, minus {name} | held-out, minus {name} | curves |")
+    print("|---|---|---|---|---|---|")
+    for each in results:
+        reference = references.get(each.seed)
+        apart = each.minus(reference) if reference and reference is not each else []
+        print_row(f"{each.recipe}, {each.seed}", f"{each.loss:.4f}", f"{each.held_out:.4f}", apart)
+    for first, second in combinations(references.values(), 2):
+        print_row(f"{name}, {second.seed} minus {first.seed}", "", "", second.minus(first))
+    return 0
+
+
+def print_row(label: str, loss: str, held_out: str, apart: list[float]) -> None:
+    training, evaluated, gap = [f"{apart[0]:+.4f}", f"{apart[1]:+.4f}", f"{apart[2]:.4f}"] if apart else [""] * 3
+    print(f"| {label} | {loss} | {held_out} | {training} | {evaluated} | {gap} |")
+
+
+if __name__ == "__main__":
+    process.run(main, "float8_learning.py")
