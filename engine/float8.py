@@ -6,13 +6,17 @@ Forward: activations and weights as e4m3. Backward: gradients of outputs as e5m2
 M is the number of tokens, K and N are the sizes of a layer's input and output.
 """
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
 from colossalai.shardformer.layer._operation import reduce_backward, reduce_forward
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -62,21 +66,29 @@ def _multiply(
 
 
 class _Linear(torch.autograd.Function):
-    """The product of hidden states [M, K] and the transpose of a weight [N, K].
+    """The product of hidden states [M, K] and the transpose of a weight [N, K]; see `linear`.
 
     It keeps its inputs, not their float8 values: a compiled layer keeps whatever is smaller.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, rowwise: bool, weight8: Tensor | None, weight_scale: Tensor | None
+    ) -> Tensor:
         across = 1 if rowwise else None
-        hidden_scale, weight_scale = scale_of(hidden, E4M3, across), scale_of(weight, E4M3, across)
-        ctx.save_for_backward(hidden, weight, *(() if rowwise else (hidden_scale, weight_scale)))
-        hidden8, weight8 = divide(hidden, hidden_scale, E4M3), divide(weight, weight_scale, E4M3)
+        hidden_scale = scale_of(hidden, E4M3, across)
+        if weight_scale is None:
+            weight_scale = scale_of(weight, E4M3, across)
+        ctx.stored = weight8 is not None
+        source = weight if weight8 is None else weight8
+        ctx.save_for_backward(hidden, source, *(() if rowwise else (hidden_scale, weight_scale)))
+        hidden8 = divide(hidden, hidden_scale, E4M3)
+        if weight8 is None:
+            weight8 = divide(weight, weight_scale, E4M3)
         return _multiply(hidden8, weight8.t(), hidden_scale, weight_scale.t(), hidden.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, *scales = ctx.saved_tensors
         if scales:
             gradient_scale = scale_of(gradient, E5M2)
@@ -86,7 +98,7 @@ class _Linear(torch.autograd.Function):
             gradient_scale, columns_scale = scale_of(gradient, E4M3, 1), scale_of(gradient, E4M3, 0)
             gradient8, columns8 = divide(gradient, gradient_scale, E4M3), divide(gradient, columns_scale, E4M3)
             hidden_scale, weight_scale = scale_of(hidden, E4M3, 0), scale_of(weight, E4M3, 0)
-        weight8, dtype = divide(weight, weight_scale, E4M3), gradient.dtype
+        weight8, dtype = weight if ctx.stored else divide(weight, weight_scale, E4M3), gradient.dtype
         hidden_gradient = _multiply(gradient8, weight8, gradient_scale, weight_scale, dtype, fast=False)
         weight_gradient = None
         if ctx.needs_input_grad[1]:
@@ -94,33 +106,42 @@ class _Linear(torch.autograd.Function):
             if padding := -len(hidden) % FLOAT8_ALIGNMENT:
                 columns8, hidden8 = F.pad(columns8, (0, 0, 0, padding)), F.pad(hidden8, (0, 0, 0, padding))
             weight_gradient = _multiply(columns8.t(), hidden8, columns_scale.t(), hidden_scale, dtype, fast=False)
-        return hidden_gradient, weight_gradient, None
+        return hidden_gradient, weight_gradient, None, None, None
 
 
-@torch.compile
-def _compiled_linear(hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
-    return _Linear.apply(hidden, weight, rowwise)
+_compiled_linear = torch.compile(_Linear.apply)
 
 
-def linear(hidden: Tensor, weight: Tensor, rowwise: bool) -> Tensor:
+def linear(
+    hidden: Tensor,
+    weight: Tensor,
+    rowwise: bool,
+    weight8: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
     """Return hidden states [..., K] times the transpose of a weight [N, K], multiplied in float8.
 
     Args:
+        weight: receives the gradient. Its values are not read if `weight8` is given.
+        weight8, weight_scale: its float8 values and their scale, if they are stored; not with `rowwise`.
         rowwise: scale each row by itself in forward products, and each column where backward products sum over it;
             instead of whole tensors.
     """
     if has_torch_function((weight,)):  # Gemini gathers its parameters in the calls that it sees
         return handle_torch_function(linear, (weight,), hidden, weight, rowwise)
-    return _compiled_linear(hidden.flatten(0, -2), weight, rowwise).unflatten(0, hidden.shape[:-1])
+    output = _compiled_linear(hidden.flatten(0, -2), weight, rowwise, weight8, weight_scale)
+    return output.unflatten(0, hidden.shape[:-1])
 
 
 class _Float8(nn.Module):
     weight: Tensor
     bias: Any  # a tensor or None
     rowwise: bool
+    weight8: Tensor | None = None
+    weight_scale: Tensor | None = None
 
     def product(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weight, self.rowwise)
+        return linear(hidden, self.weight, self.rowwise, self.weight8, self.weight_scale)
 
     def with_bias(self, output: Tensor) -> Tensor:
         return output if self.bias is None else output + self.bias
@@ -162,6 +183,14 @@ def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
     return sum(_is_large(size, on_gpu) for size in sizes) if job.compute.fp8 else 0, len(sizes)
 
 
+def stored_elements(job: Job, sizes: dict[str, int], on_gpu: bool) -> int:
+    """Return how many of a rank's weights are stored in float8 alone, of `sizes` by name; see `store_weights`."""
+    compute, layout = job.compute, job.layout
+    if not compute.fp8 or compute.fp8_recipe == ROWWISE or job.adapters or layout.traits.on_host:
+        return 0
+    return sum(size for name, size in sizes.items() if "_proj.weight" in name and _is_large(size, on_gpu))
+
+
 def describe(job: Job) -> str:
     """Return the working precision, and which layers multiply in float8."""
     compute = job.compute
@@ -200,3 +229,57 @@ def convert_alike(layer: LlamaDecoderLayer, pattern: LlamaDecoderLayer) -> None:
         if isinstance(module, _Float8):
             own = layer.get_submodule(name)
             own.__class__, own.rowwise = type(module), module.rowwise
+
+
+class StoredWeight(NamedTuple):
+    """A weight that exists in float8 only, besides its master weight.
+
+    Attributes:
+        whole: its values, flat, perhaps padded.
+        scale: a float32 scalar.
+    """
+
+    whole: Tensor
+    scale: Tensor
+
+
+def store_weights(model: nn.Module, padded_sizes: dict[nn.Parameter, int]) -> dict[nn.Parameter, StoredWeight]:
+    """Replace converted layers' weights in working precision by float8 values, not yet set, where each has one scale.
+
+    The parameters keep their shape and precision, for their gradients, but their values are NaN and take no memory.
+
+    Args:
+        padded_sizes: elements to allocate, for the parameters to replace if their layers are converted.
+    """
+    stored = {}
+    for module in model.modules():
+        if not isinstance(module, _Float8) or module.rowwise or module.weight not in padded_sizes:
+            continue
+        weight: Any = module.weight
+        whole = weight.new_empty(padded_sizes[weight], dtype=E4M3)
+        stored[weight] = StoredWeight(whole, weight.new_zeros((), dtype=torch.float32))
+        module.weight8, module.weight_scale = whole[: weight.numel()].view(weight.shape), stored[weight].scale
+        weight.data = weight.new_full((), math.nan).expand(weight.shape)
+    return stored
+
+
+@torch.no_grad()
+def round_weights(weights: Iterable[tuple[Tensor, Tensor, Tensor]], group: ProcessGroup | None = None) -> None:
+    """Set stored weights from their master weights. Collective.
+
+    Args:
+        weights: this rank's part of a weight's float8 values, the same part of its master weight, and its scale.
+        group: the ranks that hold the other parts of the same weights; None: there are none.
+    """
+    values, masters, scales = zip(*weights, strict=True)
+    largest = torch.stack(torch._foreach_norm(masters, math.inf))
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    torch._foreach_copy_(scales, (largest.clamp_(min=SMALLEST_MAXIMUM) / torch.finfo(E4M3).max).unbind())
+    for value, master, scale in zip(values, masters, scales, strict=True):
+        if master.is_cuda:
+            from engine.kernels import divide_  # here, since torch has Triton only where it has CUDA
+
+            divide_(value, master, scale)
+        else:
+            value.copy_(divide(master, scale, E4M3))

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from engine import zero
+from engine import float8, zero
 from engine.compilation import compile_layers as compile_layers
 from engine.job import Job
 from engine.patching import replace
@@ -87,12 +87,14 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 
 def prepare(job: Job, plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Reduce gradients by a GradientReducer."""
+    """Reduce gradients by a GradientReducer, and store weights in float8."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         zero.prepare(job, plugin, model, optimizer)
     else:
         trained = filter(lambda parameter: parameter.requires_grad, model.parameters())
         optimizer.reducer = GradientReducer(job, trained, plugin.mixed_dp_group, partitions=False)
+        masters = optimizer.working_to_master_map if isinstance(optimizer, MixedPrecisionOptimizer) else {}
+        optimizer.stored = float8.store_weights(model, {weight: weight.numel() for weight in masters})
 
 
 def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:
@@ -115,9 +117,28 @@ def step(optimizer: OptimizerWrapper) -> float:
             parameter.grad = gradient
         optimizer.step()
         return float(optimizer.get_grad_norm())
-    masters, groups = optimizer.working_to_master_map, filter(None, (optimizer.tp_pg, optimizer.pp_pg))
-    parts = [Part(parameter, parameter.data, masters[parameter], gradient) for parameter, gradient in gradients.items()]
-    return update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
+    groups = filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+    parts = [
+        Part(
+            parameter,
+            None if parameter in optimizer.stored else parameter.data,
+            optimizer.working_to_master_map[parameter],
+            gradient,
+        )
+        for parameter, gradient in gradients.items()
+    ]
+    norm = update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
+    _round_weights(optimizer)
+    return norm
+
+
+def _round_weights(optimizer: MixedPrecisionOptimizer) -> None:
+    """Set the weights that are stored in float8."""
+    masters = optimizer.working_to_master_map
+    if optimizer.stored:
+        float8.round_weights(
+            (whole, masters[weight].view(-1), scale) for weight, (whole, scale) in optimizer.stored.items()
+        )
 
 
 def local_part(optimizer: OptimizerWrapper, parameter: torch.nn.Parameter) -> LocalPart:
@@ -135,7 +156,9 @@ def update_working_weights(optimizer: OptimizerWrapper) -> None:
         zero.update_working_weights(optimizer)
     elif isinstance(optimizer, MixedPrecisionOptimizer):
         for working, master in optimizer.working_to_master_map.items():
-            working.data.copy_(master)
+            if working not in optimizer.stored:
+                working.data.copy_(master)
+        _round_weights(optimizer)
 
 
 def _ulysses_forward(group: ProcessGroup) -> Callable:

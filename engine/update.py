@@ -30,17 +30,18 @@ from engine.patching import replace
 
 @dataclass
 class Part:
-    """This rank's part of one parameter; the three tensors are all flat or all of the parameter's shape.
+    """This rank's part of one parameter; the tensors are all flat or all of the parameter's shape.
 
     Attributes:
         parameter: the model's parameter.
-        working: the part of it that this rank updates, in the working precision; a view.
+        working: the part of it that this rank updates, in the working precision, a view; None if `update` leaves it to
+            `engine.float8.round_weights`.
         master: the float32 master weight of that part.
         gradient: the gradient of that part, in float32 or the working precision.
     """
 
     parameter: torch.nn.Parameter
-    working: Tensor
+    working: Tensor | None
     master: Tensor
     gradient: Tensor
 
@@ -62,7 +63,7 @@ def update(
         max_norm: largest norm; 0: no clipping.
         groups: the groups of ranks that hold other parts of the model, or of a parameter.
         tp_group: that of `groups` whose ranks may hold the same gradients, or None.
-        updated: called once the update of a part's working weight has been launched.
+        updated: called once the update of a part's working weight has been launched, if there is one.
 
     Returns:
         The norm before clipping, times the loss scale.
@@ -86,17 +87,20 @@ def update(
     _copy_to_host(adam, on_host)
     for part in on_host:
         _set_gradient(part.master, part.gradient)
-    adam.parts, adam.updated = {part.master.data_ptr(): part for part in on_device}, updated
+    rounded = [part for part in on_device if part.working is not None]
+    adam.parts, adam.updated = {part.master.data_ptr(): part for part in rounded}, updated
     adam.step(div_scale=scale)
     adam.parts = {}  # frees the gradients
     for part in parts:
         part.master.grad = None
     if on_host:
         torch.cuda.current_stream().wait_stream(adam.transfers[on_host[0].master].stream)
-    if on_device and not adam.fused:
-        torch._foreach_copy_([part.working for part in on_device], [part.master for part in on_device])
+    if rounded and not adam.fused:
+        torch._foreach_copy_(
+            [part.working for part in rounded if part.working is not None], [part.master for part in rounded]
+        )
     if on_host or not adam.fused:
-        for part in parts:
+        for part in on_host + rounded:
             updated(part)
     return norm
 
@@ -195,7 +199,7 @@ class Adam(HybridAdam):
         scale: float,
     ) -> None:
         """Update tensors on the GPU; takes the arguments of ColossalAI's `multi_tensor_adam`."""
-        from engine.adamw import adamw_  # here, since torch has Triton only where it has CUDA
+        from engine.kernels import adamw_  # here, since torch has Triton only where it has CUDA
 
         corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
         values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
@@ -270,6 +274,7 @@ def _set_gradient(master: Tensor, gradient: Tensor) -> None:
 def _copy_to_host(adam: Adam, parts: list[Part]) -> None:
     """Start the device-to-host copies of the gradients; each part's `gradient` becomes the pinned buffer."""
     for part in parts:
+        assert part.working is not None  # weights are stored in float8 only if their masters are on the device
         if part.master not in adam.transfers:
             stream = next(iter(adam.transfers.values())).stream if adam.transfers else torch.cuda.Stream()
             adam.transfers[part.master] = HostTransfer(part.gradient, stream)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from transformers import LlamaForCausalLM
 
+from engine import float8
 from engine.compilation import compile_layers as compile_layers
 from engine.job import Job
 from engine.patching import replace
@@ -48,7 +49,7 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 
 def prepare(job: Job, plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer: LowLevelZeroOptimizer) -> None:
-    """Reduce gradients by a GradientReducer instead of in ZeRO's buckets.
+    """Reduce gradients by a GradientReducer instead of in ZeRO's buckets, and store weights in float8.
 
     Symptom: sums over micro-batches lose as much precision as the working one has, and the backward pass waits for
         the host, which launches many small kernels in between.
@@ -63,6 +64,10 @@ def prepare(job: Job, plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer
     (group,) = optimizer.pg_to_grad_store
     parameters = itertools.chain.from_iterable(optimizer._working_param_groups.values())
     optimizer.reducer = GradientReducer(job, parameters, group)
+    padded = optimizer._working_param_to_padded_working_param
+    on_device = {} if job.layout.traits.on_host else {weight: whole.numel() for weight, whole in padded.items()}
+    optimizer.stored = float8.store_weights(model, on_device)
+    padded.update({weight: stored.whole for weight, stored in optimizer.stored.items()})
 
 
 def precision_mixin(optimizer: LowLevelZeroOptimizer) -> MixedPrecisionMixin | None:
@@ -75,30 +80,53 @@ def step(optimizer: LowLevelZeroOptimizer) -> float:
     reducer, gatherer = optimizer.reducer, _WeightGatherer(optimizer)
     reducer.finish()
     tp_group, pp_group = getattr(optimizer, "tp_pg", None), getattr(optimizer, "pp_pg", None)
+    parts = [_part(optimizer, parameter, gradient) for parameter, gradient in reducer.reduced.items()]
     norm = update(
         optimizer.optim,
-        [_part(optimizer, parameter, gradient) for parameter, gradient in reducer.reduced.items()],
+        parts,
         optimizer.mixed_precision_mixin,
         optimizer._clip_grad_norm,
         filter(None, (reducer.group, tp_group, pp_group)),
         tp_group,
         gatherer.start,
     )
+    _round_weights(optimizer, gatherer)
     gatherer.finish()
     reducer.reduced.clear()
     return norm
 
 
-def _part(optimizer: LowLevelZeroOptimizer, parameter: Parameter, gradient: Tensor) -> Part:
+def _round_weights(optimizer: LowLevelZeroOptimizer, gatherer: "_WeightGatherer") -> None:
+    """Set and gather the weights that are stored in float8."""
+    own = {weight: _own_part(optimizer, weight) for weight in optimizer.stored}
+    if own:
+        triples = (
+            (own[weight], _master(optimizer, weight), stored.scale) for weight, stored in optimizer.stored.items()
+        )
+        float8.round_weights(triples, gatherer.group)
+    for weight, part in own.items():  # as bytes: Gloo does not know float8
+        gatherer.gather(optimizer.stored[weight].whole.view(torch.uint8), part.view(torch.uint8))
+
+
+def _own_part(optimizer: LowLevelZeroOptimizer, parameter: Parameter) -> Tensor:
+    """Return the part of a working weight that this rank updates, flat; a view."""
     group = optimizer.param_to_pg[parameter]
     padded = optimizer._working_param_to_padded_working_param[parameter].view(-1)
-    working = padded.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-    return Part(parameter, working, optimizer.working_to_master_param[id(parameter)], gradient)
+    return padded.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+
+
+def _master(optimizer: LowLevelZeroOptimizer, parameter: Parameter) -> Tensor:
+    return optimizer.working_to_master_param[id(parameter)]
+
+
+def _part(optimizer: LowLevelZeroOptimizer, parameter: Parameter, gradient: Tensor) -> Part:
+    working = None if parameter in optimizer.stored else _own_part(optimizer, parameter)
+    return Part(parameter, working, _master(optimizer, parameter), gradient)
 
 
 def local_part(optimizer: LowLevelZeroOptimizer, parameter: Parameter) -> LocalPart:
     """Return this rank's part of a parameter and its optimizer state."""
-    storage = optimizer.working_to_master_param[id(parameter)]
+    storage = _master(optimizer, parameter)
     start = min(dist.get_rank(optimizer.param_to_pg[parameter]) * storage.numel(), parameter.numel())
     stop = min(start + storage.numel(), parameter.numel())
     return LocalPart(start, stop, storage, optimizer.optim.state[storage], replicated=False)
@@ -108,8 +136,12 @@ def update_working_weights(optimizer: LowLevelZeroOptimizer) -> None:
     """Copy the master weights, gathered from all ranks, to the working weights."""
     device = get_accelerator().get_current_device()
     for working, padded in optimizer._working_param_to_padded_working_param.items():
-        master = optimizer.working_to_master_param[id(working)]
-        all_gather_into_flat_tensor_nd(padded, master.to(device, working.dtype), optimizer.param_to_pg[working])
+        if working not in optimizer.stored:
+            master = _master(optimizer, working).to(device, working.dtype)
+            all_gather_into_flat_tensor_nd(padded, master, optimizer.param_to_pg[working])
+    gatherer = _WeightGatherer(optimizer)
+    _round_weights(optimizer, gatherer)
+    gatherer.finish()
 
 
 class GradientReducer:
@@ -226,28 +258,31 @@ class _WeightGatherer:
     def __init__(self, optimizer: LowLevelZeroOptimizer):
         (self.group,) = optimizer.pg_to_grad_store
         self.whole = optimizer._working_param_to_padded_working_param
-        self.small: list[Part] = []
+        self.small: dict[Parameter, Tensor] = {}
         self.in_flight: list[dist.Work] = []
 
     def start(self, part: Part) -> None:
         """Gather the weight of an updated part; a small one waits for `finish`."""
-        if dist.get_world_size(self.group) == 1:
-            return
-        if part.parameter.numel() < SMALL:
-            self.small.append(part)
-            return
-        whole = self.whole[part.parameter].view(-1)
-        self.in_flight.append(dist.all_gather_into_tensor(whole, part.working, group=self.group, async_op=True))
+        assert part.working is not None
+        if dist.get_world_size(self.group) > 1 and part.parameter.numel() < SMALL:
+            self.small[part.parameter] = part.working
+        else:
+            self.gather(self.whole[part.parameter].view(-1), part.working)
+
+    def gather(self, whole: Tensor, own: Tensor) -> None:
+        """Gather a flat weight from the parts that ranks own, unless there is one rank."""
+        if dist.get_world_size(self.group) > 1:
+            self.in_flight.append(dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True))
 
     def finish(self) -> None:
         """Gather the small weights, and wait for the large ones."""
         if self.small:
-            own = torch.cat([part.working for part in self.small])
+            own = torch.cat(list(self.small.values()))
             gathered = own.new_empty(dist.get_world_size(self.group), own.numel())
             dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
-            columns = gathered.split([part.working.numel() for part in self.small], dim=1)
-            for part, partitions in zip(self.small, columns, strict=True):
-                self.whole[part.parameter].view_as(partitions).copy_(partitions)
+            columns = gathered.split([part.numel() for part in self.small.values()], dim=1)
+            for parameter, partitions in zip(self.small, columns, strict=True):
+                self.whole[parameter].view_as(partitions).copy_(partitions)
         for work in self.in_flight:
             work.wait()
         self.small.clear()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted
+from engine.float8 import converted, stored_elements
 from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
@@ -140,6 +140,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
     held = parameters / shards if layout.zero_stage else parameters
     gradients = FP32 * parameters if several and job.exchanges_at_update else kept * held
+    in_float8 = stored_elements(job, {spec.name: spec.shape.numel() for spec in specs}, on_gpu=True)
     sizes = [spec.shape.numel() for spec in specs]
     large = [size for size in sizes if size >= zero.SMALL]
     in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
@@ -151,7 +152,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     in_flight = width * sum(in_layers[-zero.IN_FLIGHT :]) + _reduced_copy(job, max(in_layers, default=0))
     during_pass = several and not job.exchanges_at_update
     return _State(
-        weights=width * (frozen + parameters),
+        weights=width * (frozen + parameters) - (width - 1) * in_float8,
         optimizer=(MASTER_AND_MOMENTS if mixed or layout.zero_stage else 2 * FP32) * held,
         gradients=gradients,
         reducing=in_flight if during_pass else 0,

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from engine import device, float8
 from engine.job import Compute
-from engine.shards import initialize_weights, local_shards
+from engine.shards import MASTER, initialize_weights, local_shards
 from engine.step import forward_backward, optimizer_step
 from model_utils import ParameterSpec, initial_weight, load_config
 from processes import boosted, job, run_ranks
@@ -171,9 +171,43 @@ def test_every_layout_trains_in_it(ranks, flags, reference):
     results = run_ranks(ranks, step, f"{flags} --fp8", gradients)
     pairs = [pair for _, found in results for pair in found]
     error = (sum(error for error, _ in pairs) / sum(square for _, square in pairs)) ** 0.5
-    assert 0.03 < error < 0.1  # measured: 0.06; in bf16 0.007
+    assert 0.03 < error < 0.12  # measured: 0.076 to 0.103; in bf16 0.007
     split = 2 if "tp 2" in flags else 1
     assert sum(total for total, _ in results) / split / (8 * (LENGTH - 1)) == pytest.approx(loss, rel=2e-3)
+
+
+def stored_weights(flags: str) -> list[tuple[bool, torch.Tensor, torch.Tensor]]:
+    """Return, at first and after a step: True if a weight has neither values nor memory; the float8 values times their
+    scale; and this rank's master.
+    """
+    run = boosted(f"{flags} --lr 1e-2 --fp8", **CHANGES)
+    initialize_weights(run)
+    module = run.model.unwrap().model.layers[0].mlp.down_proj
+    ids = sequences()[dist.get_rank() :][:2]
+    found = []
+    for _ in range(2):
+        (shard,) = (shard for shard in local_shards(run) if "layers.0.mlp.down_proj.w" in shard.spec.name)
+        values = module.weight8.float() * module.weight_scale
+        empty = bool(module.weight.isnan().all()) and module.weight.untyped_storage().nbytes() == 2
+        found.append((empty, values.flatten(), shard.tensor(MASTER).clone()))
+        forward_backward(run, [{"input_ids": ids, "labels": ids}], 6 * (LENGTH - 1))
+        optimizer_step(run)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-p zero2 -b 2", "-p hybrid_parallel --tp 1 --pp 1 --zero 0 -b 2"])
+def test_trained_weights_are_stored_in_float8_alone(flags):
+    """They are the ranks' master weights, rounded; after these are set, and after an update."""
+    before, after = zip(*run_ranks(3, stored_weights, flags), strict=True)
+    for ranks in (before, after):
+        own = [master for *_, master in ranks]
+        master = torch.cat(own) if "zero2" in flags else own[0]
+        scale = master.abs().max() / 448
+        for empty, values, _ in ranks:
+            assert empty
+            assert torch.allclose(values, (master / scale).to(torch.float8_e4m3fn).float() * scale, atol=0)
+    assert not torch.equal(before[0][1], after[0][1])
 
 
 def adapted() -> list[str]:
