@@ -31,7 +31,7 @@ def stepped(flags: str, ours: bool, small: int = zero.SMALL):
     zero.SMALL = small
     if not ours:
         for module in (zero, hybrid):
-            module.prepare, module.step = lambda *_: None, colossalais_step
+            module.prepare, module.step = lambda *given: setattr(given[-1], "stored", {}), colossalais_step
         boost.patch_loss_scaling = lambda: None
     precision = flags.partition("-x ")[2] or "bf16"  # ColossalAI sums up and reduces in it
     run = boosted(f"{flags} -b 4 --lr 1e-2 --gradient_clipping 0.1 --reduce_dtype {precision}")
