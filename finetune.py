@@ -56,7 +56,7 @@ from training.flags import (
     take,
     user_name,
 )
-from training.plan import Run, announce, check_folders, complete, make_plan, resume_state
+from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
@@ -208,6 +208,7 @@ def main() -> int:
         longest = run.job.batch.max_length if args.pack else dataset.longest
         job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
         say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_schedule(plan, run.job.optimization.lr)
         return 0
 
     export = partial(export_model, tokenizer=tokenizer, json_files=json_files)

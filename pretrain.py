@@ -57,7 +57,7 @@ from training.flags import (
     user_name,
     user_path,
 )
-from training.plan import Run, announce, check_folders, complete, make_plan, resume_state
+from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
 
 
@@ -202,6 +202,7 @@ def main() -> int:
         say(f"held out: {held_out.description}")
     if args.dry_run:
         say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_schedule(plan, run.job.optimization.lr)
         return 0
 
     export = partial(export_model, tokenizer=tokenizer)

@@ -18,6 +18,7 @@ from corpus.tokenizer import LLAMA_TOKENIZER
 from engine.job import AUTO, MICRO_BATCH, ROWWISE, STEP, TENSORWISE, Compute, Exchange, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
+from training.schedule import CONSTANT, COSINE, SCHEDULES, SHAPES, Schedule
 
 if TYPE_CHECKING:
     from checkpointing.adapters import Lora
@@ -201,6 +202,8 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.plan import Length, Outputs, Run
 
+    if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
+        raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
     length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
     return Run(
         model,
@@ -208,6 +211,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
         length,
         take(Outputs, args),
         take(Retention, args),
+        take(Schedule, args),
         lora,
         args.num_workers,
         settings(args),
@@ -247,7 +251,12 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     text = "of AdamW; LLaMA's (default: 0.9 0.95)"
     add_flag(optimization, "--adam_betas", float, text, nargs=2, default=(0.9, 0.95), metavar="BETA")
     add_flag(optimization, "--adam_eps", 1e-8, "of AdamW; LLaMA-2 used 1e-5 (default: 1e-8)")
-    add_flag(optimization, "--min_lr_ratio", 0.1, "fraction of --lr at which the cosine ends")
+    text = "learning rate after the warm-up; wsd: constant, falling in the last --decay_steps"
+    add_flag(optimization, "--lr_schedule", COSINE, text, choices=SCHEDULES)
+    add_flag(optimization, "--min_lr_ratio", 0.1, "fraction of --lr at which it ends", action=Given)
+    add_flag(optimization, "--decay_steps", int, "wsd: optimizer steps at the end (default: a tenth of the run)")
+    text = "wsd: fall linearly, or fast at first (default: linear)"
+    add_flag(optimization, "--decay_shape", str, text, choices=SHAPES)
     add_flag(optimization, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
     add_flag(optimization, "--seed", 42, "seed of weights and data order")
 

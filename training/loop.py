@@ -58,7 +58,7 @@ def train(
         return checkpoint, True
     if state.step and engine.config.attention_dropout:
         say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
-    scheduler = build_scheduler(engine, state.step, plan.warmup_steps, plan.total_steps)
+    scheduler = build_scheduler(engine, state.step, plan.curve)
     batches = Batches(loader, run.job.batch.accumulation_steps, plan.layout)
     if state.step < plan.total_steps:
         batches.prefetch()
@@ -118,7 +118,7 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
         f"{plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device_name()}; {versions}",
     }
-    settled = run.settings(plan.warmup_steps) | asdict(run.job.compute) | asdict(run.job.exchange)
+    settled = run.settings(plan.curve) | asdict(run.job.compute) | asdict(run.job.exchange)
     metrics.describe(state.step, run.flags | settled, texts)
     return metrics
 

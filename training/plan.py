@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from checkpointing.folder import (
 from checkpointing.writer import Retention
 from data_utils import TrainingData
 from engine import float8
-from engine.job import Job, Optimization
+from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
+from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
 WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
@@ -80,41 +82,65 @@ class Run:
     length: Length = field(default_factory=Length)
     outputs: Outputs = field(default_factory=Outputs)
     retention: Retention = field(default_factory=Retention)
+    schedule: Schedule = field(default_factory=Schedule)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
 
-    def settings(self, warmup_steps: int) -> dict[str, Any]:
-        """Return the flags that a resume must not change unnoticed; `make_plan` adds the data and the length."""
+    def settings(self, curve: Curve) -> dict[str, Any]:
+        """Return the flags that a resume must not change unnoticed; `make_plan` adds the data."""
         optimization = self.job.optimization
         return {
             "seed": self.job.seed,
             "max_length": self.job.batch.max_length,
             "lr": optimization.lr,
-            "warmup_steps": warmup_steps,
             "weight_decay": optimization.weight_decay,
             "gradient_clipping": optimization.gradient_clipping,
-            **_later_settings(optimization),
+            "adam_betas": list(optimization.adam_betas),
+            "adam_eps": optimization.adam_eps,
+            **asdict(curve),
             **(self.lora.settings if self.lora else {}),
         }
+
+    def curve(self, total_steps: int, before: dict[str, Any]) -> Curve:
+        """Return the learning rate of a run of this many steps.
+
+        Args:
+            before: settings of the checkpoint, if there is one. A run that is made longer keeps its warm-up.
+        """
+        warmup_steps, schedule = self.length.warmup_steps, self.schedule
+        if warmup_steps is None and schedule.lr_schedule in EXTENDED:
+            warmup_steps = before.get("warmup_steps")
+        if warmup_steps is None:
+            warmup_steps = math.ceil(WARMUP_RATIO * total_steps)
+        decay_steps = schedule.decay_steps
+        if schedule.lr_schedule == WSD and decay_steps is None:
+            decay_steps = math.ceil(DECAY_RATIO * total_steps)
+        return Curve(
+            warmup_steps,
+            total_steps,
+            self.job.optimization.min_lr_ratio,
+            schedule.lr_schedule,
+            decay_steps,
+            schedule.decay_shape or SHAPES[0],
+        )
 
     def problems(self) -> list[str]:
         """Return a line for each mistake in the flags other than the job's."""
         return (
             self.length.problems()
+            + self.schedule.problems()
             + self.outputs.problems()
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
         )
 
 
-def _later_settings(optimization: Optimization) -> dict[str, Any]:
-    """Return the settings that older checkpoints lack, which were made with their defaults."""
-    return {
-        "adam_betas": list(optimization.adam_betas),
-        "adam_eps": optimization.adam_eps,
-        "min_lr_ratio": optimization.min_lr_ratio,
-    }
+LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
+    "adam_betas": [0.9, 0.95],
+    "adam_eps": 1e-8,
+    **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
+}
 
 
 @dataclass
@@ -165,7 +191,7 @@ class Plan:
     trained_tokens: int = 0
     trained_sequences: int = 0
     num_epochs: int = 1
-    warmup_steps: int = 0
+    curve: Curve = field(default_factory=partial(Curve, 0, 0))  # the learning rate
 
     @property
     def epoch_sequences(self) -> int:
@@ -342,7 +368,12 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             f"--warmup_steps: the default of {length.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
-    warmup_steps = math.ceil(WARMUP_RATIO * total_steps) if length.warmup_steps is None else length.warmup_steps
+    curve = run.curve(total_steps, state.settings)
+    if curve.decay_steps is not None and curve.decay_start < curve.warmup_steps:
+        raise InputError(
+            f"--decay_steps: {curve.warmup_steps} steps of warm-up and {curve.decay_steps} of decay do not fit into "
+            f"the run of {total_steps} steps; shorten one"
+        )
     plan = Plan(
         layout,
         global_batch,
@@ -353,16 +384,24 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         state.tokens,
         state.sequences,
         length.num_epochs,
-        warmup_steps,
+        curve,
     )
-    settings = run.settings(warmup_steps) | {"schedule_steps": total_steps, "data": dataset.fingerprint}
+    settings = run.settings(curve) | {"data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
-    before = state.settings and _later_settings(Optimization()) | state.settings
+    before = state.settings and LATER_SETTINGS | state.settings
     changes = {
         name: f"--load: {_setting(name)} was {before.get(name)} in the checkpoint and is {value} now"
         for name, value in settings.items()
         if before and before.get(name) != value
     }
+    if before and changes.keys() <= asdict(curve).keys():
+        earlier = Curve(**{name: before[name] for name in asdict(curve)})
+        if curve.agrees(earlier, state.step):
+            end = earlier.schedule_steps
+            say(
+                f"--load: the run ends at step {total_steps} instead of {end}, as --lr_schedule {curve.lr_schedule} allows"
+            )
+            changes = {}
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # --allow_changes does not cover them
     if state.stream and "shuffle_buffer" in changes:
@@ -419,6 +458,13 @@ def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None, 
                     f"{name} is {expected} on rank 0 ({views[0][0]}) and {other.get(name)} on rank {number} "
                     f"({host}); give all ranks the same flags and files"
                 )
+
+
+def say_schedule(plan: Plan, lr: float) -> None:
+    """Print the learning rate at each tenth of the run, of its peak `lr`."""
+    steps = [plan.total_steps * tenth // 10 for tenth in range(10)] + [plan.total_steps - 1]
+    rates = " ".join(f"{lr * plan.curve(step):.2e}" for step in steps)
+    say(f"learning rate ({plan.curve.lr_schedule}) from 0 to 100% of the run: {rates}")
 
 
 def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> None:

@@ -1,26 +1,85 @@
-"""The learning rate: linear warm-up, then a cosine."""
+"""The learning rate: linear warm-up, then constant, falling, or constant and falling at the end."""
 
 import math
-from functools import partial
+from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine.boost import Engine
+from runtime.console import below
+
+COSINE, LINEAR, CONSTANT, WSD = SCHEDULES = ("cosine", "linear", "constant", "wsd")
+EXTENDED = (CONSTANT, WSD)  # those with which a run may be made longer
+SHAPES = ("linear", "1-sqrt")
+DECAY_RATIO = 0.1  # of the steps, in wsd
 
 
-def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int, min_ratio: float = 0.1) -> float:
-    """Return the fraction of the peak learning rate at a step, counted from 0: linear up, cosine down to a fraction."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class Schedule:
+    """The form of the learning rate after the warm-up.
+
+    Attributes:
+        lr_schedule: cosine or linear, to the end of the run; constant; or wsd (warm-up, stable, decay; Hu et al.,
+            arXiv:2404.06395): constant, and falling in the last `decay_steps`.
+        decay_steps: None: DECAY_RATIO of the run.
+        decay_shape: of wsd's end: linear, or 1-sqrt, which falls fast at first (Hägele et al., arXiv:2405.18392);
+            None: linear.
+    """
+
+    lr_schedule: str = COSINE
+    decay_steps: int | None = None
+    decay_shape: str | None = None
+
+    def problems(self) -> list[str]:
+        """Return a line for each setting that is out of range, or has no effect."""
+        given = {"decay_steps": self.decay_steps, "decay_shape": self.decay_shape}
+        without_effect = [
+            f"--{name}: takes effect only with --lr_schedule wsd, not with {self.lr_schedule}"
+            for name, value in given.items()
+            if value is not None and self.lr_schedule != WSD
+        ]
+        return without_effect or below(1, decay_steps=self.decay_steps)
 
 
-def build_scheduler(engine: Engine, step: int, warmup_steps: int, total_steps: int) -> LambdaLR:
+@dataclass(frozen=True)
+class Curve:
+    """The learning rate of a run, as a fraction of its peak."""
+
+    warmup_steps: int
+    schedule_steps: int  # length of the run
+    min_lr_ratio: float = 0.1  # at the end, unless it is constant
+    lr_schedule: str = COSINE
+    decay_steps: int | None = None  # of wsd
+    decay_shape: str = SHAPES[0]
+
+    @property
+    def decay_start(self) -> int:
+        """The step from which the learning rate falls."""
+        return self.warmup_steps if self.decay_steps is None else self.schedule_steps - self.decay_steps
+
+    def __call__(self, step: int) -> float:
+        """Return the fraction at a step, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.lr_schedule == CONSTANT:
+            return 1.0
+        progress = (step - self.decay_start) / max(1, self.schedule_steps - self.decay_start)
+        progress = min(1.0, max(0.0, progress))
+        if self.lr_schedule == COSINE:
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            left = 1 - (math.sqrt(progress) if self.decay_shape == SHAPES[1] else progress)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left
+
+    def agrees(self, other: "Curve", steps: int) -> bool:
+        """Return True if both are the same in the first steps, and made for runs that end at any time."""
+        extended = self.lr_schedule in EXTENDED and other.lr_schedule in EXTENDED
+        return extended and all(self(step) == other(step) for step in range(steps))
+
+
+def build_scheduler(engine: Engine, step: int, curve: Curve) -> LambdaLR:
     """Return the schedule positioned at `step`; it depends only on the step, so a resume needs no other state."""
     optimizer = engine.optimizer.optim
     for group in optimizer.param_groups:
         group["initial_lr"] = engine.job.optimization.lr
-    ratio = engine.job.optimization.min_lr_ratio
-    schedule = partial(cosine_with_warmup, warmup_steps=warmup_steps, total_steps=total_steps, min_ratio=ratio)
-    return LambdaLR(optimizer, schedule, last_epoch=step - 1)
+    return LambdaLR(optimizer, curve, last_epoch=step - 1)

@@ -164,7 +164,14 @@ class TestResumeState:
         "slice_weights": None,
         "document_mask": False,
     }
-    LATER = {"adam_betas": [0.9, 0.95], "adam_eps": 1e-8, "min_lr_ratio": 0.1}  # noqa: RUF012  older checkpoints lack it
+    LATER = {  # noqa: RUF012  older checkpoints lack these
+        "adam_betas": [0.9, 0.95],
+        "adam_eps": 1e-8,
+        "min_lr_ratio": 0.1,
+        "lr_schedule": "cosine",
+        "decay_steps": None,
+        "decay_shape": "linear",
+    }
     FLAGS = (*FOUR_RANKS, "-l", "64", "-s", "0", "-b", "2", "-e", "3")
 
     @pytest.fixture

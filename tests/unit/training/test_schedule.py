@@ -1,39 +1,76 @@
-"""The learning-rate schedule."""
+"""The learning rate of each schedule, against torch's own schedulers where it has them."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import lr_scheduler as theirs
 
 from engine.job import Job, Optimization
 from model_utils import load_config
-from training.schedule import build_scheduler, cosine_with_warmup
+from training.schedule import SCHEDULES, Curve, build_scheduler
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak():
-    values = [cosine_with_warmup(step, 4, 100) for step in range(5)]
-    assert values == [0.25, 0.5, 0.75, 1.0, 1.0]
+    for name in SCHEDULES:
+        curve = Curve(4, 100, lr_schedule=name, decay_steps=10 if name == "wsd" else None)
+        assert [curve(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_cosine_ends_at_a_tenth():
-    assert cosine_with_warmup(52, 4, 100) == pytest.approx(0.55)  # half way
-    assert cosine_with_warmup(100, 4, 100) == pytest.approx(0.1)
-    assert cosine_with_warmup(99, 4, 100) == pytest.approx(0.1, abs=1e-3)
-    assert cosine_with_warmup(1000, 4, 100) == pytest.approx(0.1)
-    falling = [cosine_with_warmup(step, 4, 100) for step in range(4, 101)]
-    assert falling == sorted(falling, reverse=True)
+def torchs(make, steps: int) -> list[float]:
+    """Return the factors of one of torch's schedulers, up to and including `steps`."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, found = make(optimizer), []
+    for _ in range(steps + 1):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
 
 
-def test_cosine_ends_at_the_fraction_asked_for():
-    assert cosine_with_warmup(100, 4, 100, min_ratio=0.25) == pytest.approx(0.25)
-    assert cosine_with_warmup(100, 4, 100, min_ratio=0.0) == pytest.approx(0.0)
-    assert cosine_with_warmup(4, 4, 100, min_ratio=0.0) == 1.0
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.0])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_falls_as_torchs_schedulers_do(warmup, ratio):
+    total, rest = 100, 100 - warmup
+    expected = {
+        "cosine": torchs(lambda optimizer: theirs.CosineAnnealingLR(optimizer, rest, ratio), rest),
+        "linear": torchs(lambda optimizer: theirs.LinearLR(optimizer, 1, ratio, rest), rest),
+        "constant": [1.0] * (rest + 1),
+        "wsd": [1.0] * (rest - 20) + torchs(lambda optimizer: theirs.LinearLR(optimizer, 1, ratio, 20), 20),
+    }
+    for name, values in expected.items():
+        curve = Curve(warmup, total, ratio, name, 20 if name == "wsd" else None)
+        assert [curve(step) for step in range(warmup, total + 1)] == pytest.approx(values)
+        assert curve(1000) == pytest.approx(values[-1])
+
+
+def test_the_end_of_wsd_may_fall_as_one_minus_a_square_root():
+    curve = Curve(0, 100, 0.2, "wsd", 20, "1-sqrt")
+    assert [curve(step) for step in (0, 79, 80)] == [1, 1, 1]
+    assert curve(85) == pytest.approx(0.2 + 0.8 * (1 - math.sqrt(0.25)))
+    assert curve(100) == pytest.approx(0.2)
 
 
 def test_no_warm_up_and_only_warm_up():
-    assert cosine_with_warmup(0, 0, 10) == 1.0
-    assert [cosine_with_warmup(step, 10, 10) for step in (0, 9)] == [0.1, 1.0]
-    assert cosine_with_warmup(0, 0, 0) > 0
+    assert Curve(0, 10)(0) == 1.0
+    assert [Curve(10, 10)(step) for step in (0, 9)] == [0.1, 1.0]
+    assert Curve(0, 0)(0) > 0
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "steps", "expected"),
+    [
+        (Curve(4, 200, lr_schedule="constant"), Curve(4, 100, lr_schedule="constant"), 100, True),
+        (Curve(4, 200, 0.1, "wsd", 20), Curve(4, 100, 0.1, "wsd", 10), 91, True),
+        (Curve(4, 200, 0.1, "wsd", 20), Curve(4, 100, 0.1, "wsd", 10), 92, False),  # it has begun to fall
+        (Curve(4, 100, 0.1, "wsd", 10), Curve(4, 100, lr_schedule="constant"), 50, True),
+        (Curve(5, 200, 0.1, "wsd", 20), Curve(4, 100, 0.1, "wsd", 10), 50, False),
+        (Curve(4, 200), Curve(4, 100), 2, False),  # a cosine is made for its length
+    ],
+)
+def test_a_run_may_be_made_longer_while_the_past_is_the_same(own, other, steps, expected):
+    assert own.agrees(other, steps) == expected
 
 
 @pytest.mark.parametrize("resumed", [0, 1, 4, 7, 19])
@@ -41,11 +78,11 @@ def test_a_resumed_schedule_depends_only_on_the_step(resumed):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5.0)
     job = Job(load_config("test"), optimization=Optimization(lr=1e-3))
     engine = SimpleNamespace(job=job, optimizer=SimpleNamespace(optim=optimizer))
-    scheduler = build_scheduler(engine, resumed, warmup_steps=4, total_steps=20)
+    scheduler = build_scheduler(engine, resumed, Curve(4, 20))
     rates = []
     for _ in range(resumed, 20):
         rates.append(optimizer.param_groups[0]["lr"])
         assert scheduler.get_last_lr() == [rates[-1]]
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([1e-3 * cosine_with_warmup(step, 4, 20) for step in range(resumed, 20)])
+    assert rates == pytest.approx([1e-3 * Curve(4, 20)(step) for step in range(resumed, 20)])
