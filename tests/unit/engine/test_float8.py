@@ -52,6 +52,22 @@ class TestLinear:
         for ours, theirs in zip((hidden, weight), wide, strict=True):
             assert 0.02 < relative(ours.grad, theirs.grad) < (BOTH_E4M3 if rowwise else WITH_E5M2)
 
+    @pytest.mark.parametrize("tokens", [1, 50])
+    @pytest.mark.parametrize("rowwise", [False, True])
+    def test_kernels_get_the_sizes_that_a_gpu_takes(self, rowwise, tokens, monkeypatch):
+        """All but the rows of the left matrix must be divisible by 16; the CPU's kernel takes any size."""
+        multiply, sizes = torch._scaled_mm, []
+
+        def recorded(left: torch.Tensor, right: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            sizes.append((*left.shape[1:], *right.shape))
+            return multiply(left, right, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "_scaled_mm", recorded)
+        hidden, weight = (torch.randn(rows, 96).bfloat16().requires_grad_() for rows in (tokens, 112))
+        float8.linear(hidden, weight, rowwise).sum().backward()
+        assert len(sizes) == 3
+        assert not any(size % 16 for found in sizes for size in found)
+
     @pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e12])
     @pytest.mark.parametrize("rowwise", [False, True])
     def test_any_magnitude_has_the_same_error(self, rowwise, magnitude):
