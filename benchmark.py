@@ -140,10 +140,10 @@ def batches(engine: Engine, num_steps: int) -> Iterator[dict]:
     return iter(engine.plugin.prepare_dataloader(dataset, batch.batch_size, shuffle=False, drop_last=True))
 
 
-def announce(model: str, job: Job, attention: str) -> None:
+def announce(model: str, job: Job, attention: str, on_gpu: bool) -> None:
     """Print the model, the layout and the global batch."""
     parameters, batch, layout = count_parameters(job.config), job.batch, job.layout
-    say(f"model: {model}, {parameters:,} parameters, {float8.describe(job)}; {attention}")
+    say(f"model: {model}, {parameters:,} parameters, {float8.describe(job, on_gpu)}; {attention}")
     say(describe_layout(layout))
     sequences = batch.batch_size * layout.dp
     say(
@@ -219,8 +219,8 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
         layout = asdict(job.layout) | {"gpus": job.layout.ranks}
         write_json(args.json, {"inputs": inputs, "layout": layout, **results})
     mfu = "" if results["mfu"] is None else f", MFU {results['mfu']:.1%}"
-    if mfu and job.compute.fp8:
-        mfu += f" of the bf16 peak, {results['float8_utilization'] or 0:.1%} of the float8 peak"
+    if results["float8_utilization"] and job.compute.fp8:
+        mfu += f" of the bf16 peak, {results['float8_utilization']:.1%} of the float8 peak"
     say(
         f"step: median {results['step_seconds_median']:.3f} s, p10 {results['step_seconds_p10']:.3f}, "
         f"p90 {results['step_seconds_p90']:.3f}; {results['tokens_per_second']:,.0f} tokens/s, "
@@ -239,7 +239,7 @@ def main() -> int:
     job = job_of(args, config)
     check(args, job)
     job = settle(job, plan)
-    announce(args.config, job, attention)
+    announce(args.config, job, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if args.dry_run:
         say_plan(job, plan, job.batch.batch_size * job.layout.dp * job.batch.max_length, REDPAJAMA_TOKENS)
         return 0

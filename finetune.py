@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpointing.adapters import Lora
@@ -201,7 +202,7 @@ def main() -> int:
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
     run = replace(run, job=settle(run.job, take(DryRun, args)))
-    announce(run, dataset, plan, attention)
+    announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:

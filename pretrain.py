@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from checkpointing.export import export_model
@@ -197,7 +198,7 @@ def main() -> int:
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
     plan = make_plan(run, dataset, state)
     run = replace(run, job=settle(run.job, take(DryRun, args)))
-    announce(run, dataset, plan, attention)
+    announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if held_out:
         say(f"held out: {held_out.description}")
     if args.dry_run:

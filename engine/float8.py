@@ -1,7 +1,7 @@
 """Linear layers that multiply in float8, by dynamic scaling; weights, gradients and everything else stay as they are.
 
 Forward: activations and weights as e4m3. Backward: gradients of outputs as e5m2, or as e4m3 if each row has a scale
-(Micikevicius et al., arXiv:2209.05433). Products are summed in float32.
+(Micikevicius et al., arXiv:2209.05433). Backward products are summed in float32.
 
 M is the number of tokens, K and N are the sizes of a layer's input and output.
 """
@@ -28,6 +28,7 @@ SMALLEST_MAXIMUM = 2.0**-100  # the reciprocal of its scale is a normal float32 
 # Weights of a layer from which it is faster. Measured on an H200: a model of hidden size 1024 is 3% slower, one of
 # hidden size 2048 21% faster.
 WORTHWHILE = 2**22
+RECOMPILATIONS = 64  # of one function; `convert` says why. At most 28 are needed
 
 
 def scale_of(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
@@ -186,38 +187,41 @@ def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
 def stored_elements(job: Job, sizes: dict[str, int], on_gpu: bool) -> int:
     """Return how many of a rank's weights are stored in float8 alone, of `sizes` by name; see `store_weights`."""
     compute, layout = job.compute, job.layout
-    if not compute.fp8 or compute.fp8_recipe == ROWWISE or job.adapters or layout.traits.on_host:
+    if compute.recipe != TENSORWISE or job.adapters or layout.traits.on_host:
         return 0
     return sum(size for name, size in sizes.items() if "_proj.weight" in name and _is_large(size, on_gpu))
 
 
-def describe(job: Job) -> str:
+def describe(job: Job, on_gpu: bool) -> str:
     """Return the working precision, and which layers multiply in float8."""
     compute = job.compute
     if not compute.fp8:
         return compute.mixed_precision
-    number, total = converted(job, torch.cuda.is_available())
+    number, total = converted(job, on_gpu)
     if not number:
         return (
             f"{compute.mixed_precision} (--fp8 has no effect: layers of fewer than {WORTHWHILE:,} weights gain nothing)"
         )
     count = "" if number == total else f"{number} of {total} "
-    return f"{compute.mixed_precision}, {count}linear layers in float8 ({compute.fp8_recipe or TENSORWISE})"
+    return f"{compute.mixed_precision}, {count}linear layers in float8 ({compute.recipe})"
 
 
 def convert(model: nn.Module, compute: Compute) -> None:
-    """Have the decoder's linear layers multiply in float8, if `compute` says so and the layer gains by it."""
+    """Have the decoder's linear layers, not adapters, multiply in float8, if `compute` says so and they gain by it."""
     if not compute.fp8:
         return
+    # torch compiles `_compiled_linear` for each shape of a weight, with and without gradients, and for one and several
+    # numbers of tokens. After the eighth time it would run it eagerly for good.
+    torch._dynamo.config.recompile_limit = RECOMPILATIONS
     for layer in model.modules():
-        for module in layer.modules() if isinstance(layer, LlamaDecoderLayer) else ():
-            kind = _CLASSES.get(type(module))
+        for name, module in layer.named_modules() if isinstance(layer, LlamaDecoderLayer) else ():
+            kind = None if "lora_" in name else _CLASSES.get(type(module))
             if kind and _gains(module.weight):
-                module.__class__, module.rowwise = kind, compute.fp8_recipe == ROWWISE
+                module.__class__, module.rowwise = kind, compute.recipe == ROWWISE
 
 
 def _gains(weight: Tensor | None) -> bool:
-    """Return False for weights of other pipeline stages, and those too small, such as adapters'."""
+    """Return False for weights of other pipeline stages, and those too small."""
     if weight is None or any(size % FLOAT8_ALIGNMENT for size in weight.shape):
         return False
     return _is_large(weight.numel(), torch.cuda.is_available())

@@ -53,6 +53,11 @@ class Compute:
     fp8: bool = False
     fp8_recipe: str | None = None
 
+    @property
+    def recipe(self) -> str:
+        """How operands are scaled for float8; empty without it."""
+        return (self.fp8_recipe or TENSORWISE) if self.fp8 else ""
+
     def problems(self, layout: Parallelism, layers: int) -> list[str]:
         """Return a line for each setting that is out of range, or conflicts with others in a model of `layers`."""
         problems = []
@@ -204,6 +209,8 @@ class Job:
         problems = []
         if compute.mixed_precision == "fp32":
             problems.append("--fp8: needs --mixed_precision bf16 or fp16, not fp32")
+        elif compute.mixed_precision == "fp16" and compute.fp8_recipe == ROWWISE:
+            problems.append("--fp8_recipe: rowwise needs --mixed_precision bf16: not every GPU has it for fp16")
         if compute.compile is False:
             problems.append("--fp8: not compiled, it is slower than bf16; leave --no-compile or --fp8 out")
         if layout.traits.module == "gemini" and layout.tp > 1:

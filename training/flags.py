@@ -334,7 +334,7 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     add_flag(plan, "--gpus", int, "dry run: plan for this many GPUs (default: the ranks launched)")
     add_flag(plan, "--gpu", str, "dry run: their model, such as A100 (default: this machine's, else H100)")
     add_flag(plan, "--gpu_memory", float, "dry run: memory of each in GB (default: that of the model)")
-    add_flag(plan, "--mfu", 0.4, "dry run: fraction of their peak FLOPS that training reaches", action=Given)
+    add_flag(plan, "--mfu", 0.4, "dry run: fraction of their bf16 peak that training reaches", action=Given)
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:

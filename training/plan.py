@@ -156,7 +156,7 @@ class TrainState:
     stream: dict[str, Any] | None = None  # position in a data set that is streamed
     unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation
     global_batch: int = 0  # sequences in the last step; 0 in older checkpoints
-    fp8: bool = False  # the last step multiplied in float8
+    fp8: str = ""  # recipe with which the last step multiplied in float8
 
     @property
     def adam_steps(self) -> int:
@@ -398,9 +398,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         earlier = Curve(**{name: before[name] for name in asdict(curve)})
         if curve.agrees(earlier, state.step):
             end = earlier.schedule_steps
-            say(
-                f"--load: the run ends at step {total_steps} instead of {end}, as --lr_schedule {curve.lr_schedule} allows"
-            )
+            say(f"--load: the run ends at step {total_steps} instead of {end}; its learning rate so far is the same")
             changes = {}
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # --allow_changes does not cover them
@@ -421,9 +419,10 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             "--batch_size and --accumulation_steps can restore it"
         )
     state.global_batch = global_batch
-    if state.fp8 != run.job.compute.fp8 and total_steps > state.step > 0:
-        say(f"--fp8: steps up to the checkpoint were trained {'with' if state.fp8 else 'without'} it, unlike the next")
-    state.fp8 = run.job.compute.fp8
+    if state.fp8 != run.job.compute.recipe and total_steps > state.step > 0:
+        earlier_steps = f"with --fp8 {state.fp8}" if state.fp8 else "without it"
+        say(f"--fp8: steps up to the checkpoint were trained {earlier_steps}, unlike the next")
+    state.fp8 = run.job.compute.recipe
     return plan
 
 
@@ -467,11 +466,11 @@ def say_schedule(plan: Plan, lr: float) -> None:
     say(f"learning rate ({plan.curve.lr_schedule}) from 0 to 100% of the run: {rates}")
 
 
-def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str) -> None:
+def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu: bool) -> None:
     """Print the model, data, layout, batch and length of the run, on rank 0."""
     job, max_steps = run.job, run.length.max_steps
     parameters = count_parameters(job.config)
-    say(f"model: {run.model}, {parameters:,} parameters, {float8.describe(job)}; {attention}")
+    say(f"model: {run.model}, {parameters:,} parameters, {float8.describe(job, on_gpu)}; {attention}")
     say(f"data: {dataset.description}")
     say(describe_layout(plan.layout))
     say(

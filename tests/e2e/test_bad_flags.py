@@ -44,6 +44,7 @@ HYBRID = "-p hybrid_parallel"
         ("--reduce_dtype bf16 -x fp16", 1, ["--reduce_dtype", "fp32 or the --mixed_precision fp16", "not bf16"]),
         ("--fp8_recipe rowwise", 1, ["--fp8_recipe", "only with --fp8"]),
         ("-p zero2 --fp8 -x fp32", 1, ["--fp8", "needs --mixed_precision bf16 or fp16, not fp32"]),
+        ("--fp8 --fp8_recipe rowwise -x fp16", 1, ["--fp8_recipe", "rowwise needs --mixed_precision bf16"]),
         ("--fp8 --no-compile", 1, ["--fp8", "not compiled", "leave --no-compile or --fp8 out"]),
         ("--fp8 --dry_run --gpu A100", 1, ["--fp8", "A100 has no float8"]),
         (f"{HYBRID} --tp 2 --pp 1 --fp8", 2, ["--fp8", "FFN size of a rank is 88", "divisible by 16"]),

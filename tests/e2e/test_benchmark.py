@@ -249,6 +249,31 @@ def test_out_of_memory_is_one_line_with_what_helps(where, flags, remedies, tmp_p
     assert re.fullmatch(pattern, line)
 
 
+ON_H200 = """\
+import benchmark
+from runtime import process
+benchmark.device.device_name = lambda: "NVIDIA H200"
+process.run(benchmark.main, "benchmark.py")
+"""
+
+
+def test_float8_has_two_peaks_and_the_same_loss_with_fsdp(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(ON_H200)
+    losses = []
+    for plugin, flags in (("zero2", ()), ("zero2", ("--fp8",)), ("fsdp", ("--fp8", "--fp8_recipe", "rowwise"))):
+        small = ["-c", "test", "-l", 37, "-s", 2, "-i", 1, "-p", plugin, "--json", "result.json", *flags]
+        with ForkedRun([program, *small], tmp_path / str(len(losses)), ranks=2, cwd=tmp_path) as run:
+            assert run.wait() == 0, run.output()
+        result = json.loads((tmp_path / "result.json").read_text())
+        losses.append(result["loss"])
+        assert result["mfu"] / result["float8_utilization"] == pytest.approx(1979 / 989)
+        assert result["inputs"]["fp8"] == bool(flags)
+        assert re.search(r", MFU \d\.\d%( of the bf16 peak, \d\.\d% of the float8 peak)?\n", run.stdout)[1] or not flags
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-3)
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("plugin", ["3d_cpu", "3d --zero 1"])
 def test_no_warning_about_flags_that_were_given(plugin, tmp_path):
     """Without our filter ColossalAI warns about ZeRO on one rank."""

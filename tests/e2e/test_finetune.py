@@ -185,6 +185,7 @@ BF16 = {
     "gemini": (2, "-p gemini -b 2 --accumulation_steps 2"),
     "gemini_auto": (1, "-p gemini_auto -b 8 -a -g"),
     "zero2_cpu": (1, "-p zero2_cpu -b 4 --accumulation_steps 2 -g"),
+    "float8": (2, "-p zero2 -b 1 --accumulation_steps 4 --fp8"),  # tokens of a micro-batch are not divisible by 16
 }
 
 
@@ -201,6 +202,7 @@ def test_bf16(finetune, plain_training, layout):
     processes, flags = layout
     run = finetune("-x", "bf16", *flags.split(), processes=processes)
     assert run.column("loss") == pytest.approx(plain_training(torch.bfloat16), rel=2e-2)
+    assert ("linear layers in float8 (tensorwise)" in run.stdout) == ("--fp8" in flags)
 
 
 def test_evaluation_on_the_split_test(finetune, instructions, tmp_path):

@@ -232,6 +232,23 @@ def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
     assert curve(run) == curve(whole)
 
 
+def test_float8_is_switched_on_and_off_between_checkpoints(pretrain, few_data, whole_run):
+    before, line = whole_run("zero2 bf16"), "--fp8: steps up to the checkpoint were trained"
+    for checkpoint, flags, words in (
+        ("epoch0-step2", ["--fp8"], "without it"),
+        ("epoch1-step4", [], "with --fp8 tensorwise"),
+    ):
+        run = train(pretrain, few_data, "zero2 bf16", "-f", before.save_dir / checkpoint, *flags)
+        assert f"{line} {words}, unlike the next\n" in run.stdout
+        saved = json.loads((run.save_dir / "epoch2-step9" / "running_states.json").read_text())["fp8"]
+        assert saved == ("tensorwise" if flags else "")
+        first, other = run.metrics[0], before.metrics[-len(run.metrics)]  # of the same weights and sequences
+        assert first["step"] == other["step"] == int(checkpoint[-1]) + 1
+        assert first["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert first["loss"] != other["loss"]
+        before = run
+
+
 @pytest.mark.parametrize(
     ("layout", "other", "tolerance"),
     [

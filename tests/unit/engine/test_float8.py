@@ -29,7 +29,7 @@ def relative(ours: torch.Tensor, right: torch.Tensor) -> float:
 @pytest.fixture(autouse=True)
 def eager(request):
     """Compile nothing, except in the test of it."""
-    torch.compiler.set_stance("default" if "one_graph" in request.node.name else "force_eager")
+    torch.compiler.set_stance("default" if "compile" in request.node.name else "force_eager")
     yield
     torch.compiler.set_stance("default")
 
@@ -51,6 +51,22 @@ class TestLinear:
         assert 0.02 < relative(output, right) < BOTH_E4M3
         for ours, theirs in zip((hidden, weight), wide, strict=True):
             assert 0.02 < relative(ours.grad, theirs.grad) < (BOTH_E4M3 if rowwise else WITH_E5M2)
+
+    @pytest.mark.parametrize("tokens", [1, 50])
+    @pytest.mark.parametrize("rowwise", [False, True])
+    def test_kernels_get_the_sizes_that_a_gpu_takes(self, rowwise, tokens, monkeypatch):
+        """All but the rows of the left matrix must be divisible by 16; the CPU's kernel takes any size."""
+        multiply, sizes = torch._scaled_mm, []
+
+        def recorded(left: torch.Tensor, right: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            sizes.append((*left.shape[1:], *right.shape))
+            return multiply(left, right, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "_scaled_mm", recorded)
+        hidden, weight = (torch.randn(rows, 96).bfloat16().requires_grad_() for rows in (tokens, 112))
+        float8.linear(hidden, weight, rowwise).sum().backward()
+        assert len(sizes) == 3
+        assert not any(size % 16 for found in sizes for size in found)
 
     @pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1e12])
     @pytest.mark.parametrize("rowwise", [False, True])
@@ -104,6 +120,20 @@ def test_a_layer_compiles_as_one_graph_and_keeps_less(recipe):
         output.sum().backward()
     h, f = config.hidden_size, config.intermediate_size
     assert kept[0] - kept[1] == pytest.approx(6 * h + 2 * f, rel=0.1)  # as planning.memory estimates
+
+
+def test_varying_shapes_stay_compiled(monkeypatch):
+    """torch runs a function eagerly after too many compilations, one for each shape of a weight and kind of pass."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    float8.convert(torch.nn.Module(), Compute(fp8=True))
+    torch.compiler.reset()
+    function = torch.compile(float8._Linear.apply, backend="eager")
+    weights = [torch.randn(n, k).bfloat16().requires_grad_() for n, k in ((64, 64), (32, 64), (192, 64), (64, 192))]
+    for tokens, train in ((64, True), (64, False), (48, False), (48, True), (80, True)):
+        for weight in weights:
+            with torch.set_grad_enabled(train):
+                hidden = torch.randn(tokens, weight.shape[1]).bfloat16().requires_grad_(train)
+                function(hidden, weight, False, None, None)
 
 
 def plain_gradients(config, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
@@ -212,7 +242,7 @@ def test_trained_weights_are_stored_in_float8_alone(flags):
 
 def adapted() -> list[str]:
     """Return the linear layers that are in float8 in a model with adapters, after a step that trains these."""
-    run = boosted("-p zero2 -b 2 --fp8", LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    run = boosted("-p zero2 -b 2 --fp8", LoraConfig(r=16, target_modules=["q_proj", "up_proj"]))
     initialize_weights(run)
     for parameter in run.model.parameters():
         if not parameter.requires_grad:
