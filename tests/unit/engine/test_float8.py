@@ -128,10 +128,11 @@ def test_varying_shapes_stay_compiled(monkeypatch):
     float8.convert(torch.nn.Module(), Compute(fp8=True))
     torch.compiler.reset()
     function = torch.compile(float8._Linear.apply, backend="eager")
-    weights = [torch.randn(n, k).bfloat16().requires_grad_() for n, k in ((64, 64), (32, 64), (192, 64), (64, 192))]
+    shapes = ((64, 64), (32, 64), (192, 64), (64, 192))
+    weights = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes]  # torch fixes parameters' sizes
     for tokens, train in ((64, True), (64, False), (48, False), (48, True), (80, True)):
-        for weight in weights:
-            with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(train):
+            for weight in weights:
                 hidden = torch.randn(tokens, weight.shape[1]).bfloat16().requires_grad_(train)
                 function(hidden, weight, False, None, None)
 
