@@ -232,6 +232,21 @@ def test_two_resumes_in_a_row_and_one_at_the_end(pretrain, few_data, whole_run):
     assert curve(run) == curve(whole)
 
 
+def test_a_run_with_a_stable_learning_rate_is_made_longer(pretrain, few_data):
+    """It equals a run of the greater length from the start; once the learning rate falls, it is made for its length."""
+    wsd = ("--lr_schedule", "wsd", "-s", 1, "--decay_shape", "1-sqrt")
+    short = train(pretrain, few_data, "zero2 bf16", *wsd, "--decay_steps", 2, "--max_steps", 6)
+    whole = train(pretrain, few_data, "zero2 bf16", *wsd, "--decay_steps", 3)
+    longer = train(pretrain, few_data, "zero2 bf16", *wsd, "--decay_steps", 3, "-f", short.save_dir / "epoch1-step4")
+    assert "the run ends at step 9 instead of 6; its learning rate so far is the same" in longer.stdout
+    assert curve(longer) == curve(whole, after=4)
+    assert_same_end(longer, whole)
+    fractions = [1, 1, 1, 1, 1, 1, 1, 1 - 0.9 * (1 / 3) ** 0.5, 1 - 0.9 * (2 / 3) ** 0.5]
+    assert whole.column("lr") == pytest.approx([1e-2 * fraction for fraction in fractions])
+    with pytest.raises(AssertionError, match="--allow_changes resumes anyway"):
+        train(pretrain, few_data, "zero2 bf16", *wsd, "-f", short.save_dir / "epoch1-step6")
+
+
 def test_float8_is_switched_on_and_off_between_checkpoints(pretrain, few_data, whole_run):
     before, line = whole_run("zero2 bf16"), "--fp8: steps up to the checkpoint were trained"
     for checkpoint, flags, words in (
