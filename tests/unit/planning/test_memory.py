@@ -166,6 +166,7 @@ MEASURED_COMPILED = [
     (8, "-p gemini_auto -b 4", 25.2, 0.01),
     (32, "-p zero2 -b 2", 132.4, 0.01),
     (32, "-p gemini -b 2", 132.4, 0.01),
+    (32, "-p zero2 -b 2 --fp8 --fp8_recipe rowwise", 120.23, 0.01),
     (8, "-p zero2 -b 1", 30.22, 0.05),
     (8, "-p zero2 -b 8", 65.19, 0.05),
     (8, "-p gemini -b 4 -g", 30.85, 0.01),

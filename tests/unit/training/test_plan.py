@@ -67,7 +67,7 @@ class TestPlan:
         same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
-        announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain")
+        announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain", on_gpu=False)
         assert capsys.readouterr().out.splitlines()[-2] == (
             "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are done"
         )
@@ -95,7 +95,7 @@ class TestPlan:
         layout = "-p hybrid_parallel --tp 2 --pp 1 --gpus 8"
         run = run_from(*f"-c test {layout} -b 2 --accumulation_steps 3 -l 64 -x bf16 -s 0".split())
         plan = make_plan(run, PackedStub(100), TrainState())
-        announce(run, PackedStub(100), plan, "attention: plain")
+        announce(run, PackedStub(100), plan, "attention: plain", on_gpu=False)
         lines = capsys.readouterr().out.splitlines()
         assert lines == [
             "model: test, 315,968 parameters, bf16; attention: plain",
@@ -127,7 +127,7 @@ class TestPlan:
         state = TrainState(step=sequences // 4, sequences=sequences)
         plan = make_plan(run, PackedStub(100), state)
         capsys.readouterr()
-        announce(run, PackedStub(100), plan, "attention: plain")
+        announce(run, PackedStub(100), plan, "attention: plain", on_gpu=False)
         lines = capsys.readouterr().out.splitlines()
         assert lines[next(place for place, line in enumerate(lines) if line.startswith("length: ")) + 1 :] == said
 
