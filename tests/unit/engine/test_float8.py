@@ -269,6 +269,18 @@ def test_adapters_stay_as_they_are_and_their_base_is_converted():
     ]
 
 
+@pytest.mark.gpu
+def test_the_kernel_rounds_as_torch_does():
+    from engine.kernels import divide_
+
+    weight = torch.randn(5000, device="cuda")
+    weight[7] = torch.nan
+    scale = torch.tensor(2.0**-9, device="cuda")  # exact in any order; the largest weights are above the range
+    values = torch.empty(5000, dtype=torch.float8_e4m3fn, device="cuda")
+    divide_(values, weight, scale)
+    assert torch.equal(values.view(torch.uint8), float8.divide(weight, scale, values.dtype).view(torch.uint8))
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_gpus_that_have_it(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
