@@ -18,7 +18,6 @@ from corpus.tokenizer import LLAMA_TOKENIZER
 from engine.job import AUTO, MICRO_BATCH, ROWWISE, STEP, TENSORWISE, Compute, Exchange, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
-from training.schedule import CONSTANT, COSINE, SCHEDULES, SHAPES, Schedule
 
 if TYPE_CHECKING:
     from checkpointing.adapters import Lora
@@ -201,6 +200,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
     """Return the run that the flags of pretrain.py or finetune.py describe."""
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.plan import Length, Outputs, Run
+    from training.schedule import CONSTANT, Schedule
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
@@ -235,6 +235,8 @@ class Given(argparse.Action):
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of batch, optimization, output and plan that pretrain.py and finetune.py share."""
+    from training.schedule import COSINE, SCHEDULES, SHAPES  # here, since benchmark.py has no schedule
+
     batch = parser.add_argument_group("batch and duration")
     add_flag(batch, "-e --num_epochs", 1, "passes over the data")
     add_flag(batch, "-b --batch_size", 2, "sequences per data-parallel rank and micro-batch")
