@@ -55,7 +55,7 @@ class Compute:
 
     @property
     def recipe(self) -> str:
-        """How operands are scaled for float8; empty without it."""
+        """Scaling of operands for float8, tensorwise or rowwise; empty without float8."""
         return (self.fp8_recipe or TENSORWISE) if self.fp8 else ""
 
     def problems(self, layout: Parallelism, layers: int) -> list[str]:
