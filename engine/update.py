@@ -202,7 +202,8 @@ class Adam(HybridAdam):
         from engine.kernels import adamw_  # here, since torch has Triton only where it has CUDA
 
         corrections = (1 - beta1**step, 1 - beta2**step) if correct else (1.0, 1.0)
-        values = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
+        given = (lr, beta1, beta2, epsilon, decay, *corrections, scale if scale > 0 else 1.0)
+        values = tuple(map(float, given))  # Triton would take a tensor for an address, and 1 for a constant
         for gradient, master, moment, square in zip(*tensors, strict=True):
             part = self.parts.get(master.data_ptr())
             adamw_(master, moment, square, gradient, part.working if part else None, values)

@@ -397,8 +397,8 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
     if before and changes.keys() <= asdict(curve).keys():
         earlier = Curve(**{name: before[name] for name in asdict(curve)})
         if curve.agrees(earlier, state.step):
-            end = earlier.schedule_steps
-            say(f"--load: the run ends at step {total_steps} instead of {end}; its learning rate so far is the same")
+            for change in changes.values():
+                say(f"{change}; the learning rate so far is the same")
             changes = {}
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # --allow_changes does not cover them
