@@ -25,6 +25,7 @@ Environment:
 import contextlib
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -353,6 +354,8 @@ class Ranks:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
+        # Its lines on each signal that it sends would hide the reason of the failure.
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         threading.Thread(target=self._obey, daemon=True).start()
         try:
             options = parse_args(order["command"][1:])
@@ -361,7 +364,9 @@ class Ranks:
             run(options)
         except ChildFailedError as error:
             number, failure = error.get_first_failure()
-            say(f"rank {number} {how_it_ended(failure.exitcode)}")
+            reasons = failure.message["message"] if isinstance(failure.message, dict) else ""  # see runtime/process.py
+            for reason in reasons.splitlines() or [""]:
+                say(f"rank {number} {how_it_ended(failure.exitcode)}" + (f": {reason}" if reason else ""))
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         except SignalException as error:
             return 128 + error.sigval
