@@ -18,6 +18,7 @@ from engine.boost import Engine
 from engine.compilation import Fusion
 from engine.patching import replace
 from model_utils import IGNORE_INDEX
+from runtime import watchdog
 
 
 @torch.compile
@@ -146,11 +147,14 @@ def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]
     scale = engine.layout.gradient_ranks / label_tokens
 
     if engine.layout.pp > 1:
+        watchdog.mark(f"{watchdog.FORWARD} and {watchdog.BACKWARD}")
         return _pipeline_loss(engine, micro_batches, scale) / scale
 
     total = torch.zeros((), device=get_accelerator().get_current_device())
     for micro in micro_batches:
+        watchdog.mark(watchdog.FORWARD)
         loss = _batch_loss(engine, micro)
+        watchdog.mark(watchdog.BACKWARD)
         engine.booster.backward(loss * scale, engine.optimizer)
         total += loss.detach()
     return total
@@ -173,6 +177,7 @@ def loss_scaler(engine: Engine) -> FP16MixedPrecisionMixin | None:
 
 def optimizer_step(engine: Engine) -> tuple[float, bool]:
     """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+    watchdog.mark(watchdog.UPDATE)
     scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
     norm = engine.module.step(engine.optimizer)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TextIO
@@ -34,6 +34,7 @@ from runtime.console import (
 # Exit statuses
 RUN_FAILED = 1
 USAGE_ERROR = 2  # as argparse's
+HUNG = 70  # the run made no progress (EX_SOFTWARE in sysexits.h)
 INTERRUPTED = 75  # a signal ended the run after its checkpoint was saved (EX_TEMPFAIL in sysexits.h)
 KEYBOARD_INTERRUPT = 130  # as a shell reports SIGINT
 READER_GONE = 141  # as a shell reports SIGPIPE
@@ -48,6 +49,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROU
 _LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
 _NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)  # nobody answers, or torch is not installed
 _READ = "report/read"  # counts the ranks that have read rank 0's report
+_ending = threading.Event()  # another thread ends this process
 _EFFECT_SECONDS = 2  # by which a rank postdates an end that another rank's caused: torchrun compares whole seconds
 
 
@@ -75,7 +77,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
             sys.exit(USAGE_ERROR)
     end_with_launcher()
     try:
-        status = main()
+        status = _outcome(main)
         if status == 0:
             ranks.part()
         elif status == INTERRUPTED:
@@ -107,6 +109,33 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     if output_failed():
         status = status or RUN_FAILED
     os._exit(status)
+
+
+def _outcome(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except BaseException:
+        if _ending.is_set():  # it is only an effect of that
+            threading.Event().wait()
+        raise
+
+
+@contextlib.contextmanager
+def ending(status: int, reason: str, printing: bool) -> Iterator[None]:
+    """End the process with a status and a reason after the block, which another thread than main()'s runs.
+
+    Args:
+        printing: print the reason; only one rank should.
+    """
+    _ending.set()
+    message = f"{Path(sys.argv[0]).name}: {reason}"
+    _tell_launcher(message)
+    if printing:
+        print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        os._exit(status)
 
 
 def interrupted(error: BaseException | None) -> bool:

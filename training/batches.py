@@ -25,6 +25,7 @@ from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
 from runtime.console import InputError, RunError
 from runtime.process import follow_rank
+from runtime.watchdog import DATA, mark
 from training.plan import Plan, Run, TrainState
 
 PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
@@ -152,6 +153,7 @@ class Batches:
 
     def prefetch(self) -> None:
         """Read the next step's batches while the device works through its queue."""
+        mark(DATA)
         idle, start = when_idle(), time.perf_counter()
         self.prefetched = self._read()
         self.waited = time.perf_counter() - start if idle() else 0.0
@@ -183,6 +185,7 @@ class Batches:
             labels = int((micro_batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             counts[:3] += torch.tensor([labels, int(micro_batch.get("token_count", positions)), positions])
         counts = counts.to(current_device())
+        mark(DATA)  # a rank before this one still reads
         dist.all_reduce(counts)
         batch.ranks_without = int(counts[3])
         peers = self.layout.tp * self.layout.pp * self.layout.sp  # ranks that read the same batch

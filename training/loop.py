@@ -23,6 +23,7 @@ from planning.throughput import PerformanceEvaluator
 from runtime.collectives import gather
 from runtime.console import RunError, rank, say
 from runtime.process import StopRequest
+from runtime.watchdog import REDUCE, Watchdog, mark
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.metrics import Metrics, StepResult, step_row
@@ -65,9 +66,11 @@ def train(
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
     writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
+    watchdog = Watchdog(run.outputs.hang_timeout, run.outputs.tensorboard_dir)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
+            watchdog.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
                 unsaved = state.step > first_step and state.step % run.retention.save_interval > 0
@@ -133,6 +136,7 @@ class Agreement(NamedTuple):
 
 def agree(engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool) -> Agreement:
     """Combine the ranks' losses, signals and failures in one all-reduce. Collective."""
+    mark(REDUCE)
     totals = torch.tensor([0.0, stopping, save_failed], dtype=torch.float64, device=current_device())
     totals[0] = loss_sum / engine.layout.tp
     dist.all_reduce(totals)

@@ -22,6 +22,7 @@ class TestChecks:
             ("--max_steps 0", "--max_steps: must be at least 1, not 0"),
             ("-i 0", "--save_interval: must be at least 1, not 0"),
             ("--log_interval 0", "--log_interval: must be at least 1, not 0"),
+            ("--hang_timeout -1", "--hang_timeout: must be at least 0, not -1"),
             ("-s -1", "--warmup_steps: must be at least 0, not -1"),
             ("--num_workers -1", "--num_workers: must be at least 0, not -1"),
             ("--seed -1", "--seed: must be at least 0, not -1"),
