@@ -164,7 +164,7 @@ class Watchdog:
             if store.check([f"{key}/answer/{number}"])
         }
         silent = [number for number in range(world_size()) if number not in answers]
-        if not silent and min(idle for *_, idle in answers.values()) < self.limit / 2:
+        if min(idle for *_, idle in answers.values()) < self.limit / 2:
             return {"message": ""}
         positions = {number: Position(step, phase, marks) for number, (step, phase, marks, _) in answers.items()}
         message = self._message(_finding(silent, positions, lambda number: store.get(f"host/{number}").decode()))
