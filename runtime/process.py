@@ -129,7 +129,7 @@ def ending(status: int, reason: str, printing: bool) -> Iterator[None]:
     """
     _ending.set()
     message = f"{Path(sys.argv[0]).name}: {reason}"
-    _tell_launcher(message)
+    _tell_launcher(message, later=-_EFFECT_SECONDS)  # it was the cause of what happens now to other ranks
     if printing:
         print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
     try:

@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT, Run, free_port
 from programs import main_program
 from runtime.process import INTERRUPTED
-from scripts.run_on_hosts import Host, read_hostfile
+from scripts.launcher.hosts import Host, read_hostfile
 
 COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
