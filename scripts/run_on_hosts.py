@@ -13,9 +13,13 @@ If a host fails, one line names it and says how, the other hosts stop too, and t
 SIGTERM, SIGINT, SIGUSR1 and SIGHUP make the run save a checkpoint and end, and so does the death of this launcher. A
 second SIGINT ends the run at once.
 
-Exit status: 0; 2 if nothing was started or the program refused its flags; 75 if a signal ended the run after its
-checkpoint was saved; 255 if the connection to a host was lost; else that of the first process that failed (128 + the
-signal's number if a signal killed it).
+With --max_restarts N, a run that fails, hangs or loses a host is started again from its newest checkpoint, up to N
+times; also on this machine alone, without a hosts file. --spare_hosts K keeps the file's last K hosts for the place of
+those that fail twice or cannot be reached. It gives up when the program has failed three times at the same step.
+
+Exit status: 0; 2 if nothing was started or the program refused its flags; 70 if the run hung; 75 if a signal ended it
+after its checkpoint was saved; 255 if the connection to a host was lost; else that of the first process that failed
+(128 + the signal's number if a signal killed it).
 
 Environment:
     LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
@@ -54,7 +58,7 @@ def as_one_word(argument: str) -> str:
 
 def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
     """Make attempts of the run until one ends well or another would not help; return the status of the last."""
-    fleet = Fleet(spare_hosts)
+    fleet = Fleet(spare_hosts, restarted=max_restarts > 0)
     restarts = Restarts(max_restarts, list(options["user_args"]), fleet)
     problem = restarts.problem()
     if spare_hosts and not options["hostfile"]:
@@ -75,7 +79,8 @@ def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
             return status
 
 
-def main() -> int:
+def command_line() -> Any:
+    """Return the click.Command of `colossalai run` with our own options."""
     click: Any = importlib.import_module("click")
     theirs = importlib.import_module("colossalai.cli.launcher").run
     number: dict[str, Any] = {"type": click.IntRange(min=0), "default": 0}
@@ -83,20 +88,23 @@ def main() -> int:
     options = [click.Option(["--max_restarts"], help=text, **number)]
     text = "the last hosts of the file, to take the place of those that fail twice or cannot be reached (default: 0)"
     options.append(click.Option(["--spare_hosts"], help=text, **number))
-    command = click.Command(
+    return click.Command(
         None,
         params=[*theirs.params, *options],
         callback=lambda **given: sys.exit(launch(**given)),
         help=theirs.help,
         context_settings=theirs.context_settings,
     )
+
+
+def main() -> int:
     arguments = sys.argv[1:]
     script = next((position for position, word in enumerate(arguments) if word.endswith(".py")), None)
     if script is not None:
         # Without `--`, `colossalai run` would take the program's flags that are spelled like its own, such as -m.
         arguments.insert(script, "--")
     try:
-        command.main(arguments, prog_name="run_on_hosts.py")
+        command_line().main(arguments, prog_name="run_on_hosts.py")
     except SystemExit as end:
         return int(end.code or 0)
     except Exception as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from runtime.process import HUNG
 from scripts.launcher.hosts import CONNECTION_LOST, Host, forwarded, read_hostfile, say
-from scripts.launcher.ranks import END, KILL, KILL_SECONDS, STOP
+from scripts.launcher.ranks import BEAT, BEAT_SECONDS, END, KILL, KILL_SECONDS, STOP
 
 NOTHING_STARTED = 2
 GRACE_SECONDS = 30  # once a host has failed: for the others to end by themselves, with their own message
@@ -33,7 +33,13 @@ class Fleet:
         unreachable: True if the last attempt failed since a host could not be reached.
     """
 
-    def __init__(self, spares: int = 0):
+    def __init__(self, spares: int = 0, restarted: bool = False):
+        """
+        Args:
+            spares: number of the hosts file's last hosts to keep.
+            restarted: the run is started again after a failure.
+        """
+        self.restarted = restarted
         self.run = uuid.uuid4().hex
         self.spares = spares
         self.word: str | None = None
@@ -135,12 +141,12 @@ class Runner:
         if self.fleet.moved:
             address = f"--master_addr={self.hosts[0].hostname}"
             command = [address if word.startswith("--master_addr=") else word for word in command]
-        order = {"folder": self.folder, "environment": self.environment, "command": command, "run": self.fleet.run}
-        hostinfo.start(order, prefix)
+        order = {"folder": self.folder, "environment": self.environment, "command": command}
+        hostinfo.start(order | {"run": self.fleet.run, "restarted": self.fleet.restarted}, prefix)
 
     def recv_from_all(self) -> None:
         """Wait for all hosts to end, and exit with the run's status."""
-        told, ending_at = None, math.inf
+        told, ending_at, beat_at = None, math.inf, 0.0
         while None in [host.status() for host in self.hosts]:
             failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
             hung = any(host.process.returncode == HUNG for host in self.hosts)
@@ -155,6 +161,10 @@ class Runner:
                 ending_at = min(ending_at, time.monotonic()) if word != self.fleet.word else math.inf
                 for host in self.hosts:
                     host.tell(word)
+            if time.monotonic() > beat_at + BEAT_SECONDS:
+                beat_at = time.monotonic()
+                for host in self.hosts:
+                    host.tell(BEAT)
             time.sleep(POLL_SECONDS)
         for host in self.hosts:
             host.drain()

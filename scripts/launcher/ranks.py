@@ -11,9 +11,14 @@ import time
 
 import psutil
 
-from scripts.launcher.hosts import RUN, how_it_ended, say
+from scripts.launcher.hosts import CONNECTION_LOST, RUN, how_it_ended, say
 
 STOP, END, KILL = "stop", "end", "kill"  # orders to a host's ranks: save a checkpoint and end; end; end at once
+BEAT = "beat"  # no order, but a sign that the launcher can still reach this host
+BEAT_SECONDS = 10
+# Without a beat for as long, a launcher that restarts runs will lose its connection (see SSH_OPTIONS) and start another
+# attempt, maybe on other hosts; the ranks here must have ended by then.
+SILENCE_SECONDS, LAST_SECONDS = 40, 15
 KILL_SECONDS = 30  # between SIGTERM and SIGKILL to ranks that have to end
 SAVE_SECONDS = 1800  # once the launcher is gone: for the ranks to save and end
 
@@ -26,10 +31,18 @@ class Ranks:
 
     def __init__(self) -> None:
         self.words = os.fdopen(os.dup(sys.stdin.fileno()))
+        self.heard, self.silence = time.monotonic(), False
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), sys.stdin.fileno())
 
     def run(self) -> int:
+        status = self._run()
+        if not self.silence:
+            return status
+        say(f"no word from the launcher for {SILENCE_SECONDS} s, so the ranks here had to end")
+        return CONNECTION_LOST
+
+    def _run(self) -> int:
         order = json.loads(self.words.readline())
         os.chdir(order["folder"])
         # Otherwise torch warns about every connection to an address without a name.
@@ -42,6 +55,8 @@ class Ranks:
         # Its lines on each signal that it sends would hide the reason of the failure.
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         threading.Thread(target=self._obey, daemon=True).start()
+        if order["restarted"]:
+            threading.Thread(target=self._notice_silence, daemon=True).start()
         try:
             options = parse_args(order["command"][1:])
             if options.nproc_per_node != "1":
@@ -58,9 +73,17 @@ class Ranks:
         return 0
 
     def _obey(self) -> None:
-        for word in self.words:
-            self._end({STOP: None, END: KILL_SECONDS, KILL: 0}[word.strip()])
+        for line in self.words:
+            self.heard = time.monotonic()
+            if (word := line.strip()) != BEAT:
+                self._end({STOP: None, END: KILL_SECONDS, KILL: 0}[word])
         self._end(SAVE_SECONDS)
+
+    def _notice_silence(self) -> None:
+        while time.monotonic() < self.heard + SILENCE_SECONDS:
+            time.sleep(1)
+        self.silence = True
+        self._end(LAST_SECONDS)
 
     def _end(self, seconds: float | None) -> None:
         """Send SIGTERM to the ranks, and SIGKILL after `seconds`; None: never."""
