@@ -132,20 +132,22 @@ QUICK = {"LAUNCH_SSH": "ssh -o ServerAliveInterval=1 -o ServerAliveCountMax=3"} 
 
 
 class Disturbed:
-    """A run that is disturbed and goes on by itself; it counts the restarts."""
+    """A run that is disturbed and goes on by itself."""
 
     def __init__(self, run, cluster):
-        self.run, self.cluster, self.restarts = run, cluster, 0
+        self.run, self.cluster = run, cluster
+        self.restarts, self.started = 0, 1  # attempts after the first; attempts that train
 
     def rank(self) -> psutil.Process:
         """Wait for two more steps of the latest attempt, and return its rank on the second host."""
-        self.run.wait_until(lambda: self.run.stdout.count("global batch:") == self.restarts + 1, "the attempt")
+        self.run.wait_until(lambda: self.run.stdout.count("global batch:") == self.started, "the attempt")
         trained = len(self.run.metrics)
         self.run.wait_until(lambda: len(self.run.metrics) >= trained + 2, "its second step")
         return self.cluster.second.processes("pretrain.py", "-c")[0]  # then come its loaders
 
     def wait_for_restarts(self, number=1) -> None:
-        self.restarts += number
+        """Wait for restarts of which only the last trains."""
+        self.restarts, self.started = self.restarts + number, self.started + 1
         self.run.wait_until(lambda: f"restart {self.restarts} of" in self.run.stderr, f"restart {self.restarts}")
 
 
