@@ -176,6 +176,21 @@ def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
     assert "\na b\n" in done.stdout
 
 
+def test_restarts(tmp_path, run_script, without_program):
+    """They need run_on_hosts.py on one machine too. Spare hosts do not count in the batch."""
+    flags = ["-o", tmp_path / "run", "-b", 1, "-l", 4096]
+    environment = {**without_program, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "9"}
+    words = run_script("pretrain_7B.sh", *flags, **environment).stdout.split()
+    assert words[0] == f"{SCRIPTS}/run_on_hosts.py"
+    assert words[1:7] == ["--nproc_per_node", "2", "--max_restarts", "9", "--master_port", "29500"]
+    assert words[words.index("--accumulation_steps") + 1] == "512"
+    (tmp_path / "hosts.txt").write_text("a\nb\nc\n")
+    environment |= {"SPARE_HOSTS": "1", "HOSTFILE": str(tmp_path / "hosts.txt")}
+    words = run_script("pretrain_7B.sh", *flags, **environment).stdout.split()
+    assert words[1:9] == f"--nproc_per_node 2 --max_restarts 9 --spare_hosts 1 --hostfile {tmp_path}/hosts.txt".split()
+    assert words[words.index("--accumulation_steps") + 1] == "256"
+
+
 @pytest.mark.parametrize("script", LAUNCHERS, ids=str)
 def test_help(script, run_script):
     run = run_script(script, "--help")
