@@ -1,7 +1,9 @@
 """Restarts by run_on_hosts.py: the decision, the program's arguments, and real runs that go on by themselves."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,11 @@ import psutil
 import pytest
 
 from launching import ROOT, Run, free_port
-from programs import main_program
+from programs import main_program, program
 from runtime.process import HUNG, INTERRUPTED, RUN_FAILED, USAGE_ERROR
 from scripts.launcher import restarts
 from scripts.launcher.attempt import Fleet
+from scripts.launcher.hosts import RUN
 from scripts.launcher.restarts import Restarts, last_step, value_of
 
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
@@ -167,6 +170,25 @@ def test_a_fault_of_the_program(tmp_path):
         assert run.wait() == RUN_FAILED, run.output()
     assert run.stderr.count("ended with status 1: train.py: loss nan at step 8") == 3
     assert "giving up: the run has failed 3 times after step 7" in run.stderr.splitlines()[-1]
+
+
+def test_a_host_without_its_launcher(tmp_path):
+    """It kills what an earlier attempt has left, and ends its ranks when it hears nothing."""
+    left = subprocess.Popen(["sleep", "600"], env={**os.environ, RUN: "this run"})
+    (tmp_path / "train.py").write_text(main_program("import time; time.sleep(600)"), encoding="utf-8")
+    serve = "from scripts.launcher import ranks; ranks.SILENCE_SECONDS = 15; raise SystemExit(ranks.Ranks().run())"
+    command = ["torchrun", "--nproc_per_node=1", f"--master_port={free_port()}", str(tmp_path / "train.py")]
+    order = {"folder": str(tmp_path), "environment": {}, "command": command, "run": "this run", "restarted": True}
+    host = subprocess.Popen(**program(serve), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        host.stdin.write(json.dumps(order) + "\n")
+        host.stdin.flush()  # it stays open
+        assert host.wait(120) == LOST
+        assert left.wait(10) == -signal.SIGKILL
+        assert "no word from the launcher for 15 s, so the ranks here had to end" in host.stderr.read()
+    finally:
+        for process in (host, left):
+            process.kill()
 
 
 @pytest.mark.parametrize(
