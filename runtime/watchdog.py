@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from runtime import process, ranks
-from runtime.console import InputError, local_rank, rank, world_size
+from runtime.console import InputError, local_rank, rank, say, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -30,6 +30,8 @@ DATA, FORWARD, BACKWARD, REDUCE, UPDATE = "data", "forward", "backward", "reduce
 SAVE, EVALUATE = "save", "evaluate"
 
 POLL_SECONDS = 5  # between a rank's looks at its own progress and at the alarm; with a short limit, a quarter of it
+DEFAULT_SECONDS = 300
+PHASES = 3  # a limit that is not given is at least as many times the longest phase
 DUMP_SECONDS = 5  # for a rank to write its state; the disk may be what hangs
 LEAVE_SECONDS = 5  # for the ranks to end together, so that none reports that another has ended
 
@@ -47,13 +49,15 @@ class Position(NamedTuple):
 
 
 _position = Position()
+_longest = ("", 0.0)  # the phase of the step that took most seconds
 
 
 def mark(phase: str, step: int | None = None) -> None:
     """Note that the training thread enters a phase. Call it at the same places on every rank."""
-    global _position
-    step = _position.step if step is None else step
-    _position = Position(step, phase, _position.marks + 1, time.monotonic())
+    global _position, _longest
+    now, before = time.monotonic(), _position
+    _longest = max(_longest, (before.phase, now - before.since), key=lambda spent: spent[1])
+    _position = Position(before.step if step is None else step, phase, before.marks + 1, now)
 
 
 def alive() -> None:
@@ -63,22 +67,23 @@ def alive() -> None:
 
 
 class Watchdog:
-    """Ends the run with status process.HUNG if it makes no progress for `seconds`; 0: never.
+    """Ends the run with status process.HUNG if it makes no progress for a time; see `Outputs.hang_timeout`.
 
-    It watches from the second step on, since the first one compiles. Waiting for a disk has no limit (see
-    `collectives.any_alive`), but a rank that is stopped meanwhile is found.
+    It watches from the second step on, in that step with a limit that allows for compilation, as the first one shows
+    it. Waiting for a disk has no limit (see `collectives.any_alive`), but a rank that is stopped meanwhile is found.
     """
 
-    def __init__(self, seconds: int, folder: Path):
+    def __init__(self, seconds: int | None, folder: Path):
         """
         Args:
+            seconds: the limit; 0: none; None: DEFAULT_SECONDS, or more if the phases of the run are long.
             folder: of logs; a run that hangs makes a folder in it, with a file per rank.
         """
-        self.limit, self.folder = seconds, folder
-        self.poll = min(POLL_SECONDS, seconds / 4)
+        self.given, self.folder = seconds, folder
+        self.limit: float = DEFAULT_SECONDS if seconds is None else seconds
+        self.poll = min(POLL_SECONDS, self.limit / 4)
         self.answer_seconds = 2 * self.poll + 2
-        self._begun: list[float] = []  # times of the first steps
-        self._measured = not seconds
+        self._begun = 0  # steps
         self._heard = time.monotonic()  # time of the store's last answer
         self._ending = threading.Lock()
         self._first = ""  # identity of rank 0
@@ -87,23 +92,28 @@ class Watchdog:
         """Mark the beginning of a step.
 
         Raises:
-            InputError: a step takes longer than the limit.
+            InputError: a phase takes longer than the limit that is given.
         """
-        trained_only = _position.phase not in (SAVE, EVALUATE)  # in the step that ends here
+        global _longest
         mark(DATA, step)
-        if self._measured:
+        (phase, seconds), _longest = _longest, ("", 0.0)
+        self._begun += 1
+        if self.given == 0 or self._begun not in (2, 3):
             return
-        self._begun.append(time.monotonic())
-        if len(self._begun) == 2:
+        least = self.given or DEFAULT_SECONDS
+        self.limit = max(least, PHASES * seconds)
+        if self._begun == 2:
             for work in (self._talk, self._guard):
                 threading.Thread(target=work, name="watchdog", daemon=True).start()
-        elif len(self._begun) > 2 and trained_only:
-            self._measured = True
-            if (seconds := self._begun[-1] - self._begun[-2]) > self.limit:
-                raise InputError(
-                    f"--hang_timeout: {self.limit} s is shorter than a step, which took {seconds:.1f} s; "
-                    "give several times as much, or 0 for no limit"
-                )
+        elif self.given and seconds > self.given:
+            raise InputError(
+                f"--hang_timeout: {self.given} s is shorter than the phase '{phase}' of a step, which took "
+                f"{seconds:.1f} s; give several times as much, or leave the flag out"
+            )
+        elif self.given:
+            self.limit = self.given
+        elif self.limit > least:
+            say(f"--hang_timeout: {self.limit:.0f} s, {PHASES} times the longest phase of a step ('{phase}')")
 
     def _talk(self) -> None:
         """Raise alarms and answer them, in rounds, until one is about a hang."""
@@ -138,7 +148,7 @@ class Watchdog:
         return time.monotonic() - _position.since
 
     def _message(self, finding: str) -> str:
-        return f"no progress for {self.limit} s: {finding}"
+        return f"no progress for {self.limit:.0f} s: {finding}"
 
     def _new_folder(self) -> str:
         return str(self.folder / f"hang-{datetime.now():%Y%m%d-%H%M%S}")

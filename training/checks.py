@@ -83,9 +83,9 @@ def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
     ]
 
 
-def _limit_problems(seconds: int) -> list[str]:
+def _limit_problems(seconds: int | None) -> list[str]:
     """Return a line if torch, which names no rank, would end an exchange of GPUs before --hang_timeout."""
-    if not torch.cuda.is_available() or seconds < NCCL_SECONDS:
+    if not torch.cuda.is_available() or (seconds or 0) < NCCL_SECONDS:
         return []
     return [f"--hang_timeout: must be below {NCCL_SECONDS} on GPUs, when torch ends an exchange, not {seconds}"]
 

@@ -64,7 +64,7 @@ class Outputs:
     eval_interval: int = 1000  # steps
     load: str | None = None  # a checkpoint, or `latest`
     allow_changes: bool = False  # resume although data, seed, recipe or length have changed
-    hang_timeout: int = 300  # seconds without progress after which a run ends; 0: never
+    hang_timeout: int | None = None  # seconds without progress after which a run ends; 0: never; None: as it needs
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""

@@ -1,9 +1,11 @@
 """The line about a hang: the ranks that do not answer, those behind, and the phase in which the others wait."""
 
 import threading
+from types import SimpleNamespace as Namespace
 
 import pytest
 
+from runtime import watchdog
 from runtime.watchdog import Position, Watchdog, _finding
 
 
@@ -35,7 +37,21 @@ def test_one_rank_alone(monkeypatch):
 
 def test_no_limit_starts_no_thread(tmp_path):
     before = threading.active_count()
-    watchdog = Watchdog(0, tmp_path)
+    watched = Watchdog(0, tmp_path)
     for step in range(1, 5):
-        watchdog.begin(step)
+        watched.begin(step)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("longest", "limit"), [(10, 300), (200, 600)])
+def test_the_default_limit_allows_for_long_phases(monkeypatch, tmp_path, capsys, longest, limit):
+    """As with a pipeline, whose forward and backward passes are one phase, and a step of minutes."""
+    monkeypatch.setattr(threading, "Thread", lambda **options: Namespace(start=lambda: None))
+    watched = Watchdog(None, tmp_path)
+    for step in (1, 2, 3):
+        watched.begin(step)
+        monkeypatch.setattr(watchdog, "_longest", ("forward", longest))
+    watched.begin(4)
+    assert watched.limit == limit
+    line = "--hang_timeout: 600 s, 3 times the longest phase of a step ('forward')\n"
+    assert capsys.readouterr().out == (line if limit > 300 else "")
