@@ -17,7 +17,7 @@ TAIL_BYTES = 2**16  # hold the last row of metrics.jsonl
 def value_of(arguments: Sequence[str], short: str, long: str, default: str | None = None) -> str | None:
     """Return the last value of a flag on a program's command line."""
     value = default
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word in (short, long):
             value = following
         elif word.startswith(f"{long}="):
