@@ -47,6 +47,7 @@ def log_step(folder: Path, step: int) -> None:
         ("--save_dir a -o b", "b"),
         ("-p o --save_dir=a=b", "a=b"),
         ("-x", None),
+        ("", None),
     ],
 )
 def test_values_of_flags(flags, value):
