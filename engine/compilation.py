@@ -89,13 +89,13 @@ def take_checkpoint_function(layer: LlamaDecoderLayer) -> Callable | None:
     return function
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer as a whole."""
+def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Compile each decoder layer as a whole, with these options of torch.compile."""
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
             if function := take_checkpoint_function(module):
                 module.__class__, module.checkpointed = _RecomputedLayer, function
-            module.compile()
+            module.compile(options=options)
 
 
 def choose_fusion(job: Job, on_gpu: bool) -> Fusion:

@@ -13,14 +13,13 @@ from colossalai.lazy import LazyInitContext
 from colossalai.zero import LowLevelZeroOptimizer
 from transformers import LlamaForCausalLM
 
-from engine import float8, zero
-from engine.compilation import compile_layers as compile_layers
+from engine import compilation, float8, zero
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
-from engine.split_layers import SplitPolicy
+from engine.split_layers import OVERLAP, SplitPolicy
 from engine.update import Part, update
 from engine.zero import GradientReducer
 from model_utils import build_model
@@ -150,3 +149,8 @@ def update_working_weights(optimizer: OptimizerWrapper) -> None:
             if working not in optimizer.stored:
                 working.data.copy_(master)
         _round_weights(optimizer)
+
+
+def compile_layers(model: ModelWrapper) -> None:
+    """Compile each decoder layer as a whole, its collective operations beside others."""
+    compilation.compile_layers(model, OVERLAP)

@@ -34,6 +34,11 @@ from engine import float8
 collective = torch.ops._c10d_functional
 PARTS = 4  # of a row-parallel product
 WORTHWHILE = 4096  # tokens from which it is computed in parts
+# Options of torch.compile: start collective operations as early, and wait for them as late, as their operands allow.
+OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+}
 
 
 def _products(

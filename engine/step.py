@@ -31,10 +31,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
     if shard_config is not None and shard_config.enable_sequence_parallelism:
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
-    # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
-    # place: the gradient would lose its scale.
-    logits = compilation.plain(logits)
-    logits, targets = logits.flatten(0, 1), targets.flatten()
+    logits, targets = compilation.plain(logits).flatten(0, 1), targets.flatten()
     if shard_config is not None and shard_config.enable_tensor_parallelism:
         return split_cross_entropy(logits, targets, shard_config.tensor_parallel_process_group)
     return summed_cross_entropy(logits, targets)

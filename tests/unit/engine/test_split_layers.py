@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
@@ -75,4 +74,4 @@ def test_loss_and_gradients_are_those_of_the_whole_model(ranks, flags, changes, 
     copies = 2 if "--tp 2" in flags else 1
     assert total / copies == pytest.approx(loss, rel=1e-5)
     for _, errors in results:
-        assert errors and max(errors.values()) < 1e-4, errors
+        assert max(errors.values()) < 1e-4, errors
