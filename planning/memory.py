@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted, stored_elements
-from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
+from engine.float8 import converted, stored_elements, weights_of_a_layer
+from engine.job import AUTO, STEP, TENSORWISE, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
@@ -165,7 +165,8 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
 def _reduced_copy(job: Job, elements: int) -> int:
     """Return the bytes of a copy of so many gradients in the precision of the reduction, if it is another.
 
-    Without ZeRO the copy is what is kept, and counts there.
+    Without ZeRO the copy is what is kept, and counts there. Within a host this is an upper bound: there the copy is of
+    gradients as they travel, in the working precision.
     """
     copied = job.layout.zero_stage > 0 and job.layout.gradient_ranks > 1 and job.reduce_dtype != job.dtype
     return job.reduce_dtype.itemsize * elements if copied else 0
@@ -242,6 +243,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     layer = tokens * layer_activations(
         config, layout.tp, width, batch.max_length, fused, converted(job, on_gpu=True)[0] > 0
     )
+    if layout.traits.module == "gemini" and fused is Fusion.LAYERS and job.compute.recipe == TENSORWISE:
+        layer += weights_of_a_layer(job, on_gpu=True)  # float8 values, which its function of weights keeps instead
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden if all_recomputed else layer
