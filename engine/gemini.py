@@ -98,7 +98,7 @@ def precision_mixin(optimizer: GeminiOptimizer) -> MixedPrecisionMixin:
     return optimizer.mix_precision_mixin
 
 
-def step(optimizer: GeminiOptimizer) -> float:
+def step(optimizer: GeminiOptimizer, rejects: Callable[[float], bool] | None = None) -> float:
     """Clip and update; return the gradient norm before clipping, times the loss scale.
 
     Symptom: after one overflow, every step overflows.
@@ -107,6 +107,8 @@ def step(optimizer: GeminiOptimizer) -> float:
     Remove when: GeminiOptimizer.step does this when it skips.
     """
     _reduce_sums(optimizer)
+    # After the update, made or not, GeminiOptimizer copies the master weights over the gradients.
+    optimizer.optim.rejects = None if rejects is None else lambda: rejects(optimizer.get_grad_norm())
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
     norm = optimizer.get_grad_norm()

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def precision_mixin(optimizer: LowLevelZeroOptimizer) -> MixedPrecisionMixin | N
     return optimizer.mixed_precision_mixin
 
 
-def step(optimizer: LowLevelZeroOptimizer) -> float:
+def step(optimizer: LowLevelZeroOptimizer, rejects: Callable[[float], bool] | None = None) -> float:
     """Clip and update (see `engine.update`); each rank updates its partition, and gathers the others' weights."""
     reducer, gatherer = optimizer.reducer, _WeightGatherer(optimizer)
     reducer.finish()
@@ -89,6 +89,7 @@ def step(optimizer: LowLevelZeroOptimizer) -> float:
         filter(None, (reducer.group, tp_group, pp_group)),
         tp_group,
         gatherer.start,
+        rejects,
     )
     _round_weights(optimizer, gatherer)
     gatherer.finish()

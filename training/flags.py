@@ -201,6 +201,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
+    from training.spikes import SpikeRule
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
@@ -212,6 +213,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
         take(Outputs, args),
         take(Retention, args),
         take(Schedule, args),
+        take(SpikeRule, args),
         lora,
         args.num_workers,
         settings(args),
@@ -260,6 +262,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     text = "wsd: fall linearly, or fast at first (default: linear)"
     add_flag(optimization, "--decay_shape", str, text, choices=SHAPES)
     add_flag(optimization, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
+    text = "skip steps whose loss or gradient norm is this many standard deviations above the mean of the last 128; "
+    add_flag(optimization, "--skip_spikes", float, f"{text}OLMo uses 6 (default: off)", metavar="SIGMAS")
     add_flag(optimization, "--seed", 42, "seed of weights and data order")
 
     add_compute_args(parser, precision_short="-x")

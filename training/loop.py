@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from training.evaluation import evaluate
 from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
+from training.spikes import remember
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -81,7 +83,7 @@ def train(
             agreed = agree(engine, loss_sum, stop.received, writer.error is not None)
             if agreed.save_failed:
                 writer.wait()
-            result = _update(engine, scheduler, agreed.loss_sum, batch.label_tokens, guard, state.step + 1)
+            result = _update(engine, run, scheduler, agreed.loss_sum, batch.label_tokens, guard, state)
             scheduler.step()
             state.advance(plan, batch.tokens, batch.stream, result.skipped)
             row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding)
@@ -163,18 +165,29 @@ class Guard:
 
 
 def _update(
-    engine: Engine, scheduler: LambdaLR, loss_sum: float, label_tokens: int, guard: Guard, step: int
+    engine: Engine,
+    run: Run,
+    scheduler: LambdaLR,
+    loss_sum: float,
+    label_tokens: int,
+    guard: Guard,
+    state: TrainState,
 ) -> StepResult:
-    """Clip the gradients and update the weights; without labels that count, skip the step."""
-    lr = float(scheduler.get_last_lr()[0])
+    """Clip the gradients and update the weights; skip a step without labels that count, and a spike."""
+    step, lr = state.step + 1, float(scheduler.get_last_lr()[0])
     scaler = loss_scaler(engine)
     loss_scale = scaler.loss_scale if scaler else 1.0
     if not label_tokens:
         return StepResult(None, lr, math.inf, True, loss_scale)
     loss = loss_sum / label_tokens
     guard.check_loss(loss, step, lr)
-    grad_norm, skipped = optimizer_step(engine)
-    guard.check_update(grad_norm, skipped, step, lr)
+    spikes = partial(run.spikes.spikes, state.window, loss)
+    grad_norm, skipped = optimizer_step(engine, spikes if run.spikes.skip_spikes else None)
+    spike = skipped and math.isfinite(grad_norm)
+    guard.check_update(grad_norm, skipped and not spike, step, lr)
+    if math.isfinite(grad_norm):
+        remember(state.window, loss, grad_norm)
+    state.spikes += spike
     return StepResult(loss, lr, grad_norm, skipped, loss_scale)
 
 

@@ -34,6 +34,7 @@ from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
+from training.spikes import SpikeRule
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
 WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
@@ -83,6 +84,7 @@ class Run:
     outputs: Outputs = field(default_factory=Outputs)
     retention: Retention = field(default_factory=Retention)
     schedule: Schedule = field(default_factory=Schedule)
+    spikes: SpikeRule = field(default_factory=SpikeRule)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -98,6 +100,7 @@ class Run:
             "gradient_clipping": optimization.gradient_clipping,
             "adam_betas": list(optimization.adam_betas),
             "adam_eps": optimization.adam_eps,
+            **asdict(self.spikes),
             **asdict(curve),
             **(self.lora.settings if self.lora else {}),
         }
@@ -130,6 +133,7 @@ class Run:
         return (
             self.length.problems()
             + self.schedule.problems()
+            + self.spikes.problems()
             + self.outputs.problems()
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
@@ -139,6 +143,7 @@ class Run:
 LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
     "adam_betas": [0.9, 0.95],
     "adam_eps": 1e-8,
+    **asdict(SpikeRule()),
     **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
 }
 
@@ -151,7 +156,9 @@ class TrainState:
     step: int = 0  # optimizer steps since the start of training
     sequences: int = 0  # trained on, over all ranks and epochs: the position in the global order
     tokens: int = 0
-    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, or no label counted
+    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, no label counted, or --skip_spikes
+    spikes: int = 0  # of these, those that --skip_spikes skipped
+    window: list[list[float]] = field(default_factory=list)  # loss and gradient norm of each of the last steps
     settings: dict[str, Any] = field(default_factory=dict)  # a resume must not change them unnoticed
     stream: dict[str, Any] | None = None  # position in a data set that is streamed
     unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation

@@ -109,6 +109,23 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize("layout", ["zero2 fp16", "gemini bf16", "hybrid fp32"])
+def test_resume_with_skipped_spikes_is_exact(pretrain, few_data, layout):
+    """The window of the last steps continues where it was."""
+    options = {"change": "training.spikes.WINDOW = 4"}
+    flags = ["--skip_spikes", 1]
+    whole = train(pretrain, few_data, layout, *flags, **options)
+    spikes = whole.column("spikes")
+    assert 0 < spikes[-1] < STEPS / 2
+    step = max(number for number in (2, 4, 6, 8) if spikes[-1] > spikes[number - 1])
+    run = train(pretrain, few_data, layout, *flags, "-f", next(whole.save_dir.glob(f"*-step{step}")), **options)
+    assert curve(run) == curve(whole, after=step)
+    assert_same_end(run, whole)
+    if layout == "hybrid fp32":
+        refused = train(pretrain, few_data, layout, "-f", "latest", folder=run.folder, check=False)
+        assert "--load: --skip_spikes was 1.0 in the checkpoint and is None now; --allow_changes" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [(1, "-p zero2 -b 4 --accumulation_steps 2 -g"), (2, "-p hybrid_parallel --tp 2 --pp 1 -b 8")],
