@@ -220,6 +220,13 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
     )
 
 
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM-TO, two steps counted from 1, such as 1200-1250")
+    return int(first), int(last)
+
+
 def _fraction(text: str) -> float | str:
     try:
         return text if text == AUTO else float(text)
@@ -275,6 +282,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(output, "-f --load", user_name, text, metavar="PATH|latest")
     text = "resume although data, seed, recipe or length changed; prints each change (default: off)"
     add_flag(output, "--allow_changes", False, text)
+    text = "on a resume, leave out the sequences of these optimizer steps, such as those before a spike (default: none)"
+    add_flag(output, "--skip_data", _steps, text, metavar="FROM-TO")
     text = "newest checkpoints to keep; the disk needs room for one more (default: all)"
     add_flag(output, "--keep_checkpoints", int, text)
     add_flag(output, "--keep_every", int, "also keep those at multiples of this step (default: none)")

@@ -109,7 +109,57 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert_same_end(run, whole)
 
 
-@pytest.mark.parametrize("layout", ["zero2 fp16", "gemini bf16", "hybrid fp32"])
+# Writes the first micro-batch of each step to a file.
+RECORD = """
+import json
+forward_backward = training.loop.forward_backward
+def record(engine, micro_batches, *args):
+    with open({path!r}, "a") as file:
+        print(json.dumps(torch.cat([batch["input_ids"] for batch in micro_batches]).tolist()), file=file)
+    return forward_backward(engine, micro_batches, *args)
+import torch
+training.loop.forward_backward = record
+"""
+
+
+def test_data_left_out_on_a_resume(pretrain, few_data, sample_tokenizer, cache_dir, tmp_path):
+    """Steps 4 and 5 train on later data, also after another resume; the run that does the same at once is its equal."""
+    data = PackedDataset(prepare_dataset(str(few_data), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
+    total = ["-e", 4, "--max_steps", STEPS]
+    first = train(pretrain, few_data, "zero2 fp32", *total, "--max_steps", 2)
+    flags = [*total, "--allow_changes", "--skip_data", "4-5"]
+
+    def resumed(*more, name: str, **options):
+        options["change"] = RECORD.format(path=str(tmp_path / name)) + options.get("change", "")
+        run = train(pretrain, few_data, "zero2 fp32", *flags, *more, **options)
+        return run, [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    whole, batches = resumed("-f", first.save_dir / "epoch0-step2", name="whole")
+    line = "--skip_data: the 16 sequences of steps 4-5 are left out; step 4 trains on those that step 6 would have had"
+    assert line in whole.stdout
+    expected = [batch_at(data, start * 8, start * 8 + 8).tolist() for start in (2, 5, 6, 7, 8, 9, 10)]
+    assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in expected]
+    assert whole.column("tokens")[-1] == STEPS * GLOBAL_BATCH * SEQUENCE_LENGTH
+
+    run, batches = resumed("-f", whole.save_dir / "epoch2-step6", name="again")
+    assert "--skip_data: the sequences of steps 4-5 are left out already" in run.stdout
+    assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in expected[4:]]
+    assert curve(run) == curve(whole, after=6)
+    states = [
+        json.loads(next(folder.glob("*-step9/running_states.json")).read_text())
+        for folder in (run.save_dir, whole.save_dir)
+    ]
+    assert states[0] == states[1]
+    assert states[0]["left_out"] == {"4-5": [24, 40]}
+
+    late = train(
+        pretrain, few_data, "zero2 fp32", *total, "-f", "latest", "--skip_data", "5-6", folder=run.folder, check=False
+    )
+    assert late.returncode == 2
+    assert "--skip_data: step 5 is behind the checkpoint, which is at step 9" in late.stderr
+
+
+@pytest.mark.parametrize("layout", ["zero2 bf16", "gemini bf16", "hybrid fp32"])
 def test_resume_with_skipped_spikes_is_exact(pretrain, few_data, layout):
     """The window of the last steps continues where it was."""
     options = {"change": "training.spikes.WINDOW = 4"}
