@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.patching import replace
+from engine.waits import waiting
 
 
 @dataclass
@@ -117,8 +118,9 @@ def _squared_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: P
         fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
         squares *= torch.tensor(fractions, device=squares.device)
     total = squares.sum()
-    for group in groups:
-        dist.all_reduce(total, group=group)
+    with waiting():
+        for group in groups:
+            dist.all_reduce(total, group=group)
     return total
 
 

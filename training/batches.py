@@ -21,6 +21,7 @@ from data_utils import TrainingData
 from engine.boost import Engine
 from engine.device import current_device, when_idle
 from engine.layout import Layout
+from engine.waits import waiting
 from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
 from runtime.console import InputError, RunError
@@ -195,7 +196,8 @@ class Batches:
             labels = int((micro_batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             counts[:3] += torch.tensor([labels, int(micro_batch.get("token_count", positions)), positions])
         counts = counts.to(current_device())
-        dist.all_reduce(counts)
+        with waiting():
+            dist.all_reduce(counts)
         batch.ranks_without = int(counts[3])
         peers = self.layout.tp * self.layout.pp * self.layout.sp  # ranks that read the same batch
         batch.label_tokens, batch.tokens, batch.positions = (counts[:3] // peers).tolist()

@@ -19,6 +19,7 @@ from engine.boost import Engine
 from engine.device import current_device, device_name
 from engine.layout import describe_layout
 from engine.step import forward_backward, loss_scaler, optimizer_step
+from engine.waits import waiting
 from model_utils import model_flops_per_token
 from planning.throughput import PerformanceEvaluator
 from runtime.collectives import gather
@@ -30,6 +31,7 @@ from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
 from training.spikes import remember
+from training.step_times import StepTimes
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -66,10 +68,12 @@ def train(
         batches.prefetch()
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
+    times = StepTimes(engine, run.outputs.log_interval)
     writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
+            times.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
                 unsaved = state.step > first_step and state.step % run.retention.save_interval > 0
@@ -80,13 +84,14 @@ def train(
                 loss_sum = forward_backward(engine, batch.micro_batches, batch.label_tokens)
             if state.step + 1 < plan.total_steps:
                 batches.prefetch()
-            agreed = agree(engine, loss_sum, stop.received, writer.error is not None)
+            agreed = agree(engine, loss_sum, stop.received, writer.error is not None, times)
             if agreed.save_failed:
                 writer.wait()
             result = _update(engine, run, scheduler, agreed.loss_sum, batch.label_tokens, guard, state)
             scheduler.step()
+            times.end(batches.waited)
             state.advance(plan, batch.tokens, batch.stream, result.skipped)
-            row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding)
+            row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding) | times.figures
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
@@ -94,7 +99,7 @@ def train(
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
                 speed.restart()
             metrics.log(row)
-            metrics.note(writer.take_reports())
+            metrics.note([*times.reports, *writer.take_reports()])
             if state.step % run.retention.save_interval == 0 or last or stopping:
                 writer.save(state.saved())
                 speed.restart()
@@ -133,12 +138,18 @@ class Agreement(NamedTuple):
     save_failed: bool  # any rank could not write its part of a checkpoint
 
 
-def agree(engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool) -> Agreement:
-    """Combine the ranks' losses, signals and failures in one all-reduce. Collective."""
-    totals = torch.tensor([0.0, stopping, save_failed], dtype=torch.float64, device=current_device())
+def agree(
+    engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool, times: StepTimes | None = None
+) -> Agreement:
+    """Combine the ranks' losses, signals, failures and times in one all-reduce. Collective."""
+    own = [0.0, stopping, save_failed, *(times.to_exchange() if times else ())]
+    totals = torch.tensor(own, dtype=torch.float64, device=current_device())
     totals[0] = loss_sum / engine.layout.tp
-    dist.all_reduce(totals)
-    loss, stops, failures = totals.tolist()
+    with waiting():
+        dist.all_reduce(totals)
+    loss, stops, failures, *seconds = totals.tolist()
+    if times:
+        times.exchanged(seconds)
     return Agreement(loss, stops > 0, failures > 0)
 
 
