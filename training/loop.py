@@ -27,6 +27,7 @@ from runtime.console import RunError, rank, say
 from runtime.process import StopRequest
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
+from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
 from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
@@ -68,7 +69,7 @@ def train(
         batches.prefetch()
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
-    times = StepTimes(engine, run.outputs.log_interval)
+    times, seconds = StepTimes(engine, run.outputs.log_interval), StepSeconds()
     writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
     with writer:
         guard, first_step = Guard(writer), state.step
@@ -91,22 +92,25 @@ def train(
             scheduler.step()
             times.end(batches.waited)
             state.advance(plan, batch.tokens, batch.stream, result.skipped)
-            row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding) | times.figures
+            lap = speed.lap(batch.tokens)
+            seconds.add(state, lap.seconds, batches.waited)
+            row = step_row(state, result, lap, batches.waited, batch.padding) | times.figures
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
             if held_out is not None and due and engine.may_evaluate:
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
-                speed.restart()
+                spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
             metrics.note([*times.reports, *writer.take_reports()])
             if state.step % run.retention.save_interval == 0 or last or stopping:
                 writer.save(state.saved())
-                speed.restart()
+                spend(state, SAVES, speed.restart())
             if stopping:
                 break
         writer.wait()
-        metrics.note([*writer.take_reports(), *metrics.summary()])
+        spend(state, SAVES, speed.restart())
+        metrics.note([*writer.take_reports(), *metrics.summary(), describe(state)])
     metrics.close()
     assert writer.latest is not None  # the last step saves
     return writer.latest, state.step < plan.total_steps or state.unevaluated is not None
@@ -116,7 +120,9 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
     """Open the logs and describe the run in TensorBoard, without environment variables, which may hold secrets."""
     outputs = run.outputs
     done = state.step - bool(state.unevaluated)
-    metrics = Metrics(outputs.tensorboard_dir, outputs.save_dir, done, plan.total_steps, outputs.log_interval)
+    state.started = state.started or first_start(outputs)
+    folder, save_dir = outputs.tensorboard_dir, outputs.save_dir
+    metrics = Metrics(folder, save_dir, done, plan.total_steps, outputs.log_interval, state.started)
     names = ("torch", "colossalai", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     texts = {

@@ -22,6 +22,7 @@ from engine.device import peak_memory
 from planning.throughput import Throughput
 from runtime.console import rank, say, world_size
 from runtime.files import write_json
+from training.goodput import goodput
 from training.plan import OWNER, TrainState, log_owner
 
 LOG_FILE = "metrics.jsonl"
@@ -71,24 +72,26 @@ def step_row(
         "loss_scale": result.loss_scale,
         "skipped_steps": state.skipped_steps,
         "spikes": state.spikes,
+        "goodput": goodput(state),
     }
 
 
 class Metrics:
     """Writer of one row per optimizer step. A resumed run continues the same curves."""
 
-    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int):
+    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int, started: float = 0.0):
         """
         Args:
             save_dir: folder of the checkpoints, which identifies the run.
             step: the step after which the run resumes; rows of later steps are set aside.
             interval: steps between lines in the terminal, if it shows no progress bar.
+            started: seconds since 1970 at the run's first start.
         """
         self.main = rank() == 0
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
-        self.owner = log_owner(save_dir, folder)
+        self.owner = {**log_owner(save_dir, folder), "started": started}
         self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)

@@ -168,6 +168,8 @@ class TrainState:
     spikes: int = 0  # of the skipped steps, those that --skip_spikes skipped
     window: list[list[float]] = field(default_factory=list)  # loss and gradient norm of each of the last steps
     left_out: dict[str, Range] = field(default_factory=dict)  # ranges of the global order, by steps (--skip_data)
+    started: float = 0.0  # seconds since 1970 at the run's first start; 0 in older checkpoints
+    spent: dict[str, float] = field(default_factory=dict)  # seconds, by purpose; see `training.goodput`
 
     @property
     def adam_steps(self) -> int:
@@ -289,8 +291,8 @@ def refuse_foreign_logs(outputs: Outputs, step: int) -> None:
         InputError: they belong to another --save_dir, or the run is new and their owner unknown.
     """
     folder, owner = outputs.tensorboard_dir, None  # None: logs of an older version
-    with contextlib.suppress(OSError, ValueError):
-        owner = json.loads((folder / OWNER).read_bytes())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = {"save_dir": json.loads((folder / OWNER).read_bytes())["save_dir"]}
     logs = any(next(folder.glob(pattern), None) for pattern in ("metrics*.jsonl", "events.out.tfevents.*"))
     if logs and owner != log_owner(outputs.save_dir, folder) and (owner or not step):
         raise InputError(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,7 +22,15 @@ from runtime.process import INTERRUPTED
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")  # metrics that vary between runs
+TIMES = (
+    "tokens_per_second",
+    "tflops",
+    "mfu",
+    "data_wait",
+    "memory_gb",
+    "hours",
+    "goodput",
+)  # metrics that vary between runs
 
 # Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
@@ -66,6 +75,12 @@ def curve(run, after: int = 0) -> list[dict]:
     return [row for row in rows if row["step"] > after]
 
 
+def states_of(checkpoint: Path) -> dict:
+    """Return the saved states that two equal runs share."""
+    states = json.loads((checkpoint / "running_states.json").read_text())
+    return {name: value for name, value in states.items() if name not in ("started", "spent")}
+
+
 def assert_same_end(run, whole) -> None:
     """Assert that the last checkpoints are equal to the bit."""
     name = f"epoch{EPOCHS - 1}-step{STEPS}"
@@ -75,10 +90,7 @@ def assert_same_end(run, whole) -> None:
     assert not different
     for file in (whole.save_dir / name / "model").iterdir():
         assert file.read_bytes() == (run.save_dir / name / "model" / file.name).read_bytes()
-    states, expected = (
-        json.loads((folder / name / "running_states.json").read_text()) for folder in (run.save_dir, whole.save_dir)
-    )
-    assert states == expected
+    assert states_of(run.save_dir / name) == states_of(whole.save_dir / name)
 
 
 def test_run_ends_with_the_data(whole_run):
@@ -145,10 +157,7 @@ def test_data_left_out_on_a_resume(pretrain, few_data, sample_tokenizer, cache_d
     assert "--skip_data: the sequences of steps 4-5 are left out already" in run.stdout
     assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in expected[4:]]
     assert curve(run) == curve(whole, after=6)
-    states = [
-        json.loads(next(folder.glob("*-step9/running_states.json")).read_text())
-        for folder in (run.save_dir, whole.save_dir)
-    ]
+    states = [states_of(next(folder.glob("*-step9"))) for folder in (run.save_dir, whole.save_dir)]
     assert states[0] == states[1]
     assert states[0]["left_out"] == {"4-5": [24, 40]}
 
@@ -428,6 +437,30 @@ def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):
     assert f"resumed: {last}" in run.stdout
     assert curve(run) == curve(whole)
     assert_same_end(run, whole)
+
+
+# Each step counts ten seconds.
+TEN_SECONDS = """
+from training import goodput
+training.loop.StepSeconds.add = lambda self, state, seconds, waited: goodput.spend(state, goodput.STEPS, 10)
+"""
+
+
+def test_goodput_counts_each_step_once_since_the_first_start(pretrain, few_data, tmp_path):
+    """Two kills with -9: one before the first checkpoint, and one after, whose last steps are lost."""
+    starts, folder = [], tmp_path / "run"
+    for step in (1, 5, None):
+        change = TEN_SECONDS + (SIGNAL.format(name="SIGKILL", step=step, rank=0) if step else "")
+        run = train(pretrain, few_data, "zero2 bf16", "-f", "latest", change=change, folder=folder, check=not step)
+        starts.append(json.loads((folder / "tb_logs" / "run.json").read_text())["started"])
+    assert starts == [starts[0]] * 3
+    for step in (4, 6, 8, 9):
+        states = json.loads(next(run.save_dir.glob(f"*-step{step}/running_states.json")).read_text())
+        assert (states["started"], states["spent"]["steps"]) == (starts[0], 10 * step)
+    assert states["spent"]["saves"] > 0
+    assert all(0 < value <= 1 for value in run.column("goodput"))
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("goodput: ")]
+    assert line.endswith("starts and lost steps")
 
 
 def test_signal_to_one_rank(pretrain, few_data, whole_run):
