@@ -276,7 +276,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_compute_args(parser, precision_short="-x")
 
     output = parser.add_argument_group("checkpoints and logs")
-    add_flag(output, "-i --save_interval", 1000, "optimizer steps between checkpoints")
+    add_flag(output, "-i --save_interval", 1000, "optimizer steps between checkpoints; 0: save at the end alone")
     add_flag(output, "-o --save_dir", "checkpoint", "folder", type=user_path)
     text = "checkpoint folder to resume from, or latest: the newest, if any (default: none)"
     add_flag(output, "-f --load", user_name, text, metavar="PATH|latest")

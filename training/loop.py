@@ -43,14 +43,14 @@ def train(
     plan: Plan,
     state: TrainState,
     loader: DataLoader[Any],
-    held_out: DataLoader[Any] | None = None,
-    checkpoint: Path | None = None,
+    held_out: DataLoader[Any] | None,
+    writer: CheckpointWriter,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
     Args:
         held_out: data to evaluate on, from `evaluation_loader`.
-        checkpoint: the checkpoint that the run resumes from; messages name it until a newer one is saved.
+        writer: its `latest` is the checkpoint that the run resumes from, if any.
 
     Returns:
         The last checkpoint, and True if a signal ended the run early.
@@ -59,8 +59,8 @@ def train(
         RunError: the loss or the gradient is not finite, data cannot be read, or a checkpoint cannot be written.
     """
     metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
-    if checkpoint and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
-        return checkpoint, True
+    if writer.latest and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
+        return writer.latest, True
     if state.step and engine.config.attention_dropout:
         say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
     scheduler = build_scheduler(engine, state.step, plan.curve)
@@ -70,14 +70,13 @@ def train(
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
     times, seconds = StepTimes(engine, run.outputs.log_interval), StepSeconds()
-    writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
             times.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
-                unsaved = state.step > first_step and state.step % run.retention.save_interval > 0
+                unsaved = state.step > first_step and not run.retention.is_due(state.step)
                 _end_without_data(state if unsaved else None, batch, writer, metrics)
             torch.manual_seed(step_seed(run.job.seed, state.step))
             loss_sum = torch.zeros(())
@@ -103,7 +102,7 @@ def train(
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
             metrics.note([*times.reports, *writer.take_reports()])
-            if state.step % run.retention.save_interval == 0 or last or stopping:
+            if run.retention.is_due(state.step) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())
             if stopping:
