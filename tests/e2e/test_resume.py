@@ -22,15 +22,10 @@ from runtime.process import INTERRUPTED
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
-TIMES = (
-    "tokens_per_second",
-    "tflops",
-    "mfu",
-    "data_wait",
-    "memory_gb",
-    "hours",
-    "goodput",
-)  # metrics that vary between runs
+TIMES = {  # metrics that vary between runs
+    *("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours", "goodput"),
+    *("slowest_rank", "rank_spread", "waiting"),
+}
 
 # Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
