@@ -34,6 +34,7 @@ from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.recomputation import checkpoint_layers as checkpoint_layers
+from engine.reduction import Reduction
 from engine.waits import waiting
 from model_utils import build_model, count_parameters, parameter_specs
 from runtime.console import say
@@ -78,7 +79,7 @@ def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: Gemi
     """Patch Gemini's memory, prefetching and gradient norm."""
     compute_norm_on_device(plugin.tp_size)
     sum_gradients_in_float32(model)
-    reduce_chunks_in(job.reduce_dtype)
+    reduce_chunks_in(job, Reduction(plugin.zero_group, job.reduce_dtype))
     if job.exchanges_at_update and job.layout.dp > 1:
         keep_gradients_until_update(model)
     allocate_chunks_on_one_stream(model)
@@ -328,15 +329,17 @@ def _reduce_sums(optimizer: GeminiOptimizer) -> None:
             manager.overflow_counter.add_(gradients.has_inf_or_nan)
 
 
-def reduce_chunks_in(dtype: torch.dtype) -> None:
-    """Reduce chunks of gradients between ranks in this precision.
+def reduce_chunks_in(job: Job, reduction: Reduction) -> None:
+    """Reduce chunks of gradients between ranks in the job's precision of reduction.
 
     Symptom: a sum over many ranks loses as much precision as the working one has, and may overflow in fp16.
     Cause: `Chunk.reduce` reduces in the precision of the chunk.
-    Fix: reduce a copy in `dtype`, add the sum of earlier micro-batches, and keep the result in the chunk's precision.
+    Fix: reduce a copy, add the sum of earlier micro-batches, and keep the result in the chunk's precision. The
+        gradients of a single micro-batch fit into the working precision, also in a chunk in float32.
     Remove when: Gemini has an option for it.
     """
     reduce_alone = Chunk.reduce
+    narrow = reduction.in_one_host and not job.exchanges_at_update
 
     def reduce(self: Chunk, async_op: bool = False) -> None:
         divisor = self.pg_size * self.extra_dp_size  # Gemini divides afterwards
@@ -351,13 +354,10 @@ def reduce_chunks_in(dtype: torch.dtype) -> None:
 
     def reduce_in_dtype(self: Chunk) -> None:
         gradients = self.cuda_global_chunk
-        reduced = gradients.to(dtype)
         if self.keep_gathered:
-            dist.all_reduce(reduced, group=self.torch_pg)
+            reduced = reduction.all_reduce(gradients)
         else:
-            shard = reduced.new_empty(self.shard_size)
-            dist.reduce_scatter_tensor(shard, reduced, group=self.torch_pg)
-            reduced = shard
+            reduced = reduction.reduce_scatter(gradients.to(job.dtype) if narrow else gradients)
         if self.extra_dp_group is not None:
             dist.all_reduce(reduced, group=self.extra_dp_group)
         if self.keep_gathered:

@@ -1,5 +1,6 @@
 """The plugins `zero2` and `zero2_cpu`: sharded gradients and optimizer states; `zero2_cpu` has these in host memory."""
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from engine.patching import replace
 from engine.plugin import LocalPart, common_options
 from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
+from engine.reduction import Reduction
 from engine.update import Part, update
 from engine.waits import waiting
 from model_utils import build_model
@@ -166,8 +168,10 @@ class GradientReducer:
     def __init__(self, job: Job, parameters: Iterable[Parameter], group: ProcessGroup, partitions: bool = True):
         self.parameters, self.group, self.ranks = list(parameters), group, dist.get_world_size(group)
         self.rows = self.ranks if partitions else 1  # parts of a gradient that ranks keep
-        self.dtype, self.accumulates = job.reduce_dtype, job.accumulates
+        self.accumulates = job.accumulates
         self.at_update = self.ranks > 1 and job.exchanges_at_update
+        reduction = Reduction(group, job.reduce_dtype)
+        self._mean = functools.partial(reduction.reduce_scatter if partitions else reduction.all_reduce, mean=True)
         self.side_stream = get_accelerator().Stream()
         # The allocator reuses freed memory at once on the stream that allocated it, so a gradient is kept until that
         # stream has waited for its reduction.
@@ -241,20 +245,6 @@ class GradientReducer:
         """Return a flat gradient, padded to a length divisible by the number of parts."""
         padding = -gradient.numel() % self.rows
         return F.pad(gradient, (0, padding)) if padding else gradient
-
-    def _mean(self, gradient: Tensor) -> Tensor:
-        """Return this rank's part of the mean of a flat gradient over the group; may overwrite the gradient."""
-        gradient = gradient.to(self.dtype)
-        if gradient.is_cuda:
-            mean = dist.ReduceOp.AVG
-        else:  # Gloo has no mean
-            mean, gradient = dist.ReduceOp.SUM, gradient.div_(self.ranks)
-        if self.rows == 1:
-            dist.all_reduce(gradient, mean, group=self.group)
-            return gradient
-        partition = gradient.new_empty(gradient.numel() // self.rows)
-        dist.reduce_scatter_tensor(partition, gradient, mean, group=self.group)
-        return partition
 
 
 class _WeightGatherer:

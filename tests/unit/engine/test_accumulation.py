@@ -1,5 +1,6 @@
 """Sums of gradients over micro-batches and ranks, compared with a float32 model in plain PyTorch."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -84,15 +85,23 @@ def test_the_error_does_not_grow_with_the_number_of_micro_batches(ranks, flags):
     assert many < few < 0.0068  # measured: 0.0041 and 0.0066; summed in bf16 at least 0.0065 and 0.0070
 
 
-def reductions(flags: str) -> list[tuple[int, torch.dtype]]:
-    """Return the micro-batch and the precision of each reduce-scatter in a step of three; 3: after the last one."""
-    found, passes, reduce_scatter = [], [], dist.reduce_scatter_tensor
+def reductions(flags: str, in_one_host: bool) -> list[tuple[int, str, torch.dtype]]:
+    """Return the micro-batch, operation and precision of each reduction in a step of three; 3: after the last one."""
+    found, passes = [], []
 
-    def recorded(output, gradients, *args, **kwargs):
-        found.append((len(passes) - 1, gradients.dtype))
-        return reduce_scatter(output, gradients, *args, **kwargs)
+    def record(name: str) -> None:
+        operation = getattr(dist, name)
 
-    dist.reduce_scatter_tensor = recorded
+        def recorded(output, gradients, *args, **kwargs):
+            found.append((len(passes) - 1, name, gradients.dtype))
+            return operation(output, gradients, *args, **kwargs)
+
+        setattr(dist, name, recorded)
+
+    record("reduce_scatter_tensor")
+    record("all_to_all_single")
+    if not in_one_host:
+        os.environ["LOCAL_RANK"] = "0"
     run = boosted(f"{flags} -b 1 --accumulation_steps 3")
     initialize_weights(run)
     run.model.unwrap().register_forward_pre_hook(lambda *_: passes.append(None))
@@ -103,9 +112,16 @@ def reductions(flags: str) -> list[tuple[int, torch.dtype]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_when_and_in_which_precision_gradients_are_reduced(dtype):
-    expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+@pytest.mark.parametrize(
+    ("dtype", "in_one_host", "expected"),
+    [
+        ("fp32", True, ("all_to_all_single", torch.bfloat16)),
+        ("fp32", False, ("reduce_scatter_tensor", torch.float32)),
+        ("bf16", True, ("reduce_scatter_tensor", torch.bfloat16)),
+    ],
+)
+def test_when_and_in_which_precision_gradients_are_reduced(dtype, in_one_host, expected):
+    once_expected = ("reduce_scatter_tensor", torch.bfloat16 if dtype == "bf16" else torch.float32)
     found = []
     for flags in (
         "-p zero2 --exchange micro_batch",
@@ -114,9 +130,10 @@ def test_when_and_in_which_precision_gradients_are_reduced(dtype):
         "-p gemini --exchange micro_batch",
         "-p gemini --exchange step",
     ):
-        (rank,) = {tuple(rank) for rank in run_ranks(2, reductions, f"{flags} --reduce_dtype {dtype}")}
-        assert {precision for _, precision in rank} == {expected}
-        found.append([micro_batch for micro_batch, _ in rank])
+        (rank,) = {tuple(rank) for rank in run_ranks(2, reductions, f"{flags} --reduce_dtype {dtype}", in_one_host)}
+        operations = {(operation, precision) for _, operation, precision in rank}
+        assert operations == {once_expected if "step" in flags else expected}
+        found.append([micro_batch for micro_batch, *_ in rank])
     each, once, hybrid, chunks, chunks_once = found
     assert each == [0, 1, 2]
     assert once == hybrid == [3]

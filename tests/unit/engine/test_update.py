@@ -124,7 +124,7 @@ class TestStreams:
     @pytest.mark.parametrize(
         ("ignored", "hazard"),
         [
-            (("stream 2", "wait_stream"), "_to_copy.default on stream 2 does not wait for"),
+            (("stream 2", "wait_stream"), "all_to_all_single on stream 2 does not wait for"),
             (("default", "wait_event"), "on default gets memory and does not wait for"),
             (("default", "wait_stream"), "on default does not wait for"),
             (("default", "wait"), "on default does not wait for all_gather_into_tensor on NCCL"),
