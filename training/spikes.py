@@ -13,7 +13,8 @@ class SpikeRule:
 
     It compares the loss and the gradient norm with their mean over the last WINDOW steps, in standard deviations. As
     there, it needs half a window to begin, and skipped steps enter the window too: they raise mean and deviation, so a
-    lasting change of level is soon accepted. Unlike there, a value far below the mean is no spike.
+    lasting change of level is soon accepted. Unlike there, a value far below the mean is no spike, and an infinite one
+    ends the run.
 
     Attributes:
         skip_spikes: standard deviations above the mean; None: no step is skipped.
@@ -36,7 +37,7 @@ class SpikeRule:
         if self.skip_spikes is None or len(window) < WINDOW // 2:
             return False
         return any(
-            value > statistics.fmean(before) + self.skip_spikes * statistics.stdev(before)
+            statistics.fmean(before) + self.skip_spikes * statistics.stdev(before) < value < math.inf
             for value, before in zip((loss, grad_norm), zip(*window, strict=True), strict=True)
         )
 

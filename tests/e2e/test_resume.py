@@ -163,6 +163,24 @@ def test_data_left_out_on_a_resume(pretrain, few_data, sample_tokenizer, cache_d
     assert "--skip_data: step 5 is behind the checkpoint, which is at step 9" in late.stderr
 
 
+def test_stream_left_out_on_a_resume(pretrain, few_data, tmp_path):
+    """The stream is read on, and what it skips is dropped."""
+    flags = ["-d", few_data, "--streaming", "--shuffle_buffer", 4, "-p", "zero2", "-x", "bf16", "-b", 3, "-i", 2]
+
+    def batches(name: str, *more, **options):
+        run = pretrain(*flags, *more, change=RECORD.format(path=str(tmp_path / name)), **options)
+        return run, (tmp_path / name).read_text().splitlines()
+
+    _, expected = batches("whole", "--max_steps", 10)
+    first, _ = batches("first", "--max_steps", 2, "--lr_schedule", "constant")
+    skipping = ["-f", "latest", "--skip_data", "4-5", "--lr_schedule", "constant"]
+    run, found = batches("skipping", *skipping, "--max_steps", 6, folder=first.folder)
+    assert found == [expected[2], *expected[5:8]]
+    run, found = batches("again", *skipping, "--max_steps", 8, folder=first.folder)
+    assert found == expected[8:10]
+    assert "the sequences of steps 4-5 are left out already" in run.stdout
+
+
 @pytest.mark.parametrize("layout", ["zero2 bf16", "gemini bf16", "hybrid fp32"])
 def test_resume_with_skipped_spikes_is_exact(pretrain, few_data, layout):
     """The window of the last steps continues where it was."""

@@ -30,6 +30,9 @@ class TestSpikeRule:
         assert not SpikeRule(6).spikes(window_of(63), 1e9, 1e9)
         assert SpikeRule(6).spikes(window_of(64), 1e9, 1.0)
 
+    def test_an_infinite_value_is_none_since_it_ends_the_run(self):
+        assert not SpikeRule(6).spikes(window_of(128), 1.0, float("inf"))
+
     @pytest.mark.parametrize(("sigmas", "skips"), [(6, 4), (3, 13)])
     def test_a_lasting_change_of_level_is_accepted(self, sigmas, skips):
         """After k of n steps at the new level it is sqrt((n - k) / k) deviations above the mean: k < n / (1 + s^2)."""
