@@ -5,6 +5,7 @@ compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted, stored_elements, weights_of_a_layer
 from engine.job import AUTO, STEP, TENSORWISE, Job, recomputed_layers, reenters
 from engine.layout import Layout
+from engine.shards import staging_bytes
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
 from runtime.console import say
@@ -328,3 +330,21 @@ def _settle_recomputation(job: Job, memory: float) -> Job:
     extent = f"{count} of {layers} layers{' except attention' if keep_attention else ''}"
     say(f"recomputation: {extent}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{warning}")
     return job
+
+
+def checkpoint_memory(job: Job) -> tuple[int, int, int]:
+    """Return bytes of host memory: of a save on the rank that writes most and on all ranks, and of a load on a rank.
+
+    A save keeps pinned copies of the master weights and moments. Ranks write the parts of the model in turn (see
+    `LocalShard.is_writer`). A load reads one tensor after the other.
+    """
+    layout, by_rank = job.layout, Counter[tuple[int, int]]()
+    specs = trained_specs(job.config, job.adapters)
+    writers = layout.dp * layout.sp
+    pinned = writers > 1 or not layout.traits.on_host
+    positions = {group: number for number, group in enumerate(dict.fromkeys(spec.group for spec in specs))}
+    stages = {spec.group: stage for stage in range(layout.pp) for spec in stage_specs(job.config, layout, stage)}
+    for spec in specs:
+        by_rank[stages[spec.group], positions[spec.group] % writers] += staging_bytes(spec.shape, pinned)
+    largest = max(spec.shape.numel() for spec in specs)
+    return max(by_rank.values()), by_rank.total(), FP32 * largest // layout.tp
