@@ -94,20 +94,18 @@ def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:
     return optimizer.mixed_precision if isinstance(optimizer, MixedPrecisionOptimizer) else None
 
 
-def step(optimizer: OptimizerWrapper) -> float:
-    """Clip and update; return the gradient norm before clipping, times the loss scale."""
+def step(optimizer: OptimizerWrapper, rejects: Callable[[float], bool] | None = None) -> float:
+    """Clip and update (see `engine.update`); return the gradient norm before clipping, times the loss scale."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        return zero.step(optimizer)
+        return zero.step(optimizer, rejects)
     reducer = optimizer.reducer
     reducer.finish()
     gradients = {parameter: gradient.view_as(parameter) for parameter, gradient in reducer.reduced.items()}
     reducer.reduced.clear()
+    groups, tp_group = filter(None, (optimizer.tp_pg, optimizer.pp_pg)), optimizer.tp_pg
     if not isinstance(optimizer, MixedPrecisionOptimizer):
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        optimizer.step()
-        return float(optimizer.get_grad_norm())
-    groups = filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+        parts = [Part(parameter, None, parameter, gradient) for parameter, gradient in gradients.items()]
+        return update(optimizer.optim, parts, None, optimizer.max_norm, groups, tp_group, rejects=rejects)
     parts = [
         Part(
             parameter,
@@ -117,7 +115,8 @@ def step(optimizer: OptimizerWrapper) -> float:
         )
         for parameter, gradient in gradients.items()
     ]
-    norm = update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
+    precision = optimizer.mixed_precision
+    norm = update(optimizer.optim, parts, precision, optimizer.max_norm, groups, tp_group, rejects=rejects)
     _round_weights(optimizer)
     return norm
 

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,14 +155,29 @@ def loss_scaler(engine: Engine) -> FP16MixedPrecisionMixin | None:
     return mixin if isinstance(mixin, FP16MixedPrecisionMixin) else None
 
 
-def optimizer_step(engine: Engine) -> tuple[float, bool]:
-    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+def optimizer_step(engine: Engine, rejects: Callable[[float], bool] | None = None) -> tuple[float, bool]:
+    """Clip and update.
+
+    Args:
+        rejects: called with the gradient norm before clipping; True skips the update. Weights, moments and Adam's step
+            count then stay as they are; fp16's loss scale counts a step without an overflow.
+
+    Returns:
+        The norm, infinite if fp16 overflowed, and True if the update was skipped.
+    """
     scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
-    norm = engine.module.step(engine.optimizer)
-    skipped = bool(scaler.found_overflow.item()) if scaler else False
+    rejected = False
+
+    def judge(scaled_norm: float) -> bool:
+        nonlocal rejected
+        rejected = rejects is not None and rejects(scaled_norm / scale)
+        return rejected
+
+    norm = engine.module.step(engine.optimizer, judge if rejects else None)
+    overflowed = bool(scaler.found_overflow.item()) if scaler else False
     engine.optimizer.zero_grad()
-    return (math.inf if skipped else norm / scale), skipped
+    return (math.inf if overflowed else norm / scale), overflowed or rejected
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:
