@@ -1,6 +1,7 @@
 """The plugins `hybrid_parallel`, `3d` and `3d_cpu`: tensor, pipeline and sequence parallelism, and ZeRO."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
