@@ -40,7 +40,7 @@ from engine.job import Job
 from model_utils import load_config
 from planning.cards import DryRun
 from planning.memory import settle
-from planning.report import say_plan
+from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
 from training.checks import check_job, run_problems
@@ -209,6 +209,7 @@ def main() -> int:
         longest = run.job.batch.max_length if args.pack else dataset.longest
         job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
         say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_host_memory(job)
         say_schedule(plan, run.job.optimization.lr)
         return 0
 

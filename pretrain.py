@@ -36,7 +36,7 @@ from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import DryRun
 from planning.memory import settle
-from planning.report import say_plan
+from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
 from training.checks import check_job, run_problems
@@ -203,6 +203,7 @@ def main() -> int:
         say(f"held out: {held_out.description}")
     if args.dry_run:
         say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0
 

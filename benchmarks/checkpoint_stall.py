@@ -74,6 +74,7 @@ def main() -> int:
     keep_one = Retention(keep_checkpoints=1)
     foreground = CheckpointWriter(args.save_dir, engine, keep_one, background=False)
     background = CheckpointWriter(args.save_dir, engine, keep_one)
+    background.allocate()
     rows = {"foreground": [], "background": []}
     during, number = [], 0
     gigabytes = count_parameters(config) * (job.dtype.itemsize + 12) / 1e9

@@ -6,6 +6,7 @@ threads run no collective operation; the training thread raises their errors.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from checkpointing.folder import (
 )
 from engine import device
 from engine.boost import Engine
-from engine.shards import MASTER, MOMENTS, LocalShard, local_shards
+from engine.shards import MASTER, MOMENTS, LocalShard, local_shards, staging_bytes
 from engine.step import loss_scaler_state
 from runtime import watchdog
 from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
@@ -53,16 +53,21 @@ File = tuple[str, dict[str, torch.Tensor]]  # a part of the model and its float3
 class Retention:
     """Settings that decide when checkpoints are saved and which are kept."""
 
-    save_interval: int = 1000  # optimizer steps
+    save_interval: int = 1000  # optimizer steps; 0: only the end of the run is saved
     keep_checkpoints: int | None = None  # number of the newest ones to keep; None: all
     keep_every: int | None = None  # also keep those at multiples of this step
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
-        problems = below(1, **vars(self))
+        counts = {name: value for name, value in vars(self).items() if name != "save_interval"}
+        problems = below(0, save_interval=self.save_interval) + below(1, **counts)
         if not problems and self.keep_every and not self.keep_checkpoints:
             problems.append("--keep_every: takes effect only with --keep_checkpoints; give that too, or leave it out")
         return problems
+
+    def is_due(self, step: int) -> bool:
+        """Return True if a checkpoint is saved after the step, even if it is not the last."""
+        return self.save_interval > 0 and step % self.save_interval == 0
 
 
 class CheckpointWriter:
@@ -92,10 +97,37 @@ class CheckpointWriter:
         self._reports: list[str] = []
         self.error: str | None = None
         self._buffers: dict[str, torch.Tensor] = {}
+        self._allocation: threading.Thread | None = None
         self._thread: threading.Thread | None = None
         self._abandoned = False
         self._target: Path  # folder of the checkpoint in flight
         self._temporary: Path  # where it is written
+
+    def allocate(self) -> None:
+        """Begin to allocate the buffers of `save`, if they fit into host memory, in a thread. Collective.
+
+        The first save would wait a second for 1 to 2 GB to be pinned. Call this before other slow work, such as loading
+        weights.
+        """
+        shards_by_file = self._by_file()
+        if self.background and self._fits_in_memory(shards_by_file):
+            buffers = {
+                f"{shard.spec.name}.{key}": (shard.spec.shape, shard.gathers_on_gpu)
+                for shard in self._written(shards_by_file)
+                for key in (MASTER, *MOMENTS)
+            }
+            own_device = device.current_device()
+            self._allocation = threading.Thread(target=self._allocate, args=(buffers, own_device), daemon=True)
+            self._allocation.start()
+
+    def _allocate(self, buffers: dict[str, tuple[torch.Size, bool]], own_device: torch.device) -> None:
+        if own_device.type == "cuda":
+            torch.cuda.set_device(own_device)  # a thread begins with GPU 0, where pinning would make a context
+        try:
+            for name, (shape, pinned) in buffers.items():
+                self._buffers[name] = torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
+        except RuntimeError:
+            self._buffers.clear()  # the first save tries again, and reports the error
 
     def save(self, states: dict[str, Any]) -> None:
         """Start to write a checkpoint, and return when the weights may change again. Collective.
@@ -201,7 +233,10 @@ class CheckpointWriter:
 
     def _by_file(self) -> list[list[LocalShard]]:
         """Return the shards of each file of this stage, padded with empty lists to the largest stage. Collective."""
-        files = [list(members) for _, members in groupby(local_shards(self.engine), key=lambda shard: shard.spec.group)]
+        files = [
+            list(members)
+            for _, members in itertools.groupby(local_shards(self.engine), key=lambda shard: shard.spec.group)
+        ]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
     def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
@@ -221,17 +256,26 @@ class CheckpointWriter:
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._buffers[name].copy_(tensor, non_blocking=True)
 
+    def _written(self, shards_by_file: list[list[LocalShard]]) -> list[LocalShard]:
+        """Return the parameters that this rank writes."""
+        shards = itertools.chain(*shards_by_file)
+        return [shard for shard in shards if shard.is_writer(self._positions[shard.spec.group])]
+
     def _fits_in_memory(self, shards_by_file: list[list[LocalShard]]) -> bool:
         """Return True if every rank's files fit into its host's memory. Collective."""
-        needed = sum(
-            staging_bytes(shard.spec.shape, shard.gathers_on_gpu)
-            for shards in shards_by_file
-            for shard in shards
-            if shard.is_writer(self._positions[shard.spec.group])
+        if self._allocation is not None:
+            self._allocation.join()
+        written = self._written(shards_by_file)
+        needed = sum(staging_bytes(shard.spec.shape, shard.gathers_on_gpu) for shard in written)
+        # Before the first step, moments in host memory have not been allocated.
+        needed += sum(
+            len(MOMENTS) * 4 * shard.storage.numel()
+            for shard in itertools.chain(*shards_by_file)
+            if not shard.adam_state and not shard.storage.is_cuda
         )
         total, available = host_memory()
         enough = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
-        fits = all(gather(enough or not needed or bool(self._buffers)))
+        fits = all(gather(enough or not written or bool(self._buffers)))
         if not fits:
             say("checkpoints: too little host memory to write them in the background; training waits for each")
         return fits
@@ -317,15 +361,6 @@ class CheckpointWriter:
             files.update(part["files"])
             path.unlink()
         return files
-
-
-def staging_bytes(shape: torch.Size, pinned: bool) -> int:
-    """Return the bytes of host memory for float32 copies of a parameter's master weight and moments.
-
-    A pinned buffer takes a power of two (torch's CachingHostAllocator).
-    """
-    size = 4 * shape.numel()
-    return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
 
 
 def remove_old_checkpoints(save_dir: Path, retention: Retention) -> None:

@@ -89,21 +89,21 @@ def take_checkpoint_function(layer: LlamaDecoderLayer) -> Callable | None:
     return function
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer as a whole."""
+def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Compile each decoder layer as a whole, with these options of torch.compile."""
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
             if function := take_checkpoint_function(module):
                 module.__class__, module.checkpointed = _RecomputedLayer, function
-            module.compile()
+            module.compile(options=options)
 
 
 def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
-    """Return LAYERS if layers contain no collective operations and no hooks on parameters, otherwise PIECES."""
+    """Return LAYERS unless layers have hooks on parameters, or collective operations that cannot be traced."""
     if not (on_gpu if job.compute.compile is None else job.compute.compile):
         return Fusion.NONE
-    layout = job.layout
-    whole = layout.traits.compiles_layers and layout.tp == layout.sp == 1
+    traits = job.layout.traits
+    whole = traits.compiles_layers and (traits.splits or job.layout.tp == 1)
     return Fusion.LAYERS if whole else Fusion.PIECES
 
 

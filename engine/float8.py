@@ -7,14 +7,14 @@ M is the number of tokens, K and N are the sizes of a layer's input and output.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from colossalai.shardformer.layer import Linear1D_Col, Linear1D_Row
-from colossalai.shardformer.layer._operation import reduce_backward, reduce_forward
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.overrides import handle_torch_function, has_torch_function
@@ -66,48 +66,84 @@ def _multiply(
     return torch._scaled_mm(left.contiguous(), columns, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
-class _Linear(torch.autograd.Function):
-    """The product of hidden states [M, K] and the transpose of a weight [N, K]; see `linear`.
+def products(
+    hidden: Tensor, weight: Tensor, rowwise: bool, weight8: Tensor | None, weight_scale: Tensor | None, parts: int = 1
+) -> tuple[list[Callable[[], Tensor]], list[Tensor]]:
+    """Return functions that multiply parts of hidden states [M, K] by the transpose of a weight [N, K]; see `linear`.
 
-    It keeps its inputs, not their float8 values: a compiled layer keeps whatever is smaller.
+    Returns:
+        A function for each part of the rows, in order, and the tensors that `gradient_products` needs. These are the
+        inputs, not their float8 values: a compiled layer keeps whatever is smaller.
     """
+    across = 1 if rowwise else None
+    hidden_scale = scale_of(hidden, E4M3, across)
+    if weight_scale is None:
+        weight_scale = scale_of(weight, E4M3, across)
+    kept = [hidden, weight if weight8 is None else weight8, *([] if rowwise else [hidden_scale, weight_scale])]
+    hidden8 = divide(hidden, hidden_scale, E4M3)
+    if weight8 is None:
+        weight8 = divide(weight, weight_scale, E4M3)
+    scales = split_rows(hidden_scale, parts) if rowwise else [hidden_scale] * parts
+    return [
+        partial(_multiply, rows, weight8.t(), scale, weight_scale.t(), hidden.dtype, fast=True)
+        for rows, scale in zip(split_rows(hidden8, parts), scales, strict=True)
+    ], kept
+
+
+def split_rows(tensor: Tensor, parts: int) -> list[Tensor]:
+    """Return so many parts of a tensor's rows; the last may be longer."""
+    rows = len(tensor) // parts
+    return [tensor[rows * part : rows * (part + 1)] for part in range(parts - 1)] + [tensor[rows * (parts - 1) :]]
+
+
+def gradient_products(
+    gradient: Tensor, kept: Sequence[Tensor], stored: bool
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return functions that compute the gradients of hidden states and weight from that of their product [M, N].
+
+    Args:
+        kept: what `products` returned.
+        stored: it got `weight8`.
+    """
+    hidden, weight, *scales = kept
+    if scales:
+        gradient_scale = scale_of(gradient, E5M2)
+        gradient8 = columns8 = divide(gradient, gradient_scale, E5M2)
+        columns_scale, (hidden_scale, weight_scale) = gradient_scale, scales
+    else:
+        gradient_scale, columns_scale = scale_of(gradient, E4M3, 1), scale_of(gradient, E4M3, 0)
+        gradient8, columns8 = divide(gradient, gradient_scale, E4M3), divide(gradient, columns_scale, E4M3)
+        hidden_scale, weight_scale = scale_of(hidden, E4M3, 0), scale_of(weight, E4M3, 0)
+
+    def hidden_gradient() -> Tensor:
+        weight8 = weight if stored else divide(weight, weight_scale, E4M3)
+        return _multiply(gradient8, weight8, gradient_scale, weight_scale, gradient.dtype, fast=False)
+
+    def weight_gradient() -> Tensor:
+        left, right = columns8, divide(hidden, hidden_scale, E4M3)
+        if padding := -len(hidden) % FLOAT8_ALIGNMENT:
+            left, right = F.pad(left, (0, 0, 0, padding)), F.pad(right, (0, 0, 0, padding))
+        return _multiply(left.t(), right, columns_scale.t(), hidden_scale, gradient.dtype, fast=False)
+
+    return hidden_gradient, weight_gradient
+
+
+class _Linear(torch.autograd.Function):
+    """The product of hidden states [M, K] and the transpose of a weight [N, K]; see `linear`."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, rowwise: bool, weight8: Tensor | None, weight_scale: Tensor | None
     ) -> Tensor:
-        across = 1 if rowwise else None
-        hidden_scale = scale_of(hidden, E4M3, across)
-        if weight_scale is None:
-            weight_scale = scale_of(weight, E4M3, across)
+        (product,), kept = products(hidden, weight, rowwise, weight8, weight_scale)
+        ctx.save_for_backward(*kept)
         ctx.stored = weight8 is not None
-        source = weight if weight8 is None else weight8
-        ctx.save_for_backward(hidden, source, *(() if rowwise else (hidden_scale, weight_scale)))
-        hidden8 = divide(hidden, hidden_scale, E4M3)
-        if weight8 is None:
-            weight8 = divide(weight, weight_scale, E4M3)
-        return _multiply(hidden8, weight8.t(), hidden_scale, weight_scale.t(), hidden.dtype, fast=True)
+        return product()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, *scales = ctx.saved_tensors
-        if scales:
-            gradient_scale = scale_of(gradient, E5M2)
-            gradient8 = columns8 = divide(gradient, gradient_scale, E5M2)
-            columns_scale, (hidden_scale, weight_scale) = gradient_scale, scales
-        else:
-            gradient_scale, columns_scale = scale_of(gradient, E4M3, 1), scale_of(gradient, E4M3, 0)
-            gradient8, columns8 = divide(gradient, gradient_scale, E4M3), divide(gradient, columns_scale, E4M3)
-            hidden_scale, weight_scale = scale_of(hidden, E4M3, 0), scale_of(weight, E4M3, 0)
-        weight8, dtype = weight if ctx.stored else divide(weight, weight_scale, E4M3), gradient.dtype
-        hidden_gradient = _multiply(gradient8, weight8, gradient_scale, weight_scale, dtype, fast=False)
-        weight_gradient = None
-        if ctx.needs_input_grad[1]:
-            hidden8 = divide(hidden, hidden_scale, E4M3)
-            if padding := -len(hidden) % FLOAT8_ALIGNMENT:
-                columns8, hidden8 = F.pad(columns8, (0, 0, 0, padding)), F.pad(hidden8, (0, 0, 0, padding))
-            weight_gradient = _multiply(columns8.t(), hidden8, columns_scale.t(), hidden_scale, dtype, fast=False)
-        return hidden_gradient, weight_gradient, None, None, None
+        hidden_gradient, weight_gradient = gradient_products(gradient, ctx.saved_tensors, ctx.stored)
+        return hidden_gradient(), weight_gradient() if ctx.needs_input_grad[1] else None, None, None, None
 
 
 _compiled_linear = torch.compile(_Linear.apply)
@@ -154,17 +190,11 @@ class _Whole(_Float8, nn.Linear):
 
 
 class _Column(_Float8, Linear1D_Col):
-    """A layer whose outputs are split over tensor-parallel ranks."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.with_bias(self.product(reduce_backward(hidden, self.process_group)))
+    """A layer whose outputs are split over tensor-parallel ranks; engine.split_layers multiplies by its weight."""
 
 
 class _Row(_Float8, Linear1D_Row):
-    """A layer whose inputs are split over tensor-parallel ranks."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.with_bias(reduce_forward(self.product(hidden), self.process_group))
+    """A layer whose inputs are split over tensor-parallel ranks; engine.split_layers multiplies by its weight."""
 
 
 _CLASSES: dict[type[nn.Module], type[_Float8]] = {nn.Linear: _Whole, Linear1D_Col: _Column, Linear1D_Row: _Row}
@@ -174,14 +204,24 @@ def _is_large(weights: int, on_gpu: bool) -> bool:
     return weights >= WORTHWHILE or not on_gpu
 
 
+def _layer_sizes(job: Job) -> list[int]:
+    """Return the sizes of a rank's part of the linear layers' weights in a decoder layer."""
+    shapes = [spec.shape for spec in parameter_specs(job.config) if spec.group == "model.layers.0"]
+    return [shape.numel() // job.layout.tp for shape in shapes if len(shape) == 2]
+
+
 def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
     """Return how many of a decoder layer's linear layers multiply in float8, and how many it has.
 
     Without a GPU, where none gains, all do.
     """
-    shapes = [spec.shape for spec in parameter_specs(job.config) if spec.group == "model.layers.0"]
-    sizes = [shape.numel() // job.layout.tp for shape in shapes if len(shape) == 2]
+    sizes = _layer_sizes(job)
     return sum(_is_large(size, on_gpu) for size in sizes) if job.compute.fp8 else 0, len(sizes)
+
+
+def weights_of_a_layer(job: Job, on_gpu: bool) -> int:
+    """Return how many of a rank's weights of a decoder layer are multiplied in float8."""
+    return sum(size for size in _layer_sizes(job) if _is_large(size, on_gpu)) if job.compute.fp8 else 0
 
 
 def stored_elements(job: Job, sizes: dict[str, int], on_gpu: bool) -> int:

@@ -67,9 +67,9 @@ def precision_mixin(optimizer: "FSDPOptimizer") -> None:
     """Return None: the optimizer scales an fp16 loss itself."""
 
 
-def step(optimizer: "FSDPOptimizer") -> float:
+def step(optimizer: "FSDPOptimizer", rejects: Callable[[float], bool] | None = None) -> float:
     """Clip and update; return the gradient norm before clipping."""
-    optimizer.step()
+    optimizer.step(rejects)
     return float(optimizer.grad_norm)
 
 
@@ -94,10 +94,11 @@ class FSDPOptimizer(FSDPOptimizerWrapper):
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(self.scaler.scale(loss), *args, **kwargs)
 
-    def step(self) -> None:
+    def step(self, rejects: Callable[[float], bool] | None = None) -> None:
         self.scaler.unscale_(self.optim)
         self.grad_norm = self.model.module.clip_grad_norm_(self.max_norm)
-        self.scaler.step(self.optim)
+        if not (rejects and rejects(float(self.grad_norm))):
+            self.scaler.step(self.optim)
         self.scaler.update()
 
 

@@ -35,6 +35,7 @@ from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from engine.reduction import Reduction
+from engine.waits import waiting
 from model_utils import build_model, count_parameters, parameter_specs
 from runtime.console import say
 
@@ -84,6 +85,7 @@ def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: Gemi
     allocate_chunks_on_one_stream(model)
     prefetch_only_in_training(model)
     reset_memory_plan_each_pass(model)
+    measure_waits(model)
     if plugin.tp_size > 1:
         reduce_norm_over_tensor_parallel(optimizer, plugin.tp_group)
 
@@ -99,7 +101,7 @@ def precision_mixin(optimizer: GeminiOptimizer) -> MixedPrecisionMixin:
     return optimizer.mix_precision_mixin
 
 
-def step(optimizer: GeminiOptimizer) -> float:
+def step(optimizer: GeminiOptimizer, rejects: Callable[[float], bool] | None = None) -> float:
     """Clip and update; return the gradient norm before clipping, times the loss scale.
 
     Symptom: after one overflow, every step overflows.
@@ -108,6 +110,9 @@ def step(optimizer: GeminiOptimizer) -> float:
     Remove when: GeminiOptimizer.step does this when it skips.
     """
     _reduce_sums(optimizer)
+    # After the update, made or not, GeminiOptimizer copies the master weights over the gradients.
+    rejects_step = None if rejects is None else lambda: rejects(optimizer.get_grad_norm())
+    replace(optimizer.optim, "rejects", rejects_step)
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
     norm = optimizer.get_grad_norm()
@@ -226,9 +231,10 @@ def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:
             work = access(chunk, async_access=True)
         if async_access:
             return work
-        if work is not None:
-            work.wait()
-        accelerator.current_stream().wait_stream(chunk_stream)
+        with waiting():
+            if work is not None:
+                work.wait()
+            accelerator.current_stream().wait_stream(chunk_stream)
         return None
 
     def init_grad_chunk(chunk: Chunk) -> Chunk:
@@ -340,7 +346,8 @@ def reduce_chunks_in(job: Job, reduction: Reduction) -> None:
         if divisor == 1:
             reduce_alone(self)
         else:
-            reduce_in_dtype(self)
+            with waiting():
+                reduce_in_dtype(self)
         summed, self.summed = getattr(self, "summed", None), None
         if summed is not None:
             self.payload.add_(summed.to(self.payload.device, non_blocking=True), alpha=divisor)
@@ -362,6 +369,18 @@ def reduce_chunks_in(job: Job, reduction: Reduction) -> None:
         self._Chunk__update_tensors_state(TensorState.HOLD)
 
     replace(Chunk, "reduce", reduce)
+
+
+def measure_waits(model: ModelWrapper) -> None:
+    """Measure the time in which a rank waits for other ranks.
+
+    Symptom: a slow rank makes all ranks' steps as long as its own, and which one it is cannot be seen.
+    Cause: Gemini waits for gathered chunks, and at the end of a backward pass for reduced ones, without a hook.
+    Fix: `wait_chunks` and `_post_backward` run inside `waiting`.
+    Remove when: Gemini reports these waits.
+    """
+    for owner, name in ((model.gemini_manager, "wait_chunks"), (model, "_post_backward")):
+        replace(owner, name, waiting()(getattr(owner, name)))
 
 
 def prefetch_only_in_training(model: ModelWrapper) -> None:

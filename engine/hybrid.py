@@ -1,7 +1,4 @@
-"""The plugins `hybrid_parallel`, `3d` and `3d_cpu`: tensor, pipeline and sequence parallelism, and ZeRO.
-
-B is the batch size, S the sequence length, H heads, D the head dimension, P the sequence-parallel size.
-"""
+"""The plugins `hybrid_parallel`, `3d` and `3d_cpu`: tensor, pipeline and sequence parallelism, and ZeRO."""
 
 import functools
 from collections.abc import Callable
@@ -14,22 +11,16 @@ from colossalai.booster.plugin import HybridParallelPlugin, hybrid_parallel_plug
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
 from colossalai.interface import ModelWrapper, OptimizerWrapper
 from colossalai.lazy import LazyInitContext
-from colossalai.shardformer.layer._operation import all_to_all_comm
-from colossalai.shardformer.policies.llama import LlamaForCausalLMPolicy
 from colossalai.zero import LowLevelZeroOptimizer
-from torch import nn
-from torch.distributed import ProcessGroup
 from transformers import LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from engine import float8, zero
-from engine.compilation import compile_layers as compile_layers
+from engine import compilation, float8, zero
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
+from engine.split_layers import OVERLAP, SplitPolicy
 from engine.update import Part, update
 from engine.zero import GradientReducer
 from model_utils import build_model
@@ -49,7 +40,7 @@ def build(job: Job) -> HybridParallelPlugin:
         microbatch_size=layout.microbatch_size,
         enable_sequence_parallelism=sequence_parallel,
         sequence_parallelism_mode="all_to_all" if sequence_parallel else None,
-        custom_policy=SequenceParallelPolicy() if sequence_parallel else None,
+        custom_policy=SplitPolicy() if layout.tp > 1 or sequence_parallel else None,
         overlap_communication=on_gpu and world_size() > 1,
         cpu_offload=bool(layout.traits.on_host),
         make_vocab_size_divisible_by=UNPADDED_VOCABULARY,
@@ -104,20 +95,18 @@ def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:
     return optimizer.mixed_precision if isinstance(optimizer, MixedPrecisionOptimizer) else None
 
 
-def step(optimizer: OptimizerWrapper) -> float:
-    """Clip and update; return the gradient norm before clipping, times the loss scale."""
+def step(optimizer: OptimizerWrapper, rejects: Callable[[float], bool] | None = None) -> float:
+    """Clip and update (see `engine.update`); return the gradient norm before clipping, times the loss scale."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        return zero.step(optimizer)
+        return zero.step(optimizer, rejects)
     reducer = optimizer.reducer
     reducer.finish()
     gradients = {parameter: gradient.view_as(parameter) for parameter, gradient in reducer.reduced.items()}
     reducer.reduced.clear()
+    groups, tp_group = filter(None, (optimizer.tp_pg, optimizer.pp_pg)), optimizer.tp_pg
     if not isinstance(optimizer, MixedPrecisionOptimizer):
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        optimizer.step()
-        return float(optimizer.get_grad_norm())
-    groups = filter(None, (optimizer.tp_pg, optimizer.pp_pg))
+        parts = [Part(parameter, None, parameter, gradient) for parameter, gradient in gradients.items()]
+        return update(optimizer.optim, parts, None, optimizer.max_norm, groups, tp_group, rejects=rejects)
     parts = [
         Part(
             parameter,
@@ -127,7 +116,8 @@ def step(optimizer: OptimizerWrapper) -> float:
         )
         for parameter, gradient in gradients.items()
     ]
-    norm = update(optimizer.optim, parts, optimizer.mixed_precision, optimizer.max_norm, groups, optimizer.tp_pg)
+    precision = optimizer.mixed_precision
+    norm = update(optimizer.optim, parts, precision, optimizer.max_norm, groups, tp_group, rejects=rejects)
     _round_weights(optimizer)
     return norm
 
@@ -161,45 +151,6 @@ def update_working_weights(optimizer: OptimizerWrapper) -> None:
         _round_weights(optimizer)
 
 
-def _ulysses_forward(group: ProcessGroup) -> Callable:
-    """Return LlamaAttention.forward for sequences split P ways: it exchanges heads for positions around attention.
-
-    DeepSpeed-Ulysses (arXiv:2309.14509). Without its flash kernel, ColossalAI's version applies no causal mask unless
-    it is given one. This one calls the kernel that the configuration names, as the unsplit model does.
-    """
-
-    def forward(
-        self: LlamaAttention,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        def exchanged(projection: nn.Module) -> torch.Tensor:  # [B, S/P, H D] -> [B, H/P, S, D]
-            states = all_to_all_comm(projection(hidden_states), group)
-            return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-        query, key, value = exchanged(self.q_proj), exchanged(self.k_proj), exchanged(self.v_proj)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        dropout = self.attention_dropout if self.training else 0.0
-        output, _ = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling
-        )  # [B, S, H/P, D]
-        output = all_to_all_comm(output.flatten(2).contiguous(), group, scatter_dim=1, gather_dim=2)
-        return self.o_proj(output), None
-
-    return forward
-
-
-class SequenceParallelPolicy(LlamaForCausalLMPolicy):
-    """ColossalAI's sharding of LLaMA with `_ulysses_forward` for attention."""
-
-    def module_policy(self) -> dict:
-        policy = super().module_policy()
-        self.append_or_create_method_replacement(
-            description={"forward": _ulysses_forward(self.shard_config.sequence_parallel_process_group)},
-            policy=policy,
-            target_key=LlamaAttention,
-        )
-        return policy
+def compile_layers(model: ModelWrapper) -> None:
+    """Compile each decoder layer as a whole, its collective operations beside others."""
+    compilation.compile_layers(model, OVERLAP)

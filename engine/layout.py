@@ -21,7 +21,7 @@ class Traits:
         splits: True if it takes --tp, --pp, --sp and --zero, and chooses those that are not given.
         trains: False if only benchmark.py takes it.
         in_fp32: True if it also trains in fp32.
-        compiles_layers: True if whole decoder layers may be compiled while neither tensors nor sequences are split.
+        compiles_layers: True if whole decoder layers may be compiled; under Gemini not while tensors are split.
     """
 
     module: str

@@ -1,6 +1,7 @@
 """The functions that each plugin's module provides: zero.py, gemini.py, hybrid.py and fsdp.py."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,8 +64,12 @@ class PluginModule(Protocol):
         """Return ColossalAI's object for mixed precision, which scales the loss in fp16; None without one."""
         ...
 
-    def step(self, optimizer: Any, /) -> float:
-        """Clip and update; return the gradient norm before clipping, times the loss scale."""
+    def step(self, optimizer: Any, rejects: Callable[[float], bool] | None, /) -> float:
+        """Clip and update; return the gradient norm before clipping, times the loss scale.
+
+        Args:
+            rejects: called with that norm unless fp16 overflowed; True skips the update, which then changes nothing.
+        """
         ...
 
     def local_part(self, optimizer: Any, parameter: torch.nn.Parameter, /) -> LocalPart:

@@ -116,6 +116,15 @@ class LocalShard:
         return torch.cat(parts, dim=self.split_dim) if parts else None
 
 
+def staging_bytes(shape: torch.Size, pinned: bool) -> int:
+    """Return the bytes of host memory for float32 copies of a parameter's master weight and moments.
+
+    A pinned buffer takes a power of two (torch's CachingHostAllocator).
+    """
+    size = 4 * shape.numel()
+    return len((MASTER, *MOMENTS)) * (1 << (size - 1).bit_length() if pinned else size)
+
+
 def local_shards(engine: Engine) -> list[LocalShard]:
     """Return this rank's part of every trained parameter of its stage, in the model's order, the same on its peers."""
     shards = []

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +11,14 @@ import torch.nn.functional as F
 from colossalai.accelerator import get_accelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
 from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
-from colossalai.shardformer.layer import cross_entropy_1d
 
 from attn import document_boundaries
 from engine import compilation
 from engine.boost import Engine
-from engine.compilation import Fusion
+from engine.loss import split_cross_entropy, summed_cross_entropy
 from engine.patching import replace
 from model_utils import IGNORE_INDEX
 from runtime import watchdog
-
-
-@torch.compile
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed loss of logits [N, V] and targets [N]; the compiled kernel never stores the float32 logits."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
@@ -39,19 +33,9 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
     if shard_config is not None and shard_config.enable_sequence_parallelism:
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
-    # Gemini's tensors make in-place operations out-of-place, and the vocabulary-parallel loss scales its gradient in
-    # place: the gradient would lose its scale.
-    logits = compilation.plain(logits)
-    tp_group = None
+    logits, targets = compilation.plain(logits).flatten(0, 1), targets.flatten()
     if shard_config is not None and shard_config.enable_tensor_parallelism:
-        tp_group = shard_config.tensor_parallel_process_group
-    if tp_group is not None or engine.fusion is Fusion.NONE:
-        logits = logits.float()  # frees those in working precision
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    if tp_group is not None:
-        return cross_entropy_1d(
-            logits, targets, process_group=tp_group, vocab_size=None, dtype=torch.float32, mode="sum"
-        )
+        return split_cross_entropy(logits, targets, shard_config.tensor_parallel_process_group)
     return summed_cross_entropy(logits, targets)
 
 
@@ -175,15 +159,30 @@ def loss_scaler(engine: Engine) -> FP16MixedPrecisionMixin | None:
     return mixin if isinstance(mixin, FP16MixedPrecisionMixin) else None
 
 
-def optimizer_step(engine: Engine) -> tuple[float, bool]:
-    """Clip and update; return the gradient norm before clipping, and True if fp16 overflowed and skipped the update."""
+def optimizer_step(engine: Engine, rejects: Callable[[float], bool] | None = None) -> tuple[float, bool]:
+    """Clip and update.
+
+    Args:
+        rejects: called with the gradient norm before clipping; True skips the update. Weights, moments and Adam's step
+            count then stay as they are; fp16's loss scale counts a step without an overflow.
+
+    Returns:
+        The norm, infinite if fp16 overflowed, and True if the update was skipped.
+    """
     watchdog.mark(watchdog.UPDATE)
     scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
-    norm = engine.module.step(engine.optimizer)
-    skipped = bool(scaler.found_overflow.item()) if scaler else False
+    rejected = False
+
+    def judge(scaled_norm: float) -> bool:
+        nonlocal rejected
+        rejected = rejects is not None and rejects(scaled_norm / scale)
+        return rejected
+
+    norm = engine.module.step(engine.optimizer, judge if rejects else None)
+    overflowed = bool(scaler.found_overflow.item()) if scaler else False
     engine.optimizer.zero_grad()
-    return (math.inf if skipped else norm / scale), skipped
+    return (math.inf if overflowed else norm / scale), overflowed or rejected
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.patching import replace
+from engine.waits import waiting
 
 
 @dataclass
@@ -55,6 +56,7 @@ def update(
     groups: Iterable[ProcessGroup],
     tp_group: ProcessGroup | None,
     updated: Callable[[Part], None] = lambda part: None,
+    rejects: Callable[[float], bool] | None = None,
 ) -> float:
     """Clip the gradients and update the weights, as ColossalAI's `optimizer.step()` does.
 
@@ -64,19 +66,23 @@ def update(
         groups: the groups of ranks that hold other parts of the model, or of a parameter.
         tp_group: that of `groups` whose ranks may hold the same gradients, or None.
         updated: called once the update of a part's working weight has been launched, if there is one.
+        rejects: called with the value to return unless fp16 overflowed; True skips the update.
 
     Returns:
         The norm before clipping, times the loss scale.
     """
     on_host = [part for part in parts if part.master.device != part.gradient.device]
     on_device = [part for part in parts if part.master.device == part.gradient.device]
+    groups = [group for group in groups if dist.get_world_size(group) > 1]
     squared_norm = _squared_norm(parts, groups, tp_group)
+    if rejects and len(groups) > 1:  # its last bits may differ between groups, and all ranks must decide alike
+        dist.all_reduce(squared_norm, dist.ReduceOp.MAX)
     for part in on_device:  # while the GPU computes the norm
         _set_gradient(part.master, part.gradient)
     norm = squared_norm.sqrt().item()
     if isinstance(precision, FP16MixedPrecisionMixin):
         precision.gradient_norm = norm
-    if precision is not None and precision.should_skip_step():
+    if (precision is not None and precision.should_skip_step()) or (rejects and rejects(norm)):
         for part in on_device:
             part.master.grad = None
         return norm
@@ -112,8 +118,8 @@ def _squared_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: P
         fractions = [1.0 if is_distributed_tensor(part.parameter) else 1.0 / tp_size for part in parts]
         squares *= torch.tensor(fractions, device=squares.device)
     total = squares.sum()
-    for group in groups:
-        if dist.get_world_size(group) > 1:
+    with waiting():
+        for group in groups:
             dist.all_reduce(total, group=group)
     return total
 
@@ -171,6 +177,7 @@ class Adam(HybridAdam):
         transfers: pinned buffers of the master weights in host memory.
         parts: the parts whose working weights to write, by the address of their master weight.
         updated: callback for each of these parts.
+        rejects: returns True if `step` shall do nothing; None: it never does.
     """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
@@ -178,10 +185,16 @@ class Adam(HybridAdam):
         self.transfers: dict[Tensor, HostTransfer] = {}
         self.parts: dict[int, Part] = {}
         self.updated: Callable[[Part], None] = lambda part: None
+        self.rejects: Callable[[], bool] | None = None
         self._scratch = torch.empty(0)
         self.fused = fused and torch.cuda.is_available()
         if self.fused:
             replace(self, "gpu_adam_op", self._update_on_device)
+
+    def step(self, closure: None = None, div_scale: float = -1) -> None:
+        """Update the weights, unless `rejects` says otherwise."""
+        if not (self.rejects and self.rejects()):
+            super().step(div_scale=div_scale)
 
     def _update_on_device(
         self,

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from engine.reduction import Reduction
 from engine.update import Part, update
+from engine.waits import waiting
 from model_utils import build_model
 from runtime.console import world_size
 
@@ -77,7 +78,7 @@ def precision_mixin(optimizer: LowLevelZeroOptimizer) -> MixedPrecisionMixin | N
     return optimizer.mixed_precision_mixin
 
 
-def step(optimizer: LowLevelZeroOptimizer) -> float:
+def step(optimizer: LowLevelZeroOptimizer, rejects: Callable[[float], bool] | None = None) -> float:
     """Clip and update (see `engine.update`); each rank updates its partition, and gathers the others' weights."""
     reducer, gatherer = optimizer.reducer, _WeightGatherer(optimizer)
     reducer.finish()
@@ -91,6 +92,7 @@ def step(optimizer: LowLevelZeroOptimizer) -> float:
         filter(None, (reducer.group, tp_group, pp_group)),
         tp_group,
         gatherer.start,
+        rejects,
     )
     _round_weights(optimizer, gatherer)
     gatherer.finish()
@@ -208,25 +210,28 @@ class GradientReducer:
         accelerator = get_accelerator()
         current = accelerator.current_stream()
         self.side_stream.wait_stream(current)
-        with accelerator.stream(self.side_stream):
-            self._add(self.reduced, parameter, self._mean(gradient))
-            reduced = accelerator.Event()
-            reduced.record()
-        self.in_flight.append((gradient, reduced))
-        if len(self.in_flight) > IN_FLIGHT:
-            current.wait_event(self.in_flight.popleft()[1])
+        with waiting():
+            with accelerator.stream(self.side_stream):
+                self._add(self.reduced, parameter, self._mean(gradient))
+                reduced = accelerator.Event()
+                reduced.record()
+            self.in_flight.append((gradient, reduced))
+            if len(self.in_flight) > IN_FLIGHT:
+                current.wait_event(self.in_flight.popleft()[1])
 
     def _end_pass(self) -> None:
         """Reduce the small gradients, and wait for the large ones."""
         self.in_pass = False
         if self.small:
             gradients = [gradient.view(self.rows, -1) for gradient in self.small.values()]
-            means = self._mean(torch.cat(gradients, dim=1).flatten())
+            with waiting():
+                means = self._mean(torch.cat(gradients, dim=1).flatten())
             parts = means.split([gradient.shape[1] for gradient in gradients])
             for parameter, part in zip(self.small, parts, strict=True):
                 self._add(self.reduced, parameter, part)
             self.small.clear()
-        get_accelerator().current_stream().wait_stream(self.side_stream)
+        with waiting():
+            get_accelerator().current_stream().wait_stream(self.side_stream)
         self.in_flight.clear()
 
     def finish(self) -> None:
@@ -269,11 +274,13 @@ class _WeightGatherer:
         if self.small:
             own = torch.cat(list(self.small.values()))
             gathered = own.new_empty(dist.get_world_size(self.group), own.numel())
-            dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
+            with waiting():
+                dist.all_gather_into_tensor(gathered.view(-1), own, group=self.group)
             columns = gathered.split([part.numel() for part in self.small.values()], dim=1)
             for parameter, partitions in zip(self.small, columns, strict=True):
                 self.whole[parameter].view_as(partitions).copy_(partitions)
-        for work in self.in_flight:
-            work.wait()
+        with waiting():
+            for work in self.in_flight:
+                work.wait()
         self.small.clear()
         self.in_flight.clear()

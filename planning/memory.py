@@ -5,6 +5,7 @@ compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +14,10 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted, stored_elements
-from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
+from engine.float8 import converted, stored_elements, weights_of_a_layer
+from engine.job import AUTO, STEP, TENSORWISE, Job, recomputed_layers, reenters
 from engine.layout import Layout
+from engine.shards import staging_bytes
 from model_utils import ParameterSpec, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
 from runtime.console import say
@@ -165,7 +167,8 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
 def _reduced_copy(job: Job, elements: int) -> int:
     """Return the bytes of a copy of so many gradients in the precision of the reduction, if it is another.
 
-    Without ZeRO the copy is what is kept, and counts there.
+    Without ZeRO the copy is what is kept, and counts there. Within a host this is an upper bound: there the copy is of
+    gradients as they travel, in the working precision.
     """
     copied = job.layout.zero_stage > 0 and job.layout.gradient_ranks > 1 and job.reduce_dtype != job.dtype
     return job.reduce_dtype.itemsize * elements if copied else 0
@@ -242,6 +245,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     layer = tokens * layer_activations(
         config, layout.tp, width, batch.max_length, fused, converted(job, on_gpu=True)[0] > 0
     )
+    if layout.traits.module == "gemini" and fused is Fusion.LAYERS and job.compute.recipe == TENSORWISE:
+        layer += weights_of_a_layer(job, on_gpu=True)  # float8 values, which its function of weights keeps instead
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden if all_recomputed else layer
@@ -257,8 +262,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * batch.max_length
     # Log-probabilities, their gradient and the gradient of the logits, all in float32; the logits are freed before.
-    # The compiled loss holds only the logits and their gradient; the vocabulary-parallel loss is not compiled.
-    bytes_per_logit = 3 * FP32 if fused is Fusion.NONE or layout.tp > 1 else 2 * width
+    # The compiled loss holds only the logits and their gradient.
+    bytes_per_logit = 3 * FP32 if fused is Fusion.NONE else 2 * width
     logits = tokens * bytes_per_logit * vocabulary / layout.tp if last else 0
     head_gradient = width * hidden * vocabulary / layout.tp if last else 0
 
@@ -325,3 +330,21 @@ def _settle_recomputation(job: Job, memory: float) -> Job:
     extent = f"{count} of {layers} layers{' except attention' if keep_attention else ''}"
     say(f"recomputation: {extent}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{warning}")
     return job
+
+
+def checkpoint_memory(job: Job) -> tuple[int, int, int]:
+    """Return bytes of host memory: of a save on the rank that writes most and on all ranks, and of a load on a rank.
+
+    A save keeps pinned copies of the master weights and moments. Ranks write the parts of the model in turn (see
+    `LocalShard.is_writer`). A load reads one tensor after the other.
+    """
+    layout, by_rank = job.layout, Counter[tuple[int, int]]()
+    specs = trained_specs(job.config, job.adapters)
+    writers = layout.dp * layout.sp
+    pinned = writers > 1 or not layout.traits.on_host
+    positions = {group: number for number, group in enumerate(dict.fromkeys(spec.group for spec in specs))}
+    stages = {spec.group: stage for stage in range(layout.pp) for spec in stage_specs(job.config, layout, stage)}
+    for spec in specs:
+        by_rank[stages[spec.group], positions[spec.group] % writers] += staging_bytes(spec.shape, pinned)
+    largest = max(spec.shape.numel() for spec in specs)
+    return max(by_rank.values()), by_rank.total(), FP32 * largest // layout.tp

@@ -10,8 +10,8 @@ from attn import select_attention
 from engine.job import AUTO, MICRO_BATCH, STEP, Job, reenters
 from model_utils import model_flops_per_token
 from planning.cards import DryRun, planned_card
-from planning.memory import estimate_memory
-from runtime.console import say
+from planning.memory import checkpoint_memory, estimate_memory
+from runtime.console import say, size_text
 
 
 def memory_remedies(job: Job, plan: DryRun) -> str:
@@ -68,6 +68,15 @@ def _changed(job: Job, change: dict[str, Any]) -> Job:
         parts[name] = replace(part, **{key: value for key, value in change.items() if key in vars(part)})
     select_attention(parts["config"], parts["compute"].flash_attention, job.parallelism.sp > 1)
     return replace(job, **parts)
+
+
+def say_host_memory(job: Job) -> None:
+    """Print the host memory that checkpoints take."""
+    busiest, total, load = checkpoint_memory(job)
+    say(
+        f"host memory: checkpoints written in the background keep buffers of {size_text(busiest)} on one rank at most, "
+        f"{size_text(total)} on all {job.layout.ranks}; resuming takes up to {size_text(load)} per rank"
+    )
 
 
 def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:

@@ -32,9 +32,10 @@ class PerformanceEvaluator:
         self.peak = card.peak_tflops if card else None
         self.last = time.perf_counter()
 
-    def restart(self) -> None:
-        """Exclude the time since the last lap, such as that of a checkpoint, from the next lap."""
-        self.last = time.perf_counter()
+    def restart(self) -> float:
+        """Exclude the time since the last lap, such as that of a checkpoint, from the next lap, and return it."""
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
 
     def lap(self, tokens: int) -> Throughput:
         """Return the throughput since the last lap, in which all GPUs together trained `tokens`."""

@@ -7,7 +7,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,13 @@ from data_utils import TrainingData
 from engine.boost import Engine
 from engine.device import current_device, when_idle
 from engine.layout import Layout
+from engine.waits import waiting
 from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
 from runtime.console import InputError, RunError
 from runtime.process import follow_rank
 from runtime.watchdog import DATA, mark
+from training.left_out import Range, position_after
 from training.plan import Plan, Run, TrainState
 
 PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
@@ -52,16 +54,20 @@ class ShardedSampler(Sampler[int]):
         start: int = 0,
         stop: int,
         order: Callable[[int], Order] | None = None,
+        left_out: Sequence[Range] = (),
     ):
         """
         Args:
             order: returns the data set's own order for a seed; default: GlobalOrder.
+            left_out: ranges of positions that are passed over, apart and ascending; `stop` does not count them.
         """
         self.order = order(seed) if order else GlobalOrder(len(dataset), seed, shuffle)  # type: ignore[arg-type]
-        self.positions = range(start + rank, stop, num_replicas)
+        self.start, self.left_out = start, left_out
+        self.positions = range(start + rank, stop, num_replicas)  # as if nothing were left out
 
     def __iter__(self) -> Iterator[int]:
-        return map(self.order.__getitem__, self.positions)
+        for position in self.positions:
+            yield self.order[position_after(self.start, position - self.start + 1, self.left_out) - 1]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -72,7 +78,14 @@ def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: Tra
     if state.stream is not None:
         dataset.resume(state.stream)  # type: ignore[attr-defined]  # only streams have it
     stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
-    sampler = partial(ShardedSampler, seed=run.job.seed, start=state.sequences, stop=stop, order=dataset.order)
+    sampler = partial(
+        ShardedSampler,
+        seed=run.job.seed,
+        start=state.sequences,
+        stop=stop,
+        order=dataset.order,
+        left_out=plan.left_out,
+    )
     loader = engine.plugin.prepare_dataloader(
         dataset,
         batch_size=run.job.batch.batch_size,
@@ -186,7 +199,8 @@ class Batches:
             counts[:3] += torch.tensor([labels, int(micro_batch.get("token_count", positions)), positions])
         counts = counts.to(current_device())
         mark(DATA)  # a rank before this one still reads
-        dist.all_reduce(counts)
+        with waiting():
+            dist.all_reduce(counts)
         batch.ranks_without = int(counts[3])
         peers = self.layout.tp * self.layout.pp * self.layout.sp  # ranks that read the same batch
         batch.label_tokens, batch.tokens, batch.positions = (counts[:3] // peers).tolist()

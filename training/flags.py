@@ -201,6 +201,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
+    from training.spikes import SpikeRule
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
@@ -212,10 +213,18 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
         take(Outputs, args),
         take(Retention, args),
         take(Schedule, args),
+        take(SpikeRule, args),
         lora,
         args.num_workers,
         settings(args),
     )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM-TO, two steps counted from 1, such as 1200-1250")
+    return int(first), int(last)
 
 
 def _fraction(text: str) -> float | str:
@@ -260,17 +269,21 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     text = "wsd: fall linearly, or fast at first (default: linear)"
     add_flag(optimization, "--decay_shape", str, text, choices=SHAPES)
     add_flag(optimization, "--gradient_clipping", 1.0, "maximum gradient norm; 0: no clipping")
+    text = "skip steps whose loss or gradient norm is this many standard deviations above the mean of the last 128; "
+    add_flag(optimization, "--skip_spikes", float, f"{text}OLMo uses 6 (default: off)", metavar="SIGMAS")
     add_flag(optimization, "--seed", 42, "seed of weights and data order")
 
     add_compute_args(parser, precision_short="-x")
 
     output = parser.add_argument_group("checkpoints and logs")
-    add_flag(output, "-i --save_interval", 1000, "optimizer steps between checkpoints")
+    add_flag(output, "-i --save_interval", 1000, "optimizer steps between checkpoints; 0: save at the end alone")
     add_flag(output, "-o --save_dir", "checkpoint", "folder", type=user_path)
     text = "checkpoint folder to resume from, or latest: the newest, if any (default: none)"
     add_flag(output, "-f --load", user_name, text, metavar="PATH|latest")
     text = "resume although data, seed, recipe or length changed; prints each change (default: off)"
     add_flag(output, "--allow_changes", False, text)
+    text = "on a resume, leave out the sequences of these optimizer steps, such as those before a spike (default: none)"
+    add_flag(output, "--skip_data", _steps, text, metavar="FROM-TO")
     text = "newest checkpoints to keep; the disk needs room for one more (default: all)"
     add_flag(output, "--keep_checkpoints", int, text)
     add_flag(output, "--keep_every", int, "also keep those at multiples of this step (default: none)")

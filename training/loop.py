@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from engine.boost import Engine
 from engine.device import current_device, device_name
 from engine.layout import describe_layout
 from engine.step import forward_backward, loss_scaler, optimizer_step
+from engine.waits import waiting
 from model_utils import model_flops_per_token
 from planning.throughput import PerformanceEvaluator
 from runtime.collectives import gather
@@ -26,9 +28,12 @@ from runtime.process import StopRequest
 from runtime.watchdog import REDUCE, Watchdog, mark
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
+from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
 from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
+from training.spikes import remember
+from training.step_times import StepTimes
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -39,14 +44,14 @@ def train(
     plan: Plan,
     state: TrainState,
     loader: DataLoader[Any],
-    held_out: DataLoader[Any] | None = None,
-    checkpoint: Path | None = None,
+    held_out: DataLoader[Any] | None,
+    writer: CheckpointWriter,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
     Args:
         held_out: data to evaluate on, from `evaluation_loader`.
-        checkpoint: the checkpoint that the run resumes from; messages name it until a newer one is saved.
+        writer: its `latest` is the checkpoint that the run resumes from, if any.
 
     Returns:
         The last checkpoint, and True if a signal ended the run early.
@@ -55,8 +60,8 @@ def train(
         RunError: the loss or the gradient is not finite, data cannot be read, or a checkpoint cannot be written.
     """
     metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
-    if checkpoint and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
-        return checkpoint, True
+    if writer.latest and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
+        return writer.latest, True
     if state.step and engine.config.attention_dropout:
         say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
     scheduler = build_scheduler(engine, state.step, plan.curve)
@@ -65,15 +70,16 @@ def train(
         batches.prefetch()
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
-    writer = CheckpointWriter(run.outputs.save_dir, engine, run.retention, latest=checkpoint)
     watchdog = Watchdog(run.outputs.hang_timeout, run.outputs.tensorboard_dir)
+    times, seconds = StepTimes(engine, run.outputs.log_interval), StepSeconds()
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
             watchdog.begin(state.step + 1)
+            times.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
-                unsaved = state.step > first_step and state.step % run.retention.save_interval > 0
+                unsaved = state.step > first_step and not run.retention.is_due(state.step)
                 _end_without_data(state if unsaved else None, batch, writer, metrics)
             torch.manual_seed(step_seed(run.job.seed, state.step))
             loss_sum = torch.zeros(())
@@ -81,28 +87,32 @@ def train(
                 loss_sum = forward_backward(engine, batch.micro_batches, batch.label_tokens)
             if state.step + 1 < plan.total_steps:
                 batches.prefetch()
-            agreed = agree(engine, loss_sum, stop.received, writer.error is not None)
+            agreed = agree(engine, loss_sum, stop.received, writer.error is not None, times)
             if agreed.save_failed:
                 writer.wait()
-            result = _update(engine, scheduler, agreed.loss_sum, batch.label_tokens, guard, state.step + 1)
+            result = _update(engine, run, scheduler, agreed.loss_sum, batch.label_tokens, guard, state)
             scheduler.step()
+            times.end(batches.waited)
             state.advance(plan, batch.tokens, batch.stream, result.skipped)
-            row = step_row(state, result, speed.lap(batch.tokens), batches.waited, batch.padding)
+            lap = speed.lap(batch.tokens)
+            seconds.add(state, lap.seconds, batches.waited)
+            row = step_row(state, result, lap, batches.waited, batch.padding) | times.figures
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
             if held_out is not None and due and engine.may_evaluate:
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
-                speed.restart()
+                spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
-            metrics.note(writer.take_reports())
-            if state.step % run.retention.save_interval == 0 or last or stopping:
+            metrics.note([*times.reports, *writer.take_reports()])
+            if run.retention.is_due(state.step) or last or stopping:
                 writer.save(state.saved())
-                speed.restart()
+                spend(state, SAVES, speed.restart())
             if stopping:
                 break
         writer.wait()
-        metrics.note([*writer.take_reports(), *metrics.summary()])
+        spend(state, SAVES, speed.restart())
+        metrics.note([*writer.take_reports(), *metrics.summary(), describe(state)])
     metrics.close()
     assert writer.latest is not None  # the last step saves
     return writer.latest, state.step < plan.total_steps or state.unevaluated is not None
@@ -112,7 +122,9 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
     """Open the logs and describe the run in TensorBoard, without environment variables, which may hold secrets."""
     outputs = run.outputs
     done = state.step - bool(state.unevaluated)
-    metrics = Metrics(outputs.tensorboard_dir, outputs.save_dir, done, plan.total_steps, outputs.log_interval)
+    state.started = state.started or first_start(outputs)
+    folder, save_dir = outputs.tensorboard_dir, outputs.save_dir
+    metrics = Metrics(folder, save_dir, done, plan.total_steps, outputs.log_interval, state.started)
     names = ("torch", "colossalai", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     texts = {
@@ -134,13 +146,19 @@ class Agreement(NamedTuple):
     save_failed: bool  # any rank could not write its part of a checkpoint
 
 
-def agree(engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool) -> Agreement:
-    """Combine the ranks' losses, signals and failures in one all-reduce. Collective."""
+def agree(
+    engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool, times: StepTimes | None = None
+) -> Agreement:
+    """Combine the ranks' losses, signals, failures and times in one all-reduce. Collective."""
     mark(REDUCE)
-    totals = torch.tensor([0.0, stopping, save_failed], dtype=torch.float64, device=current_device())
+    own = [0.0, stopping, save_failed, *(times.to_exchange() if times else ())]
+    totals = torch.tensor(own, dtype=torch.float64, device=current_device())
     totals[0] = loss_sum / engine.layout.tp
-    dist.all_reduce(totals)
-    loss, stops, failures = totals.tolist()
+    with waiting():
+        dist.all_reduce(totals)
+    loss, stops, failures, *seconds = totals.tolist()
+    if times:
+        times.exchanged(seconds)
     return Agreement(loss, stops > 0, failures > 0)
 
 
@@ -167,18 +185,29 @@ class Guard:
 
 
 def _update(
-    engine: Engine, scheduler: LambdaLR, loss_sum: float, label_tokens: int, guard: Guard, step: int
+    engine: Engine,
+    run: Run,
+    scheduler: LambdaLR,
+    loss_sum: float,
+    label_tokens: int,
+    guard: Guard,
+    state: TrainState,
 ) -> StepResult:
-    """Clip the gradients and update the weights; without labels that count, skip the step."""
-    lr = float(scheduler.get_last_lr()[0])
+    """Clip the gradients and update the weights; skip a step without labels that count, and a spike."""
+    step, lr = state.step + 1, float(scheduler.get_last_lr()[0])
     scaler = loss_scaler(engine)
     loss_scale = scaler.loss_scale if scaler else 1.0
     if not label_tokens:
         return StepResult(None, lr, math.inf, True, loss_scale)
     loss = loss_sum / label_tokens
     guard.check_loss(loss, step, lr)
-    grad_norm, skipped = optimizer_step(engine)
-    guard.check_update(grad_norm, skipped, step, lr)
+    spikes = partial(run.spikes.spikes, state.window, loss)
+    grad_norm, skipped = optimizer_step(engine, spikes if run.spikes.skip_spikes else None)
+    spike = skipped and math.isfinite(grad_norm)
+    guard.check_update(grad_norm, skipped and not spike, step, lr)
+    if math.isfinite(grad_norm):
+        remember(state.window, loss, grad_norm)
+    state.spikes += spike
     return StepResult(loss, lr, grad_norm, skipped, loss_scale)
 
 

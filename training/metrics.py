@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from engine.device import peak_memory
 from planning.throughput import Throughput
 from runtime.console import rank, say, world_size
 from runtime.files import write_json
+from training.goodput import goodput
 from training.plan import OWNER, TrainState, log_owner
 
 LOG_FILE = "metrics.jsonl"
@@ -35,7 +37,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean over the labels that count; None without such labels.
         grad_norm: before clipping.
-        skipped: True if nothing was updated: fp16 gradients overflowed, or no label counts.
+        skipped: True if nothing was updated: fp16 gradients overflowed, no label counts, or --skip_spikes.
     """
 
     loss: float | None
@@ -59,7 +61,7 @@ def step_row(
         "epoch": state.epoch,
         "loss": result.loss,
         "lr": result.lr,
-        "grad_norm": None if result.skipped else result.grad_norm,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
         "tokens": state.tokens,
         "tokens_per_second": throughput.tokens_per_second,
         "tflops": throughput.tflops,
@@ -69,24 +71,27 @@ def step_row(
         "memory_gb": peak_memory() / 1e9,
         "loss_scale": result.loss_scale,
         "skipped_steps": state.skipped_steps,
+        "spikes": state.spikes,
+        "goodput": goodput(state),
     }
 
 
 class Metrics:
     """Writer of one row per optimizer step. A resumed run continues the same curves."""
 
-    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int):
+    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int, started: float = 0.0):
         """
         Args:
             save_dir: folder of the checkpoints, which identifies the run.
             step: the step after which the run resumes; rows of later steps are set aside.
             interval: steps between lines in the terminal, if it shows no progress bar.
+            started: seconds since 1970 at the run's first start.
         """
         self.main = rank() == 0
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
-        self.owner = log_owner(save_dir, folder)
+        self.owner = {**log_owner(save_dir, folder), "started": started}
         self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
@@ -170,6 +175,7 @@ class Metrics:
         if not self.main:
             return
         step, now = values["step"], time.monotonic()
+        spiked = values.get("spikes", 0) > self.last.get("spikes", values.get("spikes", 0))
         self.last = values = {**values, "hours": (now - self.start) / 3600}
         if values["loss"] is not None:
             self.losses.append(values["loss"])
@@ -187,6 +193,8 @@ class Metrics:
         else:
             loss = f"loss {values['loss']:.4f}"
             norm = "overflow, step skipped" if values["grad_norm"] is None else f"grad norm {values['grad_norm']:.3f}"
+        if spiked:
+            self.note([f"spike: step {step} is skipped: {loss}, {norm}"])
         # The most important figures first: a narrow terminal cuts off the end.
         self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)
         self.bar.update()
@@ -214,6 +222,8 @@ class Metrics:
             loss += f", {self.last['eval_loss']:.4f} on held-out documents"
         tokens, hours = self.last["tokens"], self.last["hours"]
         lines = [f"trained: {self.last['step']:,} steps, {tokens:,} tokens, {hours:,.3f} hours in all; {loss}"]
+        if spikes := self.last.get("spikes"):
+            lines.append(f"skipped: {spikes:,} steps whose loss or gradient norm spiked")
         if self.first is not None and self.first[0] < self.last["step"]:
             now, rate = time.monotonic(), self.last["tokens_per_second"]
             speed = (tokens - self.trained_before) / (now - self.first[1])

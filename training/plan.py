@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,9 @@ from model_utils import count_parameters
 from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder
+from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
+from training.spikes import SpikeRule
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
 WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
@@ -65,13 +67,15 @@ class Outputs:
     load: str | None = None  # a checkpoint, or `latest`
     allow_changes: bool = False  # resume although data, seed, recipe or length have changed
     hang_timeout: int | None = None  # seconds without progress after which a run ends; 0: never; None: as it needs
+    skip_data: tuple[int, int] | None = None  # first and last of the steps whose sequences are left out
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
         problems += below(0, hang_timeout=self.hang_timeout)
-        if self.allow_changes and not self.load:
-            problems.append("--allow_changes: takes effect only with --load; give that too, or leave it out")
+        for name in ("allow_changes", "skip_data"):
+            if getattr(self, name) and not self.load:
+                problems.append(f"--{name}: takes effect only with --load; give that too, or leave it out")
         return problems
 
 
@@ -85,6 +89,7 @@ class Run:
     outputs: Outputs = field(default_factory=Outputs)
     retention: Retention = field(default_factory=Retention)
     schedule: Schedule = field(default_factory=Schedule)
+    spikes: SpikeRule = field(default_factory=SpikeRule)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -100,6 +105,7 @@ class Run:
             "gradient_clipping": optimization.gradient_clipping,
             "adam_betas": list(optimization.adam_betas),
             "adam_eps": optimization.adam_eps,
+            **asdict(self.spikes),
             **asdict(curve),
             **(self.lora.settings if self.lora else {}),
         }
@@ -132,6 +138,7 @@ class Run:
         return (
             self.length.problems()
             + self.schedule.problems()
+            + self.spikes.problems()
             + self.outputs.problems()
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
@@ -141,6 +148,7 @@ class Run:
 LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
     "adam_betas": [0.9, 0.95],
     "adam_eps": 1e-8,
+    **asdict(SpikeRule()),
     **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
 }
 
@@ -153,12 +161,17 @@ class TrainState:
     step: int = 0  # optimizer steps since the start of training
     sequences: int = 0  # trained on, over all ranks and epochs: the position in the global order
     tokens: int = 0
-    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, or no label counted
+    skipped_steps: int = 0  # that updated nothing: fp16 gradients overflowed, no label counted, or --skip_spikes
     settings: dict[str, Any] = field(default_factory=dict)  # a resume must not change them unnoticed
     stream: dict[str, Any] | None = None  # position in a data set that is streamed
     unevaluated: dict[str, Any] | None = None  # the last step's metrics, if a signal interrupted its evaluation
     global_batch: int = 0  # sequences in the last step; 0 in older checkpoints
     fp8: str = ""  # recipe with which the last step multiplied in float8
+    spikes: int = 0  # of the skipped steps, those that --skip_spikes skipped
+    window: list[list[float]] = field(default_factory=list)  # loss and gradient norm of each of the last steps
+    left_out: dict[str, Range] = field(default_factory=dict)  # ranges of the global order, by steps (--skip_data)
+    started: float = 0.0  # seconds since 1970 at the run's first start; 0 in older checkpoints
+    spent: dict[str, float] = field(default_factory=dict)  # seconds, by purpose; see `training.goodput`
 
     @property
     def adam_steps(self) -> int:
@@ -172,7 +185,7 @@ class TrainState:
     def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
         """Add a completed step."""
         self.step += 1
-        self.sequences += plan.global_batch
+        self.sequences = position_after(self.sequences, plan.global_batch, plan.left_out)
         self.tokens += tokens
         self.epoch = (self.sequences - 1) // plan.epoch_sequences
         self.skipped_steps += skipped
@@ -194,6 +207,7 @@ class Plan:
     trained_sequences: int = 0
     num_epochs: int = 1
     curve: Curve = field(default_factory=partial(Curve, 0, 0))  # the learning rate
+    left_out: Sequence[Range] = ()  # of the global order, apart and ascending
 
     @property
     def epoch_sequences(self) -> int:
@@ -213,7 +227,8 @@ class Plan:
 
     def sequences_at(self, step: int) -> int:
         """Return the position in the data after a step."""
-        return self.trained_sequences + (step - self.trained_steps) * self.global_batch
+        count = (step - self.trained_steps) * self.global_batch
+        return position_after(self.trained_sequences, count, self.left_out)
 
     def flags_for(self, steps: int) -> str:
         """Return the flags for a run of this many steps."""
@@ -278,8 +293,8 @@ def refuse_foreign_logs(outputs: Outputs, step: int) -> None:
         InputError: they belong to another --save_dir, or the run is new and their owner unknown.
     """
     folder, owner = outputs.tensorboard_dir, None  # None: logs of an older version
-    with contextlib.suppress(OSError, ValueError):
-        owner = json.loads((folder / OWNER).read_bytes())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = {"save_dir": json.loads((folder / OWNER).read_bytes())["save_dir"]}
     logs = any(next(folder.glob(pattern), None) for pattern in ("metrics*.jsonl", "events.out.tfevents.*"))
     if logs and owner != log_owner(outputs.save_dir, folder) and (owner or not step):
         raise InputError(
@@ -338,7 +353,7 @@ def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None
         say("--load: the content of the stream's files has changed; it continues at the row where it stopped")
     else:
         say("--load: the order of the data has changed, so they are read from the beginning")
-        state.sequences, state.stream = 0, None
+        state.sequences, state.stream, state.left_out = 0, None, {}
 
 
 def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
@@ -352,7 +367,10 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
     length, layout = run.length, run.job.layout
     global_batch = run.job.batch.sequences * layout.dp
     total_sequences = length.num_epochs * len(dataset)
-    total_steps = state.step + max(0, total_sequences - state.sequences) // global_batch
+    if steps := run.outputs.skip_data:
+        say(leave_out(state.left_out, steps, state.step, state.sequences, global_batch, total_sequences))
+    left_out = merged(state.left_out.values())
+    total_steps = state.step + sequences_between(state.sequences, total_sequences, left_out) // global_batch
     if total_steps == 0:
         raise InputError(
             f"--dataset: {len(dataset)} sequences x --num_epochs {length.num_epochs} do not fill one global batch of "
@@ -387,6 +405,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         state.sequences,
         length.num_epochs,
         curve,
+        left_out,
     )
     settings = run.settings(curve) | {"data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
@@ -450,7 +469,7 @@ def check_agreement(save_dir: Path, state: TrainState, checkpoint: Path | None, 
     check_shared(save_dir)
     own = {"--load: the checkpoint": str(checkpoint), "--load: its step": state.step}
     own["--exchange auto (give step or micro_batch if GPUs differ)"] = exchange
-    own |= {_setting(name): value for name, value in state.settings.items()}
+    own |= {_setting(name): value for name, value in state.settings.items()} | {"--skip_data": state.left_out}
     views = gather((socket.gethostname(), own))
     for number, (host, other) in enumerate(views):
         for name, expected in views[0][1].items():
@@ -484,6 +503,6 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")
-    left_out = plan.total_sequences - plan.sequences_at(plan.total_steps)
-    if 0 < left_out < plan.global_batch:
-        say(f"left out: the last {left_out:,} of {plan.total_sequences:,} sequences, too few for one more step")
+    rest = sequences_between(plan.sequences_at(plan.total_steps), plan.total_sequences, plan.left_out)
+    if 0 < rest < plan.global_batch:
+        say(f"left out: the last {rest:,} of {plan.total_sequences:,} sequences, too few for one more step")

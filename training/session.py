@@ -6,6 +6,7 @@ from pathlib import Path
 
 from checkpointing.pretrained import Pretrained, load_pretrained
 from checkpointing.reader import load_checkpoint, refuse_damaged
+from checkpointing.writer import CheckpointWriter
 from data_utils import TrainingData
 from engine.boost import Engine, boost
 from engine.launch import launch, shut_down
@@ -48,12 +49,15 @@ def execute(
         refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
+    writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
+    if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
+        writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
     set_weights(engine, checkpoint, pretrained)
     if checkpoint:
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     loader = build_dataloader(engine, dataset, run, state, plan)
     evaluation = evaluation_loader(engine, held_out) if held_out else None
-    last, interrupted = train(engine, run, plan, state, loader, evaluation, checkpoint)
+    last, interrupted = train(engine, run, plan, state, loader, evaluation, writer)
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
     return status

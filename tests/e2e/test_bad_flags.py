@@ -194,7 +194,17 @@ def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
     ]
     names = [name for name, value in vars(program.parse_args(given)).items() if type(value) in (int, float)]
     assert {"lr", "batch_size", "mfu", "shuffle_buffer"} <= set(names)
-    names += ["max_steps", "recompute", "keep_checkpoints", "keep_every", "gpus", "gpu_memory", "eval_fraction", "tp"]
+    names += [
+        "skip_spikes",
+        "max_steps",
+        "recompute",
+        "keep_checkpoints",
+        "keep_every",
+        "gpus",
+        "gpu_memory",
+        "eval_fraction",
+        "tp",
+    ]
     for name in names:
         for value in ("-1", "-1e-3", "nan", "-nan", "inf", "-inf", "1e400", "-1e400"):
             monkeypatch.setattr(sys, "argv", ["pretrain.py", *given, f"--{name}", value])

@@ -41,7 +41,10 @@ GLOBAL_BATCH = 8
 EPOCHS = 2
 STEPS = EPOCHS * EXAMPLES // GLOBAL_BATCH
 LR = 3e-3
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")
+TIMES = {  # metrics that vary between runs
+    *("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours", "goodput"),
+    *("slowest_rank", "rank_spread", "waiting"),
+}
 
 
 def rows() -> list[dict[str, str]]:

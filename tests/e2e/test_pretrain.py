@@ -231,9 +231,18 @@ def test_dry_run_only_prints(monkeypatch, become_rank_0, capsys, tmp_path, sampl
     become_rank_0(8)
     monkeypatch.setattr(session, "launch", None)
     assert program.main() == 0
-    assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 x 2 accumulated x 8 data-parallel = 48 sequences x 64 tokens = 3,072 tokens" in out
+    assert re.search(
+        r"^host memory: checkpoints .* on one rank at most, .* on all 8; resuming takes up to .* per rank$", out, re.M
+    )
     assert list(tmp_path.iterdir()) == []
     assert not torch.distributed.is_initialized()
+
+
+def test_only_the_end_is_saved(pretrain):
+    run = pretrain("-p", "zero2", "-x", "bf16", "-b", 1, "-i", 0, "--max_steps", 4)
+    assert {folder.name for folder in run.save_dir.iterdir()} == {"epoch0-step4", "final", ".lock"}
 
 
 def test_init_from(pretrain, finished_run, sample_dataset):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,7 +22,10 @@ from runtime.process import INTERRUPTED
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
-TIMES = ("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours")  # metrics that vary between runs
+TIMES = {  # metrics that vary between runs
+    *("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours", "goodput"),
+    *("slowest_rank", "rank_spread", "waiting"),
+}
 
 # Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
@@ -66,6 +70,12 @@ def curve(run, after: int = 0) -> list[dict]:
     return [row for row in rows if row["step"] > after]
 
 
+def states_of(checkpoint: Path) -> dict:
+    """Return the saved states that two equal runs share."""
+    states = json.loads((checkpoint / "running_states.json").read_text())
+    return {name: value for name, value in states.items() if name not in ("started", "spent")}
+
+
 def assert_same_end(run, whole) -> None:
     """Assert that the last checkpoints are equal to the bit."""
     name = f"epoch{EPOCHS - 1}-step{STEPS}"
@@ -75,10 +85,7 @@ def assert_same_end(run, whole) -> None:
     assert not different
     for file in (whole.save_dir / name / "model").iterdir():
         assert file.read_bytes() == (run.save_dir / name / "model" / file.name).read_bytes()
-    states, expected = (
-        json.loads((folder / name / "running_states.json").read_text()) for folder in (run.save_dir, whole.save_dir)
-    )
-    assert states == expected
+    assert states_of(run.save_dir / name) == states_of(whole.save_dir / name)
 
 
 def test_run_ends_with_the_data(whole_run):
@@ -107,6 +114,88 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert curve(run) == curve(whole, after=step)
     assert run.column("step")[0] == step + 1
     assert_same_end(run, whole)
+
+
+# Writes the first micro-batch of each step to a file.
+RECORD = """
+import json
+forward_backward = training.loop.forward_backward
+def record(engine, micro_batches, *args):
+    with open({path!r}, "a") as file:
+        print(json.dumps(torch.cat([batch["input_ids"] for batch in micro_batches]).tolist()), file=file)
+    return forward_backward(engine, micro_batches, *args)
+import torch
+training.loop.forward_backward = record
+"""
+
+
+def test_data_left_out_on_a_resume(pretrain, few_data, sample_tokenizer, cache_dir, tmp_path):
+    """Steps 4 and 5 train on later data, also after another resume; the run that does the same at once is its equal."""
+    data = PackedDataset(prepare_dataset(str(few_data), sample_tokenizer, cache_dir), SEQUENCE_LENGTH)
+    total = ["-e", 4, "--max_steps", STEPS]
+    first = train(pretrain, few_data, "zero2 fp32", *total, "--max_steps", 2)
+    flags = [*total, "--allow_changes", "--skip_data", "4-5"]
+
+    def resumed(*more, name: str, **options):
+        options["change"] = RECORD.format(path=str(tmp_path / name)) + options.get("change", "")
+        run = train(pretrain, few_data, "zero2 fp32", *flags, *more, **options)
+        return run, [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    whole, batches = resumed("-f", first.save_dir / "epoch0-step2", name="whole")
+    line = "--skip_data: the 16 sequences of steps 4-5 are left out; step 4 trains on those that step 6 would have had"
+    assert line in whole.stdout
+    expected = [batch_at(data, start * 8, start * 8 + 8).tolist() for start in (2, 5, 6, 7, 8, 9, 10)]
+    assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in expected]
+    assert whole.column("tokens")[-1] == STEPS * GLOBAL_BATCH * SEQUENCE_LENGTH
+
+    run, batches = resumed("-f", whole.save_dir / "epoch2-step6", name="again")
+    assert "--skip_data: the sequences of steps 4-5 are left out already" in run.stdout
+    assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in expected[4:]]
+    assert curve(run) == curve(whole, after=6)
+    states = [states_of(next(folder.glob("*-step9"))) for folder in (run.save_dir, whole.save_dir)]
+    assert states[0] == states[1]
+    assert states[0]["left_out"] == {"4-5": [24, 40]}
+
+    late = train(
+        pretrain, few_data, "zero2 fp32", *total, "-f", "latest", "--skip_data", "5-6", folder=run.folder, check=False
+    )
+    assert late.returncode == 2
+    assert "--skip_data: step 5 is behind the checkpoint, which is at step 9" in late.stderr
+
+
+def test_stream_left_out_on_a_resume(pretrain, few_data, tmp_path):
+    """The stream is read on, and what it skips is dropped."""
+    flags = ["-d", few_data, "--streaming", "--shuffle_buffer", 4, "-p", "zero2", "-x", "bf16", "-b", 3, "-i", 2]
+
+    def batches(name: str, *more, **options):
+        run = pretrain(*flags, *more, change=RECORD.format(path=str(tmp_path / name)), **options)
+        return run, (tmp_path / name).read_text().splitlines()
+
+    _, expected = batches("whole", "--max_steps", 10)
+    first, _ = batches("first", "--max_steps", 2, "--lr_schedule", "constant")
+    skipping = ["-f", "latest", "--skip_data", "4-5", "--lr_schedule", "constant"]
+    run, found = batches("skipping", *skipping, "--max_steps", 6, folder=first.folder)
+    assert found == [expected[2], *expected[5:8]]
+    run, found = batches("again", *skipping, "--max_steps", 8, folder=first.folder)
+    assert found == expected[8:10]
+    assert "the sequences of steps 4-5 are left out already" in run.stdout
+
+
+@pytest.mark.parametrize("layout", ["zero2 bf16", "gemini bf16", "hybrid fp32"])
+def test_resume_with_skipped_spikes_is_exact(pretrain, few_data, layout):
+    """The window of the last steps continues where it was."""
+    options = {"change": "training.spikes.WINDOW = 4"}
+    flags = ["--skip_spikes", 1]
+    whole = train(pretrain, few_data, layout, *flags, **options)
+    spikes = whole.column("spikes")
+    assert 0 < spikes[-1] < STEPS / 2
+    step = max(number for number in (2, 4, 6, 8) if spikes[-1] > spikes[number - 1])
+    run = train(pretrain, few_data, layout, *flags, "-f", next(whole.save_dir.glob(f"*-step{step}")), **options)
+    assert curve(run) == curve(whole, after=step)
+    assert_same_end(run, whole)
+    if layout == "hybrid fp32":
+        refused = train(pretrain, few_data, layout, "-f", "latest", folder=run.folder, check=False)
+        assert "--load: --skip_spikes was 1.0 in the checkpoint and is None now; --allow_changes" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -361,6 +450,30 @@ def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):
     assert f"resumed: {last}" in run.stdout
     assert curve(run) == curve(whole)
     assert_same_end(run, whole)
+
+
+# Each step counts ten seconds.
+TEN_SECONDS = """
+from training import goodput
+training.loop.StepSeconds.add = lambda self, state, seconds, waited: goodput.spend(state, goodput.STEPS, 10)
+"""
+
+
+def test_goodput_counts_each_step_once_since_the_first_start(pretrain, few_data, tmp_path):
+    """Two kills with -9: one before the first checkpoint, and one after, whose last steps are lost."""
+    starts, folder = [], tmp_path / "run"
+    for step in (1, 5, None):
+        change = TEN_SECONDS + (SIGNAL.format(name="SIGKILL", step=step, rank=0) if step else "")
+        run = train(pretrain, few_data, "zero2 bf16", "-f", "latest", change=change, folder=folder, check=not step)
+        starts.append(json.loads((folder / "tb_logs" / "run.json").read_text())["started"])
+    assert starts == [starts[0]] * 3
+    for step in (4, 6, 8, 9):
+        states = json.loads(next(run.save_dir.glob(f"*-step{step}/running_states.json")).read_text())
+        assert (states["started"], states["spent"]["steps"]) == (starts[0], 10 * step)
+    assert states["spent"]["saves"] > 0
+    assert all(0 < value <= 1 for value in run.column("goodput"))
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("goodput: ")]
+    assert line.endswith("starts and lost steps")
 
 
 def test_signal_to_one_rank(pretrain, few_data, whole_run):

@@ -34,7 +34,7 @@ import sys
 sys.path.insert(0, {root!r})
 import pretrain
 import os, signal
-import checkpointing.writer, engine.plugin, training.batches, training.loop, training.session
+import checkpointing.writer, engine.plugin, training.batches, training.loop, training.session, training.spikes
 from runtime import console, process
 from training import metrics
 {change}

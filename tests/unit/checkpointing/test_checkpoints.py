@@ -34,14 +34,15 @@ from checkpointing.folder import (
 )
 from checkpointing.pretrained import check_pretrained, load_pretrained
 from checkpointing.reader import load_checkpoint
-from checkpointing.writer import CheckpointWriter, Retention, host_memory, staging_bytes
+from checkpointing.writer import CheckpointWriter, Retention, host_memory
 from checkpoints import make_checkpoint
 from corpora import error_of
 from engine import shards
-from engine.shards import MASTER, MOMENTS
+from engine.shards import MASTER, MOMENTS, staging_bytes
 from engine.step import loss_scaler
 from model_utils import load_config, parameter_specs
-from processes import boosted, random_states, run_ranks
+from planning.memory import checkpoint_memory
+from processes import boosted, job, random_states, run_ranks
 from runtime.collectives import on_rank_zero
 from runtime.console import InputError, RunError
 from runtime.files import checksum
@@ -84,6 +85,23 @@ def save_short_of_memory(folder, flags):
     own = CheckpointWriter._staged
     CheckpointWriter._staged = lambda *arguments: staged.append(arguments) or own(*arguments)
     return save_random(folder, flags), len(staged)
+
+
+def save_to_allocated_buffers(folder, flags, short=False):
+    """Allocate the buffers, then save; return their addresses by name before and after, and the checkpoint."""
+    if short and dist.get_rank() == 0:
+        checkpointing.writer.host_memory = lambda: (2**40, 0)
+    engine = boosted(flags + " -b 2")
+    writer = CheckpointWriter(folder, engine, Retention())
+    writer.allocate()
+    values = random_states(engine.config)
+    shards.restore(engine, lambda name, key: values[name, key], STATES["adam_steps"])
+    if writer._allocation:
+        writer._allocation.join()
+    before = {name: buffer.data_ptr() for name, buffer in writer._buffers.items()}
+    writer.save(STATES)
+    writer.wait()
+    return before, {name: buffer.data_ptr() for name, buffer in writer._buffers.items()}, writer.latest
 
 
 def outlast_the_process_group(folder, wait):
@@ -140,6 +158,27 @@ class TestSave:
         folders, staged = zip(*run_ranks(ranks, save_short_of_memory, tmp_path, flags), strict=True)
         assert content_of(folders[0]) == content_of(saved)
         assert staged == (0,) * ranks
+
+    @pytest.mark.parametrize(("ranks", "flags"), [(2, "-p gemini"), (4, "-p hybrid_parallel --tp 2 --pp 2")])
+    def test_uses_the_buffers_allocated_before_training(self, saved, tmp_path, ranks, flags):
+        results = run_ranks(ranks, save_to_allocated_buffers, tmp_path, flags)
+        assert content_of(results[0][2]) == content_of(saved)
+        assert all(before == after for before, after, _ in results)
+        specs = parameter_specs(load_config("test"))
+        names = sorted(f"{spec.name}.{key}" for spec in specs for key in (MASTER, *MOMENTS))
+        assert sorted(name for before, _, _ in results for name in before) == names
+
+        shapes = {f"{spec.name}.{MASTER}": spec.shape for spec in specs}
+        by_rank = [
+            sum(staging_bytes(shapes[name], True) for name in before if name in shapes) for before, _, _ in results
+        ]
+        planned = checkpoint_memory(job(f"{flags} -b 2 --dry_run --gpus {ranks}"))
+        assert planned[:2] == (max(by_rank), sum(by_rank))
+
+    def test_nothing_is_allocated_if_a_rank_is_short_of_memory(self, saved, tmp_path):
+        results = run_ranks(2, save_to_allocated_buffers, tmp_path, "-p zero2", True)
+        assert content_of(results[0][2]) == content_of(saved)
+        assert [result[:2] for result in results] == [({}, {})] * 2
 
     @pytest.mark.parametrize("wait", ["file", "export"])
     def test_a_disk_may_take_longer_than_an_exchange(self, tmp_path, wait):

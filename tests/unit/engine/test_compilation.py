@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 from attn import TORCH_FUSED
 from engine import compilation, patching
 from engine.compilation import Fusion, fuse
+from engine.loss import summed_cross_entropy
 from engine.recomputation import checkpoint_layers
-from engine.step import summed_cross_entropy
 from model_utils import IGNORE_INDEX, build_model, load_config
 from processes import job
 

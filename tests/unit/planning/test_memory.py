@@ -166,6 +166,9 @@ MEASURED_COMPILED = [
     (8, "-p gemini_auto -b 4", 25.2, 0.01),
     (32, "-p zero2 -b 2", 132.4, 0.01),
     (32, "-p gemini -b 2", 132.4, 0.01),
+    (32, "-p zero2 -b 2 --fp8", 113.71, 0.01),
+    (32, "-p zero2 -b 3 --fp8", 126.60, 0.01),
+    (32, "-p zero2 -b 4 --fp8", 139.49, 0.01),
     (32, "-p zero2 -b 2 --fp8 --fp8_recipe rowwise", 120.23, 0.01),
     (8, "-p zero2 -b 1", 30.22, 0.05),
     (8, "-p zero2 -b 8", 65.19, 0.05),
@@ -182,7 +185,7 @@ MEASURED_COMPILED = [
 ]
 
 
-# Compiled, two H100 and NCCL, gradients reduced in bf16: layers, flags, GB.
+# Compiled, two H100 or H200 and NCCL, gradients reduced in bf16 or as the flags say: layers, flags, GB.
 MEASURED_ON_TWO = [
     (8, "-p zero2 -b 4", 36.09),
     (8, "-p zero2 -b 4 -g", 20.6),
@@ -192,6 +195,11 @@ MEASURED_ON_TWO = [
     (8, "-p fsdp -b 4", 34.87),
     (8, "-p fsdp -b 8", 57.9),
     (8, "-p 3d --zero 1 -b 4", 36.09),
+    (8, "-p zero2 -b 4 --reduce_dtype fp32", 36.09),
+    (8, "-p gemini -b 4 --reduce_dtype fp32", 35.82),
+    (8, "-p zero2 -b 4 --fp8 --reduce_dtype fp32", 28.37),
+    (8, "-p gemini -b 4 --fp8 --reduce_dtype fp32", 31.33),
+    (8, "-p hybrid_parallel --tp 2 --pp 1 -b 8 --reduce_dtype fp32", 47.27),
 ]
 
 
