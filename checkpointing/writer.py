@@ -38,6 +38,7 @@ from engine import device
 from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, LocalShard, local_shards, staging_bytes
 from engine.step import loss_scaler_state
+from runtime import watchdog
 from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
 from runtime.console import RunError, below, rank, say, size_text, world_size
 from runtime.files import checksum, replace_folder, write_json
@@ -138,6 +139,7 @@ class CheckpointWriter:
             RunError: on every rank, if the previous checkpoint failed on any, or this one has no room.
         """
         started = time.perf_counter()
+        watchdog.mark(watchdog.SAVE)
         self.wait()
         self._target = self.save_dir / CHECKPOINT.format(**states)
         self._temporary = self._target.with_name(f".{self._target.name}.incomplete")
@@ -201,6 +203,7 @@ class CheckpointWriter:
             with contextlib.suppress(OSError):  # files come and go
                 size = sum(path.stat().st_size for path in self._temporary.rglob("*"))
                 written, since = size, (since if size == written else time.monotonic())
+            watchdog.alive()
             time.sleep(POLL_SECONDS)
         for report in self.take_reports():
             say(report)

@@ -18,6 +18,7 @@ from engine.boost import Engine
 from engine.loss import split_cross_entropy, summed_cross_entropy
 from engine.patching import replace
 from model_utils import IGNORE_INDEX
+from runtime import watchdog
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
@@ -130,11 +131,14 @@ def forward_backward(engine: Engine, micro_batches: list[dict[str, torch.Tensor]
     scale = engine.layout.gradient_ranks / label_tokens
 
     if engine.layout.pp > 1:
+        watchdog.mark(f"{watchdog.FORWARD} and {watchdog.BACKWARD}")
         return _pipeline_loss(engine, micro_batches, scale) / scale
 
     total = torch.zeros((), device=get_accelerator().get_current_device())
     for micro in micro_batches:
+        watchdog.mark(watchdog.FORWARD)
         loss = _batch_loss(engine, micro)
+        watchdog.mark(watchdog.BACKWARD)
         engine.booster.backward(loss * scale, engine.optimizer)
         total += loss.detach()
     return total
@@ -165,6 +169,7 @@ def optimizer_step(engine: Engine, rejects: Callable[[float], bool] | None = Non
     Returns:
         The norm, infinite if fp16 overflowed, and True if the update was skipped.
     """
+    watchdog.mark(watchdog.UPDATE)
     scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
     rejected = False

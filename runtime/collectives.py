@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from runtime import watchdog
 from runtime.console import InputError, RunError, rank
 
 POLL_SECONDS = 0.05
@@ -32,6 +33,7 @@ def any_alive(thread: threading.Thread) -> bool:
     Call it in a loop: a single collective that waits for the slowest disk could exceed the process group's timeout.
     """
     thread.join(POLL_SECONDS)
+    watchdog.alive()
     return any(gather(thread.is_alive()))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TextIO
 
@@ -32,6 +34,7 @@ from runtime.console import (
 # Exit statuses
 RUN_FAILED = 1
 USAGE_ERROR = 2  # as argparse's
+HUNG = 70  # the run made no progress (EX_SOFTWARE in sysexits.h)
 INTERRUPTED = 75  # a signal ended the run after its checkpoint was saved (EX_TEMPFAIL in sysexits.h)
 KEYBOARD_INTERRUPT = 130  # as a shell reports SIGINT
 READER_GONE = 141  # as a shell reports SIGPIPE
@@ -46,6 +49,8 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROU
 _LOST_PEER = re.compile(r"(?:Connection closed by peer|Read error|writev) \[(?:::ffff:)?([^\]]+)\]")
 _NO_STORE = (InputError, OSError, RuntimeError, ValueError, ImportError)  # nobody answers, or torch is not installed
 _READ = "report/read"  # counts the ranks that have read rank 0's report
+_ending = threading.Event()  # another thread ends this process
+_EFFECT_SECONDS = 2  # by which a rank postdates an end that another rank's caused: torchrun compares whole seconds
 
 
 def prepare() -> None:
@@ -58,8 +63,8 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     """Run a program's main() and end the process with its exit status.
 
     An InputError prints one line per problem and ends every rank with status 2; a rank whose problems differ from
-    rank 0's prints its own, once per node. Other errors print a traceback. A reader of the output that has gone ends
-    the program without a message.
+    rank 0's prints its own, once per node. Other errors print a traceback. torchrun repeats all of this as the root
+    cause. A reader of the output that has gone ends the program without a message.
 
     The interpreter's finalization is skipped. During it, Gloo's threads outlive their process group, ask for the
     interpreter lock and abort ("terminate called without an active exception", in 1 of 15 runs of two ranks with
@@ -72,9 +77,11 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
             sys.exit(USAGE_ERROR)
     end_with_launcher()
     try:
-        status = main()
+        status = _outcome(main)
         if status == 0:
             ranks.part()
+        elif status == INTERRUPTED:
+            _tell_launcher(f"{program}: a signal ended the run after its checkpoint was saved")
     except InputError as error:
         _report(f"{program}: error: ", error.problems)
         status = USAGE_ERROR
@@ -91,8 +98,10 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
             status = READER_GONE
         elif peer := _LOST_PEER.search(str(error)):
             lost = f"rank {rank()} lost the connection to {_name(peer[1])}: a rank there has ended; see its own message"
+            _tell_launcher(f"{program}: {lost}", later=_EFFECT_SECONDS)
             print(f"{program}: {lost}", file=sys.stderr, flush=True)
         else:
+            _tell_launcher(f"{type(error).__name__}: {error}", traceback.format_exc())
             traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
@@ -100,6 +109,33 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
     if output_failed():
         status = status or RUN_FAILED
     os._exit(status)
+
+
+def _outcome(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except BaseException:
+        if _ending.is_set():  # it is only an effect of that
+            threading.Event().wait()
+        raise
+
+
+@contextlib.contextmanager
+def ending(status: int, reason: str, printing: bool) -> Iterator[None]:
+    """End the process with a status and a reason after the block, which another thread than main()'s runs.
+
+    Args:
+        printing: print the reason; only one rank should.
+    """
+    _ending.set()
+    message = f"{Path(sys.argv[0]).name}: {reason}"
+    _tell_launcher(message, later=-_EFFECT_SECONDS)  # it was the cause of what happens now to other ranks
+    if printing:
+        print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        os._exit(status)
 
 
 def interrupted(error: BaseException | None) -> bool:
@@ -187,6 +223,7 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
     The ranks compare them in the store of their launch. Without a store, every rank of a single node prints, or local
     rank 0 of each of several nodes.
     """
+    _tell_launcher("\n".join(prefix + problem for problem in problems))
     several_nodes = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if ranks.launch_problems():  # there is no store, and this may not be a rank at all
         _print_problems(prefix, problems)
@@ -200,6 +237,23 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
                     time.sleep(0.1)
     elif not _printed_by_another(problems, without_store=local_rank() > 0 and several_nodes):
         _print_problems(f"{prefix}on {socket.gethostname()}: ", problems)
+
+
+def _tell_launcher(reason: str, trace: str = "", later: int = 0) -> None:
+    """Write the reason why this rank ends where torchrun looks for it; it prints that of the earliest end last.
+
+    The format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception.
+
+    Args:
+        trace: for torchrun to print instead of the reason.
+        later: seconds to add to the time of this end.
+    """
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": trace or reason, "timestamp": str(int(time.time()) + later)}
+        temporary = Path(f"{name}.tmp")  # torchrun itself fails if it reads a part of the file
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"message": {"message": reason, "extraInfo": details}}), encoding="utf-8")
+            temporary.replace(name)
 
 
 def _print_problems(prefix: str, problems: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.console import InputError, RunError, first_line, local_rank, rank, world_size
 
 if TYPE_CHECKING:
+    import psutil
     from torch.distributed import Store, TCPStore
 
 REQUIRED = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # beside RANK
@@ -103,7 +104,7 @@ def part() -> None:
 @functools.cache
 def meeting() -> "Meeting":
     """Return this process's connection to the other ranks, made on first use; see `Meeting`."""
-    return Meeting(connect(LAUNCHER_SECONDS if _launcher_keeps_store() else JOIN_SECONDS))
+    return Meeting(connect(LAUNCHER_SECONDS if launcher_keeps_store() else JOIN_SECONDS))
 
 
 def launch_store(seconds: float) -> "Store":
@@ -131,7 +132,7 @@ def connect(seconds: float) -> "TCPStore":
             _wait_for_port(address, port, seconds)
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=LAUNCHER_SECONDS), **options)
     except (OSError, RuntimeError) as error:
-        if _launcher_keeps_store():
+        if launcher_keeps_store():
             remedy = "torchrun, which keeps the store of its ranks there, is gone; start it again, or unset RANK"
         elif rank() == 0:
             remedy = "give a free port and the address of this machine, which has RANK 0"
@@ -151,8 +152,8 @@ def _loss_of_store_is_a_run_error() -> Iterator[None]:
     try:
         yield
     except DistNetworkError as error:
-        keeper = "torchrun" if _launcher_keeps_store() else "rank 0"
-        raise RunError(f"{keeper} at {_place()} has ended, with other ranks waiting; see its own message") from error
+        keeper = "torchrun" if launcher_keeps_store() else "rank 0"
+        raise RunError(f"{keeper} at {place()} has ended, with other ranks waiting; see its own message") from error
 
 
 class Meeting:
@@ -163,16 +164,22 @@ class Meeting:
     """
 
     def __init__(self, connection: "TCPStore"):
+        self.connection = connection
         self.store = _of_this_attempt(connection)
         self.over = threading.Event()  # all ranks have assembled
         self.calls = itertools.count()
-        if not _launcher_keeps_store():
+        if launcher_keeps_store():
+            self.store.set(f"process/{rank()}", _identity())
+        else:
             self._take_rank()
         self.store.set(f"host/{rank()}", socket.gethostname())
-        own_connection = _of_this_attempt(connection.clone())  # type: ignore[attr-defined]
-        threading.Thread(target=self._beat, args=(own_connection,), daemon=True).start()
+        threading.Thread(target=self._beat, args=(self.another_connection(),), daemon=True).start()
         if local_rank() == 0:
             self.store.set(f"leader/{_node()}", str(rank()))
+
+    def another_connection(self) -> "Store":
+        """Return a connection to the store for another thread."""
+        return _of_this_attempt(self.connection.clone())  # type: ignore[attr-defined]
 
     def once_per_node(self, function: Callable[[], Any]) -> Any:
         key = f"answer/{_node()}/{next(self.calls)}"
@@ -263,7 +270,7 @@ class Meeting:
             missing = f"rank {number}" if number is not None else f"the rank of LOCAL_RANK 0 on {socket.gethostname()}"
             if not beat and now - changed > JOIN_SECONDS:
                 raise InputError(
-                    f"WORLD_SIZE: {missing} has not come to {_place()} within {JOIN_SECONDS} s; "
+                    f"WORLD_SIZE: {missing} has not come to {place()} within {JOIN_SECONDS} s; "
                     f"start all {world_size()} ranks, or lower WORLD_SIZE"
                 )
             if beat and now - changed > GONE_SECONDS:
@@ -287,20 +294,34 @@ class Meeting:
 
     def _take_rank(self) -> None:
         """Refuse a rank that another living process of this machine has, since two runs then share a port."""
-        import psutil
-
-        own = f"{_node()} {os.getpid()} {psutil.Process().create_time()}"
+        own = _identity()
         other = self.store.compare_set(f"process/{rank()}", "", own).decode()
         if other == own:
             return
-        node, process, created = other.rsplit(" ", 2)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if node == _node() and psutil.Process(int(process)).create_time() == float(created):
-                raise InputError(
-                    f"MASTER_PORT: process {process} is rank {rank()} at {_place()} already; "
-                    "give each run a port of its own, and each process its own RANK"
-                )
+        if process := process_here(other):
+            raise InputError(
+                f"MASTER_PORT: process {process.pid} is rank {rank()} at {place()} already; "
+                "give each run a port of its own, and each process its own RANK"
+            )
         self.store.set(f"process/{rank()}", own)  # the other process has ended
+
+
+def _identity() -> str:
+    """Return a text that names this process among those of all nodes."""
+    import psutil
+
+    return f"{_node()} {os.getpid()} {psutil.Process().create_time()}"
+
+
+def process_here(identity: str) -> "psutil.Process | None":
+    """Return the process with this identity, which its rank has in the store, if it lives on this node."""
+    import psutil
+
+    node, process, created = identity.rsplit(" ", 2)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if node == _node() and (found := psutil.Process(int(process))).create_time() == float(created):
+            return found
+    return None
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:
@@ -321,7 +342,7 @@ def _wait_for_port(address: str, port: int, seconds: float) -> None:
 
 
 def _print_waiting(whom: str) -> None:
-    line = f"rank {rank()} on {socket.gethostname()} waits for {whom}, at {_place()}"
+    line = f"rank {rank()} on {socket.gethostname()} waits for {whom}, at {place()}"
     print(line, file=sys.stderr, flush=True)
 
 
@@ -336,16 +357,18 @@ def _has_met() -> bool:
     return meeting.cache_info().currsize > 0
 
 
-def _place() -> str:
+def place() -> str:
+    """Return the address and port of the store."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-def _launcher_keeps_store() -> bool:
+def launcher_keeps_store() -> bool:
+    """Return True if torchrun keeps the store, which rank 0 does otherwise."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # the test in torch.distributed.rendezvous
 
 
 def _keeps_store() -> bool:
-    return rank() == 0 and not _launcher_keeps_store()
+    return rank() == 0 and not launcher_keeps_store()
 
 
 def _port_error(port: int) -> str | None:

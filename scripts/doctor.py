@@ -32,7 +32,7 @@ from datetime import timedelta
 
 from runtime import requirements
 from runtime.console import InputError, first_line, local_rank, rank, say, world_size
-from scripts.run_on_hosts import Host, read_hostfile
+from scripts.launcher.hosts import Host, read_hostfile
 
 JOIN_SECONDS = 60
 SHARED_SECONDS = 30  # a network file system may need this long to show a file to other machines

@@ -13,6 +13,8 @@
 #   MASTER_ADDR=node1           several machines: the host of rank 0 (default: the first host)
 #   MASTER_PORT=29500           several machines: a free port on that host
 #   SSH_PORT=22                 several machines: the port of their ssh servers
+#   MAX_RESTARTS=500            start a failed run again, up to this often, from its newest checkpoint (default: 0)
+#   SPARE_HOSTS=1               several machines: keep the file's last hosts for the place of those that fail (default: 0)
 #   LLAMA_PYTHON=/path/python   the interpreter (default: .venv's, which scripts/setup.sh creates, else python3)
 set -euo pipefail
 
@@ -131,7 +133,7 @@ prepare() { # "$@" of the calling script
     find_python
     read_hostfile
     count_processes
-    processes=$((hosts * nproc_per_node))
+    processes=$(((hosts - ${SPARE_HOSTS:-0}) * nproc_per_node))
     # torchrun sets one thread per process, but Adam on the host speeds up with its threads.
     local cores
     cores=$(nproc)
@@ -141,13 +143,16 @@ prepare() { # "$@" of the calling script
 launch() { # PROGRAM FLAGS...
     local program=$root/$1
     shift
-    if [[ -z ${HOSTFILE:-} ]] && ((processes == 1)); then
+    local options=(--nproc_per_node "$nproc_per_node")
+    [[ -z ${MAX_RESTARTS:-} ]] || options+=(--max_restarts "$MAX_RESTARTS")
+    [[ -z ${SPARE_HOSTS:-} ]] || options+=(--spare_hosts "$SPARE_HOSTS")
+    if [[ -n ${HOSTFILE:-} ]]; then
+        options+=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-$first_host}")
+    elif ((${#options[@]} == 2 && processes == 1)); then
         exec "$python" "$program" "$@"
-    elif [[ -z ${HOSTFILE:-} ]]; then
-        exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc_per_node" "$program" "$@"
+    elif ((${#options[@]} == 2)); then
+        exec "$python" -m torch.distributed.run --standalone "${options[@]}" "$program" "$@"
     fi
-    local options=(--nproc_per_node "$nproc_per_node" --hostfile "$HOSTFILE")
-    options+=(--master_addr "${MASTER_ADDR:-$first_host}")
     options+=(--master_port "${MASTER_PORT:-29500}")
     [[ -z ${SSH_PORT:-} ]] || options+=(--ssh-port "$SSH_PORT")
     # `colossalai run`, with connections that report which host failed and how.

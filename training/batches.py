@@ -26,6 +26,7 @@ from model_utils import IGNORE_INDEX
 from runtime.collectives import gather
 from runtime.console import InputError, RunError
 from runtime.process import follow_rank
+from runtime.watchdog import DATA, mark
 from training.left_out import Range, position_after
 from training.plan import Plan, Run, TrainState
 
@@ -165,6 +166,7 @@ class Batches:
 
     def prefetch(self) -> None:
         """Read the next step's batches while the device works through its queue."""
+        mark(DATA)
         idle, start = when_idle(), time.perf_counter()
         self.prefetched = self._read()
         self.waited = time.perf_counter() - start if idle() else 0.0
@@ -196,6 +198,7 @@ class Batches:
             labels = int((micro_batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             counts[:3] += torch.tensor([labels, int(micro_batch.get("token_count", positions)), positions])
         counts = counts.to(current_device())
+        mark(DATA)  # a rank before this one still reads
         with waiting():
             dist.all_reduce(counts)
         batch.ranks_without = int(counts[3])

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from corpus.manifest import MANIFEST_NAME
 from engine.device import device_name, has_float8
 from engine.job import Job
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # benchmark.py imports no checkpointing
     from training.plan import Outputs, Run
 
 LARGEST_SEED = 2**32 - 1
+NCCL_SECONDS = 600  # default_pg_nccl_timeout in torch.distributed.constants, which is None without CUDA
 
 
 def check_job(
@@ -76,7 +79,15 @@ def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
         *folder_problems("--tensorboard_dir", outputs.tensorboard_dir),
         *_link_problems("--cache_dir", cache_dir),
         *_outputs_among_data(outputs, dataset.resolve()),
+        *_limit_problems(outputs.hang_timeout),
     ]
+
+
+def _limit_problems(seconds: int | None) -> list[str]:
+    """Return a line if torch, which names no rank, would end an exchange of GPUs before --hang_timeout."""
+    if not torch.cuda.is_available() or (seconds or 0) < NCCL_SECONDS:
+        return []
+    return [f"--hang_timeout: must be below {NCCL_SECONDS} on GPUs, when torch ends an exchange, not {seconds}"]
 
 
 def _outputs_among_data(outputs: "Outputs", data: Path) -> list[str]:

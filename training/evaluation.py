@@ -14,6 +14,7 @@ from engine.boost import Engine
 from engine.device import current_device
 from engine.step import forward_loss
 from model_utils import IGNORE_INDEX
+from runtime import watchdog
 from runtime.console import rank, say
 from training.batches import ShardedSampler
 
@@ -59,6 +60,7 @@ def evaluate(
     layout, model = engine.layout, engine.model
     model.eval()
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if rank() == 0 else True):
+        watchdog.mark(watchdog.EVALUATE)
         stopping = torch.tensor(float(stop()), device=totals.device)
         dist.all_reduce(stopping)
         if stopping:

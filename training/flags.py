@@ -290,6 +290,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     text = "folder of TensorBoard logs and metrics.jsonl"
     add_flag(output, "-t --tensorboard_dir", "tb_logs", text, type=user_path)
     add_flag(output, "--log_interval", 10, "optimizer steps between terminal lines")
+    text = "seconds without progress after which the run ends and names the ranks that hang; 0: never "
+    add_flag(output, "--hang_timeout", int, f"{text}(default: 300, or 3 times the longest phase of a step)")
     add_dry_run_args(parser)
 
     unlisted: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

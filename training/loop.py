@@ -25,6 +25,7 @@ from planning.throughput import PerformanceEvaluator
 from runtime.collectives import gather
 from runtime.console import RunError, rank, say
 from runtime.process import StopRequest
+from runtime.watchdog import REDUCE, Watchdog, mark
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
@@ -69,10 +70,12 @@ def train(
         batches.prefetch()
     flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
     speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
+    watchdog = Watchdog(run.outputs.hang_timeout, run.outputs.tensorboard_dir)
     times, seconds = StepTimes(engine, run.outputs.log_interval), StepSeconds()
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
+            watchdog.begin(state.step + 1)
             times.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
@@ -147,6 +150,7 @@ def agree(
     engine: Engine, loss_sum: torch.Tensor, stopping: bool, save_failed: bool, times: StepTimes | None = None
 ) -> Agreement:
     """Combine the ranks' losses, signals, failures and times in one all-reduce. Collective."""
+    mark(REDUCE)
     own = [0.0, stopping, save_failed, *(times.to_exchange() if times else ())]
     totals = torch.tensor(own, dtype=torch.float64, device=current_device())
     totals[0] = loss_sum / engine.layout.tp

@@ -66,11 +66,13 @@ class Outputs:
     eval_interval: int = 1000  # steps
     load: str | None = None  # a checkpoint, or `latest`
     allow_changes: bool = False  # resume although data, seed, recipe or length have changed
+    hang_timeout: int | None = None  # seconds without progress after which a run ends; 0: never; None: as it needs
     skip_data: tuple[int, int] | None = None  # first and last of the steps whose sequences are left out
 
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
+        problems += below(0, hang_timeout=self.hang_timeout)
         for name in ("allow_changes", "skip_data"):
             if getattr(self, name) and not self.load:
                 problems.append(f"--{name}: takes effect only with --load; give that too, or leave it out")

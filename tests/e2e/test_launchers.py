@@ -1,14 +1,16 @@
 """Launchers on one machine: signals save a checkpoint and set the exit status; hosts files are checked."""
 
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from launching import ROOT, Run
+from launching import ROOT, Run, free_port
+from programs import main_program
 from runtime.process import INTERRUPTED
-from scripts.run_on_hosts import Host, read_hostfile
+from scripts.launcher.hosts import Host, read_hostfile
 
 COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
@@ -58,6 +60,37 @@ def test_interrupted_again(sample_flags, sample_dataset, tmp_path):
         assert run.wait() == 128 + signal.SIGKILL, run.output()
     assert "SIGINT: ending at once" in run.stderr
     assert not list(run.save_dir.glob("epoch*"))
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "wrong"),
+    [(launcher, "True") for launcher in (TORCHRUN, COLOSSALAI_RUN, RUN_ON_HOSTS)] + [(TORCHRUN, "console.rank() == 2")],
+    ids=["torchrun", "colossalai", "ours", "one rank"],
+)
+def test_a_mistake_is_what_a_user_sees(tmp_path, launcher, wrong):
+    """The launcher's report of four ranks ends with the mistake, not with a remark on how to find it."""
+    mistake = "train.py: error: --lr: -1 is bad"
+    on_host = mistake if wrong == "True" else mistake.replace("error: ", f"error: on {socket.gethostname()}: ")
+    statements = f"import time\nif {wrong}:\n    raise InputError('--lr: -1 is bad')\ntime.sleep(600)"
+    (tmp_path / "train.py").write_text(main_program(statements), encoding="utf-8")
+    environment = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    arguments = ["--nproc_per_node", 4, *([] if launcher is TORCHRUN else ["--master_port", free_port()])]
+    with Run([*launcher, *arguments, tmp_path / "train.py"], tmp_path, environment) as run:
+        assert run.wait() == (2 if launcher is RUN_ON_HOSTS else 1), run.output()
+    lines = (run.stderr + run.stdout).splitlines()
+    assert lines.count(on_host) == 1
+    if launcher is RUN_ON_HOSTS:
+        assert len(lines) == 3, run.output()
+        assert lines[1].startswith("run_on_hosts.py: rank ")
+        assert lines[1].endswith(f" ended with status 2: {mistake}")
+        assert lines[2] == "run_on_hosts.py: 127.0.0.1: ended with status 2"
+    else:
+        cause = lines[lines.index("Root Cause (first observed failure):") :]
+        assert f"  traceback : {mistake}" in cause[:8]
+        assert "To enable traceback" not in run.stderr + run.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import benchmark
 from corpora import documents_in
 from corpus.sources import TEXT_TO_JSONL, resolve_source
 from launching import ROOT, start_finetune
+from scripts.run_on_hosts import command_line
 
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "SEVERAL_MACHINES.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
@@ -101,7 +102,9 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
         return taken.training_script, taken.training_script_args
     if words[:2] in (["colossalai", "run"], ["python", "scripts/run_on_hosts.py"]):
         script = next(place for place, word in enumerate(words) if word.endswith(".py") and place > 1)
-        colossalai_run.make_context("run", [*words[2:script], words[script]])
+        launcher = colossalai_run if words[0] == "colossalai" else command_line()
+        options = launcher.make_context("run", [*words[2:script], words[script]]).params
+        assert options["user_script"] == words[script], options  # and not an unknown option
         return words[script], words[script + 1 :]
     return words[1], words[2:]
 

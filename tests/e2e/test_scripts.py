@@ -163,7 +163,8 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
 
 def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
     """Use a copy of the scripts, so that no hosts.txt is left in the repository."""
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    for room in ("scripts", "runtime"):
+        shutil.copytree(ROOT / room, tmp_path / room)
     content = "\ufeff# the cluster\r\nroot@node1 # rank 0\r\n\r\nnode2"
     (tmp_path / "scripts" / "benchmark_7B" / "hosts.txt").write_text(content, encoding="utf-8", newline="")
     environment = {**os.environ, **without_program, "NPROC_PER_NODE": "8", "SSH_PORT": "2222"}
@@ -173,6 +174,21 @@ def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
     assert "--nproc_per_node\n8\n" in done.stdout
     assert "--master_addr\nnode1\n--master_port\n29500\n--ssh-port\n2222\n" in done.stdout
     assert "\na b\n" in done.stdout
+
+
+def test_restarts(tmp_path, run_script, without_program):
+    """They need run_on_hosts.py on one machine too. Spare hosts do not count in the batch."""
+    flags = ["-o", tmp_path / "run", "-b", 1, "-l", 4096]
+    environment = {**without_program, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "9"}
+    words = run_script("pretrain_7B.sh", *flags, **environment).stdout.split()
+    assert words[0] == f"{SCRIPTS}/run_on_hosts.py"
+    assert words[1:7] == ["--nproc_per_node", "2", "--max_restarts", "9", "--master_port", "29500"]
+    assert words[words.index("--accumulation_steps") + 1] == "512"
+    (tmp_path / "hosts.txt").write_text("a\nb\nc\n")
+    environment |= {"SPARE_HOSTS": "1", "HOSTFILE": str(tmp_path / "hosts.txt")}
+    words = run_script("pretrain_7B.sh", *flags, **environment).stdout.split()
+    assert words[1:9] == f"--nproc_per_node 2 --max_restarts 9 --spare_hosts 1 --hostfile {tmp_path}/hosts.txt".split()
+    assert words[words.index("--accumulation_steps") + 1] == "256"
 
 
 @pytest.mark.parametrize("script", LAUNCHERS, ids=str)
@@ -199,13 +215,14 @@ exit "$status"
 }
 
 
-def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, sample, cache_dir):
-    """Replace Slurm's commands by ones that start two ranks here, and send the signal that Slurm sends."""
-    (tmp_path / "bin").mkdir()
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """Replace Slurm's commands by ones that start two ranks here; return the environment of a job."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
     for name, text in SLURM_COMMANDS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    env = {
+    return {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_NTASKS": "2",
@@ -213,11 +230,15 @@ def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, samp
         "SLURM_JOB_NODELIST": "localhost",
         "BATCH_TOKENS": "256",
     }
+
+
+def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, sample, cache_dir, slurm):
+    """Slurm sends the signal."""
     data = ["-d", sample / "data", "--tokenizer", sample / "tokenizer", "--cache_dir", cache_dir]
     folders = ["-o", tmp_path / "checkpoint", "-t", tmp_path / "logs"]
     flags = [*SMALL, *data, *folders, "-s", 1, "--max_steps", 40, "--log_interval", 1]
     job = Path("slurm") / "pretrain.sbatch"
-    with start_script(job, *flags, folder=tmp_path / "first", **env) as run:
+    with start_script(job, *flags, folder=tmp_path / "first", **slurm) as run:
         run.wait_until(lambda: "step 2/40" in run.stdout, "step 2")
         for process in run.processes():
             if "srun" in " ".join(process.cmdline()):
@@ -225,7 +246,28 @@ def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, samp
         run.wait()
     assert run.returncode == 75, run.output()
     assert f"requeued {os.getpid()}" in run.stdout
-    with start_script(job, *flags, folder=tmp_path / "second", **env) as run:
+    with start_script(job, *flags, folder=tmp_path / "second", **slurm) as run:
         run.wait()
     assert run.returncode == 0, run.output()
     assert "resumed: " in run.stdout
+
+
+def test_slurm_job_is_requeued_after_failures_until_one_step_has_failed_three_times(tmp_path, slurm):
+    program = tmp_path / "bin" / "program"
+    program.write_text(f'#!/bin/bash\n[[ $1 != pretrain.py ]] || exit "$STATUS"\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+
+    def requeued(status: int, step: int) -> bool:
+        (logs / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 7.0}}\n')
+        env = {**slurm, "LLAMA_PYTHON": str(program), "STATUS": str(status)}
+        with start_script(Path("slurm") / "pretrain.sbatch", "-t", logs, folder=tmp_path / "job", **env) as run:
+            assert run.wait() == status, run.output()
+        assert ("giving up: " in run.stderr) == (status not in (0, 2, 75) and "requeued" not in run.stdout)
+        return "requeued" in run.stdout
+
+    assert not requeued(0, 8)
+    assert not requeued(2, 8)
+    assert requeued(75, 8)
+    assert [requeued(1, step) for step in (8, 8, 9, 9, 9)] == [True, True, True, True, False]

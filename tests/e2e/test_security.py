@@ -11,7 +11,7 @@ import torch
 from corpus.tokenizer import load_tokenizer
 from runtime.console import InputError
 from scripts import generate
-from scripts.run_on_hosts import Host, forwarded
+from scripts.launcher.hosts import Host, forwarded
 
 
 class Code:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from launching import ROOT
 from machines import INTERFACE, NAMES, machines  # noqa: F401
-from runtime.process import INTERRUPTED
+from runtime.process import HUNG, INTERRUPTED
 
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 1, "--nnodes", 2]
@@ -35,9 +35,10 @@ class Cluster:
         data = ["-c", "test", "-d", sample / "data", "--tokenizer", self.tokenizer, "-l", 64, "-b", 2, "-s", 2]
         self.flags = [*data, "-p", "zero2", "-x", "bf16", "-o", folder / "checkpoint", "-t", folder / "tb_logs"]
 
-    def launch(self, *flags, hostfile=None, **environment):
+    def launch(self, *flags, hostfile=None, options=(), **environment):
         """Start run_on_hosts.py on the first host."""
-        command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--hostfile", hostfile or self.hostfile, "pretrain.py"]
+        hosts = ["--hostfile", hostfile or self.hostfile, *options]
+        command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, *hosts, "pretrain.py"]
         return self.first.run(*command, *self.flags, *flags, folder=self.folder, **GLOO, **environment)
 
     def launcher(self) -> psutil.Process:
@@ -124,6 +125,78 @@ def test_killed_rank(cluster):
     assert cluster.all_gone()
     last = run.column("step")[-1]
     assert list((cluster.folder / "checkpoint").glob(f"epoch*-step{last}/manifest.json"))
+
+
+RESTARTING = ("--max_restarts", 6)
+QUICK = {"LAUNCH_SSH": "ssh -o ServerAliveInterval=1 -o ServerAliveCountMax=3"}  # to notice a host that is gone
+
+
+class Disturbed:
+    """A run that is disturbed and goes on by itself."""
+
+    def __init__(self, run, cluster):
+        self.run, self.cluster = run, cluster
+        self.restarts, self.started = 0, 1  # attempts after the first; attempts that train
+
+    def rank(self) -> psutil.Process:
+        """Wait for two more steps of the latest attempt, and return its rank on the second host."""
+        self.run.wait_until(lambda: self.run.stdout.count("global batch:") == self.started, "the attempt")
+        trained = len(self.run.metrics)
+        self.run.wait_until(lambda: len(self.run.metrics) >= trained + 2, "its second step")
+        return self.cluster.second.processes("pretrain.py", "-c")[0]  # then come its loaders
+
+    def wait_for_restarts(self, number=1) -> None:
+        """Wait for restarts of which only the last trains."""
+        self.restarts, self.started = self.restarts + number, self.started + 1
+        self.run.wait_until(lambda: f"restart {self.restarts} of" in self.run.stderr, f"restart {self.restarts}")
+
+
+def test_a_run_goes_on_by_itself(cluster):
+    """A rank is killed, one is stopped, an ssh server hangs, a host's network is cut and comes back."""
+    steps, link = 200, ("ip", "link", "set", INTERFACE)
+    flags = ["--max_steps", steps, "-i", 2, "--hang_timeout", 5, "--keep_checkpoints", 3]
+    with cluster.launch(*flags, options=RESTARTING, **QUICK) as run:
+        disturbed = Disturbed(run, cluster)
+        disturbed.rank().kill()
+        disturbed.wait_for_restarts()
+        assert "run_on_hosts.py: node2: was killed by SIGKILL" in run.stderr
+
+        disturbed.rank().suspend()
+        disturbed.wait_for_restarts()
+        assert "pretrain.py: no progress for 5 s: no answer from rank 1 on node2, stopped or cut off" in run.stderr
+        assert f"run_on_hosts.py: node1: ended with status {HUNG}" in run.stderr
+        assert "run_on_hosts.py: node2: was killed by SIGKILL, told to end" in run.stderr
+
+        rank = disturbed.rank()
+        os.kill(cluster.second.init, signal.SIGSTOP)  # its ssh server
+        rank.kill()
+        disturbed.wait_for_restarts(2)
+        os.kill(cluster.second.init, signal.SIGCONT)
+        assert "run_on_hosts.py: error: node2: " in run.stderr
+
+        disturbed.rank()
+        cluster.second.call(*link, "down")
+        disturbed.wait_for_restarts(2)
+        assert "run_on_hosts.py: node2: the connection was lost" in run.stderr
+        assert "run_on_hosts.py: error: node2: ssh: connect to host node2 port 22: " in run.stderr
+        cluster.second.call(*link, "up")
+        assert run.wait() == 0, run.output()
+    assert run.column("step") == list(range(1, steps + 1))
+    assert cluster.all_gone()
+
+
+def test_a_spare_host_takes_the_place_of_one_that_fails_twice(cluster):
+    hostfile = cluster.folder / "spare.txt"
+    hostfile.write_text("node2\nnode1\n")
+    flags, options = ["--max_steps", 40, "-i", 2], [*RESTARTING, "--spare_hosts", 1]
+    with cluster.launch(*flags, hostfile=hostfile, options=options) as run:
+        disturbed = Disturbed(run, cluster)
+        for _ in range(2):
+            disturbed.rank().kill()
+            disturbed.wait_for_restarts()
+        assert run.wait() == 0, run.output()
+    assert "run_on_hosts.py: node1 takes the place of node2, which has failed 2 times" in run.stderr
+    assert run.column("step") == list(range(1, 41))
 
 
 def test_killed_rank_under_torchrun(cluster):

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launching import ROOT, free_port
 from programs import main_program, program, run_main, run_program
@@ -62,6 +63,29 @@ class TestRun:
         assert done.returncode == RUN_FAILED
         assert done.stderr.startswith("Traceback")
         assert done.stderr.endswith("ZeroDivisionError: why\n")
+
+    @pytest.mark.parametrize(
+        ("statement", "reason", "trace"),
+        [
+            ("raise InputError('--lr: x', '--b: y')", "train.py: error: --lr: x\ntrain.py: error: --b: y", None),
+            ("raise RunError('loss nan at step 7')", "train.py: loss nan at step 7", None),
+            ("raise ZeroDivisionError('why')", "ZeroDivisionError: why", "ZeroDivisionError: why\n"),
+            (f"return {INTERRUPTED}", "train.py: a signal ended the run after its checkpoint was saved", None),
+        ],
+    )
+    def test_torchrun_reads_why_a_rank_ended(self, tmp_path, statement, reason, trace):
+        """torch's own class reads the file, as torchrun does."""
+        path = tmp_path / "error.json"
+        run_main(statement, TORCHELASTIC_ERROR_FILE=str(path))
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+        assert failure.message["message"] == reason
+        assert failure.message["extraInfo"]["py_callstack"].endswith(trace or reason)
+
+    def test_an_end_that_another_rank_caused_counts_as_later(self, tmp_path):
+        """torchrun names the earliest end, in whole seconds, as the root cause."""
+        path = tmp_path / "error.json"
+        run_main("raise RuntimeError('Connection closed by peer [192.0.2.1]:1')", TORCHELASTIC_ERROR_FILE=str(path))
+        assert ProcessFailure(0, 1, 1, error_file=str(path)).timestamp > path.stat().st_mtime
 
     def test_variable_that_is_no_number(self):
         done = run_main("return 0", RANK="one")

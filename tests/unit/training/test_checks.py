@@ -23,6 +23,7 @@ class TestChecks:
             ("-i -1", "--save_interval: must be at least 0, not -1"),
             ("--skip_spikes 0", "--skip_spikes: must be at least 1 standard deviation, not 0.0; OLMo uses 6"),
             ("--log_interval 0", "--log_interval: must be at least 1, not 0"),
+            ("--hang_timeout -1", "--hang_timeout: must be at least 0, not -1"),
             ("-s -1", "--warmup_steps: must be at least 0, not -1"),
             ("--num_workers -1", "--num_workers: must be at least 0, not -1"),
             ("--seed -1", "--seed: must be at least 0, not -1"),
