@@ -125,12 +125,10 @@ class Exchange:
             problems.append(
                 f"--reduce_dtype: must be fp32 or the --mixed_precision {precision}, not {self.reduce_dtype}"
             )
-        if self.exchange == STEP and accumulation_steps == 1:
+        if self.exchange == STEP and accumulation_steps == layout.pp == 1:
             problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
         if self.exchange == STEP and layout.traits.module == "gemini" and layout.traits.on_host:
             problems.append(f"--exchange: {layout.plugin} keeps gradients in host memory; leave it out")
-        if self.exchange == MICRO_BATCH and layout.pp > 1:
-            problems.append("--exchange: a pipeline exchanges gradients once a step; leave it out")
         return problems
 
 
@@ -180,8 +178,8 @@ class Job:
 
     @property
     def exchanges_at_update(self) -> bool:
-        """True if gradients are reduced once a step, after all micro-batches; a pipeline always does."""
-        return self.layout.pp > 1 or (self.batch.accumulation_steps > 1 and self.exchange.exchange == STEP)
+        """True if gradients are reduced once a step, after all micro-batches or a pipeline's microbatches."""
+        return self.accumulates and self.exchange.exchange == STEP
 
     @property
     def recomputed(self) -> float:

@@ -12,4 +12,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 prepare "$@"
 
-launch benchmark.py -c 70b -p 3d --tp 4 --pp 2 -b 8 -l 4096 -g -a "$@"
+launch benchmark.py -c 70b -p 3d --tp 4 --pp 2 --zero 1 -b 8 -l 4096 -g -a "$@"

@@ -50,7 +50,6 @@ HYBRID = "-p hybrid_parallel"
         (f"{HYBRID} --tp 2 --pp 1 --fp8", 2, ["--fp8", "FFN size of a rank is 88", "divisible by 16"]),
         ("-p zero2 --exchange step", 1, ["--exchange", "--accumulation_steps"]),
         ("-p gemini_auto --exchange step --accumulation_steps 2", 1, ["--exchange", "gemini_auto keeps gradients in"]),
-        (f"{HYBRID} --exchange micro_batch", 8, ["--exchange", "a pipeline"]),  # tp 4 x pp 2 by default
         (f"{HYBRID} --tp 2 --pp 2", 6, ["--tp/--pp/--sp", "4", "6 ranks"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
+import finetune
+import pretrain
+from attn import select_attention
 from corpora import write_jsonl
 from launching import ROOT, Run
+from model_utils import load_config
+from planning.cards import DryRun
+from planning.memory import estimate_memory, settle
+from training.flags import job_of, take
 
 SCRIPTS = ROOT / "scripts"
 BENCHMARKS = sorted(path.relative_to(SCRIPTS) for path in SCRIPTS.glob("benchmark_*/*.sh"))
@@ -71,7 +80,7 @@ def test_benchmark(script, run_script):
         ("benchmark_7B/gemini_auto.sh", "-c 7b -p gemini_auto -b 16 -l 4096 -g -a"),
         ("benchmark_70B/gemini.sh", "-c 70b -p gemini -b 2 -l 4096 -g -a"),
         ("benchmark_70B/gemini_auto.sh", "-c 70b -p gemini_auto -b 2 -l 4096 -g -a"),
-        ("benchmark_70B/3d.sh", "-c 70b -p 3d --tp 4 --pp 2 -b 8 -l 4096 -g -a"),
+        ("benchmark_70B/3d.sh", "-c 70b -p 3d --tp 4 --pp 2 --zero 1 -b 8 -l 4096 -g -a"),
     ],
 )
 def test_flags_of_the_benchmarks(script, flags, run_script, without_program):
@@ -123,6 +132,29 @@ def test_accumulation_reaches_the_batch_of_the_recipe(script, gpus, flags, steps
     passed = run.stdout.split()
     assert passed[passed.index("--accumulation_steps") + 1] == str(steps), run.output()
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus", "config"),
+    [
+        *((script, 32, "70b" if "70B" in str(script) else "7b") for script in BENCHMARKS),
+        ("pretrain_7B.sh", 8, "7b"),
+        ("pretrain_70B.sh", 32, "70b"),
+        ("finetune_7B.sh", 8, "7b"),
+    ],
+    ids=str,
+)
+def test_every_script_fits_gpus_of_80_gb(script, gpus, config, run_script, without_program):
+    command = run_script(script, NPROC_PER_NODE=str(gpus), **without_program).stdout
+    program, flags = re.search(r"(\S+\.py)\n(.*)", command, re.DOTALL).groups()
+    parse_args = {"benchmark": benchmark, "pretrain": pretrain, "finetune": finetune}[Path(program).stem].parse_args
+    model = ["--model_path", "."] if "finetune" in program else []
+    args = parse_args([*flags.split(), *model, "--dry_run", "--gpus", str(gpus), "--gpu", "H100"])
+    llama = load_config(config)
+    select_attention(llama, args.flash_attention)
+    job = settle(job_of(args, llama), take(DryRun, args))
+    assert job.problems() == []
+    assert estimate_memory(job).peak.total < 80e9
 
 
 def test_an_indivisible_batch_is_rounded_and_reported(run_script, without_program):

@@ -141,13 +141,15 @@ def test_when_and_in_which_precision_gradients_are_reduced(dtype, in_one_host, e
     assert chunks_once == len(chunks_once) * [3]
 
 
-def trained(flags: str, extra_dp: int = 1) -> tuple[list[float], list[torch.Tensor]]:
+def trained(flags: str, extra_dp: int = 1, **changes: int) -> tuple[list[float], list[torch.Tensor]]:
     """Train two steps from different sequences on each rank; return losses and norms, and this rank's first moments."""
-    asked = job(f"{flags} -b 1 --gradient_clipping 0.1")
+    asked = job(f"{flags} -b 1 --gradient_clipping 0.1", **changes)
     run = boost(replace(asked, parallelism=replace(asked.parallelism, extra_dp=extra_dp)))
     initialize_weights(run)
     micro_batches = run.job.batch.accumulation_steps
-    mine = sequences(2 * micro_batches * run.layout.dp).chunk(run.layout.dp)[dist.get_rank() // run.layout.tp]
+    mine = sequences(2 * micro_batches * run.layout.dp).chunk(run.layout.dp)[
+        dist.get_rank() // (run.layout.tp * run.layout.pp)
+    ]
     steps = []
     for step in mine.chunk(2):
         batches = [{"input_ids": ids, "labels": ids} for ids in step.split(1)]
@@ -175,3 +177,14 @@ def test_gemini_sums_up_the_same_once_a_step(ranks, flags, extra_dp):
         run_ranks(ranks, trained, f"{flags} --exchange {exchange}", extra_dp) for exchange in ("micro_batch", "step")
     )
     assert_the_same(once, each)
+
+
+@pytest.mark.parametrize("flags", ["--zero 0", "--zero 1", "--zero 1 --pp_style interleaved -g"])
+def test_a_pipeline_sums_up_the_same_once_a_step(flags):
+    flags = f"-p hybrid_parallel --tp 1 --pp 2 --microbatch_size 1 --accumulation_steps 4 {flags} --exchange"
+    each, once = (run_ranks(4, four_layers, f"{flags} {exchange}") for exchange in ("micro_batch", "step"))
+    assert_the_same(once, each)
+
+
+def four_layers(flags: str) -> tuple[list[float], list[torch.Tensor]]:
+    return trained(flags, num_hidden_layers=4)
