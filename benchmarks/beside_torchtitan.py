@@ -1,7 +1,8 @@
 """Time torchtitan on the step that benchmark.py measures: the same model, batch, precision and FLOP count.
 
 Needs torchtitan (tested with 0.2.1). It trains in float32 with autocast on one GPU and with FSDP on several; compiled,
-with fused AdamW and clipping, without activation checkpointing. Flags after `--` go to torchtitan.
+with fused AdamW and clipping, without activation checkpointing. -b is the number of sequences of a data-parallel rank.
+Flags after `--` go to torchtitan.
 
     torchrun --standalone --nproc_per_node 1 benchmarks/beside_torchtitan.py --layers 8 -b 4
 """
@@ -100,11 +101,11 @@ def main() -> None:
     job_config = ConfigManager().parse_args([*ours, "--compile.enable", *further])
     trainer = TimedTrainer(job_config)
     trainer.train()
-    gpus = torch.distributed.get_world_size()
+    gpus, layout = torch.distributed.get_world_size(), trainer.parallel_dims
     results = benchmark_figures(
         config,
         trainer.timer.seconds[args.ignore_steps :],
-        sequences=args.batch_size * gpus,
+        sequences=args.batch_size * layout.dp_replicate * layout.dp_shard,
         seq_length=args.max_length,
         gpus=gpus,
         recomputation=0.0,
