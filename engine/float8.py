@@ -204,24 +204,14 @@ def _is_large(weights: int, on_gpu: bool) -> bool:
     return weights >= WORTHWHILE or not on_gpu
 
 
-def _layer_sizes(job: Job) -> list[int]:
-    """Return the sizes of a rank's part of the linear layers' weights in a decoder layer."""
-    shapes = [spec.shape for spec in parameter_specs(job.config) if spec.group == "model.layers.0"]
-    return [shape.numel() // job.layout.tp for shape in shapes if len(shape) == 2]
-
-
 def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
     """Return how many of a decoder layer's linear layers multiply in float8, and how many it has.
 
     Without a GPU, where none gains, all do.
     """
-    sizes = _layer_sizes(job)
+    shapes = [spec.shape for spec in parameter_specs(job.config) if spec.group == "model.layers.0"]
+    sizes = [shape.numel() // job.layout.tp for shape in shapes if len(shape) == 2]
     return sum(_is_large(size, on_gpu) for size in sizes) if job.compute.fp8 else 0, len(sizes)
-
-
-def weights_of_a_layer(job: Job, on_gpu: bool) -> int:
-    """Return how many of a rank's weights of a decoder layer are multiplied in float8."""
-    return sum(size for size in _layer_sizes(job) if _is_large(size, on_gpu)) if job.compute.fp8 else 0
 
 
 def stored_elements(job: Job, sizes: dict[str, int], on_gpu: bool) -> int:
@@ -265,6 +255,11 @@ def _gains(weight: Tensor | None) -> bool:
     if weight is None or any(size % FLOAT8_ALIGNMENT for size in weight.shape):
         return False
     return _is_large(weight.numel(), torch.cuda.is_available())
+
+
+def is_converted(layer: LlamaDecoderLayer) -> bool:
+    """Return True if any linear layer of a decoder layer multiplies in float8."""
+    return any(isinstance(module, _Float8) for module in layer.modules())
 
 
 def convert_alike(layer: LlamaDecoderLayer, pattern: LlamaDecoderLayer) -> None:

@@ -508,7 +508,10 @@ def compile_layers(model: ModelWrapper) -> None:
     Symptom: a compiled layer computes with released parameters.
     Cause: Gemini's hooks run in the operations inside the layer, which compilation replaces.
     Fix: the layer's `forward` calls the hooks once for all its parameters, around a compiled function. That function is
-        compiled once for all layers: it calls a layer on the meta device with the parameters as arguments.
+        compiled once for all layers: it calls a layer on the meta device with the parameters as arguments. With float8
+        they are marked as if they stayed in memory, as Gemini gathers them into the same storage again for the backward
+        pass; else the compiler would keep each layer's float8 weights until then, since they are smaller. Kernels then
+        rely on aligned addresses, which the sizes that float8 needs give.
     Remove when: Gemini gathers parameters in module hooks.
     """
     layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
@@ -539,6 +542,7 @@ class _Plain(torch.autograd.Function):
 
 def _hooked_once(layer: LlamaDecoderLayer, empty: LlamaDecoderLayer, compute: Callable) -> Callable:
     names, parameters = zip(*layer.named_parameters(), strict=True)
+    converted = float8.is_converted(layer)
 
     def forward(*args, **kwargs):
         empty.train(layer.training)
@@ -547,6 +551,9 @@ def _hooked_once(layer: LlamaDecoderLayer, empty: LlamaDecoderLayer, compute: Ca
         with torch._C.DisableTorchFunction():
             gathered = ColoParamOpHookManager.pre_op(parameters, *parameters) if hooked else parameters
             gathered = _Plain.apply(*gathered)
+        if converted:
+            for tensor in gathered:
+                torch._dynamo.mark_static_address(tensor, guard=False)
         outputs = compute(dict(zip(names, gathered, strict=True)), args, kwargs)
         return ColoParamOpHookManager.post_op(parameters, outputs) if hooked else outputs
 

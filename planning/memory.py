@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted, stored_elements, weights_of_a_layer
-from engine.job import AUTO, STEP, TENSORWISE, Job, recomputed_layers, reenters
+from engine.float8 import converted, stored_elements
+from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from engine.shards import staging_bytes
 from model_utils import ParameterSpec, parameter_specs, trained_specs
@@ -245,8 +245,6 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     layer = tokens * layer_activations(
         config, layout.tp, width, batch.max_length, fused, converted(job, on_gpu=True)[0] > 0
     )
-    if layout.traits.module == "gemini" and fused is Fusion.LAYERS and job.compute.recipe == TENSORWISE:
-        layer += weights_of_a_layer(job, on_gpu=True)  # float8 values, which its function of weights keeps instead
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden if all_recomputed else layer

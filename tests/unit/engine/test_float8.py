@@ -5,9 +5,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from attn import TORCH_FUSED
 from engine import device, float8
 from engine.job import Compute
 from engine.shards import MASTER, initialize_weights, local_shards
@@ -224,6 +226,22 @@ def stored_weights(flags: str) -> list[tuple[bool, torch.Tensor, torch.Tensor]]:
         forward_backward(run, [{"input_ids": ids, "labels": ids}], 6 * (LENGTH - 1))
         optimizer_step(run)
     return found
+
+
+def saved_for_backward(flags: str) -> set[torch.dtype]:
+    run = boosted(f"{flags} -b 2 --fp8 --compile", **CHANGES, _attn_implementation=TORCH_FUSED)
+    initialize_weights(run)
+    ids, saved = sequences()[:2], set()
+    with saved_tensors_hooks(lambda tensor: saved.add(tensor.dtype) or tensor, lambda tensor: tensor):
+        forward_backward(run, [{"input_ids": ids, "labels": ids}], 2 * (LENGTH - 1))
+    return saved
+
+
+@pytest.mark.slow
+def test_gemini_keeps_no_float8_weights_for_the_backward_pass():
+    for saved in run_ranks(2, saved_for_backward, "-p gemini"):
+        assert torch.bfloat16 in saved
+        assert torch.float8_e4m3fn not in saved
 
 
 @pytest.mark.slow

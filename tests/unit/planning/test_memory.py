@@ -198,8 +198,6 @@ MEASURED_ON_TWO = [
     (8, "-p zero2 -b 4 --reduce_dtype fp32", 36.09),
     (8, "-p gemini -b 4 --reduce_dtype fp32", 35.82),
     (8, "-p zero2 -b 4 --fp8 --reduce_dtype fp32", 28.37),
-    (8, "-p gemini -b 4 --fp8 --reduce_dtype fp32", 31.33),
-    (8, "-p hybrid_parallel --tp 2 --pp 1 -b 8 --reduce_dtype fp32", 47.27),
 ]
 
 
