@@ -138,9 +138,8 @@ class TestModules:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr not in OWN_FIELDS
         ]
-        foreign = [
-            ast.unparse(node) for node in targets if ast.unparse(node.value) not in ("self", "ctx")
-        ]  # ctx: autograd's, of our functions
+        own = ("self", "ctx")  # ctx is autograd's, of our functions
+        foreign = [ast.unparse(node) for node in targets if ast.unparse(node.value) not in own]
         assert not foreign
         assert path.stem == "patching" or "setattr(" not in path.read_text()
 
