@@ -1,7 +1,7 @@
 """Pretrain a LLaMA model on text in RedPajama's format.
 
 A laptop, without a GPU:
-    python pretrain.py -c tiny -p zero2 -d data/ --tokenizer tokenizer/ -x bf16 -b 8 -l 256 -s 20
+    python pretrain.py -c tiny -p zero2 -d data/ --tokenizer tokenizer/ -x fp32 -b 8 -l 256 -s 20
 Eight GPUs of one machine:
     torchrun --standalone --nproc_per_node 8 pretrain.py -c 7b -p zero2 -x bf16 -a -g --accumulation_steps 64
 Several machines:

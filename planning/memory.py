@@ -260,8 +260,10 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * batch.max_length
     # Log-probabilities, their gradient and the gradient of the logits, all in float32; the logits are freed before.
-    # The compiled loss holds only the logits and their gradient.
-    bytes_per_logit = 3 * FP32 if fused is Fusion.NONE else 2 * width
+    # The loss over a split vocabulary keeps them, and has four such tensors. Compiled, both hold only the logits and
+    # their gradient.
+    eager = 3 * FP32 if layout.tp == 1 else 4 * FP32 + width
+    bytes_per_logit = eager if fused is Fusion.NONE else 2 * width
     logits = tokens * bytes_per_logit * vocabulary / layout.tp if last else 0
     head_gradient = width * hidden * vocabulary / layout.tp if last else 0
 

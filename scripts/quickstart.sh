@@ -32,7 +32,7 @@ if command -v nvidia-smi >/dev/null; then
 fi
 command=("${launch[@]}" pretrain.py
     -c tiny -p zero2 -d quickstart/data --tokenizer quickstart/tokenizer
-    -x bf16 -b 8 -l 256 --lr 3e-3 -s 20 --max_steps 400 -i 200
+    -x fp32 -b 8 -l 256 --lr 3e-3 -s 20 --max_steps 400 -i 200
     -o quickstart/checkpoint -t quickstart/tb_logs)
 
 if [[ -e quickstart/checkpoint || -e quickstart/tb_logs ]]; then
