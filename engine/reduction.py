@@ -19,8 +19,8 @@ class Reduction:
 
     def all_reduce(self, gradients: Tensor, mean: bool = False) -> Tensor:
         """Return the sum or the mean; may overwrite the gradients."""
-        gradients, operation = self._operands(gradients, mean)
-        dist.all_reduce(gradients, operation, group=self.group)
+        gradients = gradients.to(self.dtype)
+        dist.all_reduce(gradients, self._operation(gradients, mean), group=self.group)
         return gradients
 
     def reduce_scatter(self, gradients: Tensor, mean: bool = False) -> Tensor:
@@ -37,13 +37,15 @@ class Reduction:
             dist.all_to_all_single(received, gradients, group=self.group)
             part = received.view(self.ranks, -1).sum(0, dtype=self.dtype)
             return part.div_(self.ranks) if mean else part
-        gradients, operation = self._operands(gradients, mean)
+        gradients = gradients.to(self.dtype)
         part = gradients.new_empty(gradients.numel() // self.ranks)
-        dist.reduce_scatter_tensor(part, gradients, operation, group=self.group)
+        dist.reduce_scatter_tensor(part, gradients, self._operation(gradients, mean), group=self.group)
         return part
 
-    def _operands(self, gradients: Tensor, mean: bool) -> tuple[Tensor, ReduceOp.RedOpType]:
-        gradients = gradients.to(self.dtype)
+    def _operation(self, gradients: Tensor, mean: bool) -> ReduceOp.RedOpType:
+        """Return the operation; Gloo has no mean, so gradients on the host are divided here."""
         if mean and gradients.is_cuda:
-            return gradients, ReduceOp.AVG
-        return (gradients.div_(self.ranks) if mean else gradients), ReduceOp.SUM  # Gloo has no mean
+            return ReduceOp.AVG
+        if mean:
+            gradients.div_(self.ranks)
+        return ReduceOp.SUM

@@ -1,6 +1,5 @@
 """The plugins `zero2` and `zero2_cpu`: sharded gradients and optimizer states; `zero2_cpu` has these in host memory."""
 
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -171,7 +170,8 @@ class GradientReducer:
         self.accumulates = job.accumulates
         self.at_update = self.ranks > 1 and job.exchanges_at_update
         reduction = Reduction(group, job.reduce_dtype)
-        self._mean = functools.partial(reduction.reduce_scatter if partitions else reduction.all_reduce, mean=True)
+        # Not a partial: it would keep gradients alive after their conversion to the precision of the reduction.
+        self._reduce_to = reduction.reduce_scatter if partitions else reduction.all_reduce
         self.side_stream = get_accelerator().Stream()
         # The allocator reuses freed memory at once on the stream that allocated it, so a gradient is kept until that
         # stream has waited for its reduction.
@@ -212,7 +212,7 @@ class GradientReducer:
         self.side_stream.wait_stream(current)
         with waiting():
             with accelerator.stream(self.side_stream):
-                self._add(self.reduced, parameter, self._mean(gradient))
+                self._add(self.reduced, parameter, self._reduce_to(gradient, mean=True))
                 reduced = accelerator.Event()
                 reduced.record()
             self.in_flight.append((gradient, reduced))
@@ -225,7 +225,7 @@ class GradientReducer:
         if self.small:
             gradients = [gradient.view(self.rows, -1) for gradient in self.small.values()]
             with waiting():
-                means = self._mean(torch.cat(gradients, dim=1).flatten())
+                means = self._reduce_to(torch.cat(gradients, dim=1).flatten(), mean=True)
             parts = means.split([gradient.shape[1] for gradient in gradients])
             for parameter, part in zip(self.small, parts, strict=True):
                 self._add(self.reduced, parameter, part)
