@@ -7,8 +7,7 @@ M is the number of tokens, K and N are the sizes of a layer's input and output.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from engine.job import FLOAT8_ALIGNMENT, ROWWISE, TENSORWISE, Compute, Job
 from model_utils import parameter_specs
 
+collective = torch.ops._c10d_functional
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST_MAXIMUM = 2.0**-100  # the reciprocal of its scale is a normal float32 number
 # Weights of a layer from which it is faster. Measured on an H200: a model of hidden size 1024 is 3% slower, one of
@@ -31,18 +31,38 @@ WORTHWHILE = 2**22
 RECOMPILATIONS = 64  # of one function; `convert` says why. At most 28 are needed
 
 
-def scale_of(tensor: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
+class Factor(NamedTuple):
+    """A matrix to multiply.
+
+    Attributes:
+        values: in float8, or in working precision if there is no scale.
+        scale: a float32 scalar, or one for each row [M, 1] or column [1, N].
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def t(self) -> "Factor":
+        """Return the transposed matrix."""
+        return Factor(self.values.t(), None if self.scale is None else self.scale.t())
+
+
+def scale_of(tensor: Tensor, dtype: torch.dtype, dim: int | None = None, group: str | None = None) -> Tensor:
     """Return the float32 scale by which `dtype` times the scale has the range of a tensor, or of each row.
 
     Args:
         dim: the dimension that shares a scale, 0 or 1; None: the whole tensor does.
+        group: name of a process group whose ranks each have a part of the rows. Collective if the whole shares a scale.
 
     Returns:
         A scalar, or the tensor's shape with 1 for `dim`. It is not finite if the tensor has elements that are not.
     """
     magnitudes = tensor.abs()
     largest = magnitudes.amax() if dim is None else magnitudes.amax(dim, keepdim=True)
-    return largest.float().clamp(min=SMALLEST_MAXIMUM) / torch.finfo(dtype).max
+    largest = largest.float()
+    if group is not None and dim is None:
+        largest = collective.wait_tensor(collective.all_reduce(largest, "max", group))
+    return largest.clamp(min=SMALLEST_MAXIMUM) / torch.finfo(dtype).max
 
 
 def divide(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,81 +71,83 @@ def divide(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.float() * scale.reciprocal()).clamp(-limit, limit).to(dtype)
 
 
-def _multiply(
-    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, fast: bool
-) -> Tensor:
-    """Return the product of two float8 matrices times their scales.
+def factor(tensor: Tensor, dtype: torch.dtype, dim: int | None = None, group: str | None = None) -> Factor:
+    """Return a tensor in float8; see `scale_of`."""
+    scale = scale_of(tensor, dtype, dim, group)
+    return Factor(divide(tensor, scale, dtype), scale)
+
+
+def input_factor(hidden: Tensor, rowwise: bool | None, group: str | None = None) -> Factor:
+    """Return hidden states [M, K] as the left matrix of a forward product.
+
+    Args:
+        rowwise: each row has a scale; None: multiply in working precision.
+        group: see `scale_of`.
+    """
+    return Factor(hidden) if rowwise is None else factor(hidden, E4M3, 1 if rowwise else None, group)
+
+
+def weight_factor(weight: Tensor, rowwise: bool | None, weight8: Tensor | None, scale: Tensor | None) -> Factor:
+    """Return a weight [N, K], whose transpose is the right matrix of a forward product.
+
+    Args:
+        weight8, scale: its float8 values and their scale, if they are stored.
+    """
+    return Factor(weight8, scale) if weight8 is not None else input_factor(weight, rowwise)
+
+
+def factor_again(tensor: Tensor, rowwise: bool | None, scale: Tensor | None) -> Factor:
+    """Return hidden states or a weight as the right matrix of a backward product, which sums over its rows.
+
+    Args:
+        tensor: what the forward pass kept: its input, or a weight stored in float8. Float8 values of inputs are not
+            kept but computed again; a compiled layer keeps whatever is smaller.
+        scale: that of the forward product, unless each row had one.
+    """
+    if rowwise is None or tensor.dtype == E4M3:
+        return Factor(tensor, scale)
+    return factor(tensor, E4M3, 0) if scale is None else Factor(divide(tensor, scale, E4M3), scale)
+
+
+def gradient_factors(gradient: Tensor, rowwise: bool | None, group: str | None = None) -> tuple[Factor, Factor]:
+    """Return the gradient of a product [M, N] as it multiplies the weight, and as its transpose multiplies inputs."""
+    if rowwise:
+        return factor(gradient, E4M3, 1), factor(gradient, E4M3, 0)
+    both = Factor(gradient) if rowwise is None else factor(gradient, E5M2, group=group)
+    return both, both
+
+
+def kept_scale(used: Factor, rowwise: bool | None) -> Tensor | None:
+    """Return the scale that the backward pass needs of a forward product's factor."""
+    return None if rowwise else used.scale
+
+
+def columns_contiguous(right: Factor) -> Factor:
+    """Return a right matrix as float8 kernels take it."""
+    return right if right.scale is None else Factor(right.values.t().contiguous().t(), right.scale)
+
+
+def multiply(left: Factor, right: Factor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """Return the product of two matrices.
 
     Args:
         fast: add up in the tensor cores, which have fewer bits than float32.
     """
+    if left.scale is None or right.scale is None:
+        return left.values @ right.values
+    left_scale, right_scale = left.scale, right.scale
     if left_scale.dim():  # kernels check the stride of the dimension of size 1
         left_scale, right_scale = left_scale.flatten()[:, None], right_scale.flatten()[None]
-    columns = right.t().contiguous().t()  # kernels take a right matrix whose columns are contiguous
+    values = left.values.contiguous(), columns_contiguous(right).values
     # F.scaled_mm is the public name, but torch.compile cannot trace its arguments (torch 2.11 and 2.13).
-    return torch._scaled_mm(left.contiguous(), columns, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(*values, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
-def products(
-    hidden: Tensor, weight: Tensor, rowwise: bool, weight8: Tensor | None, weight_scale: Tensor | None, parts: int = 1
-) -> tuple[list[Callable[[], Tensor]], list[Tensor]]:
-    """Return functions that multiply parts of hidden states [M, K] by the transpose of a weight [N, K]; see `linear`.
-
-    Returns:
-        A function for each part of the rows, in order, and the tensors that `gradient_products` needs. These are the
-        inputs, not their float8 values: a compiled layer keeps whatever is smaller.
-    """
-    across = 1 if rowwise else None
-    hidden_scale = scale_of(hidden, E4M3, across)
-    if weight_scale is None:
-        weight_scale = scale_of(weight, E4M3, across)
-    kept = [hidden, weight if weight8 is None else weight8, *([] if rowwise else [hidden_scale, weight_scale])]
-    hidden8 = divide(hidden, hidden_scale, E4M3)
-    if weight8 is None:
-        weight8 = divide(weight, weight_scale, E4M3)
-    scales = split_rows(hidden_scale, parts) if rowwise else [hidden_scale] * parts
-    return [
-        partial(_multiply, rows, weight8.t(), scale, weight_scale.t(), hidden.dtype, fast=True)
-        for rows, scale in zip(split_rows(hidden8, parts), scales, strict=True)
-    ], kept
-
-
-def split_rows(tensor: Tensor, parts: int) -> list[Tensor]:
-    """Return so many parts of a tensor's rows; the last may be longer."""
-    rows = len(tensor) // parts
-    return [tensor[rows * part : rows * (part + 1)] for part in range(parts - 1)] + [tensor[rows * (parts - 1) :]]
-
-
-def gradient_products(
-    gradient: Tensor, kept: Sequence[Tensor], stored: bool
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return functions that compute the gradients of hidden states and weight from that of their product [M, N].
-
-    Args:
-        kept: what `products` returned.
-        stored: it got `weight8`.
-    """
-    hidden, weight, *scales = kept
-    if scales:
-        gradient_scale = scale_of(gradient, E5M2)
-        gradient8 = columns8 = divide(gradient, gradient_scale, E5M2)
-        columns_scale, (hidden_scale, weight_scale) = gradient_scale, scales
-    else:
-        gradient_scale, columns_scale = scale_of(gradient, E4M3, 1), scale_of(gradient, E4M3, 0)
-        gradient8, columns8 = divide(gradient, gradient_scale, E4M3), divide(gradient, columns_scale, E4M3)
-        hidden_scale, weight_scale = scale_of(hidden, E4M3, 0), scale_of(weight, E4M3, 0)
-
-    def hidden_gradient() -> Tensor:
-        weight8 = weight if stored else divide(weight, weight_scale, E4M3)
-        return _multiply(gradient8, weight8, gradient_scale, weight_scale, gradient.dtype, fast=False)
-
-    def weight_gradient() -> Tensor:
-        left, right = columns8, divide(hidden, hidden_scale, E4M3)
-        if padding := -len(hidden) % FLOAT8_ALIGNMENT:
-            left, right = F.pad(left, (0, 0, 0, padding)), F.pad(right, (0, 0, 0, padding))
-        return _multiply(left.t(), right, columns_scale.t(), hidden_scale, gradient.dtype, fast=False)
-
-    return hidden_gradient, weight_gradient
+def weight_gradient(gradient: Factor, hidden: Factor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a weight [N, K] from those of its product [M, N] and the hidden states [M, K]."""
+    if hidden.scale is not None and (padding := -len(hidden.values) % FLOAT8_ALIGNMENT):
+        gradient, hidden = (Factor(F.pad(side.values, (0, 0, 0, padding)), side.scale) for side in (gradient, hidden))
+    return multiply(gradient.t(), hidden, dtype, fast=False)
 
 
 class _Linear(torch.autograd.Function):
@@ -135,15 +157,21 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, rowwise: bool, weight8: Tensor | None, weight_scale: Tensor | None
     ) -> Tensor:
-        (product,), kept = products(hidden, weight, rowwise, weight8, weight_scale)
-        ctx.save_for_backward(*kept)
-        ctx.stored = weight8 is not None
-        return product()
+        left, right = input_factor(hidden, rowwise), weight_factor(weight, rowwise, weight8, weight_scale)
+        kept = weight if weight8 is None else weight8
+        ctx.save_for_backward(hidden, kept_scale(left, rowwise), kept, kept_scale(right, rowwise))
+        ctx.rowwise = rowwise
+        return multiply(left, right.t(), hidden.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden_gradient, weight_gradient = gradient_products(gradient, ctx.saved_tensors, ctx.stored)
-        return hidden_gradient(), weight_gradient() if ctx.needs_input_grad[1] else None, None, None, None
+        hidden, hidden_scale, weight, weight_scale = ctx.saved_tensors
+        rows, columns = gradient_factors(gradient, ctx.rowwise)
+        own = multiply(rows, factor_again(weight, ctx.rowwise, weight_scale), gradient.dtype, fast=False)
+        if not ctx.needs_input_grad[1]:
+            return own, None, None, None, None
+        right = factor_again(hidden, ctx.rowwise, hidden_scale)
+        return own, weight_gradient(columns, right, gradient.dtype), None, None, None
 
 
 _compiled_linear = torch.compile(_Linear.apply)

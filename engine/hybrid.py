@@ -20,7 +20,7 @@ from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.plugin import may_evaluate as may_evaluate
 from engine.recomputation import checkpoint_layers as checkpoint_layers
-from engine.split_layers import OVERLAP, SplitPolicy
+from engine.split_layers import OVERLAP, SplitPolicy, split_tokens
 from engine.update import Part, update
 from engine.zero import GradientReducer
 from model_utils import build_model
@@ -78,7 +78,7 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 
 def prepare(job: Job, plugin: HybridParallelPlugin, model: ModelWrapper, optimizer: OptimizerWrapper) -> None:
-    """Reduce gradients by a GradientReducer, and store weights in float8."""
+    """Split tokens over tensor-parallel ranks, reduce gradients by a GradientReducer, and store weights in float8."""
     if isinstance(optimizer, LowLevelZeroOptimizer):
         zero.prepare(job, plugin, model, optimizer)
     else:
@@ -86,6 +86,18 @@ def prepare(job: Job, plugin: HybridParallelPlugin, model: ModelWrapper, optimiz
         optimizer.reducer = GradientReducer(job, trained, plugin.mixed_dp_group, partitions=False)
         masters = optimizer.working_to_master_map if isinstance(optimizer, MixedPrecisionOptimizer) else {}
         optimizer.stored = float8.store_weights(model, {weight: weight.numel() for weight in masters})
+    if plugin.tp_size > 1:
+        shared = split_tokens(model.unwrap(), plugin.tp_group, _layer_runs(job, plugin))
+        optimizer.reducer.sum_over(plugin.tp_group, shared)
+
+
+def _layer_runs(job: Job, plugin: HybridParallelPlugin) -> list[tuple[int, int]]:
+    """Return the first layer, and the last plus one, of each model chunk of this pipeline stage."""
+    layers, manager = job.config.num_hidden_layers, plugin.stage_manager
+    if manager is None:
+        return [(0, layers)]
+    index: Any = manager.get_stage_index(manager.distribute_layers(layers))
+    return index if manager.is_interleave else [index]
 
 
 def precision_mixin(optimizer: OptimizerWrapper) -> MixedPrecisionMixin | None:

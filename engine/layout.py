@@ -115,6 +115,11 @@ class Layout:
         return self.tp * self.pp * self.sp * self.dp
 
     @property
+    def token_parts(self) -> int:
+        """Ranks that each hold a part of the same tokens between tensor-parallel products."""
+        return self.tp if self.traits.splits else 1
+
+    @property
     def gradient_ranks(self) -> int:
         """Number of ranks over which gradients are averaged: those that see different tokens."""
         return self.dp * self.sp

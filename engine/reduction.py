@@ -9,13 +9,18 @@ from runtime.collectives import gather
 from runtime.console import local_rank, rank
 
 
+def in_one_host(group: ProcessGroup) -> bool:
+    """Return True if all of a group's ranks run on the same host. Collective over all ranks."""
+    hosts = gather(rank() - local_rank())  # the first rank of each rank's host
+    return len({hosts[member] for member in dist.get_process_group_ranks(group)}) == 1
+
+
 class Reduction:
     """Sums or means of flat gradients over a group, in a given precision. Creating it is collective over all ranks."""
 
     def __init__(self, group: ProcessGroup, dtype: torch.dtype):
         self.group, self.ranks, self.dtype = group, dist.get_world_size(group), dtype
-        hosts = gather(rank() - local_rank())  # the first rank of each rank's host
-        self.in_one_host = len({hosts[member] for member in dist.get_process_group_ranks(group)}) == 1
+        self.in_one_host = in_one_host(group)
 
     def all_reduce(self, gradients: Tensor, mean: bool = False) -> Tensor:
         """Return the sum or the mean; may overwrite the gradients."""

@@ -48,10 +48,14 @@ def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _batch_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     device = get_accelerator().get_current_device()
-    labels = batch["labels"].to(device, non_blocking=True)
-    inputs = {name: value.to(device, non_blocking=True) for name, value in _model_inputs(batch).items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _batch_loss(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs = _on_device({**_model_inputs(batch), "labels": batch["labels"]})
+    labels = inputs.pop("labels")
     return token_loss(engine.model(**inputs).logits, labels, engine)
 
 
@@ -104,7 +108,7 @@ def _pipeline_loss(
     batch = _concatenated(micro_batches)
     _begin_batch(plugin.scheduler, batch)
     # If they were named `labels`, the model would compute a second loss.
-    inputs = {**_model_inputs(batch), "criterion_labels": batch["labels"]}
+    inputs = _on_device({**_model_inputs(batch), "criterion_labels": batch["labels"]})
     microbatches = len(batch["input_ids"]) // plugin.scheduler.microbatch_size
 
     def criterion(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

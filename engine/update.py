@@ -79,24 +79,28 @@ def update(
         dist.all_reduce(squared_norm, dist.ReduceOp.MAX)
     for part in on_device:  # while the GPU computes the norm
         _set_gradient(part.master, part.gradient)
-    norm = squared_norm.sqrt().item()
+    norm = squared_norm.sqrt()
+    may_skip = rejects is not None or isinstance(precision, FP16MixedPrecisionMixin)
+    on_time = adam.fused and not on_host and not may_skip  # the host need not wait for the norm
     if isinstance(precision, FP16MixedPrecisionMixin):
-        precision.gradient_norm = norm
-    if (precision is not None and precision.should_skip_step()) or (rejects and rejects(norm)):
+        precision.gradient_norm = norm.item()
+    if (precision is not None and precision.should_skip_step()) or (rejects and rejects(norm.item())):
         for part in on_device:
             part.master.grad = None
-        return norm
+        return norm.item()
 
     scale = 1.0 if precision is None else precision.get_grad_div_scale()
-    if max_norm > 0:
-        scale *= max(1.0, (norm / scale + 1e-6) / max_norm)
+    if max_norm > 0 and on_time:
+        adam.divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    elif max_norm > 0:
+        scale *= max(1.0, (norm.item() / scale + 1e-6) / max_norm)
     _copy_to_host(adam, on_host)
     for part in on_host:
         _set_gradient(part.master, part.gradient)
     rounded = [part for part in on_device if part.working is not None]
     adam.parts, adam.updated = {part.master.data_ptr(): part for part in rounded}, updated
     adam.step(div_scale=scale)
-    adam.parts = {}  # frees the gradients
+    adam.parts, adam.divisor = {}, None  # frees the gradients
     for part in parts:
         part.master.grad = None
     if on_host:
@@ -108,7 +112,7 @@ def update(
     if on_host or not adam.fused:
         for part in on_host + rounded:
             updated(part)
-    return norm
+    return norm.item()
 
 
 def _squared_norm(parts: list[Part], groups: Iterable[ProcessGroup], tp_group: ProcessGroup | None) -> Tensor:
@@ -178,6 +182,8 @@ class Adam(HybridAdam):
         parts: the parts whose working weights to write, by the address of their master weight.
         updated: callback for each of these parts.
         rejects: returns True if `step` shall do nothing; None: it never does.
+        divisor: a scalar on the GPU that also divides the gradients of a fused update, so that the host need not know
+            it; None: nothing does.
     """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any):
@@ -186,6 +192,7 @@ class Adam(HybridAdam):
         self.parts: dict[int, Part] = {}
         self.updated: Callable[[Part], None] = lambda part: None
         self.rejects: Callable[[], bool] | None = None
+        self.divisor: Tensor | None = None
         self._scratch = torch.empty(0)
         self.fused = fused and torch.cuda.is_available()
         if self.fused:
@@ -219,7 +226,7 @@ class Adam(HybridAdam):
         values = tuple(map(float, given))  # Triton would take a tensor for an address, and 1 for a constant
         for gradient, master, moment, square in zip(*tensors, strict=True):
             part = self.parts.get(master.data_ptr())
-            adamw_(master, moment, square, gradient, part.working if part else None, values)
+            adamw_(master, moment, square, gradient, part.working if part else None, self.divisor, values)
             if part:
                 self.updated(part)
 

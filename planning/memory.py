@@ -192,7 +192,13 @@ def _state(job: Job, specs: list[ParameterSpec]) -> _State:
 
 
 def layer_activations(
-    config: LlamaConfig, tp: int, width: int, seq_length: int, fused: Fusion = Fusion.NONE, fp8: bool = False
+    config: LlamaConfig,
+    tp: int,
+    token_parts: int,
+    width: int,
+    seq_length: int,
+    fused: Fusion = Fusion.NONE,
+    fp8: bool = False,
 ) -> float:
     """Return the bytes per token that one decoder layer keeps for the backward pass.
 
@@ -203,6 +209,9 @@ def layer_activations(
     normalised output either: 18 h + 6 f. In float8 it also computes again what linear layers take as input, from what
     other operations keep: 12 h + 4 f. Plain attention also keeps its weights, in float32 and in working precision.
     The method is from Korthikanti et al. 2022 (arXiv:2205.05198), section 4.
+
+    Args:
+        token_parts: see `Layout`.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     norm = {Fusion.NONE: FP32 + 2 * width, Fusion.PIECES: 3 * width, Fusion.LAYERS: 2 * width}
@@ -213,13 +222,13 @@ def layer_activations(
         norms, attention, tensors = 2 * width * hidden, 4 * width * hidden, 2
     if config._attn_implementation == EAGER:
         attention += (FP32 + width) * config.num_attention_heads * seq_length
-    return norms + (attention + tensors * width * ffn) / tp
+    return norms / token_parts + (attention + tensors * width * ffn) / tp
 
 
 def estimate_memory(job: Job) -> MemoryEstimate:
     """Return the memory of the fullest GPU of a job, whose ranks need not exist.
 
-    Not counted: CUDA's context, NCCL's buffers, and fragmentation.
+    Not counted: CUDA's context, buffers of communication, and fragmentation.
     """
     stages = [_stage_estimate(job, stage) for stage in range(job.layout.pp)]
     return max(stages, key=lambda estimate: estimate.peak.total)
@@ -242,12 +251,11 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     tokens = sequences * batch.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(job, on_gpu=True)
-    layer = tokens * layer_activations(
-        config, layout.tp, width, batch.max_length, fused, converted(job, on_gpu=True)[0] > 0
-    )
+    fp8 = converted(job, on_gpu=True)[0] > 0
+    layer = tokens * layer_activations(config, layout.tp, layout.token_parts, width, batch.max_length, fused, fp8)
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp
-    kept = tokens * width * hidden if all_recomputed else layer
+    kept = tokens * width * hidden / layout.token_parts if all_recomputed else layer
     if keep_attention:  # its output, and the log-sum-exp of its scores
         kept += tokens * (width * hidden + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1

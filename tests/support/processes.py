@@ -25,9 +25,10 @@ from training.flags import job_of
 def run_ranks(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
     """Launch `ranks` ranks and return the value of `function(*arguments)` on each; raise the first exception."""
     port = free_port()
+    method = "spawn" if torch.cuda.is_available() else "forkserver"  # a process with CUDA cannot be forked
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _run_rank, (ranks, port, folder, function, arguments), nprocs=ranks, start_method="forkserver"
+            _run_rank, (ranks, port, folder, function, arguments), nprocs=ranks, start_method=method
         )
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(ranks)]
 

@@ -160,11 +160,11 @@ def trained(flags: str, extra_dp: int = 1, **changes: int) -> tuple[list[float],
 
 
 def assert_the_same(ours: list, theirs: list) -> None:
-    """Compare what `trained` returned on all ranks, to the rounding of float32."""
+    """Compare what `trained` returned on all ranks, to the rounding of a float32 sum of up to four micro-batches."""
     for (steps, moments), (other_steps, other_moments) in zip(ours, theirs, strict=True):
         assert steps == pytest.approx(other_steps, rel=1e-6)
         for moment, other in zip(moments, other_moments, strict=True):
-            assert torch.allclose(moment, other, rtol=1e-5, atol=1e-8 * float(other.abs().max()))
+            assert torch.allclose(moment, other, rtol=1e-5, atol=4 * 2**-24 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import stream_order
 from engine import boost, hybrid, zero
 from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, initialize_weights, local_shards
+from engine.split_layers import split_tokens
 from engine.step import forward_backward, loss_scaler, loss_scaler_state, optimizer_step
 from engine.update import Adam, Part
 from model_utils import ParameterSpec, initial_weight, load_config
@@ -29,12 +30,26 @@ def colossalais_step(optimizer, rejects) -> float:
     return float(optimizer.get_grad_norm())
 
 
+def summed(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = gradient.float()
+    dist.all_reduce(total, group=group)
+    return total.to(gradient.dtype)
+
+
+def prepare_layers(job, plugin, model, optimizer) -> None:
+    """Prepare the model's layers alone."""
+    optimizer.stored = {}
+    if job.layout.tp > 1:
+        for parameter in split_tokens(model.unwrap(), plugin.tp_group, [(0, job.config.num_hidden_layers)]):
+            parameter.register_hook(functools.partial(summed, group=plugin.tp_group))
+
+
 def stepped(flags: str, ours: bool, small: int = zero.SMALL):
     """Return norm, skip, this rank's states and weights after a clipped step from different gradients per rank."""
     zero.SMALL = small
     if not ours:
         for module in (zero, hybrid):
-            module.prepare, module.step = lambda *given: setattr(given[-1], "stored", {}), colossalais_step
+            module.prepare, module.step = prepare_layers, colossalais_step
         boost.patch_loss_scaling = lambda: None
     precision = flags.partition("-x ")[2] or "bf16"  # ColossalAI sums up and reduces in it
     run = boosted(f"{flags} -b 4 --lr 1e-2 --gradient_clipping 0.1 --reduce_dtype {precision}")
@@ -136,8 +151,11 @@ class TestStreams:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("step", "dtype", "scale"), [(1, torch.bfloat16, 2.0), (7, torch.float32, -1)])
-def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
+@pytest.mark.parametrize(
+    ("step", "dtype", "scale", "divisor"),
+    [(1, torch.bfloat16, 2.0, None), (7, torch.float32, -1, None), (2, torch.bfloat16, 1.0, 3.0)],
+)
+def test_one_pass_over_the_weights_is_adamw(step, dtype, scale, divisor):
     master, moment, square = torch.randn(3, 5000, device="cuda").abs_()
     gradient, working = torch.randn(5000, device="cuda").to(dtype), torch.empty(5000, dtype=dtype, device="cuda")
     others = [tensor.clone() for tensor in (master, moment, square)]
@@ -145,16 +163,28 @@ def test_one_pass_over_the_weights_is_adamw(step, dtype, scale):
     part = Part(torch.nn.Parameter(working), working, master, gradient)
     updated = []
     adam.parts, adam.updated = {master.data_ptr(): part}, updated.append
+    adam.divisor = None if divisor is None else torch.tensor(divisor, device="cuda")
     tensors = [[tensor] for tensor in (gradient, master, moment, square)]
     adam._update_on_device(0, None, tensors, 1e-2, 0.9, 0.95, 1e-8, step, 1, 1, 0.1, scale)
 
-    lists = [[tensor] for tensor in (others[0], gradient.float() / abs(scale), others[1], others[2])]
+    lists = [[tensor] for tensor in (others[0], gradient.float() / (abs(scale) * (divisor or 1)), others[1], others[2])]
     options = dict(lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
     torch._fused_adamw_(*lists, [], [torch.tensor(float(step), device="cuda")], **options)
     for ours, theirs in zip((master, moment, square), others, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     assert torch.equal(working, master.to(dtype))
     assert updated == [part]
+
+
+@pytest.mark.gpu
+def test_sums_of_gradients():
+    from engine.kernels import add_
+
+    gradients = torch.randn(3, 5000, device="cuda").bfloat16()
+    total = gradients[0].float()
+    for gradient in gradients[1:]:
+        add_(total, gradient)
+    assert torch.equal(total, gradients[0].float() + gradients[1].float() + gradients[2].float())
 
 
 def overflowed():
