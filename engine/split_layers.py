@@ -85,6 +85,10 @@ def _operands(rights: Sequence[Factor]) -> tuple[list[Tensor], list[Tensor]]:
     return [right.values for right in contiguous], [right.scale for right in contiguous if right.scale is not None]
 
 
+def _pairs(values: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
 class _Columns(torch.autograd.Function):
     """Products of a shard [M/T, K] of hidden states, gathered, with several weights [N/T, K], each perhaps in float8.
 
@@ -96,40 +100,39 @@ class _Columns(torch.autograd.Function):
         layers = list(zip(kinds, *(tensors[first::3] for first in range(3)), strict=True))
         weights = [float8.weight_factor(weight, kind, weight8, scale) for kind, weight, weight8, scale in layers]
         outputs: dict[int, Tensor] = {}
-        scales: dict[bool | None, Tensor | None] = {}
+        inputs: dict[bool | None, Factor] = {}
         for kind in dict.fromkeys(kinds):
             own = [number for number, other in enumerate(kinds) if other is kind]
             left = float8.input_factor(hidden, kind, group.group_name)
             rights = [weights[number].t() for number in own]
             _, *products = _gather_and_multiply(left, rights, group, hidden.dtype, fast=True)
             outputs.update(zip(own, products, strict=True))
-            scales[kind] = float8.kept_scale(left, kind)
+            # With one scale, float8 values serve both passes; the backward pass sums over the other dimension.
+            inputs[kind] = left if kind is False else Factor(hidden)
         kept = [weight if weight8 is None else weight8 for _, weight, weight8, _ in layers]
         weight_scales = [float8.kept_scale(weight, kind) for weight, kind in zip(weights, kinds, strict=True)]
-        ctx.save_for_backward(hidden, *kept, *weight_scales, *(scales[kind] for kind in kinds))
+        shards = [side for left in inputs.values() for side in left]
+        ctx.save_for_backward(*kept, *weight_scales, *shards)
         ctx.group, ctx.kinds = group, kinds
         return tuple(outputs[number] for number in range(len(kinds)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         kinds, dtype, number = ctx.kinds, gradients[0].dtype, len(ctx.kinds)
-        hidden, *saved = ctx.saved_tensors
-        weights, weight_scales, hidden_scales = (
-            saved[first : first + number] for first in range(0, 3 * number, number)
-        )
+        weights, weight_scales = ctx.saved_tensors[:number], ctx.saved_tensors[number : 2 * number]
+        shards = dict(zip(dict.fromkeys(kinds), _pairs(ctx.saved_tensors[2 * number :]), strict=True))
         factors = [float8.gradient_factors(gradient, kind) for gradient, kind in zip(gradients, kinds, strict=True)]
-        total, whole = None, []
-        for kind in dict.fromkeys(kinds):
+        total, inputs = None, {}
+        for kind, (shard, scale) in shards.items():
             own = [place for place, other in enumerate(kinds) if other is kind]
-            rights = [float8.factor_again(weights[place], kind, weight_scales[place]) for place in own]
-            shard = None if whole else hidden
             lefts = [factors[place][0] for place in own]
-            part, gathered = _multiply_and_reduce(lefts, rights, ctx.group, dtype, fast=False, shard=shard)
-            total, whole = part if total is None else total + part, whole or gathered
+            rights = [float8.factor_again(weights[place], kind, weight_scales[place]) for place in own]
+            part, (whole,) = _multiply_and_reduce(lefts, rights, ctx.group, dtype, fast=False, shard=shard)
+            total = part if total is None else total + part
+            inputs[kind] = float8.factor_again(whole, kind, scale)
         weight_gradients: list[Tensor | None] = []
-        for (_, columns), kind, scale in zip(factors, kinds, hidden_scales, strict=True):
-            right = float8.factor_again(whole[0], kind, scale)
-            weight_gradients += [float8.weight_gradient(columns, right, dtype), None, None]
+        for (_, columns), kind in zip(factors, kinds, strict=True):
+            weight_gradients += [float8.weight_gradient(columns, inputs[kind], dtype), None, None]
         return total, None, None, *weight_gradients
 
 

@@ -220,6 +220,8 @@ def layer_activations(
     tensors = 4 if fused is Fusion.NONE else 3  # of FFN size
     if fp8 and fused is Fusion.LAYERS:
         norms, attention, tensors = 2 * width * hidden, 4 * width * hidden, 2
+        if token_parts > 1:  # inputs that are exchanged, or multiplied meanwhile, are kept in float8
+            norms, attention = norms + 2 * hidden, attention + hidden
     if config._attn_implementation == EAGER:
         attention += (FP32 + width) * config.num_attention_heads * seq_length
     return norms / token_parts + (attention + tensors * width * ffn) / tp
