@@ -105,6 +105,7 @@ class Run:
             "gradient_clipping": optimization.gradient_clipping,
             "adam_betas": list(optimization.adam_betas),
             "adam_eps": optimization.adam_eps,
+            "deterministic": self.job.compute.deterministic,
             **asdict(self.spikes),
             **asdict(curve),
             **(self.lora.settings if self.lora else {}),
@@ -148,6 +149,7 @@ class Run:
 LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
     "adam_betas": [0.9, 0.95],
     "adam_eps": 1e-8,
+    "deterministic": False,
     **asdict(SpikeRule()),
     **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
 }
@@ -245,7 +247,10 @@ def complete(run: Run, tokenizer: PreTrainedTokenizerBase, inside_documents: boo
     job, config = run.job, copy.deepcopy(run.job.config)
     config.torch_dtype = job.dtype
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    attention = select_attention(config, job.compute.flash_attention, job.layout.sp > 1, inside_documents)
+    compute = job.compute
+    attention = select_attention(
+        config, compute.flash_attention, job.layout.sp > 1, inside_documents, compute.deterministic
+    )
     return replace(run, job=replace(job, config=config)), attention
 
 

@@ -42,7 +42,7 @@ def execute(
     dataset, held_out = data
     outputs = run.outputs
     claim_folders(outputs, state, checkpoint)
-    launch(run.job.seed)
+    launch(run.job.seed, run.job.compute.deterministic)
     check_agreement(outputs.save_dir, state, checkpoint, run.job.exchange.exchange)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
