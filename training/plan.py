@@ -31,7 +31,7 @@ from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather
-from runtime.console import InputError, below, rank, say
+from runtime.console import InputError, NoRoom, below, rank, say
 from runtime.files import LOCK, claim_folder
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
@@ -313,6 +313,7 @@ def check_folders(outputs: Outputs, job: Job, step: int) -> None:
 
     Raises:
         InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
+        NoRoom: the same of a resume, whose flags cannot be at fault.
     """
     if rank():
         return
@@ -321,7 +322,7 @@ def check_folders(outputs: Outputs, job: Job, step: int) -> None:
     if (outputs.tensorboard_dir / LOCK).exists():
         claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
     refuse_foreign_logs(outputs, step)
-    check_room(outputs.save_dir, job)
+    check_room(outputs.save_dir, job, NoRoom if step else InputError)
 
 
 def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) -> None:
