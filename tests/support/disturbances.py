@@ -7,7 +7,6 @@ ends; an undisturbed run to the same step must have the same bits. See scripts/t
 import contextlib
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
