@@ -243,7 +243,7 @@ def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say
         incomplete = [folder for _, folder in _checkpoints(save_dir)]
         incomplete = incomplete[: incomplete.index(newest)] if newest else incomplete
         for folder in incomplete:
-            tell(f"--load latest: passing over {folder}, which is incomplete")
+            tell(f"--load latest: passing over {folder}, which is incomplete or damaged")
         if newest is None and any(folder.name[0] != "." for folder in incomplete):
             raise InputError(
                 f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "

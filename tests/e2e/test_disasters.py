@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launching import optimizer_states
+from runtime.process import NO_ROOM, RUN_FAILED, USAGE_ERROR
 
 FLAGS = ["-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 6, "-i", 2]
 
@@ -81,6 +82,9 @@ def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, 
         assert "Traceback" not in failed.stderr
         assert checkpoints(disk) == ["another's", "epoch0-step2"]
 
+        refused = pretrain(*FLAGS, "-o", disk, "-f", "latest", folder=tmp_path / "run", check=False)
+        assert refused.returncode == NO_ROOM, refused.output()
+        assert "pretrain.py: --save_dir: a checkpoint takes " in refused.stderr
         (disk / "another's").unlink()
         resumed = pretrain(*FLAGS, "-o", disk, "-f", "latest", folder=tmp_path / "run")
         assert resumed.column("loss") == whole.column("loss")
@@ -144,24 +148,49 @@ def test_latest_skips_a_checkpoint_with_a_truncated_or_missing_file(pretrain, wh
     assert_same_states(last, whole.save_dir / "epoch0-step6")
 
 
-@pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "running_states.json"])
-def test_a_flipped_bit_is_found_and_named(pretrain, copy, file):
-    damaged = copy / "checkpoint" / "epoch0-step4" / file
+@pytest.mark.parametrize("processes", [1, 2])
+def test_latest_passes_over_a_checkpoint_with_a_flipped_bit_at_the_next_start(pretrain, whole, copy, processes):
+    last = copy / "checkpoint" / "epoch0-step6"
+    damaged = last / "optimizer" / "optimizer-00003-of-00007.safetensors"
     flip_a_bit(damaged)
-    before = checkpoints(copy / "checkpoint")
+    flags = [*FLAGS, "-b", 8 // processes, "-f", "latest"]
+    run = pretrain(*flags, folder=copy, processes=processes, check=False)
+    assert RUN_FAILED in (run.returncode, int("exitcode  : 1 " in run.stderr))
+    aside = f"--load latest: {damaged} is damaged; its folder is now epoch0-step6.damaged; start again to resume from"
+    assert f"pretrain.py: {aside} the checkpoint before" in run.stderr
+    assert checkpoints(copy / "checkpoint") == ["epoch0-step2", "epoch0-step4", "epoch0-step6.damaged"]
+    run = pretrain(*flags, folder=copy, processes=processes)
+    assert f"resumed: {copy / 'checkpoint' / 'epoch0-step4'}" in run.stdout
+    if processes == 1:
+        assert_same_states(last, whole.save_dir / "epoch0-step6")
+
+
+def test_latest_passes_over_damaged_running_states(pretrain, whole, copy):
+    last = copy / "checkpoint" / "epoch0-step6"
+    flip_a_bit(last / "running_states.json")
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    assert f"--load latest: passing over {last}, which is incomplete or damaged" in run.stdout
+    assert_same_states(last, whole.save_dir / "epoch0-step6")
+
+
+@pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "running_states.json"])
+def test_a_flipped_bit_in_a_checkpoint_given_by_name(pretrain, copy, file):
     shutil.rmtree(copy / "checkpoint" / "epoch0-step6")
-    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
-    assert run.returncode == 2
-    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
-    assert checkpoints(copy / "checkpoint") == [name for name in before if name != "epoch0-step6"]
+    chosen = copy / "checkpoint" / "epoch0-step4"
+    flip_a_bit(chosen / file)
+    before = checkpoints(copy / "checkpoint")
+    run = pretrain(*FLAGS, "-f", chosen, folder=copy, check=False)
+    assert run.returncode == USAGE_ERROR
+    assert f"--load: {chosen / file} is damaged; choose another checkpoint" in run.stderr
+    assert checkpoints(copy / "checkpoint") == before
 
 
 def test_a_finished_run_makes_no_model_from_a_damaged_checkpoint(pretrain, copy):
     damaged = copy / "checkpoint" / "epoch0-step6" / "model" / "model-00003-of-00007.safetensors"
     flip_a_bit(damaged)
     run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
-    assert run.returncode == 2
-    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
+    assert run.returncode == RUN_FAILED
+    assert f"--load latest: {damaged} is damaged; its folder is now epoch0-step6.damaged" in run.stderr
     assert not (copy / "checkpoint" / "final").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from launching import ROOT, Run, free_port
 from programs import main_program, program
-from runtime.process import HUNG, INTERRUPTED, RUN_FAILED, USAGE_ERROR
+from runtime.process import HUNG, INTERRUPTED, NO_ROOM, RUN_FAILED, USAGE_ERROR
 from scripts.launcher import restarts
 from scripts.launcher.attempt import Fleet
 from scripts.launcher.hosts import RUN
@@ -105,6 +105,13 @@ class TestDecisions:
     @pytest.mark.parametrize("status", [0, USAGE_ERROR, INTERRUPTED])
     def test_ends_that_a_restart_cannot_help(self, run, status):
         assert not run.again(status)
+
+    def test_wrong_input_of_a_restart_is_a_failure(self, run):
+        """The flags were right before; what they name has changed, such as a disk that is not mounted."""
+        assert [run.again(status) for status in (RUN_FAILED, USAGE_ERROR, USAGE_ERROR)] == [True, True, False]
+
+    def test_a_full_disk_is_waited_for(self, run):
+        assert [run.again(NO_ROOM) for _ in range(10)] == [True] * 9 + [False]
 
     @pytest.mark.parametrize("status", [RUN_FAILED, HUNG, LOST, KILLED])
     def test_failures(self, run, status):
