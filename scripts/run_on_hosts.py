@@ -17,9 +17,9 @@ With --max_restarts N, a run that fails, hangs or loses a host is started again 
 times; also on this machine alone, without a hosts file. --spare_hosts K keeps the file's last K hosts for the place of
 those that fail twice or cannot be reached. It gives up when the program has failed three times at the same step.
 
-Exit status: 0; 2 if nothing was started or the program refused its flags; 70 if the run hung; 75 if a signal ended it
-after its checkpoint was saved; 255 if the connection to a host was lost; else that of the first process that failed
-(128 + the signal's number if a signal killed it).
+Exit status: 0; 2 if nothing was started or the program refused its flags; 70 if the run hung; 74 if a resume found no
+room for its next checkpoint; 75 if a signal ended the run after its checkpoint was saved; 255 if the connection to a
+host was lost; else that of the first process that failed (128 + the signal's number if a signal killed it).
 
 Environment:
     LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
