@@ -40,5 +40,6 @@ def make_deterministic() -> None:
     for name, values in VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it writes NaN to all new memory, to expose misuse
+    # It would write NaN to all new memory, to expose misuse.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch._inductor.config.deterministic = True

@@ -228,10 +228,9 @@ class Disturber:
     def fill(self) -> Fault:
         """Fill the disk until a save has failed; then another run's files make room again."""
         fault, filler = self._fault("full disk", ""), self.cluster.disk / "filler"
-        with open(filler, "wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(2**16))
-                file.flush()
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(2**12)):
+                pass
         while time.monotonic() < fault.begun + FULL_SECONDS:
             if self.output.error_since(fault.begun, "could not be written"):
                 break
