@@ -83,17 +83,12 @@ def refuse_damaged(folder: Path, newest: bool = False) -> None:
         raise InputError(*(f"--load: {folder / name} is damaged; choose another checkpoint" for name in damaged))
 
 
-def load_checkpoint(folder: Path, engine: Engine, newest: bool = False) -> None:
-    """Restore weights, Adam moments and loss scale. Collective.
-
-    Args:
-        newest: as in `refuse_damaged`.
+def load_checkpoint(folder: Path, engine: Engine) -> None:
+    """Restore weights, Adam moments and loss scale. Call `refuse_damaged` before. Collective.
 
     Raises:
-        InputError: on every rank, if a file is damaged, or a weight is NaN or infinite.
-        RunError: see `refuse_damaged`.
+        InputError: on every rank, if a weight is NaN or infinite.
     """
-    refuse_damaged(folder, newest)
     config, adapters = engine.config, engine.job.adapters
     files = file_names(config, "optimizer", adapters is not None)
     tensors = LazyTensors(

@@ -45,15 +45,16 @@ def execute(
     claim_folders(outputs, state, checkpoint)
     launch(run.job.seed, run.job.compute.deterministic)
     check_agreement(outputs.save_dir, state, checkpoint, run.job.exchange.exchange)
+    if checkpoint:
+        refuse_damaged(checkpoint, outputs.load == LATEST)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
-        refuse_damaged(checkpoint, outputs.load == LATEST)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
     writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
     if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
         writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
-    set_weights(engine, checkpoint, pretrained, outputs.load == LATEST)
+    set_weights(engine, checkpoint, pretrained)
     if checkpoint:
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     loader = build_dataloader(engine, dataset, run, state, plan)
@@ -68,15 +69,12 @@ def set_weights(engine: Engine, checkpoint: Path | None, pretrained: Pretrained 
     """Load the weights of a checkpoint or of a pretrained model, or initialize them. Collective.
 
     Adapters need two sources: the frozen weights are the pretrained model's, the adapters a checkpoint's or initial.
-
-    Args:
-        newest: `--load latest` has found the checkpoint.
     """
     adapted = engine.job.adapters is not None
     if pretrained and (adapted or not checkpoint):
         load_pretrained(pretrained, engine)
     if checkpoint:
-        load_checkpoint(checkpoint, engine, newest)
+        load_checkpoint(checkpoint, engine)
     elif adapted or not pretrained:
         initialize_weights(engine)
 
