@@ -57,7 +57,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help=text)
     text = "seconds between a recovery and the next fault, least and most (default: 20 60)"
     parser.add_argument("--pause", type=float, nargs=2, default=(20, 60), metavar="SECONDS", help=text)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"--minutes: must be above 0, not {args.minutes}")
+    return args
 
 
 def child() -> None:
@@ -156,7 +159,7 @@ def kill_once(args: argparse.Namespace, chance: random.Random, folder: Path, cac
 
 def main() -> int:
     args = parse_args()
-    if args.minutes:
+    if args.minutes is not None:
         sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
         from disturbances import torture
 

@@ -226,6 +226,8 @@ def test_a_host_without_its_launcher(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (["--max_restarts", -1], "--max_restarts: must be at least 0, not -1"),
+        (["--spare_hosts", -2], "--spare_hosts: must be at least 0, not -2"),
         (["--spare_hosts", 2], "--spare_hosts: takes effect only with --hostfile; give that too, or leave it out"),
         (
             ["--hostfile", "hosts.txt", "--spare_hosts", 2],
