@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from checkpointing.folder import complete_checkpoints
 from launching import ROOT, Run, free_port
 from machines import INTERFACE, NAMES, Machine, obstacle, two_machines
 from runtime.process import INTERRUPTED
@@ -243,10 +244,7 @@ class Disturber:
 
     def corrupt(self) -> Fault:
         """Damage a file of the newest checkpoint, and kill a rank before there is a newer one."""
-        newest = max(
-            (path.parent for path in self.saved.glob("epoch*-step*/manifest.json")),
-            key=lambda folder: int(folder.name.rpartition("step")[2]),
-        )
+        _, newest = next(complete_checkpoints(self.saved))
         path = self.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
         content = bytearray(path.read_bytes())
         place = self.chance.randrange(len(content))
