@@ -30,7 +30,7 @@ from engine import float8
 from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
-from runtime.collectives import gather
+from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, NoRoom, below, rank, say
 from runtime.files import LOCK, claim_folder
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
@@ -284,6 +284,13 @@ def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[T
             f"to {newest[1].name}, which would be taken for this run's; move them away, or give another --save_dir"
         )
     return state, folder
+
+
+def resume_together(outputs: Outputs) -> tuple[TrainState, Path | None]:
+    """Return rank 0's `resume_state` on every rank: others may not yet see what it has renamed. Collective."""
+    found: list[tuple[TrainState, Path | None]] = []
+    on_rank_zero(lambda: found.append(resume_state(outputs)), "the run could not be resumed")
+    return gather(found)[0][0]
 
 
 def log_owner(save_dir: Path, folder: Path) -> dict[str, str]:

@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpointing.folder import LATEST
+from checkpointing.folder import LATEST, check_model
 from checkpointing.pretrained import Pretrained, load_pretrained
-from checkpointing.reader import load_checkpoint, refuse_damaged
+from checkpointing.reader import is_whole, load_checkpoint
 from checkpointing.writer import CheckpointWriter
 from data_utils import TrainingData
 from engine.boost import Engine, boost
@@ -18,7 +18,7 @@ from runtime.process import INTERRUPTED
 from training.batches import build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
 from training.loop import train
-from training.plan import Plan, Run, TrainState, check_agreement, claim_folders
+from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
 
 GENERATE = Path("scripts", "generate.py")
 
@@ -45,8 +45,11 @@ def execute(
     claim_folders(outputs, state, checkpoint)
     launch(run.job.seed, run.job.compute.deterministic)
     check_agreement(outputs.save_dir, state, checkpoint, run.job.exchange.exchange)
-    if checkpoint:
-        refuse_damaged(checkpoint, outputs.load == LATEST)
+    while checkpoint and not is_whole(checkpoint, outputs.load == LATEST):
+        state, checkpoint = resume_together(outputs)
+        if checkpoint:
+            check_model(checkpoint / "model", run.job.config, "--load")
+        plan = make_plan(run, dataset, state)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
