@@ -1,4 +1,4 @@
-"""A run on two hosts, disturbed for two minutes while nobody intervenes, ends with the bits of an undisturbed one."""
+"""A run on two hosts, disturbed for a minute while nobody intervenes, ends with the bits of an undisturbed one."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from machines import obstacle
 def test_faults_on_two_hosts(sample):
     if reason := obstacle():
         pytest.skip(reason)
-    command = [sys.executable, ROOT / "scripts" / "torture.py", "--minutes", "2", "--pause", "3", "8", "--seed", "10"]
+    command = [sys.executable, ROOT / "scripts" / "torture.py", "--minutes", "1", "--pause", "3", "8", "--seed", "10"]
     data = ["--data", sample / "data", "--tokenizer", sample / "tokenizer"]
     run = subprocess.run([*command, *data], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
