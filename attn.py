@@ -25,7 +25,11 @@ VARIABLE_LENGTH = "variable_length"
 
 
 def select_attention(
-    config: LlamaConfig, flash_attention: bool, sequence_parallel: bool = False, inside_documents: bool = False
+    config: LlamaConfig,
+    flash_attention: bool,
+    sequence_parallel: bool = False,
+    inside_documents: bool = False,
+    deterministic: bool = False,
 ) -> str:
     """Set the attention kernel in `config`, and return one line that says which and why.
 
@@ -34,6 +38,7 @@ def select_attention(
             scaled_dot_product_attention. Without it attention is a plain matrix product, [B, H, S, S] in memory.
         inside_documents: every batch carries `position_ids`. The fused kernel on a GPU is then torch's for sequences of
             several lengths, which takes float16 and bfloat16 (`config.torch_dtype`) and has no dropout.
+        deterministic: use no kernel that ignores torch's deterministic mode, such as flash-attn's.
     """
     if inside_documents:
         half = config.torch_dtype in (torch.float16, torch.bfloat16)
@@ -51,10 +56,12 @@ def select_attention(
     if not flash_attention:
         config._attn_implementation = EAGER
         return "attention: plain (-a selects a fused kernel)"
-    if package and torch.cuda.is_available():
+    if package and torch.cuda.is_available() and not deterministic:
         config._attn_implementation = FLASH_ATTENTION
         return "attention: flash-attn"
     config._attn_implementation = TORCH_FUSED
+    if deterministic:
+        return "attention: torch's fused kernel (--deterministic)"
     missing = "flash-attn is not installed" if not package else "flash-attn needs a GPU"
     return f"attention: torch's fused kernel ({missing})"
 

@@ -235,7 +235,9 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
 def main() -> int:
     args = parse_args()
     config, plan = load_config(args.config), take(DryRun, args)
-    attention = select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
+    attention = select_attention(
+        config, args.flash_attention, sequence_parallel=args.sp > 1, deterministic=args.deterministic
+    )
     job = job_of(args, config)
     check(args, job)
     job = settle(job, plan)
@@ -255,7 +257,7 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, job: Job) -> None:
     """Build the model, time its steps and report them."""
-    launch(job.seed)
+    launch(job.seed, job.compute.deterministic)
     if args.memory_limit and not device.limit_memory(args.memory_limit):
         say("--memory_limit: no effect without a GPU")
     engine = boost(job)

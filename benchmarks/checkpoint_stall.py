@@ -44,9 +44,9 @@ def main() -> int:
     add_training_args(parser)
     args = parser.parse_args()
     config = load_config(args.config)
-    say(select_attention(config, args.flash_attention, args.sp > 1))
+    say(select_attention(config, args.flash_attention, args.sp > 1, deterministic=args.deterministic))
     job = job_of(args, config)
-    launch(args.seed)
+    launch(args.seed, args.deterministic)
     engine = boost(job)
     initialize_weights(engine)
 

@@ -32,6 +32,7 @@ from runtime.console import InputError, rank, say, size_text
 from runtime.files import checksum, claim_folder, existing_part, sync, write_json
 
 CHECKPOINT = "epoch{epoch}-step{step}"
+LATEST = "latest"  # value of --load: the newest complete checkpoint in --save_dir
 MANIFEST = "manifest.json"
 RUNNING_STATES = "running_states.json"
 CONFIG, MODEL_INDEX = "config.json", "model.safetensors.index.json"
@@ -88,11 +89,11 @@ def check_shared(save_dir: Path) -> None:
             )
 
 
-def check_room(save_dir: Path, job: Job) -> None:
-    """Raise InputError if the file system has no room for a checkpoint; the folder need not exist yet."""
+def check_room(save_dir: Path, job: Job, error: type[Exception] = InputError) -> None:
+    """Raise an error if the file system has no room for a checkpoint; the folder need not exist yet."""
     needed, free = checkpoint_bytes(job), shutil.disk_usage(existing_part(save_dir)).free
     if free < needed:
-        raise InputError(
+        raise error(
             f"--save_dir: a checkpoint takes {size_text(needed)}, and {size_text(free)} are free in {save_dir}; "
             "make room or give another folder"
         )
@@ -219,9 +220,12 @@ def _checkpoints(save_dir: Path) -> list[tuple[int, Path]]:
 
 
 def complete_checkpoints(save_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Yield step and folder of the complete checkpoints in a folder, the newest first."""
+    """Yield step and folder of the complete checkpoints in a folder, the newest first.
+
+    A resume reads the running states before it could pass over a checkpoint whose other files are damaged.
+    """
     for step, folder in _checkpoints(save_dir):
-        if folder.name[0] != "." and is_complete(folder):
+        if folder.name[0] != "." and is_complete(folder) and _has_running_states(folder):
             yield step, folder
 
 
@@ -234,12 +238,12 @@ def find_checkpoint(load: str, save_dir: Path, tell: Callable[[str], None] = say
     Raises:
         InputError: there is no complete checkpoint.
     """
-    if load == "latest":
+    if load == LATEST:
         newest = next((folder for _, folder in complete_checkpoints(save_dir)), None)
         incomplete = [folder for _, folder in _checkpoints(save_dir)]
         incomplete = incomplete[: incomplete.index(newest)] if newest else incomplete
         for folder in incomplete:
-            tell(f"--load latest: passing over {folder}, which is incomplete")
+            tell(f"--load latest: passing over {folder}, which is incomplete or damaged")
         if newest is None and any(folder.name[0] != "." for folder in incomplete):
             raise InputError(
                 f"--load latest: no complete checkpoint in --save_dir {save_dir}; move the incomplete ones away to "
@@ -290,6 +294,11 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
 def read_running_states(folder: Path) -> dict:
     """Return a checkpoint's running states. Raises InputError if the file differs from the manifest."""
     path = folder / RUNNING_STATES
-    if checksum(path) != (_manifest(folder) or {}).get(RUNNING_STATES):
+    if not _has_running_states(folder):
         raise InputError(f"--load: {path} is damaged; choose another checkpoint")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _has_running_states(folder: Path) -> bool:
+    """Return True if the file of the running states is as the manifest says."""
+    return checksum(folder / RUNNING_STATES) == (_manifest(folder) or {}).get(RUNNING_STATES)

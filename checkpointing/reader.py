@@ -11,8 +11,9 @@ from engine.boost import Engine
 from engine.shards import MASTER, MOMENTS, first_not_finite, restore
 from engine.step import restore_loss_scaler
 from model_utils import trained_specs
-from runtime.collectives import gather
-from runtime.console import InputError, rank, world_size
+from runtime.collectives import gather, on_rank_zero
+from runtime.console import InputError, rank, say, world_size
+from runtime.files import replace_folder
 
 
 class LazyTensors:
@@ -62,25 +63,34 @@ def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def refuse_damaged(folder: Path) -> None:
+def is_whole(folder: Path, newest: bool = False) -> bool:
     """Compare every file with its checksum; each rank checks a part of the files. Collective.
+
+    Args:
+        newest: `--load latest` has found it. If it is damaged, it is renamed, so that `latest` finds the one before.
+
+    Returns:
+        False if it was renamed.
 
     Raises:
         InputError: on every rank, with the names of the damaged files.
     """
-    damaged = gather(damaged_files(folder, rank(), world_size()))
-    problems = [f"--load: {folder / name} is damaged; choose another checkpoint" for names in damaged for name in names]
-    if problems:
-        raise InputError(*problems)
+    damaged = [name for names in gather(damaged_files(folder, rank(), world_size())) for name in names]
+    if damaged and not newest:
+        raise InputError(*(f"--load: {folder / name} is damaged; choose another checkpoint" for name in damaged))
+    if damaged:
+        aside, found = folder.with_name(f"{folder.name}.damaged"), f"--load latest: {folder / damaged[0]} is damaged"
+        on_rank_zero(lambda: replace_folder(folder, aside), f"{found}, and its folder cannot be renamed")
+        say(f"{found}; its folder is now {aside.name}")
+    return not damaged
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> None:
-    """Restore weights, Adam moments and loss scale. Collective.
+    """Restore weights, Adam moments and loss scale. Call `is_whole` before. Collective.
 
     Raises:
-        InputError: on every rank, if a file is damaged, or a weight is NaN or infinite.
+        InputError: on every rank, if a weight is NaN or infinite.
     """
-    refuse_damaged(folder)
     config, adapters = engine.config, engine.job.adapters
     files = file_names(config, "optimizer", adapters is not None)
     tensors = LazyTensors(

@@ -100,7 +100,8 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> N
 
 def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
     """Return LAYERS unless layers have hooks on parameters, or collective operations that cannot be traced."""
-    if not (on_gpu if job.compute.compile is None else job.compute.compile):
+    by_default = on_gpu and not (job.compute.deterministic and job.length_varies)  # see determinism.py
+    if not (by_default if job.compute.compile is None else job.compute.compile):
         return Fusion.NONE
     traits = job.layout.traits
     whole = traits.compiles_layers and (traits.splits or job.layout.tp == 1)

@@ -43,6 +43,7 @@ class Compute:
         compile: torch.compile the model; None: only on a GPU.
         fp8: multiply in float8 in the decoder's linear layers.
         fp8_recipe: scale each tensor as a whole, `tensorwise`, or each of its rows, `rowwise`; None: tensorwise.
+        deterministic: compute the same bits as any equal run (see engine/determinism.py).
     """
 
     mixed_precision: str = "bf16"
@@ -52,6 +53,7 @@ class Compute:
     compile: bool | None = None
     fp8: bool = False
     fp8_recipe: str | None = None
+    deterministic: bool = False
 
     @property
     def recipe(self) -> str:
@@ -197,7 +199,23 @@ class Job:
         precision, batch = self.compute.mixed_precision, self.batch
         if problems := layout_problems(self.parallelism, batch, precision, self.config):
             return problems
-        return self._float8_problems() + self.exchange.problems(precision, self.layout, batch.accumulation_steps)
+        problems = self._float8_problems() + self._determinism_problems()
+        return problems + self.exchange.problems(precision, self.layout, batch.accumulation_steps)
+
+    def _determinism_problems(self) -> list[str]:
+        compute, traits, problems = self.compute, self.layout.traits, []
+        if compute.deterministic and traits.module == "gemini" and traits.on_host:
+            problems.append(
+                f"--deterministic: {self.layout.plugin} chooses during the run which states the GPU updates, and the "
+                "host rounds them differently; take another plugin, or leave the flag out"
+            )
+        if compute.deterministic and self.length_varies and (compute.compile or compute.fp8):
+            flag = "compile" if compute.compile else "fp8"
+            problems.append(
+                f"--deterministic: compiled kernels depend on the lengths met before, which a resume does not repeat; "
+                f"leave it or --{flag} out"
+            )
+        return problems
 
     def _float8_problems(self) -> list[str]:
         compute, config, layout = self.compute, self.config, self.layout

@@ -16,6 +16,7 @@ from colossalai.kernel.kernel_loader import CPUAdamLoader, FusedOptimizerLoader
 from colossalai.logging import get_dist_logger
 
 from engine import cpu
+from engine.determinism import make_deterministic
 from engine.patching import replace
 from runtime import ranks
 from runtime.console import InputError, local_rank, rank, say, world_size
@@ -38,8 +39,11 @@ def gpu_index() -> int:
     return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1 else local_rank()
 
 
-def launch(seed: int) -> None:
+def launch(seed: int, deterministic: bool = False) -> None:
     """Join the process group that torchrun or `colossalai run` describes; without a launcher, form one of one rank.
+
+    Args:
+        deterministic: compute the same bits as any equal run.
 
     Raises:
         InputError: see launch_problems and ranks.assemble.
@@ -47,6 +51,8 @@ def launch(seed: int) -> None:
     """
     if problems := launch_problems():
         raise InputError(*problems)
+    if deterministic:
+        make_deterministic()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

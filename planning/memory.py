@@ -26,6 +26,7 @@ FP32 = 4  # bytes
 MASTER_AND_MOMENTS = 12  # bytes: float32 master weight and Adam's two moments
 USABLE_FRACTION = 0.95  # of a GPU's memory; the rest is lost to fragmentation
 CONTEXT_BYTES = 1.5e9  # of CUDA and NCCL
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
     # In the last layer's backward: recomputed activations, gradients of its output and of the FFN's inner values.
-    working = (layer if all_recomputed else 0) + tokens * width * (hidden + 2 * ffn / layout.tp)
+    working = max(tokens * width * (hidden + 2 * ffn / layout.tp), _deterministic_attention(job, sequences, tokens))
+    working += layer if all_recomputed else 0
     if all_recomputed and fused is Fusion.LAYERS:  # measured; kept attention's inputs follow the FFN's gradients
         working += (-3 if keep_attention else 2) * tokens * width * hidden
     if config._attn_implementation == EAGER:
@@ -293,6 +295,20 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
         phases.append(Phase("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
     phases.append(Phase("the optimizer step", state.weights, all_gradients + state.step, optimizer))
     return MemoryEstimate(tuple(phases), state.host)
+
+
+def _deterministic_attention(job: Job, sequences: int, tokens: float) -> float:
+    """Return the bytes of the backward pass of a layer's fused attention if it is deterministic, else 0.
+
+    Beside the gradients of its output and inputs, flash-attn's kernel (mha_bwd in its flash_api.cpp) then keeps several
+    float32 sums of the queries' gradient, so that together they occupy all multiprocessors.
+    """
+    config, layout = job.config, job.layout
+    if not job.compute.deterministic or config._attn_implementation == EAGER:
+        return 0.0
+    heads = config.num_attention_heads / layout.tp
+    sums = math.ceil(MULTIPROCESSORS / (sequences * heads / layout.sp))
+    return tokens * heads * config.head_dim * (4 * job.dtype.itemsize + FP32 * sums)
 
 
 def settle(job: Job, dry_run: DryRun) -> Job:

@@ -66,7 +66,12 @@ def _changed(job: Job, change: dict[str, Any]) -> Job:
     for name in ("parallelism", "batch", "compute", "exchange"):
         part = getattr(job, name)
         parts[name] = replace(part, **{key: value for key, value in change.items() if key in vars(part)})
-    select_attention(parts["config"], parts["compute"].flash_attention, job.parallelism.sp > 1)
+    select_attention(
+        parts["config"],
+        parts["compute"].flash_attention,
+        job.parallelism.sp > 1,
+        deterministic=parts["compute"].deterministic,
+    )
     return replace(job, **parts)
 
 

@@ -23,6 +23,10 @@ class RunError(Exception):
     """A run that cannot go on. The message says what happened, where, and how to resume."""
 
 
+class NoRoom(RunError):
+    """A run that cannot go on until there is room on a disk."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

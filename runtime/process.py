@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 from runtime import ranks
 from runtime.console import (
     InputError,
+    NoRoom,
     RunError,
     local_rank,
     open_standard_streams,
@@ -35,6 +36,7 @@ from runtime.console import (
 RUN_FAILED = 1
 USAGE_ERROR = 2  # as argparse's
 HUNG = 70  # the run made no progress (EX_SOFTWARE in sysexits.h)
+NO_ROOM = 74  # a resume found no room for its next checkpoint (EX_IOERR in sysexits.h)
 INTERRUPTED = 75  # a signal ended the run after its checkpoint was saved (EX_TEMPFAIL in sysexits.h)
 KEYBOARD_INTERRUPT = 130  # as a shell reports SIGINT
 READER_GONE = 141  # as a shell reports SIGPIPE
@@ -87,7 +89,7 @@ def run(main: Callable[[], int], program: str) -> NoReturn:
         status = USAGE_ERROR
     except RunError as error:
         _report(f"{program}: ", [str(error)])
-        status = RUN_FAILED
+        status = NO_ROOM if isinstance(error, NoRoom) else RUN_FAILED
     except KeyboardInterrupt:
         status = KEYBOARD_INTERRUPT
     except Exception as error:

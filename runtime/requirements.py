@@ -21,6 +21,7 @@ INSTALL = {  # by requirements file
 }
 BUILT_ON = ("torch", "transformers", "colossalai")  # the programs use their internals, so only the pinned versions work
 MINIMUM_PYTHON = (3, 11)
+RECORDED_EXCHANGES = "2000"  # per rank, by NCCL's flight recorder; torchtitan keeps 20,000
 
 
 class Package(NamedTuple):
@@ -85,11 +86,15 @@ def start_cuda() -> None:
     ColossalAI sets CUDA_DEVICE_MAX_CONNECTIONS=1 when imported, also in `colossalai run`, which passes it to its ranks.
     With one hardware queue for all streams, a kernel waits for every kernel submitted before it on any stream, so
     that almost nothing overlaps.
+
+    NCCL's flight recorder keeps the last exchanges of a rank, which runtime/watchdog.py writes when the run hangs.
     """
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_EXCHANGES)
     import torch
 
     torch.cuda.is_available()

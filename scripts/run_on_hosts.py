@@ -17,9 +17,9 @@ With --max_restarts N, a run that fails, hangs or loses a host is started again 
 times; also on this machine alone, without a hosts file. --spare_hosts K keeps the file's last K hosts for the place of
 those that fail twice or cannot be reached. It gives up when the program has failed three times at the same step.
 
-Exit status: 0; 2 if nothing was started or the program refused its flags; 70 if the run hung; 75 if a signal ended it
-after its checkpoint was saved; 255 if the connection to a host was lost; else that of the first process that failed
-(128 + the signal's number if a signal killed it).
+Exit status: 0; 2 if nothing was started or the program refused its flags; 70 if the run hung; 74 if a resume found no
+room for its next checkpoint; 75 if a signal ended the run after its checkpoint was saved; 255 if the connection to a
+host was lost; else that of the first process that failed (128 + the signal's number if a signal killed it).
 
 Environment:
     LAUNCH_SSH='ssh -p 2222 -i key'   the command that connects (default: ssh)
@@ -34,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runtime.console import below
 from scripts.launcher.attempt import NOTHING_STARTED, Fleet, attempts
 from scripts.launcher.hosts import SERVE, name_of, read_hostfile, say
 from scripts.launcher.ranks import Ranks
@@ -68,6 +69,7 @@ def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
     for name in ("include", "exclude", "num_nodes"):
         if spare_hosts and options[name] not in (None, -1):
             problem = f"--spare_hosts: the last hosts of the file cannot be spared with --{name}; leave one out"
+    problem = next(iter(below(0, max_restarts=max_restarts, spare_hosts=spare_hosts)), problem)
     if problem:
         say(f"error: {problem}")
         return NOTHING_STARTED
@@ -83,7 +85,7 @@ def command_line() -> Any:
     """Return the click.Command of `colossalai run` with our own options."""
     click: Any = importlib.import_module("click")
     theirs = importlib.import_module("colossalai.cli.launcher").run
-    number: dict[str, Any] = {"type": click.IntRange(min=0), "default": 0}
+    number: dict[str, Any] = {"type": int, "default": 0}
     text = "after a failure, start the run again from its newest checkpoint, up to this often (default: 0)"
     options = [click.Option(["--max_restarts"], help=text, **number)]
     text = "the last hosts of the file, to take the place of those that fail twice or cannot be reached (default: 0)"

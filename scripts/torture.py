@@ -6,6 +6,12 @@ Each time, SIGKILL ends one rank of a run, or all, and the run is resumed with `
 moments must equal the undisturbed run's bit for bit, and its metrics.jsonl must list every step once. Half of the kills
 come at a random time, half at a random file operation of a checkpoint. The same --seed kills in the same places. The
 output ends with a table: fault, times tried, times survived.
+
+    python scripts/torture.py --data quickstart/data --tokenizer quickstart/tokenizer --minutes 30
+
+disturbs one run on two hosts of two ranks for 30 minutes: killed and stopped ranks, a cut link, a full disk, a damaged
+newest checkpoint. run_on_hosts.py starts it again each time. The hosts are Linux namespaces, which need root, OpenSSH's
+server, and requirements-dev.txt.
 """
 
 import argparse
@@ -47,7 +53,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=200, help="number of kills (default: 200)")
     parser.add_argument("--processes", type=int, default=1, help="ranks of the run (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    text = "disturb one run on two hosts for this long, instead of the kills"
+    parser.add_argument("--minutes", type=float, help=text)
+    text = "seconds between a recovery and the next fault, least and most (default: 20 60)"
+    parser.add_argument("--pause", type=float, nargs=2, default=(20, 60), metavar="SECONDS", help=text)
+    args = parser.parse_args()
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"--minutes: must be above 0, not {args.minutes}")
+    return args
 
 
 def child() -> None:
@@ -146,6 +159,12 @@ def kill_once(args: argparse.Namespace, chance: random.Random, folder: Path, cac
 
 def main() -> int:
     args = parse_args()
+    if args.minutes is not None:
+        sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
+        from disturbances import torture
+
+        data, tokenizer = (str(Path(path).resolve()) for path in (args.data, args.tokenizer))
+        return int(not torture(data, tokenizer, args.minutes, args.seed, tuple(args.pause)))
     chance = random.Random(args.seed)
     tried, survived = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory(prefix="torture-") as temporary:

@@ -100,7 +100,7 @@ def objections(monkeypatch, tmp_path, become_rank_0) -> Callable[..., list[str]]
     def objections(program: ModuleType, flags: list, ranks: int = 1) -> list[str]:
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         for owner in (benchmark, session):
-            monkeypatch.setattr(owner, "launch", lambda seed: pytest.fail("no problem was found"))
+            monkeypatch.setattr(owner, "launch", lambda *_: pytest.fail("no problem was found"))
         if ranks > 1:
             become_rank_0(ranks)
         before = sorted(tmp_path.rglob("*"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from corpus.manifest import MANIFEST_NAME
+from engine.determinism import environment_problems
 from engine.device import device_name, has_float8
 from engine.job import Job
 from engine.launch import launch_problems
@@ -45,6 +46,8 @@ def check_job(
     if job.batch.max_length > config.max_position_embeddings:
         context = config.max_position_embeddings
         problems.append(f"--max_length: {job.batch.max_length} is above the model's context of {context} tokens")
+    if job.compute.deterministic:
+        problems += environment_problems()
     if mixed_lengths:
         problems.extend(filter(None, [mixed_length_problem(config, job.batch.max_length)]))
     problems += _plan_problems(plan, asked.gpus, given, job.compute.fp8)

@@ -324,6 +324,8 @@ def add_compute_args(parser: argparse.ArgumentParser, precision: str = "fp16", p
     text = "keep attention's output instead of recomputing it: a little faster, for 2 more bytes (in fp32 4) per "
     add_flag(compute, "--keep_attention", False, f"{text}hidden unit, token and layer (default: off)")
     add_flag(compute, "-a --flash_attention", False, "fused attention kernel (default: off)")
+    text = "compute the same bits as any equal run on such GPUs, so that a resume changes none (default: off)"
+    add_flag(compute, "--deterministic", False, text)
     text = "torch.compile the model's element-wise work and, where the plugin allows, its layers (default: on a GPU)"
     compute.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
 

@@ -30,8 +30,8 @@ from engine import float8
 from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
-from runtime.collectives import gather
-from runtime.console import InputError, below, rank, say
+from runtime.collectives import gather, on_rank_zero
+from runtime.console import InputError, NoRoom, below, rank, say
 from runtime.files import LOCK, claim_folder
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
@@ -105,6 +105,7 @@ class Run:
             "gradient_clipping": optimization.gradient_clipping,
             "adam_betas": list(optimization.adam_betas),
             "adam_eps": optimization.adam_eps,
+            "deterministic": self.job.compute.deterministic,
             **asdict(self.spikes),
             **asdict(curve),
             **(self.lora.settings if self.lora else {}),
@@ -148,6 +149,7 @@ class Run:
 LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
     "adam_betas": [0.9, 0.95],
     "adam_eps": 1e-8,
+    "deterministic": False,
     **asdict(SpikeRule()),
     **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
 }
@@ -245,7 +247,10 @@ def complete(run: Run, tokenizer: PreTrainedTokenizerBase, inside_documents: boo
     job, config = run.job, copy.deepcopy(run.job.config)
     config.torch_dtype = job.dtype
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    attention = select_attention(config, job.compute.flash_attention, job.layout.sp > 1, inside_documents)
+    compute = job.compute
+    attention = select_attention(
+        config, compute.flash_attention, job.layout.sp > 1, inside_documents, compute.deterministic
+    )
     return replace(run, job=replace(job, config=config)), attention
 
 
@@ -281,6 +286,13 @@ def resume_state(outputs: Outputs, tell: Callable[[str], None] = say) -> tuple[T
     return state, folder
 
 
+def resume_together(outputs: Outputs) -> tuple[TrainState, Path | None]:
+    """Return rank 0's `resume_state` on every rank: others may not yet see what it has renamed. Collective."""
+    found: list[tuple[TrainState, Path | None]] = []
+    on_rank_zero(lambda: found.append(resume_state(outputs)), "the run could not be resumed")
+    return gather(found)[0][0]
+
+
 def log_owner(save_dir: Path, folder: Path) -> dict[str, str]:
     """Return the owner of logs: the relative path to its checkpoints, which stays valid if both folders move."""
     return {"save_dir": os.path.relpath(save_dir.resolve(), folder.resolve())}
@@ -308,6 +320,7 @@ def check_folders(outputs: Outputs, job: Job, step: int) -> None:
 
     Raises:
         InputError: another run writes to --save_dir or --tensorboard_dir, or there is no room for one checkpoint.
+        NoRoom: the same of a resume, whose flags cannot be at fault.
     """
     if rank():
         return
@@ -316,7 +329,7 @@ def check_folders(outputs: Outputs, job: Job, step: int) -> None:
     if (outputs.tensorboard_dir / LOCK).exists():
         claim_folder(outputs.tensorboard_dir, "--tensorboard_dir")
     refuse_foreign_logs(outputs, step)
-    check_room(outputs.save_dir, job)
+    check_room(outputs.save_dir, job, NoRoom if step else InputError)
 
 
 def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) -> None:

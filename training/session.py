@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpointing.folder import LATEST, check_model
 from checkpointing.pretrained import Pretrained, load_pretrained
-from checkpointing.reader import load_checkpoint, refuse_damaged
+from checkpointing.reader import is_whole, load_checkpoint
 from checkpointing.writer import CheckpointWriter
 from data_utils import TrainingData
 from engine.boost import Engine, boost
@@ -17,7 +18,7 @@ from runtime.process import INTERRUPTED
 from training.batches import build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
 from training.loop import train
-from training.plan import Plan, Run, TrainState, check_agreement, claim_folders
+from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
 
 GENERATE = Path("scripts", "generate.py")
 
@@ -42,11 +43,15 @@ def execute(
     dataset, held_out = data
     outputs = run.outputs
     claim_folders(outputs, state, checkpoint)
-    launch(run.job.seed)
+    launch(run.job.seed, run.job.compute.deterministic)
     check_agreement(outputs.save_dir, state, checkpoint, run.job.exchange.exchange)
+    while checkpoint and not is_whole(checkpoint, outputs.load == LATEST):
+        state, checkpoint = resume_together(outputs)
+        if checkpoint:
+            check_model(checkpoint / "model", run.job.config, "--load")
+        plan = make_plan(run, dataset, state)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
-        refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
     engine = boost(run.job)
     writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
@@ -63,7 +68,7 @@ def execute(
     return status
 
 
-def set_weights(engine: Engine, checkpoint: Path | None, pretrained: Pretrained | None) -> None:
+def set_weights(engine: Engine, checkpoint: Path | None, pretrained: Pretrained | None, newest: bool = False) -> None:
     """Load the weights of a checkpoint or of a pretrained model, or initialize them. Collective.
 
     Adapters need two sources: the frozen weights are the pretrained model's, the adapters a checkpoint's or initial.

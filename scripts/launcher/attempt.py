@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.process import HUNG
-from scripts.launcher.hosts import CONNECTION_LOST, Host, forwarded, read_hostfile, say
+from scripts.launcher.hosts import CONNECTION_LOST, HUNG_HERE, Host, forwarded, read_hostfile, say
 from scripts.launcher.ranks import BEAT, BEAT_SECONDS, END, KILL, KILL_SECONDS, STOP
 
 NOTHING_STARTED = 2
@@ -149,7 +149,7 @@ class Runner:
         told, ending_at, beat_at = None, math.inf, 0.0
         while None in [host.status() for host in self.hosts]:
             failed_at = min((host.failed_at for host in self.hosts if host.failed_at), default=math.inf)
-            hung = any(host.process.returncode == HUNG for host in self.hosts)
+            hung = any(host.process.returncode in (HUNG, HUNG_HERE) for host in self.hosts)
             late, word = failed_at + (HUNG_SECONDS if hung else GRACE_SECONDS), self.fleet.word
             if time.monotonic() > late and word != KILL:
                 word = KILL if hung else END
@@ -175,11 +175,8 @@ class Runner:
         for host in failures:
             say(f"{host.hostname}: {host.ending()}{', told to end' if host.failed_at > ending_at else ''}")
         self.fleet.unreachable = any(host.lost for host in failures)
-        hanging = [host for host in failures if host.exit_status() != HUNG]  # those that did not notice a hang
-        if failures and failures[0].exit_status() != HUNG:
-            self.fleet.failures[failures[0].login] += 1
-        elif hanging:
-            self.fleet.failures[hanging[0].login] += 1
+        if causes := [host for host in failures if not host.hung]:
+            self.fleet.failures[causes[0].login] += 1
         raise SystemExit(failures[0].exit_status() if failures else 0)
 
 

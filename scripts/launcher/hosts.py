@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from runtime.process import HUNG
+
 PROGRAM = Path(__file__).resolve().parents[1] / "run_on_hosts.py"
 FORWARDED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|LANG|LC_ALL|TZ|CC|CXX|(PYTHON|HF_|TRANSFORMERS_|TOKENIZERS_|DATASETS_|TORCH|"
@@ -23,6 +25,7 @@ FORWARDED = re.compile(
 )
 SECRET = re.compile(r"\w*(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)", re.ASCII)
 CHECK_SECONDS = 30  # for a host to answer the checks before the start
+HUNG_HERE = 71  # internal status of a host whose ranks ended with HUNG since one of them did not answer
 CONNECTION_LOST = 255  # exit status of ssh
 RUN = "LAUNCH_RUN"  # variable that names a run, with all its attempts, in every process that it starts on a host
 SERVE = "--serve"  # internal flag of run_on_hosts.py: run a host's ranks
@@ -165,7 +168,14 @@ class Host:
 
     def exit_status(self) -> int:
         status = self.process.returncode
+        if status == HUNG_HERE:
+            return HUNG
         return status if status >= 0 else 128 - status
+
+    @property
+    def hung(self) -> bool:
+        """True if the ranks here have ended because of a hang whose cause is elsewhere."""
+        return self.process.returncode == HUNG
 
     @property
     def lost(self) -> bool:
@@ -175,6 +185,8 @@ class Host:
     def ending(self) -> str:
         if self.lost:
             return "the connection was lost"
+        if self.process.returncode == HUNG_HERE:
+            return f"{how_it_ended(HUNG)}, after a rank there did not answer"
         return how_it_ended(self.process.returncode)
 
 

@@ -11,7 +11,8 @@ import time
 
 import psutil
 
-from scripts.launcher.hosts import CONNECTION_LOST, RUN, how_it_ended, say
+from runtime.process import HUNG
+from scripts.launcher.hosts import CONNECTION_LOST, HUNG_HERE, RUN, how_it_ended, say
 
 STOP, END, KILL = "stop", "end", "kill"  # orders to a host's ranks: save a checkpoint and end; end; end at once
 BEAT = "beat"  # no order, but a sign that the launcher can still reach this host
@@ -67,6 +68,9 @@ class Ranks:
             reasons = failure.message["message"] if isinstance(failure.message, dict) else ""  # see runtime/process.py
             for reason in reasons.splitlines() or [""]:
                 say(f"rank {number} {how_it_ended(failure.exitcode)}" + (f": {reason}" if reason else ""))
+            killed = any(other.exitcode == -signal.SIGKILL for other in error.failures.values())
+            if failure.exitcode == HUNG and killed:  # by a neighbour, since it did not answer (see runtime/watchdog.py)
+                return HUNG_HERE
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         except SignalException as error:
             return 128 + error.sigval

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.process import INTERRUPTED, USAGE_ERROR
+from runtime.process import INTERRUPTED, NO_ROOM, USAGE_ERROR
 from scripts.launcher.attempt import POLL_SECONDS, Fleet
 from scripts.launcher.hosts import say
 
@@ -76,12 +76,13 @@ class Restarts:
 
     def again(self, status: int) -> bool:
         """Return True, after a pause, if the run is to be started again after it has ended with `status`."""
-        if not self.limit or self.fleet.word or status in (0, USAGE_ERROR, INTERRUPTED):
+        refused = status == USAGE_ERROR and not self.restarted  # later, what the same flags name has changed
+        if not self.limit or self.fleet.word or refused or status in (0, INTERRUPTED):
             return False
         step = last_step(self.logs)
         place = f"after step {step}" if step else "before its first step"
         moved, self.reached = self.reached != (step,), (step,)
-        if not self.fleet.unreachable:
+        if not self.fleet.unreachable and status != NO_ROOM:
             self.failed_after.append(step)
         if len(self.failed_after) >= SAME_STEP and set(self.failed_after[-SAME_STEP:]) == {step}:
             say(f"giving up: the run has failed {SAME_STEP} times {place}, so the fault is in data or code; see above")

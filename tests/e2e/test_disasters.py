@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launching import optimizer_states
+from runtime.process import NO_ROOM, USAGE_ERROR
 
 FLAGS = ["-p", "zero2", "-x", "bf16", "-b", 8, "--max_steps", 6, "-i", 2]
 
@@ -81,6 +82,9 @@ def test_disk_fills_up_while_a_checkpoint_is_written(pretrain, whole, tmp_path, 
         assert "Traceback" not in failed.stderr
         assert checkpoints(disk) == ["another's", "epoch0-step2"]
 
+        refused = pretrain(*FLAGS, "-o", disk, "-f", "latest", folder=tmp_path / "run", check=False)
+        assert refused.returncode == NO_ROOM, refused.output()
+        assert "pretrain.py: --save_dir: a checkpoint takes " in refused.stderr
         (disk / "another's").unlink()
         resumed = pretrain(*FLAGS, "-o", disk, "-f", "latest", folder=tmp_path / "run")
         assert resumed.column("loss") == whole.column("loss")
@@ -144,25 +148,63 @@ def test_latest_skips_a_checkpoint_with_a_truncated_or_missing_file(pretrain, wh
     assert_same_states(last, whole.save_dir / "epoch0-step6")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_latest_passes_over_checkpoints_with_a_flipped_bit(pretrain, whole, copy, processes):
+    damaged = [
+        copy / "checkpoint" / name / "optimizer" / "optimizer-00003-of-00007.safetensors"
+        for name in ("epoch0-step6", "epoch0-step4")
+    ]
+    for path in damaged:
+        flip_a_bit(path)
+    run = pretrain(*FLAGS, "-b", 8 // processes, "-f", "latest", folder=copy, processes=processes)
+    for path in damaged:
+        folder = path.parents[1]
+        assert run.stdout.count(f"--load latest: {path} is damaged; its folder is now {folder.name}.damaged") == 1
+        assert folder.with_name(f"{folder.name}.damaged").is_dir()
+    assert f"resumed: {copy / 'checkpoint' / 'epoch0-step2'}" in run.stdout
+    assert run.column("step") == [1, 2, 3, 4, 5, 6]
+    if processes == 1:
+        assert_same_states(copy / "checkpoint" / "epoch0-step6", whole.save_dir / "epoch0-step6")
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_begins_anew(pretrain, whole, copy):
+    for name in ("epoch0-step4", "epoch0-step6"):
+        shutil.rmtree(copy / "checkpoint" / name)
+    flip_a_bit(copy / "checkpoint" / "epoch0-step2" / "model" / "model-00003-of-00007.safetensors")
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    assert f"--load latest: no checkpoint in --save_dir {copy / 'checkpoint'} yet; a new run begins" in run.stdout
+    assert run.column("loss") == whole.column("loss")
+    assert_same_states(copy / "checkpoint" / "epoch0-step6", whole.save_dir / "epoch0-step6")
+
+
+def test_latest_passes_over_damaged_running_states(pretrain, whole, copy):
+    last = copy / "checkpoint" / "epoch0-step6"
+    flip_a_bit(last / "running_states.json")
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    assert f"--load latest: passing over {last}, which is incomplete or damaged" in run.stdout
+    assert_same_states(last, whole.save_dir / "epoch0-step6")
+
+
 @pytest.mark.parametrize("file", ["optimizer/optimizer-00003-of-00007.safetensors", "running_states.json"])
-def test_a_flipped_bit_is_found_and_named(pretrain, copy, file):
-    damaged = copy / "checkpoint" / "epoch0-step4" / file
-    flip_a_bit(damaged)
-    before = checkpoints(copy / "checkpoint")
+def test_a_flipped_bit_in_a_checkpoint_given_by_name(pretrain, copy, file):
     shutil.rmtree(copy / "checkpoint" / "epoch0-step6")
-    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
-    assert run.returncode == 2
-    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
-    assert checkpoints(copy / "checkpoint") == [name for name in before if name != "epoch0-step6"]
+    chosen = copy / "checkpoint" / "epoch0-step4"
+    flip_a_bit(chosen / file)
+    before = checkpoints(copy / "checkpoint")
+    run = pretrain(*FLAGS, "-f", chosen, folder=copy, check=False)
+    assert run.returncode == USAGE_ERROR
+    assert f"--load: {chosen / file} is damaged; choose another checkpoint" in run.stderr
+    assert checkpoints(copy / "checkpoint") == before
 
 
-def test_a_finished_run_makes_no_model_from_a_damaged_checkpoint(pretrain, copy):
+def test_a_finished_run_makes_no_model_from_a_damaged_checkpoint(pretrain, whole, copy):
+    """It trains the steps since the one before again."""
     damaged = copy / "checkpoint" / "epoch0-step6" / "model" / "model-00003-of-00007.safetensors"
     flip_a_bit(damaged)
-    run = pretrain(*FLAGS, "-f", "latest", folder=copy, check=False)
-    assert run.returncode == 2
-    assert f"--load: {damaged} is damaged; choose another checkpoint" in run.stderr
-    assert not (copy / "checkpoint" / "final").exists()
+    run = pretrain(*FLAGS, "-f", "latest", folder=copy)
+    assert f"--load latest: {damaged} is damaged; its folder is now epoch0-step6.damaged" in run.stdout
+    model = "final/model-00003-of-00007.safetensors"
+    assert (copy / "checkpoint" / model).read_bytes() == (whole.save_dir / model).read_bytes()
 
 
 def test_half_deleted_checkpoints_are_skipped(pretrain, whole, copy):

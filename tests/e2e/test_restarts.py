@@ -13,14 +13,15 @@ import pytest
 
 from launching import ROOT, Run, free_port
 from programs import main_program, program
-from runtime.process import HUNG, INTERRUPTED, RUN_FAILED, USAGE_ERROR
+from runtime.process import HUNG, INTERRUPTED, NO_ROOM, RUN_FAILED, USAGE_ERROR
 from scripts.launcher import restarts
-from scripts.launcher.attempt import Fleet
-from scripts.launcher.hosts import RUN
+from scripts.launcher.attempt import Fleet, Runner
+from scripts.launcher.hosts import HUNG_HERE, RUN, Host
 from scripts.launcher.restarts import Restarts, last_step, value_of
 
 RUN_ON_HOSTS = [sys.executable, ROOT / "scripts" / "run_on_hosts.py"]
 LOST, KILLED = 255, 128 + signal.SIGKILL
+FIRST, SECOND = "127.0.0.1", "127.0.0.2"  # hosts
 
 
 def launch(folder: Path, program: Path, *flags, options: tuple = ()) -> Run:
@@ -96,6 +97,29 @@ class TestArguments:
         assert Restarts(1, flags.split(), Fleet()).problem() is None
 
 
+@pytest.mark.parametrize(
+    ("statuses", "status", "failed"),
+    [
+        ((HUNG, HUNG), HUNG, {}),
+        ((HUNG, HUNG_HERE), HUNG, {SECOND: 1}),
+        ((HUNG_HERE, HUNG), HUNG, {FIRST: 1}),
+        ((HUNG, KILLED), KILLED, {SECOND: 1}),
+        ((RUN_FAILED, KILLED), KILLED, {SECOND: 1}),
+        ((0, 0), 0, {}),
+    ],
+)
+def test_the_host_that_is_to_blame(statuses, status, failed):
+    """A stopped rank that its neighbours have ended counts for its host, like one that the launcher has killed."""
+    runner = Runner(Fleet())
+    runner.hosts = [Host(name) for name in (FIRST, SECOND)]
+    for host, ended in zip(runner.hosts, statuses, strict=True):
+        host.process = subprocess.Popen(["sh", "-c", f"exit {ended}"], stdin=subprocess.PIPE)
+        host.threads = []
+    with pytest.raises(SystemExit) as end:
+        runner.recv_from_all()
+    assert (end.value.code, runner.fleet.failures) == (status, failed)
+
+
 class TestDecisions:
     @pytest.fixture
     def run(self, monkeypatch, tmp_path):
@@ -105,6 +129,13 @@ class TestDecisions:
     @pytest.mark.parametrize("status", [0, USAGE_ERROR, INTERRUPTED])
     def test_ends_that_a_restart_cannot_help(self, run, status):
         assert not run.again(status)
+
+    def test_wrong_input_of_a_restart_is_a_failure(self, run):
+        """The flags were right before; what they name has changed, such as a disk that is not mounted."""
+        assert [run.again(status) for status in (RUN_FAILED, USAGE_ERROR, USAGE_ERROR)] == [True, True, False]
+
+    def test_a_full_disk_is_waited_for(self, run):
+        assert [run.again(NO_ROOM) for _ in range(10)] == [True] * 9 + [False]
 
     @pytest.mark.parametrize("status", [RUN_FAILED, HUNG, LOST, KILLED])
     def test_failures(self, run, status):
@@ -160,7 +191,7 @@ def test_a_killed_and_a_stopped_rank(sample_flags, sample_dataset, tmp_path):
     assert run.stdout.count("resumed: ") == 2
     assert "run_on_hosts.py: 127.0.0.1: was killed by SIGKILL" in run.stderr
     assert "no progress for 4 s: no answer from rank 1 on " in run.stderr
-    assert f"run_on_hosts.py: 127.0.0.1: ended with status {HUNG}" in run.stderr
+    assert f"run_on_hosts.py: 127.0.0.1: ended with status {HUNG}, after a rank there did not answer" in run.stderr
 
 
 def test_a_fault_of_the_program(tmp_path):
@@ -195,6 +226,8 @@ def test_a_host_without_its_launcher(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (["--max_restarts", -1], "--max_restarts: must be at least 0, not -1"),
+        (["--spare_hosts", -2], "--spare_hosts: must be at least 0, not -2"),
         (["--spare_hosts", 2], "--spare_hosts: takes effect only with --hostfile; give that too, or leave it out"),
         (
             ["--hostfile", "hosts.txt", "--spare_hosts", 2],

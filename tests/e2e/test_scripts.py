@@ -239,7 +239,8 @@ for ((rank = 0; rank < SLURM_NTASKS; rank++)); do SLURM_PROCID=$rank SLURM_LOCAL
 trap 'kill -USR1 "${pids[@]}"' USR1
 status=0
 for pid in "${pids[@]}"; do
-    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && one=0 || one=$?; done
+    one=138 # wait was interrupted by USR1
+    while ((one == 138)); do wait "$pid" && one=0 || one=$?; done
     ((one <= status)) || status=$one
 done
 exit "$status"
@@ -291,15 +292,18 @@ def test_slurm_job_is_requeued_after_failures_until_one_step_has_failed_three_ti
     logs = tmp_path / "logs"
     logs.mkdir()
 
-    def requeued(status: int, step: int) -> bool:
+    def requeued(status: int, step: int, restarts: int = 0) -> bool:
         (logs / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 7.0}}\n')
-        env = {**slurm, "LLAMA_PYTHON": str(program), "STATUS": str(status)}
+        env = {**slurm, "LLAMA_PYTHON": str(program), "STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
         with start_script(Path("slurm") / "pretrain.sbatch", "-t", logs, folder=tmp_path / "job", **env) as run:
             assert run.wait() == status, run.output()
-        assert ("giving up: " in run.stderr) == (status not in (0, 2, 75) and "requeued" not in run.stdout)
+        ended = status in (0, 75) or (status == 2 and not restarts)
+        assert ("giving up: " in run.stderr) == (not ended and "requeued" not in run.stdout)
         return "requeued" in run.stdout
 
     assert not requeued(0, 8)
     assert not requeued(2, 8)
     assert requeued(75, 8)
     assert [requeued(1, step) for step in (8, 8, 9, 9, 9)] == [True, True, True, True, False]
+    assert [requeued(74, 20) for _ in range(4)] == [True] * 4
+    assert [requeued(2, 30, restarts=1) for _ in range(3)] == [True, True, False]

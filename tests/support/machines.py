@@ -3,10 +3,12 @@
 Killing the process that holds a host's namespaces ends the host and every process on it.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,7 +36,7 @@ exec "$(command -v sshd)" -D -e -f /dev/null -o HostKey="$2/host_key" -o Authori
 """
 
 
-def _obstacle() -> str | None:
+def obstacle() -> str | None:
     """Return the reason why this machine cannot run such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
@@ -97,11 +99,16 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory) -> list[Machine]:
-    """Yield two hosts, node1 and node2, connected by a virtual cable."""
-    if reason := _obstacle():
+def machines(tmp_path_factory) -> Iterator[list[Machine]]:
+    if reason := obstacle():
         pytest.skip(reason)
-    root = tmp_path_factory.mktemp("hosts")
+    with two_machines(tmp_path_factory.mktemp("hosts")) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def two_machines(root: Path) -> Iterator[list[Machine]]:
+    """Yield two hosts, node1 and node2, connected by a virtual cable; their files are in `root`."""
     _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", root / "key")
     addresses = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(NAMES, start=1))
     users = Path("/etc/passwd").read_text().splitlines()

@@ -104,6 +104,17 @@ class TestSelectAttention:
         assert select_attention(config, flash_attention, sequence_parallel) == line
         assert config._attn_implementation == kernel
 
+    def test_deterministic(self, monkeypatch):
+        """The kernel of flash-attn's package does not know torch's deterministic mode."""
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        config = load_config("test")
+        line = select_attention(config, flash_attention=True, deterministic=True)
+        assert (line, config._attn_implementation) == (
+            "attention: torch's fused kernel (--deterministic)",
+            TORCH_FUSED,
+        )
+
     @pytest.mark.parametrize(
         ("gpu", "dtype", "flash_attention", "sequence_parallel", "kernel", "line"),
         [

@@ -93,6 +93,19 @@ def test_the_allocators_segments_grow_unless_the_user_configures_it(monkeypatch,
     os.environ.pop("PYTORCH_ALLOC_CONF", None)  # start_cuda may have set it
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "2000"), ({"TORCH_FR_BUFFER_SIZE": "7"}, "7"), ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, None)],
+)
+def test_the_flight_recorder_is_on_unless_the_user_configures_it(monkeypatch, given, found):
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        monkeypatch.setenv(name, given.get(name, ""))  # so that it is restored
+        if name not in given:
+            monkeypatch.delenv(name)
+    requirements.start_cuda()
+    assert os.environ.get("TORCH_FR_BUFFER_SIZE") == found
+
+
 class TestLaunch:
     def test_leaves_colossalai_unchanged_with_a_gpu(self, monkeypatch):
         installed, launched = [], []

@@ -34,9 +34,9 @@ RUNS = [  # together they apply every patch
     (2, "-p gemini --accumulation_steps 2 --exchange step", ""),
 ]
 OWN_FIELDS = {  # of our classes; gradients; marks that our code leaves on models, and options of a plugin
-    *("gradient", "gradient_norm", "reducer", "summed", "parts", "updated", "grad", "data"),
+    *("gradient", "gradient_norm", "reducer", "summed", "parts", "updated", "divisor", "grad", "data"),
     *("checkpoint_function", "checkpointed", "__class__", "name_or_path", "make_vocab_size_divisible_by"),
-    "recompile_limit",  # a setting of torch's, meant to be set
+    *("recompile_limit", "deterministic", "fill_uninitialized_memory"),  # settings of torch's, meant to be set
     *("rowwise", "weight8", "weight_scale", "stored"),  # of linear layers in float8
     *("_growth_step", "_hysteresis_step"),  # the state of a loss scaler, from a checkpoint
 }

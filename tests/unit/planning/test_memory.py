@@ -246,3 +246,17 @@ def test_offloaded_state_counts_as_host_memory():
     half = estimate(f"{flags} -p gemini --offload_optim_frac 0.5")
     assert half.host == pytest.approx(half.peak.optimizer)
     assert half.host == pytest.approx(6 * 6.738e9 / 4, rel=0.05)  # its smaller chunks have more unused room
+
+
+@pytest.mark.parametrize(("sequences", "sums"), [(2, 3), (16, 1)])
+def test_deterministic_attention(sequences, sums):
+    """32 heads of 2 sequences leave multiprocessors idle, so flash-attn has 3 sums [B, S, H, D]; of 16 it has one."""
+    flags = f"-c 7b -p zero2 -a -g -l 4096 -b {sequences}"
+    plain, deterministic = (
+        next(phase.total for phase in estimate(f"{flags}{more}").phases if phase.name == "the last layer's backward")
+        for more in ("", " --deterministic")
+    )
+    tokens = sequences * 4096
+    attention = tokens * 32 * 128 * (4 * 2 + 4 * sums)  # bytes: gradients of output, query, key and value, and the sums
+    ffn = tokens * 2 * (4096 + 2 * 11008)
+    assert deterministic - plain == pytest.approx(max(0, attention - ffn))

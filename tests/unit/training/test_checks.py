@@ -61,6 +61,11 @@ class TestChecks:
                 "--streaming --max_steps 9 --eval_fraction 0.1",
                 "--eval_fraction: a stream has no held-out documents; leave out this or --streaming",
             ),
+            (
+                "-p gemini_auto --deterministic",
+                "--deterministic: gemini_auto chooses during the run which states the GPU updates, and the host rounds "
+                "them differently; take another plugin, or leave the flag out",
+            ),
             ("-p zero2 --tp 2", "--tp: takes effect only with -p hybrid_parallel, not with -p zero2"),
         ],
     )
@@ -70,6 +75,19 @@ class TestChecks:
     @pytest.mark.parametrize("flags", ["-s 0", "-w 0 --gradient_clipping 0", "--no-compile", "-l 2"])
     def test_least_values_are_allowed(self, flags):
         assert problems_of(flags) == []
+
+    @pytest.mark.parametrize(
+        ("name", "value", "needed"),
+        [("CUBLAS_WORKSPACE_CONFIG", ":0:0", ":4096:8"), ("NCCL_NVLS_ENABLE", "1", "0")],
+    )
+    def test_variables_that_are_not_deterministic(self, monkeypatch, name, value, needed):
+        monkeypatch.setenv(name, value)
+        remedy = "unset the variable, or leave the flag out"
+        assert problems_of("--deterministic") == [f"--deterministic: needs {name}={needed}, not {value}; {remedy}"]
+        assert problems_of("") == []
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+        assert problems_of("--deterministic") == []
 
     def test_all_problems_at_once(self):
         flags = "-e 0 -b 0 --lr -1 -l 4096 -o /dev/null -t /dev/null/logs"

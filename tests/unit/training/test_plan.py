@@ -167,6 +167,7 @@ class TestResumeState:
     LATER = {  # noqa: RUF012  older checkpoints lack these
         "adam_betas": [0.9, 0.95],
         "adam_eps": 1e-8,
+        "deterministic": False,
         "skip_spikes": None,
         "min_lr_ratio": 0.1,
         "lr_schedule": "cosine",
