@@ -102,9 +102,9 @@ def test_lengths_that_differ_compile_twice_at_most(fusion, monkeypatch):
     compiled = []
     for number in range(30):
         ids = torch.zeros(2, 8 * (7 * number % 30 + 1), dtype=torch.int64)
-        summed_cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        summed_cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten(), compiled=True).backward()
         compiled.append(counters["stats"]["unique_graphs"])
-    assert 2 <= compiled[0] <= 4
+    assert 2 <= compiled[0] <= 5
     assert compiled[-1] <= 2 * compiled[0]
 
 
