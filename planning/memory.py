@@ -203,8 +203,8 @@ def layer_activations(
 ) -> float:
     """Return the bytes per token that one decoder layer keeps for the backward pass.
 
-    Tensors of hidden size: each RMSNorm's input in float32, its normalised and its scaled output. Tensors of attention's
-    size, which is mostly the same: query, key and value, the latter two repeated to the number of heads; the
+    Tensors of hidden size: each RMSNorm's input in float32, its normalised and its scaled output. Tensors of
+    `attention_size`, mostly the same: query, key and value, the latter two repeated to the number of heads; the
     attention's output twice, for the kernel and for the projection. Tensors of FFN size: gate, its activation, up, and
     their product. Together they take 26 h + 8 f in half precision.
     Compiled pieces keep a norm's input in working precision and no activation: 22 h + 6 f. A compiled layer keeps no

@@ -42,8 +42,8 @@ PUBLISHED = {
 }
 
 
-# Meta's params.json (github.com/meta-llama/llama-models, models/sku_list.py): dim, n_layers, n_heads, ffn_dim_multiplier,
-# multiple_of, and the factor of use_scaled_rope, which is 32 in the config.json of Llama 3.2 (meta-llama/Llama-3.2-1B).
+# Meta's params.json (also in github.com/meta-llama/llama-models): dim, n_layers, n_heads, ffn_dim_multiplier,
+# multiple_of; and the factor of the scaled frequencies in the config.json of meta-llama/Llama-3.2-1B and 3B.
 META = {
     "llama3-8b": (4096, 32, 32, 1.3, 1024, None),
     "llama3-70b": (8192, 80, 64, 1.3, 4096, None),
