@@ -281,7 +281,9 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     backward_weights = weights + state.gathered_layers
     optimizer = state.optimizer
     all_gradients = state.gradients
-    at_end = all_gradients + state.reducing
+    # A tied weight's gradients by both its uses wait for each other, and their sum is a third tensor.
+    uses = 2 * width * hidden * vocabulary / layout.tp if config.tie_word_embeddings else 0
+    at_end = all_gradients + state.reducing + uses
     accumulated = state.gradients if job.accumulates else 0
     first = max(accumulated, min(head_gradient, state.gradients)) + min(head_gradient, state.reducing)
     phases = [
@@ -291,7 +293,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
         Phase("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
     ]
     if state.exchange:
-        phases.append(Phase("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
+        exchanged = all_gradients + state.exchange + uses
+        phases.append(Phase("the exchange of gradients", state.weights, exchanged, optimizer))
     phases.append(Phase("the optimizer step", state.weights, all_gradients + state.step, optimizer))
     return MemoryEstimate(tuple(phases), state.host)
 

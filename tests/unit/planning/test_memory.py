@@ -124,15 +124,23 @@ def test_estimate_matches_the_tensors_of_real_steps(ranks, flags):
 
 
 @pytest.mark.slow
-def test_estimate_matches_with_a_large_vocabulary_tied_embeddings_and_wide_heads(tmp_path):
-    """There are more logits than the eager loss computes at a time, and four times as many as of anything else."""
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "-p zero2 -b 8"),  # more logits than the eager loss computes at a time
+        (1, "-p zero2 -b 1"),
+        (2, "-p zero2 -b 1"),
+        (2, "-p 3d --tp 2 -b 1"),
+    ],
+)
+def test_estimate_matches_with_a_large_vocabulary_tied_embeddings_and_wide_heads(tmp_path, ranks, flags):
     config = load_config("tiny")
     config.vocab_size, config.head_dim, config.tie_word_embeddings = 32768, 96, True
     config.save_pretrained(tmp_path)
-    flags = f"--no-compile -c {tmp_path} -b 8 -l 128 -p zero2 -a --mixed_precision bf16"
-    ((passes, _),) = run_ranks(1, measured_peaks, flags)
-    predicted = estimate(f"{flags} --dry_run --gpus 1")
-    assert max(phase.total for phase in predicted.phases[:-1]) == pytest.approx(passes, rel=0.03)
+    flags = f"--no-compile -c {tmp_path} -l 128 -a {flags}"
+    fullest = max(passes for passes, _ in run_ranks(ranks, measured_peaks, flags))
+    predicted = estimate(f"{flags} --dry_run --gpus {ranks}")
+    assert max(phase.total for phase in predicted.phases[:-1]) == pytest.approx(fullest, rel=0.03)
 
 
 @pytest.mark.slow
