@@ -36,8 +36,9 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
     logits, targets = compilation.plain(logits).flatten(0, 1), targets.flatten()
-    split = shard_config is not None and shard_config.enable_tensor_parallelism
-    group = shard_config.tensor_parallel_process_group if split else None
+    group = None
+    if shard_config is not None and shard_config.enable_tensor_parallelism:
+        group = shard_config.tensor_parallel_process_group
     return summed_cross_entropy(logits, targets, group, compiled=engine.fusion is not compilation.Fusion.NONE)
 
 

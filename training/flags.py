@@ -234,6 +234,38 @@ def _fraction(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a number from 0 to 1") from error
 
 
+class DataSets(argparse.Action):
+    """Store one data set's name or path as it is, or several with NAME=WEIGHT as a dict of weights by name or path."""
+
+    def __call__(self, parser: object, namespace: Any, values: Any, option_string: object = None) -> None:
+        if len(values) == 1:
+            namespace.dataset = values[0]
+            return
+        weights: dict[str, float] = {}
+        for text in values:
+            name, _, weight = text.rpartition("=")
+            try:
+                share = float(weight)
+            except ValueError:
+                share = math.nan
+            if not name or not 0 < share < math.inf:
+                raise argparse.ArgumentError(self, f"{text!r} is not NAME=WEIGHT with a weight above 0, as web=0.7")
+            if name in weights:
+                raise argparse.ArgumentError(self, f"{name} is named twice; give it one weight")
+            weights[name] = share
+        if not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-6):
+            raise argparse.ArgumentError(self, f"the weights add up to {total:g}; they must add up to 1")
+        names = [short_name(name) for name in weights]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise argparse.ArgumentError(self, f"two data sets are called {twice}; rename one, or link to it")
+        namespace.dataset = weights
+
+
+def short_name(dataset: str) -> str:
+    """Return the name of a data set in a mixture: the last part of its path or hub name, without suffixes."""
+    return Path(dataset).name.partition(".")[0] or dataset
+
+
 class Given(argparse.Action):
     """Store the value, and add the flag to `given`: it is on the command line."""
 

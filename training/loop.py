@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,13 @@ def train(
     plan: Plan,
     state: TrainState,
     loader: DataLoader[Any],
-    held_out: DataLoader[Any] | None,
+    held_out: Mapping[str, DataLoader[Any]],
     writer: CheckpointWriter,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
     Args:
-        held_out: data to evaluate on, from `evaluation_loader`.
+        held_out: data to evaluate on by name, from `evaluation_loader`.
         writer: its `latest` is the checkpoint that the run resumes from, if any.
 
     Returns:
@@ -100,7 +101,7 @@ def train(
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
-            if held_out is not None and due and engine.may_evaluate:
+            if held_out and due and engine.may_evaluate:
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
@@ -212,7 +213,11 @@ def _update(
 
 
 def _evaluate(
-    engine: Engine, held_out: DataLoader[Any], state: TrainState, row: dict[str, Any], stop: StopRequest | None
+    engine: Engine,
+    held_out: Mapping[str, DataLoader[Any]],
+    state: TrainState,
+    row: dict[str, Any],
+    stop: StopRequest | None,
 ) -> bool:
     """Evaluate, and add the loss on held-out data to the step's row.
 
@@ -238,7 +243,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def _catch_up(
-    engine: Engine, run: Run, state: TrainState, held_out: DataLoader[Any] | None, metrics: Metrics, stop: StopRequest
+    engine: Engine,
+    run: Run,
+    state: TrainState,
+    held_out: Mapping[str, DataLoader[Any]],
+    metrics: Metrics,
+    stop: StopRequest,
 ) -> bool:
     """Run the evaluation that a signal interrupted in the run before; return False if one interrupts it again."""
     assert state.unevaluated is not None

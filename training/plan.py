@@ -25,7 +25,7 @@ from checkpointing.folder import (
     read_running_states,
 )
 from checkpointing.writer import Retention
-from data_utils import TrainingData
+from data_utils import MixtureDataset, TrainingData
 from engine import float8
 from engine.job import Job
 from engine.layout import Layout, describe_layout
@@ -172,6 +172,7 @@ class TrainState:
     left_out: dict[str, Range] = field(default_factory=dict)  # ranges of the global order, by steps (--skip_data)
     started: float = 0.0  # seconds since 1970 at the run's first start; 0 in older checkpoints
     spent: dict[str, float] = field(default_factory=dict)  # seconds, by purpose; see `training.goodput`
+    mixture: dict[str, Any] | None = None  # of several data sets; see `MixtureDataset.settle`
 
     @property
     def adam_steps(self) -> int:
@@ -345,15 +346,18 @@ def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None
     """Reset the position in the data if --allow_changes permits an order that differs from the checkpoint's."""
     order = {"data": dataset.fingerprint, "seed": run.job.seed, "max_length": run.job.batch.max_length}
     order["slice_weights"] = getattr(dataset, "slice_weights", None)
+    order["mixture"] = getattr(dataset, "weights", None)
     changed = [name for name, value in order.items() if state.settings.get(name) != value]
     if not (state.settings and run.outputs.allow_changes and changed):
         return
+    if state.mixture and order["mixture"] and set(changed) <= {"data", "mixture"}:
+        return  # each data set that is the same continues where it stopped
     stream = changed == ["data"] and state.stream and hasattr(dataset, "continues")
     if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
         say("--load: the content of the stream's files has changed; it continues at the row where it stopped")
     else:
         say("--load: the order of the data has changed, so they are read from the beginning")
-        state.sequences, state.stream, state.left_out = 0, None, {}
+        state.sequences, state.stream, state.left_out, state.mixture = 0, None, {}, None
 
 
 def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
@@ -364,6 +368,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             longer than the run, or settings differ from the checkpoint's.
     """
     _settle_position(run, dataset, state)
+    state.mixture = dataset.settle(state.mixture, state.sequences) if isinstance(dataset, MixtureDataset) else None
     length, layout = run.length, run.job.layout
     global_batch = run.job.batch.sequences * layout.dp
     total_sequences = length.num_epochs * len(dataset)
@@ -415,6 +420,8 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         for name, value in settings.items()
         if before and before.get(name) != value
     }
+    if "mixture" in changes:
+        changes.pop("data", None)  # whose change the mixture tells too
     if before and changes.keys() <= asdict(curve).keys():
         earlier = Curve(**{name: before[name] for name in asdict(curve)})
         if curve.agrees(earlier, state.step):
@@ -451,6 +458,7 @@ def _setting(name: str) -> str:
     names = {
         "schedule_steps": "the length of the run and its learning-rate schedule",
         "data": "the data",
+        "mixture": "the mixture of --dataset",
         "base_weights": "the sampled fingerprint of --model_path's weights",
     }
     return names.get(name, f"--{name}")
@@ -503,6 +511,8 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")
+    if isinstance(dataset, MixtureDataset):
+        say(f"epochs at the end of the run: {dataset.epochs(plan.sequences_at(plan.total_steps))}")
     rest = sequences_between(plan.sequences_at(plan.total_steps), plan.total_sequences, plan.left_out)
     if 0 < rest < plan.global_batch:
         say(f"left out: the last {rest:,} of {plan.total_sequences:,} sequences, too few for one more step")

@@ -1,13 +1,13 @@
 """A run of pretrain.py or finetune.py, from its plan to its final model."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from checkpointing.pretrained import Pretrained, load_pretrained
 from checkpointing.reader import load_checkpoint, refuse_damaged
 from checkpointing.writer import CheckpointWriter
-from data_utils import TrainingData
+from data_utils import MixtureDataset, TrainingData
 from engine.boost import Engine, boost
 from engine.launch import launch, shut_down
 from engine.shards import initialize_weights
@@ -27,7 +27,7 @@ def execute(
     plan: Plan,
     state: TrainState,
     checkpoint: Path | None,
-    data: tuple[TrainingData, MapDataset | None],
+    data: tuple[TrainingData, Mapping[str, MapDataset]],
     pretrained: Pretrained | None,
     export: Callable[[Path, Path], None],
 ) -> int:
@@ -35,7 +35,7 @@ def execute(
 
     Args:
         checkpoint: the checkpoint to resume from, if any.
-        data: the training data, and the held-out data if any.
+        data: the training data, and the held-out data by name: "" if there are no others.
         pretrained: the initial weights, or those under the adapters; None: random ones.
         export: exports a checkpoint to a folder; called on rank 0.
     """
@@ -56,8 +56,10 @@ def execute(
     if checkpoint:
         say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
     loader = build_dataloader(engine, dataset, run, state, plan)
-    evaluation = evaluation_loader(engine, held_out) if held_out else None
+    evaluation = {name: evaluation_loader(engine, part) for name, part in held_out.items()}
     last, interrupted = train(engine, run, plan, state, loader, evaluation, writer)
+    if isinstance(dataset, MixtureDataset):
+        say(f"epochs: {dataset.epochs(state.sequences)}")
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
     return status
