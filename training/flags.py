@@ -205,12 +205,15 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
+    outputs = take(Outputs, args)
+    if args.run_name:
+        outputs = replace(outputs, tensorboard_dir=outputs.tensorboard_dir / args.run_name)
     length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
     return Run(
         model,
         job,
         length,
-        take(Outputs, args),
+        outputs,
         take(Retention, args),
         take(Schedule, args),
         take(SpikeRule, args),
@@ -321,6 +324,12 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(output, "--keep_every", int, "also keep those at multiples of this step (default: none)")
     text = "folder of TensorBoard logs and metrics.jsonl"
     add_flag(output, "-t --tensorboard_dir", "tb_logs", text, type=user_path)
+    text = (
+        "name in TensorBoard and W&B: the logs are in a folder of this name in --tensorboard_dir, which several runs "
+    )
+    add_flag(output, "--run_name", str, f"{text}may then share (default: none)", metavar="NAME")
+    text = "also log to this project of Weights & Biases; needs the package wandb (default: none)"
+    add_flag(output, "--wandb", str, text, metavar="PROJECT")
     add_flag(output, "--log_interval", 10, "optimizer steps between terminal lines")
     text = "seconds without progress after which the run ends and names the ranks that hang; 0: never "
     add_flag(output, "--hang_timeout", int, f"{text}(default: 300, or 3 times the longest phase of a step)")

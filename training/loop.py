@@ -136,6 +136,8 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
     }
     settled = run.settings(plan.curve) | asdict(run.job.compute) | asdict(run.job.exchange)
     metrics.describe(state.step, run.flags | settled, texts)
+    if outputs.wandb:
+        metrics.open_wandb(outputs.wandb, outputs.run_name or save_dir.name, run.flags | settled)
     return metrics
 
 

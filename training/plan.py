@@ -32,10 +32,11 @@ from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
-from runtime.files import LOCK, claim_folder
+from runtime.files import LOCK, claim_folder, is_plain_name
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
+from training.wandb_run import wandb_problems
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
 WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
@@ -62,6 +63,8 @@ class Outputs:
 
     save_dir: Path = Path("checkpoint")
     tensorboard_dir: Path = Path("tb_logs")
+    run_name: str | None = None  # a folder of its own in --tensorboard_dir, which `tensorboard_dir` already includes
+    wandb: str | None = None  # project
     log_interval: int = 10  # steps
     eval_interval: int = 1000  # steps
     load: str | None = None  # a checkpoint, or `latest`
@@ -72,7 +75,9 @@ class Outputs:
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
-        problems += below(0, hang_timeout=self.hang_timeout)
+        problems += below(0, hang_timeout=self.hang_timeout) + wandb_problems(self.wandb)
+        if self.run_name is not None and not is_plain_name(self.run_name):
+            problems.append(f"--run_name: {self.run_name!r} is not a name for a folder; give one without slashes")
         for name in ("allow_changes", "skip_data"):
             if getattr(self, name) and not self.load:
                 problems.append(f"--{name}: takes effect only with --load; give that too, or leave it out")
