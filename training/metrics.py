@@ -92,7 +92,7 @@ class Metrics:
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
-        self.owner = {**log_owner(save_dir, folder), "started": started}
+        self.started, self.owner = started, {**log_owner(save_dir, folder), "started": started}
         self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
@@ -154,7 +154,7 @@ class Metrics:
         """Also log to this project of W&B, in a run of this name."""
         if self.main:
             plain = {name: value if isinstance(value, int | float) else str(value) for name, value in settings.items()}
-            self.wandb = WandbRun(project, name, self.folder, self.owner["started"], plain)
+            self.wandb = WandbRun(project, name, self.folder, self.started, plain)
 
     def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
         """Write the run's settings to TensorBoard, as hyperparameters and as a table, and further texts.
