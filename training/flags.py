@@ -199,6 +199,7 @@ def job_of(args: argparse.Namespace, config: LlamaConfig) -> Job:
 def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None) -> "Run":
     """Return the run that the flags of pretrain.py or finetune.py describe."""
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
+    from training.inspection import Inspection
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
     from training.spikes import SpikeRule
@@ -217,6 +218,7 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
         take(Retention, args),
         take(Schedule, args),
         take(SpikeRule, args),
+        take(Inspection, args),
         lora,
         args.num_workers,
         settings(args),
@@ -330,6 +332,11 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(output, "--run_name", str, f"{text}may then share (default: none)", metavar="NAME")
     text = "also log to this project of Weights & Biases; needs the package wandb (default: none)"
     add_flag(output, "--wandb", str, text, metavar="PROJECT")
+    text = "trace these optimizer steps with torch's profiler, into the folder of logs (default: none)"
+    add_flag(output, "--profile_steps", _steps, text, metavar="FROM-TO")
+    add_flag(output, "--profile_ranks", int, "ranks to trace (default: 0)", nargs="+", metavar="RANK")
+    text = "write a snapshot of the GPU's memory in this optimizer step, and when memory runs out (default: none)"
+    add_flag(output, "--memory_snapshot", int, text, metavar="STEP")
     add_flag(output, "--log_interval", 10, "optimizer steps between terminal lines")
     text = "seconds without progress after which the run ends and names the ranks that hang; 0: never "
     add_flag(output, "--hang_timeout", int, f"{text}(default: 300, or 3 times the longest phase of a step)")

@@ -30,6 +30,7 @@ from runtime.watchdog import REDUCE, Watchdog, mark
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
+from training.inspection import Inspector
 from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
@@ -47,6 +48,7 @@ def train(
     loader: DataLoader[Any],
     held_out: Mapping[str, DataLoader[Any]],
     writer: CheckpointWriter,
+    inspector: Inspector,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
@@ -78,6 +80,7 @@ def train(
         while state.step < plan.total_steps:
             watchdog.begin(state.step + 1)
             times.begin(state.step + 1)
+            inspector.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
                 unsaved = state.step > first_step and not run.retention.is_due(state.step)
@@ -105,7 +108,7 @@ def train(
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
-            metrics.note([*times.reports, *writer.take_reports()])
+            metrics.note([*times.reports, *inspector.end(state.step), *writer.take_reports()])
             if run.retention.is_due(state.step) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())

@@ -33,6 +33,7 @@ from model_utils import count_parameters
 from runtime.collectives import gather
 from runtime.console import InputError, below, rank, say
 from runtime.files import LOCK, claim_folder, is_plain_name
+from training.inspection import Inspection
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
@@ -95,6 +96,7 @@ class Run:
     retention: Retention = field(default_factory=Retention)
     schedule: Schedule = field(default_factory=Schedule)
     spikes: SpikeRule = field(default_factory=SpikeRule)
+    inspection: Inspection = field(default_factory=Inspection)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -144,6 +146,7 @@ class Run:
             self.length.problems()
             + self.schedule.problems()
             + self.spikes.problems()
+            + self.inspection.problems()
             + self.outputs.problems()
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
@@ -398,6 +401,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             f"--warmup_steps: the default of {length.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
+    run.inspection.check_end(total_steps)
     curve = run.curve(total_steps, state.settings)
     if curve.decay_steps is not None and curve.decay_start < curve.warmup_steps:
         raise InputError(

@@ -16,6 +16,7 @@ from runtime.console import say
 from runtime.process import INTERRUPTED
 from training.batches import build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
+from training.inspection import Inspector
 from training.loop import train
 from training.plan import Plan, Run, TrainState, check_agreement, claim_folders
 
@@ -48,16 +49,17 @@ def execute(
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
         refuse_damaged(checkpoint)
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
-    engine = boost(run.job)
-    writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
-    if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
-        writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
-    set_weights(engine, checkpoint, pretrained)
-    if checkpoint:
-        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-    loader = build_dataloader(engine, dataset, run, state, plan)
-    evaluation = {name: evaluation_loader(engine, part) for name, part in held_out.items()}
-    last, interrupted = train(engine, run, plan, state, loader, evaluation, writer)
+    with Inspector(run.inspection, outputs.tensorboard_dir) as inspector:
+        engine = boost(run.job)
+        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
+        if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
+            writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
+        set_weights(engine, checkpoint, pretrained)
+        if checkpoint:
+            say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
+        loader = build_dataloader(engine, dataset, run, state, plan)
+        evaluation = {name: evaluation_loader(engine, part) for name, part in held_out.items()}
+        last, interrupted = train(engine, run, plan, state, loader, evaluation, writer, inspector)
     if isinstance(dataset, MixtureDataset):
         say(f"epochs: {dataset.epochs(state.sequences)}")
     status = _conclude(outputs.save_dir, last, export, interrupted)
