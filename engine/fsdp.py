@@ -160,7 +160,7 @@ class FSDPPlugin(TorchFSDPPlugin):
                 spec = ParameterSpec(name, parameter.shape)
                 parameter.copy_(initial_weight(spec, model.config, self.seed, device))
             if tied and module is model.get_input_embeddings():
-                model.get_output_embeddings().weight = module.weight
+                model.tie_weights()
 
         self.fsdp_kwargs["param_init_fn"] = materialize
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))
