@@ -23,7 +23,16 @@ from torch.utils.data import Dataset, default_collate
 
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT, MANIFEST_NAME, TRAIN, list_skipped, read_manifest
-from corpus.order import GlobalOrder, LengthGroupedOrder, MixedOrder, Order, Permutation, splitmix64
+from corpus.order import (
+    GlobalOrder,
+    InterleavedOrder,
+    Interleaving,
+    LengthGroupedOrder,
+    MixedOrder,
+    Order,
+    Permutation,
+    splitmix64,
+)
 from corpus.sources import Source
 from corpus.stream import TokenStream
 from model_utils import IGNORE_INDEX
@@ -31,7 +40,7 @@ from runtime.console import InputError, RunError, size_text
 
 
 class TrainingData(Protocol):
-    """Interface of the data sets that a run trains on: PackedDataset, StreamedDataset and InstructionDataset."""
+    """Interface of the data sets that a run trains on: text, mixtures of it, streams and examples."""
 
     @property
     def fingerprint(self) -> str:
@@ -219,6 +228,86 @@ class PackedDataset(TextDataset):
         shards = [shard["sha256"] for shard in self.manifest["shards"] if shard.get("split", TRAIN) == TRAIN]
         content = [self.manifest["dtype"], self.manifest["tokenizer_fingerprint"], shards]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class MixtureDataset(Dataset):
+    """Several PackedDatasets, of which the order draws evenly by weight; each keeps a position of its own.
+
+    Attributes:
+        state: what a checkpoint keeps of the mixture, from `settle`.
+    """
+
+    collate: Callable | None = None  # torch's default
+
+    def __init__(self, parts: dict[str, PackedDataset], weights: dict[str, float]):
+        """
+        Args:
+            parts: by name, all of one sequence length.
+            weights: by the same names.
+        """
+        self.parts, self.weights = {name: parts[name] for name in sorted(parts)}, weights
+        self._firsts = list(itertools.accumulate(map(len, self.parts.values()), initial=0))
+        self.state = self.settle(None, 0)
+
+    def settle(self, saved: dict | None, position: int) -> dict:
+        """Set and return the state: where this mixture began, and how often each data set was drawn from before.
+
+        Args:
+            saved: the state in the checkpoint at `position`. If its mixture was another, this one begins there, and
+                each data set continues where it was, if its content is the same.
+        """
+        fingerprints = {name: part.fingerprint for name, part in self.parts.items()}
+        own = {"weights": self.weights, "fingerprints": fingerprints}
+        if saved is None or {name: saved[name] for name in own} != own:
+            draws = _interleaving(saved).draws(position) if saved else {}
+            kept = saved["fingerprints"] if saved else {}
+            before = {name: draws.get(name, 0) for name in self.parts if kept.get(name) == fingerprints[name]}
+            saved = own | {"start": position, "before": before}
+        self.state = saved
+        return saved
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = bisect_right(self._firsts, index) - 1
+        return list(self.parts.values())[number][index - self._firsts[number]]
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which a run with this seed reads the sequences."""
+        ranges = map(range, self._firsts, self._firsts[1:])
+        return InterleavedOrder(dict(zip(self.parts, ranges, strict=True)), _interleaving(self.state), seed)
+
+    def fix_order(self, saved: dict, global_batch: int) -> dict:
+        """Return the settings, beside data, seed and length, that the order depends on."""
+        (masked,) = {part.document_ends is not None for part in self.parts.values()}
+        return {"mixture": self.weights, "document_mask": masked}
+
+    @property
+    def mean_length(self) -> float:
+        """Number of tokens in a sequence."""
+        return next(iter(self.parts.values())).max_length
+
+    def epochs(self, position: int) -> str:
+        """Return how many epochs of each data set are read before a position, for people."""
+        draws = _interleaving(self.state).draws(position)
+        return ", ".join(f"{name} {draws[name] / len(part):.2f}" for name, part in self.parts.items())
+
+    @property
+    def description(self) -> str:
+        """One line for each data set and one for all."""
+        parts = [f"{name}: {self.weights[name]:.2%} of {part.description}" for name, part in self.parts.items()]
+        return "\n".join([f"a mixture of {len(self.parts)}, {len(self):,} sequences in all", *parts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 that changes with the tokens of any data set and with their names, not with the weights."""
+        content = [(name, part.fingerprint) for name, part in self.parts.items()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _interleaving(state: dict) -> Interleaving:
+    return Interleaving(state["weights"], state["start"], state["before"])
 
 
 def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[str, torch.Tensor]:

@@ -218,7 +218,7 @@ def main() -> int:
         export = partial(
             export_merged, tokenizer=tokenizer, config=run.job.config, weights=pretrained, json_files=json_files
         )
-    return execute(run, plan, state, checkpoint, (dataset, held_out), pretrained, export)
+    return execute(run, plan, state, checkpoint, (dataset, {"": held_out} if held_out else {}), pretrained, export)
 
 
 if __name__ == "__main__":

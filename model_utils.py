@@ -242,23 +242,49 @@ def mixed_length_problem(config: LlamaConfig, max_length: int) -> str | None:
     )
 
 
-# One line a model: layers, hidden size, FFN size, heads, KV heads, context, vocabulary, RMSNorm epsilon.
+# One line a model: layers, hidden size, FFN size, heads, KV heads, context, vocabulary, RMSNorm epsilon, other fields.
 # Sizes: Touvron et al. 2023, "LLaMA" (arXiv:2302.13971) table 2 and "Llama 2" (arXiv:2307.09288) table 1;
-# epsilon: 1e-6 in LLaMA-1's params.json, 1e-5 in LLaMA-2's.
-_SIZES = {
+# epsilon: 1e-6 in LLaMA-1's params.json, 1e-5 in LLaMA-2's. Llama 3: "The Llama 3 Herd of Models" (arXiv:2407.21783)
+# table 3, and the config.json of meta-llama/Meta-Llama-3-8B, Meta-Llama-3-70B, Llama-3.2-1B and Llama-3.2-3B.
+_LLAMA_3 = {"rope_theta": 500000.0}
+_LLAMA_3_2 = {
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_SIZES: dict[str, tuple] = {
     "7b": (32, 4096, 11008, 32, 32, 4096, 32000, 1e-5),
     "13b": (40, 5120, 13824, 40, 40, 4096, 32000, 1e-5),
     "30b": (60, 6656, 17920, 52, 52, 2048, 32000, 1e-6),
     "65b": (80, 8192, 22016, 64, 64, 2048, 32000, 1e-6),
     "70b": (80, 8192, 28672, 64, 8, 4096, 32000, 1e-5),
+    "llama3-8b": (32, 4096, 14336, 32, 8, 8192, 128256, 1e-5, _LLAMA_3),
+    "llama3-70b": (80, 8192, 28672, 64, 8, 8192, 128256, 1e-5, _LLAMA_3),
+    "llama3.2-1b": (16, 2048, 8192, 32, 8, 131072, 128256, 1e-5, _LLAMA_3_2),
+    "llama3.2-3b": (28, 3072, 8192, 24, 8, 131072, 128256, 1e-5, _LLAMA_3_2),
     "tiny": (4, 256, 688, 4, 4, 1024, 4096, 1e-5),  # for laptops
     "test": (4, 64, 176, 4, 2, 128, 1024, 1e-5),  # for tests
 }
 
 
 def _config(
-    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, context: int, vocab: int, epsilon: float
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv_heads: int,
+    context: int,
+    vocab: int,
+    epsilon: float,
+    others: dict[str, Any] | None = None,
 ) -> LlamaConfig:
+    fields = {"rope_theta": 10000.0, "tie_word_embeddings": False, **(others or {})}
     return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -267,11 +293,10 @@ def _config(
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
         vocab_size=vocab,
-        rope_theta=10000.0,
         rms_norm_eps=epsilon,
         initializer_range=0.02,
-        tie_word_embeddings=False,
         use_cache=False,
+        **fields,
     )
 
 
@@ -383,13 +408,20 @@ def count_parameters(config: LlamaConfig, input_embedding: bool = True) -> int:
     return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.name != skipped)
 
 
+def attention_size(config: LlamaConfig) -> int:
+    """Return the size of the query and of attention's output, all heads together: mostly the hidden size."""
+    return config.num_attention_heads * config.head_dim
+
+
 def model_flops_per_token(config: LlamaConfig, seq_length: int, adapted: bool = False) -> int:
-    """Return the FLOPs of a token, forward and backward: 6 N + 12 L H S, N without the input embedding.
+    """Return the FLOPs of a token, forward and backward: 6 N + 12 L H S.
+
+    N counts the parameters without the input embedding, H is the `attention_size`.
 
     With adapters it is 4 N, since the weights are frozen. As in PaLM (arXiv:2204.02311, appendix B) and torchtitan,
     attention counts in full, not halved for causality, and recomputation does not count.
     """
-    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_length
+    attention = 12 * config.num_hidden_layers * attention_size(config) * seq_length
     return (4 if adapted else 6) * count_parameters(config, input_embedding=False) + attention
 
 

@@ -31,7 +31,7 @@ from corpus.manifest import HELD_OUT
 from corpus.prepare import is_prepared, prepare_dataset
 from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
 from corpus.tokenizer import check_vocabulary, load_tokenizer
-from data_utils import PackedDataset, StreamedDataset
+from data_utils import MixtureDataset, PackedDataset, StreamedDataset
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import DryRun
@@ -39,9 +39,10 @@ from planning.memory import settle
 from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
-from training.checks import check_job, run_problems
+from training.checks import check_job, outputs_among_data, run_problems
 from training.flags import (
     ArgumentParser,
+    DataSets,
     Given,
     add_evaluation_args,
     add_loading_args,
@@ -54,6 +55,7 @@ from training.flags import (
     parse_slice_weights,
     refuse_interval,
     run_of,
+    short_name,
     take,
     user_name,
     user_path,
@@ -78,8 +80,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset",
         type=user_name,
         default=REDPAJAMA_SAMPLE,
+        nargs="+",
+        action=DataSets,
+        metavar="NAME[=WEIGHT]",
         help="hub name, or file or folder of JSONL (.gz, .zst), Parquet, or saved by `datasets`, with a column `text`, "
-        f"or a folder prepared by scripts/prepare_dataset.py (default: {REDPAJAMA_SAMPLE})",
+        "or a folder prepared by scripts/prepare_dataset.py; or several with weights that add up to 1, such as "
+        f"web=0.7 code=0.3 (default: {REDPAJAMA_SAMPLE})",
     )
     add_source_args(model)
     add_tokenizer_arg(model)
@@ -119,7 +125,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 class Data:
     """The text to train on, and the way it becomes sequences; the fields are the flags of their names."""
 
-    dataset: str
+    dataset: str | dict[str, float]  # several: their weights
     dataset_revision: str | None
     dataset_slices: Sequence[str]
     cache_dir: Path
@@ -131,37 +137,67 @@ class Data:
     given: frozenset[str]  # those with `action=Given` that are on the command line
 
 
+def open_mixture(
+    data: Data, tokenizer: PreTrainedTokenizerBase, job: Job
+) -> tuple[MixtureDataset, dict[str, PackedDataset]]:
+    """Return several data sets as one, and the held-out data of those that have some, by name."""
+    assert isinstance(data.dataset, dict)
+    parts, held_out, weights = {}, {}, {}
+    for dataset, weight in data.dataset.items():
+        own, its_held_out = open_data(replace(data, dataset=dataset, given=frozenset()), tokenizer, job)
+        assert isinstance(own, PackedDataset)
+        name = short_name(dataset)
+        parts[name], weights[name] = own, weight
+        if its_held_out:
+            held_out[name] = its_held_out[""]
+    if not held_out:
+        refuse_interval(data.given, "give --eval_fraction")
+    return MixtureDataset(parts, weights), held_out
+
+
 def open_data(
     data: Data, tokenizer: PreTrainedTokenizerBase, job: Job
-) -> tuple[PackedDataset | StreamedDataset, PackedDataset | None]:
-    """Return the training data, and the held-out data or None."""
+) -> tuple[PackedDataset | MixtureDataset | StreamedDataset, dict[str, PackedDataset]]:
+    """Return the training data, and the held-out data by name: "" for those of one data set, if it has some."""
+    if isinstance(data.dataset, dict):
+        return open_mixture(data, tokenizer, job)
+    name = data.dataset
     max_length = job.batch.max_length
     document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if data.document_mask else None
     weights = data.slice_weights
     choice: dict[str, Any] = {"revision": data.dataset_revision, "slices": data.dataset_slices}
     if data.streaming:
-        if is_prepared(Path(data.dataset)):
-            raise InputError(f"--streaming: {data.dataset} is already prepared; leave the flag out")
-        source = Source.from_json(once_per_node(lambda: resolve_source(data.dataset, **choice).to_json()))
+        if is_prepared(Path(name)):
+            raise InputError(f"--streaming: {name} is already prepared; leave the flag out")
+        source = Source.from_json(once_per_node(lambda: resolve_source(name, **choice).to_json()))
         if source.remark:
             say(source.remark)
         encoder = TextEncoder(tokenizer)
         stream = StreamedDataset(source, encoder, max_length, job.seed, data.shuffle_buffer, document_ends, weights)
         once_per_node(stream.check)
-        return stream, None
-    if not data.eval_fraction and not is_prepared(Path(data.dataset)):
+        return stream, {}
+    if not data.eval_fraction and not is_prepared(Path(name)):
         refuse_interval(data.given, "give --eval_fraction")
-    folder = prepare_dataset(data.dataset, tokenizer, data.cache_dir, eval_fraction=data.eval_fraction, **choice)
+    folder = prepare_dataset(name, tokenizer, data.cache_dir, eval_fraction=data.eval_fraction, **choice)
     dataset = PackedDataset(folder, max_length, document_ends, slice_weights=weights)
     if not dataset.manifest.get("eval_fraction"):
         refuse_interval(data.given, "prepare them with --eval_fraction")
-        return dataset, None
-    return dataset, PackedDataset(folder, max_length, document_ends, split=HELD_OUT)
+        return dataset, {}
+    return dataset, {"": PackedDataset(folder, max_length, document_ends, split=HELD_OUT)}
 
 
 def check(args: argparse.Namespace, run: Run) -> None:
     """Check every flag before data or a GPU is touched. Raises InputError with one line per problem."""
-    problems = run_problems(run, Path(args.dataset), args.cache_dir) + below(1, shuffle_buffer=args.shuffle_buffer)
+    several = isinstance(args.dataset, dict)
+    first, *others = map(Path, args.dataset if several else [args.dataset])
+    problems = run_problems(run, first, args.cache_dir) + below(1, shuffle_buffer=args.shuffle_buffer)
+    problems += [problem for other in others for problem in outputs_among_data(run.outputs, other.resolve())]
+    flags = ("streaming", "slice_weights", "dataset_slices", "dataset_revision") if several else ()
+    problems += [
+        f"--{name}: takes one --dataset, not {len(args.dataset)}; leave it out, or prepare them with it beforehand"
+        for name in flags
+        if getattr(args, name)
+    ]
     if args.eval_fraction is not None and not 0 <= args.eval_fraction < 1:
         problems.append(f"--eval_fraction: must be at least 0 and below 1, not {args.eval_fraction}")
     if args.streaming:
@@ -199,8 +235,8 @@ def main() -> int:
     plan = make_plan(run, dataset, state)
     run = replace(run, job=settle(run.job, take(DryRun, args)))
     announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
-    if held_out:
-        say(f"held out: {held_out.description}")
+    for name, part in held_out.items():
+        say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
         say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
         say_host_memory(run.job)

@@ -3,9 +3,10 @@
 Every order is a pure function of seed and position. Its memory does not grow with the number of sequences.
 """
 
+import hashlib
 import itertools
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -94,6 +95,17 @@ LLAMA_WEIGHTS = {
 }
 
 
+BLOCK = 10_000
+
+
+def shares_of(weights: Iterable[float], block: int = BLOCK) -> list[int]:
+    """Return how many of `block` draws each weight stands for: rounded, never 0, `block` in all."""
+    weights = list(weights)
+    shares = [max(1, round(weight / sum(weights) * block)) for weight in weights]
+    shares[shares.index(max(shares))] += block - sum(shares)  # rounding's remainder
+    return shares
+
+
 class MixedOrder:
     """An endless order that draws from slices by weight, the same on every rank.
 
@@ -102,7 +114,7 @@ class MixedOrder:
     place in that epoch's permutation.
     """
 
-    BLOCK = 10_000
+    BLOCK = BLOCK
 
     def __init__(self, slices: dict[str, range], weights: dict[str, float], seed: int):
         """Compute the share of each slice.
@@ -123,9 +135,7 @@ class MixedOrder:
         self.names = sorted(weights)
         self.sequences = [slices[name] for name in self.names]
         self.keys = [splitmix64(splitmix64(seed) ^ number) for number in range(len(self.names) + 1)]
-        total = sum(weights.values())
-        shares = [max(1, round(weights[name] / total * self.BLOCK)) for name in self.names]
-        shares[shares.index(max(shares))] += self.BLOCK - sum(shares)  # rounding's remainder
+        shares = shares_of((weights[name] for name in self.names), self.BLOCK)
         self.bounds = [0, *itertools.accumulate(shares)]
 
     def __getitem__(self, position: int) -> int:
@@ -147,6 +157,65 @@ class MixedOrder:
             share = self._share(number) / self.BLOCK
             parts.append(f"{name} {share:.1%} ({share * positions / len(sequences):.2f})")
         return ", ".join(parts)
+
+
+class Interleaving:
+    """The number of draws from each of several data sets, at every position of an order that draws evenly by weight.
+
+    Of BLOCK positions each data set has a fixed number, its share, spread evenly. Every stretch of positions therefore
+    has the proportions of the weights, up to a sequence or so of each data set.
+
+    Args:
+        start: position at which it begins.
+        before: earlier draws from each data set.
+    """
+
+    def __init__(self, weights: Mapping[str, float], start: int = 0, before: Mapping[str, int] | None = None):
+        self.names, self.start = sorted(weights), start
+        self.before = [(before or {}).get(name, 0) for name in self.names]
+        self.shares = shares_of(weights[name] for name in self.names)
+        turns = sorted(((turn + 0.5) / share, n) for n, share in enumerate(self.shares) for turn in range(share))
+        self.numbers = [number for _, number in turns]  # of the data set at each place of a block
+        self.places: list[list[int]] = [[] for _ in self.names]
+        for place, number in enumerate(self.numbers):
+            self.places[number].append(place)
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """Return the number of the data set that a position draws from, and how often it was drawn from before."""
+        block, place = divmod(position - self.start, BLOCK)
+        number = self.numbers[place]
+        return number, self.before[number] + block * self.shares[number] + bisect_left(self.places[number], place)
+
+    def draws(self, position: int) -> dict[str, int]:
+        """Return how often each data set is drawn from before a position."""
+        block, place = divmod(position - self.start, BLOCK)
+        return {
+            name: self.before[number] + block * self.shares[number] + bisect_left(self.places[number], place)
+            for number, name in enumerate(self.names)
+        }
+
+
+class InterleavedOrder:
+    """An endless order that draws from data sets as an Interleaving says, the same on every rank.
+
+    Each epoch of a data set has each of its sequences once. The order inside a data set depends on the seed and its
+    name alone, so it goes on when the weights or the other data sets change.
+
+    Args:
+        sequences: the sequences of each data set.
+    """
+
+    def __init__(self, sequences: Mapping[str, range], interleaving: Interleaving, seed: int):
+        self.interleaving = interleaving
+        self.sequences = [sequences[name] for name in interleaving.names]
+        names = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in interleaving.names)
+        self.keys = [splitmix64(splitmix64(seed) ^ name) for name in names]
+
+    def __getitem__(self, position: int) -> int:
+        number, drawn = self.interleaving.draw(position)
+        sequences = self.sequences[number]
+        epoch, index = divmod(drawn, len(sequences))
+        return sequences[_permutation(len(sequences), self.keys[number], epoch)[index]]
 
 
 WINDOW_GROUPS = 64

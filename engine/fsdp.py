@@ -149,13 +149,18 @@ class FSDPPlugin(TorchFSDPPlugin):
     ) -> tuple:
         device = torch.device(get_accelerator().get_current_device())
         names = {module: name for name, module in model.named_modules()}
+        tied = model.config.tie_word_embeddings
 
         @torch.no_grad()
         def materialize(module: nn.Module) -> None:
+            if tied and module is model.get_output_embeddings():
+                return  # it gets the weight of the input embedding
             module.to_empty(device=device, recurse=False)
             for name, parameter in module.named_parameters(prefix=names[module], recurse=False):
                 spec = ParameterSpec(name, parameter.shape)
                 parameter.copy_(initial_weight(spec, model.config, self.seed, device))
+            if tied and module is model.get_input_embeddings():
+                model.tie_weights()
 
         self.fsdp_kwargs["param_init_fn"] = materialize
         wrapper = ModelWrapper(FullyShardedDataParallel(model, device_id=device, **self.fsdp_kwargs))

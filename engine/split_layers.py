@@ -119,8 +119,9 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         kinds, dtype, number = ctx.kinds, gradients[0].dtype, len(ctx.kinds)
-        weights, weight_scales = ctx.saved_tensors[:number], ctx.saved_tensors[number : 2 * number]
-        shards = dict(zip(dict.fromkeys(kinds), _pairs(ctx.saved_tensors[2 * number :]), strict=True))
+        saved = ctx.saved_tensors
+        weights, weight_scales = saved[:number], saved[number : 2 * number]
+        shards = dict(zip(dict.fromkeys(kinds), _pairs(saved[2 * number :]), strict=True))
         factors = [float8.gradient_factors(gradient, kind) for gradient, kind in zip(gradients, kinds, strict=True)]
         total, inputs = None, {}
         for kind, (shard, scale) in shards.items():

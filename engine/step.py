@@ -15,7 +15,7 @@ from colossalai.pipeline.schedule import InterleavedSchedule, PipelineSchedule
 from attn import document_boundaries
 from engine import compilation
 from engine.boost import Engine
-from engine.loss import split_cross_entropy, summed_cross_entropy
+from engine.loss import summed_cross_entropy
 from engine.patching import replace
 from model_utils import IGNORE_INDEX
 from runtime import watchdog
@@ -23,6 +23,8 @@ from runtime import watchdog
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> torch.Tensor:
     """Return the cross-entropy of the next token, in float32, summed over the labels that count.
+
+    Its backward pass overwrites the logits.
 
     Args:
         logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
@@ -34,9 +36,10 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
     logits, targets = compilation.plain(logits).flatten(0, 1), targets.flatten()
+    group = None
     if shard_config is not None and shard_config.enable_tensor_parallelism:
-        return split_cross_entropy(logits, targets, shard_config.tensor_parallel_process_group)
-    return summed_cross_entropy(logits, targets)
+        group = shard_config.tensor_parallel_process_group
+    return summed_cross_entropy(logits, targets, group, compiled=engine.fusion is not compilation.Fusion.NONE)
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,8 +17,9 @@ from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted, stored_elements
 from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
+from engine.loss import EAGER_LOGITS
 from engine.shards import staging_bytes
-from model_utils import ParameterSpec, parameter_specs, trained_specs
+from model_utils import ParameterSpec, attention_size, parameter_specs, trained_specs
 from planning.cards import DryRun, planned_card
 from runtime.console import say
 
@@ -203,9 +204,10 @@ def layer_activations(
 ) -> float:
     """Return the bytes per token that one decoder layer keeps for the backward pass.
 
-    Tensors of hidden size: each RMSNorm's input in float32, its normalised and its scaled output; query, key and value,
-    the latter two repeated to the number of heads; the attention's output twice, for the kernel and for the projection.
-    Tensors of FFN size: gate, its activation, up, and their product. Together they take 26 h + 8 f in half precision.
+    Tensors of hidden size: each RMSNorm's input in float32, its normalised and its scaled output. Tensors of
+    `attention_size`, mostly the same: query, key and value, the latter two repeated to the number of heads; the
+    attention's output twice, for the kernel and for the projection. Tensors of FFN size: gate, its activation, up, and
+    their product. Together they take 26 h + 8 f in half precision.
     Compiled pieces keep a norm's input in working precision and no activation: 22 h + 6 f. A compiled layer keeps no
     normalised output either: 18 h + 6 f. In float8 it also computes again what linear layers take as input, from what
     other operations keep: 12 h + 4 f. Plain attention also keeps its weights, in float32 and in working precision.
@@ -217,12 +219,12 @@ def layer_activations(
     hidden, ffn = config.hidden_size, config.intermediate_size
     norm = {Fusion.NONE: FP32 + 2 * width, Fusion.PIECES: 3 * width, Fusion.LAYERS: 2 * width}
     norms = 2 * norm[fused] * hidden
-    attention = 5 * width * hidden
+    attention = 5 * width * attention_size(config)
     tensors = 4 if fused is Fusion.NONE else 3  # of FFN size
     if fp8 and fused is Fusion.LAYERS:
-        norms, attention, tensors = 2 * width * hidden, 4 * width * hidden, 2
+        norms, attention, tensors = 2 * width * hidden, 4 * width * attention_size(config), 2
         if token_parts > 1:  # inputs that are exchanged, or multiplied meanwhile, are kept in float8
-            norms, attention = norms + 2 * hidden, attention + hidden
+            norms, attention = norms + 2 * hidden, attention + attention_size(config)
     if config._attn_implementation == EAGER:
         attention += (FP32 + width) * config.num_attention_heads * seq_length
     return norms / token_parts + (attention + tensors * width * ffn) / tp
@@ -260,7 +262,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     recomputed = len(all_recomputed) // layout.pp
     kept = tokens * width * hidden / layout.token_parts if all_recomputed else layer
     if keep_attention:  # its output, and the log-sum-exp of its scores
-        kept += tokens * (width * hidden + FP32 * config.num_attention_heads) / layout.tp
+        kept += tokens * (width * attention_size(config) + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1
     final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
@@ -271,28 +273,32 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
         working += (-3 if keep_attention else 2) * tokens * width * hidden
     if config._attn_implementation == EAGER:
         working += 2 * FP32 * tokens * config.num_attention_heads / layout.tp * batch.max_length
-    # Log-probabilities, their gradient and the gradient of the logits, all in float32; the logits are freed before.
-    # The loss over a split vocabulary keeps them, and has four such tensors. Compiled, both hold only the logits and
-    # their gradient.
-    eager = 3 * FP32 if layout.tp == 1 else 4 * FP32 + width
-    bytes_per_logit = eager if fused is Fusion.NONE else 2 * width
-    logits = tokens * bytes_per_logit * vocabulary / layout.tp if last else 0
+    # The gradient is written over the logits. Eagerly a part of them exists in float32 too, with their exponentials.
+    own_logits = tokens * vocabulary / layout.tp if last else 0
+    eager = min(own_logits, EAGER_LOGITS) if fused is Fusion.NONE else 0
+    logits = width * own_logits
+    in_float32 = (FP32 + (FP32 if width < FP32 else 0)) * eager
+    output_gradient = tokens * width * hidden if last else 0
     head_gradient = width * hidden * vocabulary / layout.tp if last else 0
 
     weights = state.weights + state.gathered
     backward_weights = weights + state.gathered_layers
     optimizer = state.optimizer
     all_gradients = state.gradients
-    at_end = all_gradients + state.reducing
+    # A tied weight's gradients by both its uses wait for each other, and their sum is a third tensor.
+    uses = 2 * width * hidden * vocabulary / layout.tp if config.tie_word_embeddings else 0
+    at_end = all_gradients + state.reducing + uses
     accumulated = state.gradients if job.accumulates else 0
     first = max(accumulated, min(head_gradient, state.gradients)) + min(head_gradient, state.reducing)
     phases = [
-        Phase("the loss", weights, accumulated, optimizer, activations + final_norm, logits),
+        Phase("the loss", weights, accumulated, optimizer, activations + final_norm, logits + in_float32),
+        Phase("the output's gradients", weights, first, optimizer, activations + final_norm + output_gradient, logits),
         Phase("the last layer's backward", backward_weights, first, optimizer, activations + working),
         Phase("the end of the backward pass", backward_weights, at_end, optimizer, kept + working),
     ]
     if state.exchange:
-        phases.append(Phase("the exchange of gradients", state.weights, all_gradients + state.exchange, optimizer))
+        exchanged = all_gradients + state.exchange + uses
+        phases.append(Phase("the exchange of gradients", state.weights, exchanged, optimizer))
     phases.append(Phase("the optimizer step", state.weights, all_gradients + state.step, optimizer))
     return MemoryEstimate(tuple(phases), state.host)
 

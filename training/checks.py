@@ -81,7 +81,7 @@ def run_problems(run: "Run", dataset: Path, cache_dir: Path) -> list[str]:
         *folder_problems("--save_dir", outputs.save_dir),
         *folder_problems("--tensorboard_dir", outputs.tensorboard_dir),
         *_link_problems("--cache_dir", cache_dir),
-        *_outputs_among_data(outputs, dataset.resolve()),
+        *outputs_among_data(outputs, dataset.resolve()),
         *_limit_problems(outputs.hang_timeout),
     ]
 
@@ -93,7 +93,7 @@ def _limit_problems(seconds: int | None) -> list[str]:
     return [f"--hang_timeout: must be below {NCCL_SECONDS} on GPUs, when torch ends an exchange, not {seconds}"]
 
 
-def _outputs_among_data(outputs: "Outputs", data: Path) -> list[str]:
+def outputs_among_data(outputs: "Outputs", data: Path) -> list[str]:
     """Return a line for each output folder inside the data, since a resume would read its files as data."""
     if not data.is_dir() or (data / MANIFEST_NAME).exists():  # the manifest names the data files
         return []

@@ -1,7 +1,7 @@
 """The loss on held-out data, which does not depend on the plugin or the number of ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -50,29 +50,41 @@ def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader[Any]:
 
 
 def evaluate(
-    engine: Engine, loader: DataLoader[Any], stop: Callable[[], bool] = lambda: False
+    engine: Engine, loaders: Mapping[str, DataLoader[Any]], stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
     """Return `eval_loss`, the mean cross-entropy in nats over the labels that count, and `eval_perplexity`, its exp.
 
-    Collective. Returns None if `stop`, called before each batch, is true on any rank; an empty dict if no label counts.
+    Of several data sets they are over all, and each has an `eval_loss/NAME` too. Collective. Returns None if `stop`,
+    called before each batch, is true on any rank; an empty dict if no label counts.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=current_device())
-    layout, model = engine.layout, engine.model
-    model.eval()
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None if rank() == 0 else True):
-        watchdog.mark(watchdog.EVALUATE)
-        stopping = torch.tensor(float(stop()), device=totals.device)
-        dist.all_reduce(stopping)
-        if stopping:
-            break
-        totals[0] += forward_loss(engine, batch) / layout.tp
-        totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum() / (layout.tp * layout.pp * layout.sp)
-    model.train()
-    if stopping:
+    totals = torch.zeros(len(loaders), 2, dtype=torch.float64, device=current_device())
+    engine.model.eval()
+    complete = all(
+        _add_loss(engine, loader, sums, name, stop)
+        for (name, loader), sums in zip(loaders.items(), totals, strict=True)
+    )
+    engine.model.train()
+    if not complete:
         return None
     dist.all_reduce(totals)
-    if not totals[1]:
+    if not totals[:, 1].sum():
         say("evaluation: no label counts in the held-out data, so there is no loss")
         return {}
-    loss = (totals[0] / totals[1]).item()
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+    loss, count = totals.sum(0).tolist()
+    losses = {"eval_loss": loss / count, "eval_perplexity": math.exp(min(loss / count, 700))}
+    each = {f"eval_loss/{name}": sums for name, sums in zip(loaders, totals.tolist(), strict=True)}
+    return losses | {name: loss / count for name, (loss, count) in each.items() if count and len(loaders) > 1}
+
+
+def _add_loss(engine: Engine, loader: DataLoader[Any], sums: torch.Tensor, name: str, stop: Callable[[], bool]) -> bool:
+    """Add this rank's loss and number of labels to `sums`; return False if `stop` is true on any rank. Collective."""
+    layout, title = engine.layout, f"evaluating {name}".strip()
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False, disable=None if rank() == 0 else True):
+        watchdog.mark(watchdog.EVALUATE)
+        stopping = torch.tensor(float(stop()), device=sums.device)
+        dist.all_reduce(stopping)
+        if stopping:
+            return False
+        sums[0] += forward_loss(engine, batch) / layout.tp
+        sums[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum() / (layout.tp * layout.pp * layout.sp)
+    return True

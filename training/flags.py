@@ -199,21 +199,26 @@ def job_of(args: argparse.Namespace, config: LlamaConfig) -> Job:
 def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None) -> "Run":
     """Return the run that the flags of pretrain.py or finetune.py describe."""
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
+    from training.inspection import Inspection
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
     from training.spikes import SpikeRule
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
+    outputs = take(Outputs, args)
+    if args.run_name:
+        outputs = replace(outputs, tensorboard_dir=outputs.tensorboard_dir / args.run_name)
     length = replace(take(Length, args), warmup_given="warmup_steps" in args.given)
     return Run(
         model,
         job,
         length,
-        take(Outputs, args),
+        outputs,
         take(Retention, args),
         take(Schedule, args),
         take(SpikeRule, args),
+        take(Inspection, args),
         lora,
         args.num_workers,
         settings(args),
@@ -232,6 +237,38 @@ def _fraction(text: str) -> float | str:
         return text if text == AUTO else float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor a number from 0 to 1") from error
+
+
+class DataSets(argparse.Action):
+    """Store one data set's name or path as it is, or several with NAME=WEIGHT as a dict of weights by name or path."""
+
+    def __call__(self, parser: object, namespace: Any, values: Any, option_string: object = None) -> None:
+        if len(values) == 1:
+            namespace.dataset = values[0]
+            return
+        weights: dict[str, float] = {}
+        for text in values:
+            name, _, weight = text.rpartition("=")
+            try:
+                share = float(weight)
+            except ValueError:
+                share = math.nan
+            if not name or not 0 < share < math.inf:
+                raise argparse.ArgumentError(self, f"{text!r} is not NAME=WEIGHT with a weight above 0, as web=0.7")
+            if name in weights:
+                raise argparse.ArgumentError(self, f"{name} is named twice; give it one weight")
+            weights[name] = share
+        if not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-6):
+            raise argparse.ArgumentError(self, f"the weights add up to {total:g}; they must add up to 1")
+        names = [short_name(name) for name in weights]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise argparse.ArgumentError(self, f"two data sets are called {twice}; rename one, or link to it")
+        namespace.dataset = weights
+
+
+def short_name(dataset: str) -> str:
+    """Return the name of a data set in a mixture: the last part of its path or hub name, without suffixes."""
+    return Path(dataset).name.partition(".")[0] or dataset
 
 
 class Given(argparse.Action):
@@ -289,6 +326,17 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     add_flag(output, "--keep_every", int, "also keep those at multiples of this step (default: none)")
     text = "folder of TensorBoard logs and metrics.jsonl"
     add_flag(output, "-t --tensorboard_dir", "tb_logs", text, type=user_path)
+    text = (
+        "name in TensorBoard and W&B: the logs are in a folder of this name in --tensorboard_dir, which several runs "
+    )
+    add_flag(output, "--run_name", str, f"{text}may then share (default: none)", metavar="NAME")
+    text = "also log to this project of Weights & Biases; needs the package wandb (default: none)"
+    add_flag(output, "--wandb", str, text, metavar="PROJECT")
+    text = "trace these optimizer steps with torch's profiler, into the folder of logs (default: none)"
+    add_flag(output, "--profile_steps", _steps, text, metavar="FROM-TO")
+    add_flag(output, "--profile_ranks", int, "ranks to trace (default: 0)", nargs="+", metavar="RANK")
+    text = "write a snapshot of the GPU's memory in this optimizer step, and when memory runs out (default: none)"
+    add_flag(output, "--memory_snapshot", int, text, metavar="STEP")
     add_flag(output, "--log_interval", 10, "optimizer steps between terminal lines")
     text = "seconds without progress after which the run ends and names the ranks that hang; 0: never "
     add_flag(output, "--hang_timeout", int, f"{text}(default: 300, or 3 times the longest phase of a step)")

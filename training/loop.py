@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from runtime.watchdog import REDUCE, Watchdog, mark
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
+from training.inspection import Inspector
 from training.metrics import Metrics, StepResult, step_row
 from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
@@ -44,13 +46,14 @@ def train(
     plan: Plan,
     state: TrainState,
     loader: DataLoader[Any],
-    held_out: DataLoader[Any] | None,
+    held_out: Mapping[str, DataLoader[Any]],
     writer: CheckpointWriter,
+    inspector: Inspector,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
     Args:
-        held_out: data to evaluate on, from `evaluation_loader`.
+        held_out: data to evaluate on by name, from `evaluation_loader`.
         writer: its `latest` is the checkpoint that the run resumes from, if any.
 
     Returns:
@@ -77,6 +80,7 @@ def train(
         while state.step < plan.total_steps:
             watchdog.begin(state.step + 1)
             times.begin(state.step + 1)
+            inspector.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
                 unsaved = state.step > first_step and not run.retention.is_due(state.step)
@@ -100,11 +104,11 @@ def train(
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
-            if held_out is not None and due and engine.may_evaluate:
+            if held_out and due and engine.may_evaluate:
                 stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
-            metrics.note([*times.reports, *writer.take_reports()])
+            metrics.note([*times.reports, *inspector.end(state.step), *writer.take_reports()])
             if run.retention.is_due(state.step) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())
@@ -135,6 +139,8 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
     }
     settled = run.settings(plan.curve) | asdict(run.job.compute) | asdict(run.job.exchange)
     metrics.describe(state.step, run.flags | settled, texts)
+    if outputs.wandb:
+        metrics.open_wandb(outputs.wandb, outputs.run_name or save_dir.name, run.flags | settled)
     return metrics
 
 
@@ -212,7 +218,11 @@ def _update(
 
 
 def _evaluate(
-    engine: Engine, held_out: DataLoader[Any], state: TrainState, row: dict[str, Any], stop: StopRequest | None
+    engine: Engine,
+    held_out: Mapping[str, DataLoader[Any]],
+    state: TrainState,
+    row: dict[str, Any],
+    stop: StopRequest | None,
 ) -> bool:
     """Evaluate, and add the loss on held-out data to the step's row.
 
@@ -238,7 +248,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def _catch_up(
-    engine: Engine, run: Run, state: TrainState, held_out: DataLoader[Any] | None, metrics: Metrics, stop: StopRequest
+    engine: Engine,
+    run: Run,
+    state: TrainState,
+    held_out: Mapping[str, DataLoader[Any]],
+    metrics: Metrics,
+    stop: StopRequest,
 ) -> bool:
     """Run the evaluation that a signal interrupted in the run before; return False if one interrupts it again."""
     assert state.unevaluated is not None

@@ -1,4 +1,4 @@
-"""Logs of a run, written by rank 0: TensorBoard, metrics.jsonl and the terminal."""
+"""Logs of a run, written by rank 0: TensorBoard, metrics.jsonl, W&B and the terminal."""
 
 import contextlib
 import errno
@@ -24,6 +24,7 @@ from runtime.console import rank, say, world_size
 from runtime.files import write_json
 from training.goodput import goodput
 from training.plan import OWNER, TrainState, log_owner
+from training.wandb_run import WandbRun
 
 LOG_FILE = "metrics.jsonl"
 MEAN_STEPS = 20  # of the loss in the summary
@@ -91,7 +92,7 @@ class Metrics:
         if not self.main:
             return
         self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
-        self.owner = {**log_owner(save_dir, folder), "started": started}
+        self.started, self.owner = started, {**log_owner(save_dir, folder), "started": started}
         self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
         self.losses: deque[float] = deque(maxlen=MEAN_STEPS)
@@ -109,6 +110,7 @@ class Metrics:
         self.failing = False
         self.file: FileIO | None = None
         self.board: SummaryWriter | None = None
+        self.wandb: WandbRun | None = None
         try:
             self._open()
         except OSError as error:
@@ -148,6 +150,12 @@ class Metrics:
         temporary.replace(path)
         return open(path, "ab", buffering=0), json.loads(kept[-1]) if kept else {}
 
+    def open_wandb(self, project: str, name: str, settings: dict[str, Any]) -> None:
+        """Also log to this project of W&B, in a run of this name."""
+        if self.main:
+            plain = {name: value if isinstance(value, int | float) else str(value) for name, value in settings.items()}
+            self.wandb = WandbRun(project, name, self.folder, self.started, plain)
+
     def describe(self, step: int, settings: dict[str, Any], texts: dict[str, str]) -> None:
         """Write the run's settings to TensorBoard, as hyperparameters and as a table, and further texts.
 
@@ -186,6 +194,8 @@ class Metrics:
             self._write(step, values)
         except OSError as error:
             self._report(step, error)
+        if self.wandb:
+            self.wandb.log(values)
         mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
         speed, lr = f"{values['tokens_per_second']:,.0f} tok/s{mfu}", f"lr {values['lr']:.2e}"
         if values["loss"] is None:
@@ -263,6 +273,8 @@ class Metrics:
     def close(self) -> None:
         if self.main:
             self.bar.close()
+            if self.wandb:
+                self.wandb.close()
             for sink in (self.board, self.file):
                 with contextlib.suppress(OSError):
                     if sink is not None:

@@ -25,17 +25,19 @@ from checkpointing.folder import (
     read_running_states,
 )
 from checkpointing.writer import Retention
-from data_utils import TrainingData
+from data_utils import MixtureDataset, TrainingData
 from engine import float8
 from engine.job import Job
 from engine.layout import Layout, describe_layout
 from model_utils import count_parameters
 from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, NoRoom, below, rank, say
-from runtime.files import LOCK, claim_folder
+from runtime.files import LOCK, claim_folder, is_plain_name
+from training.inspection import Inspection
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
+from training.wandb_run import wandb_problems
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
 WARMUP_RATIO = 0.03  # of the steps, in fine-tuning
@@ -62,6 +64,8 @@ class Outputs:
 
     save_dir: Path = Path("checkpoint")
     tensorboard_dir: Path = Path("tb_logs")
+    run_name: str | None = None  # a folder of its own in --tensorboard_dir, which `tensorboard_dir` already includes
+    wandb: str | None = None  # project
     log_interval: int = 10  # steps
     eval_interval: int = 1000  # steps
     load: str | None = None  # a checkpoint, or `latest`
@@ -72,7 +76,9 @@ class Outputs:
     def problems(self) -> list[str]:
         """Return a line for each number that is too small, and for a flag without effect."""
         problems = below(1, log_interval=self.log_interval, eval_interval=self.eval_interval)
-        problems += below(0, hang_timeout=self.hang_timeout)
+        problems += below(0, hang_timeout=self.hang_timeout) + wandb_problems(self.wandb)
+        if self.run_name is not None and not is_plain_name(self.run_name):
+            problems.append(f"--run_name: {self.run_name!r} is not a name for a folder; give one without slashes")
         for name in ("allow_changes", "skip_data"):
             if getattr(self, name) and not self.load:
                 problems.append(f"--{name}: takes effect only with --load; give that too, or leave it out")
@@ -90,6 +96,7 @@ class Run:
     retention: Retention = field(default_factory=Retention)
     schedule: Schedule = field(default_factory=Schedule)
     spikes: SpikeRule = field(default_factory=SpikeRule)
+    inspection: Inspection = field(default_factory=Inspection)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -140,6 +147,7 @@ class Run:
             self.length.problems()
             + self.schedule.problems()
             + self.spikes.problems()
+            + self.inspection.problems()
             + self.outputs.problems()
             + self.retention.problems()
             + below(0, num_workers=self.num_workers)
@@ -174,6 +182,7 @@ class TrainState:
     left_out: dict[str, Range] = field(default_factory=dict)  # ranges of the global order, by steps (--skip_data)
     started: float = 0.0  # seconds since 1970 at the run's first start; 0 in older checkpoints
     spent: dict[str, float] = field(default_factory=dict)  # seconds, by purpose; see `training.goodput`
+    mixture: dict[str, Any] | None = None  # of several data sets; see `MixtureDataset.settle`
 
     @property
     def adam_steps(self) -> int:
@@ -358,15 +367,18 @@ def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None
     """Reset the position in the data if --allow_changes permits an order that differs from the checkpoint's."""
     order = {"data": dataset.fingerprint, "seed": run.job.seed, "max_length": run.job.batch.max_length}
     order["slice_weights"] = getattr(dataset, "slice_weights", None)
+    order["mixture"] = getattr(dataset, "weights", None)
     changed = [name for name, value in order.items() if state.settings.get(name) != value]
     if not (state.settings and run.outputs.allow_changes and changed):
         return
+    if state.mixture and order["mixture"] and set(changed) <= {"data", "mixture"}:
+        return  # each data set that is the same continues where it stopped
     stream = changed == ["data"] and state.stream and hasattr(dataset, "continues")
     if stream and dataset.continues(state.settings["data"]):  # type: ignore[attr-defined]
         say("--load: the content of the stream's files has changed; it continues at the row where it stopped")
     else:
         say("--load: the order of the data has changed, so they are read from the beginning")
-        state.sequences, state.stream, state.left_out = 0, None, {}
+        state.sequences, state.stream, state.left_out, state.mixture = 0, None, {}, None
 
 
 def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
@@ -377,6 +389,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             longer than the run, or settings differ from the checkpoint's.
     """
     _settle_position(run, dataset, state)
+    state.mixture = dataset.settle(state.mixture, state.sequences) if isinstance(dataset, MixtureDataset) else None
     length, layout = run.length, run.job.layout
     global_batch = run.job.batch.sequences * layout.dp
     total_sequences = length.num_epochs * len(dataset)
@@ -401,6 +414,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             f"--warmup_steps: the default of {length.warmup_steps} is longer than the run of {total_steps} steps; "
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
+    run.inspection.check_end(total_steps)
     curve = run.curve(total_steps, state.settings)
     if curve.decay_steps is not None and curve.decay_start < curve.warmup_steps:
         raise InputError(
@@ -428,6 +442,8 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         for name, value in settings.items()
         if before and before.get(name) != value
     }
+    if "mixture" in changes:
+        changes.pop("data", None)  # whose change the mixture tells too
     if before and changes.keys() <= asdict(curve).keys():
         earlier = Curve(**{name: before[name] for name in asdict(curve)})
         if curve.agrees(earlier, state.step):
@@ -464,6 +480,7 @@ def _setting(name: str) -> str:
     names = {
         "schedule_steps": "the length of the run and its learning-rate schedule",
         "data": "the data",
+        "mixture": "the mixture of --dataset",
         "base_weights": "the sampled fingerprint of --model_path's weights",
     }
     return names.get(name, f"--{name}")
@@ -516,6 +533,8 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")
+    if isinstance(dataset, MixtureDataset):
+        say(f"epochs at the end of the run: {dataset.epochs(plan.sequences_at(plan.total_steps))}")
     rest = sequences_between(plan.sequences_at(plan.total_steps), plan.total_sequences, plan.left_out)
     if 0 < rest < plan.global_batch:
         say(f"left out: the last {rest:,} of {plan.total_sequences:,} sequences, too few for one more step")

@@ -1,14 +1,14 @@
 """A run of pretrain.py or finetune.py, from its plan to its final model."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from checkpointing.folder import LATEST, check_model
 from checkpointing.pretrained import Pretrained, load_pretrained
 from checkpointing.reader import is_whole, load_checkpoint
 from checkpointing.writer import CheckpointWriter
-from data_utils import TrainingData
+from data_utils import MixtureDataset, TrainingData
 from engine.boost import Engine, boost
 from engine.launch import launch, shut_down
 from engine.shards import initialize_weights
@@ -17,6 +17,7 @@ from runtime.console import say
 from runtime.process import INTERRUPTED
 from training.batches import build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
+from training.inspection import Inspector
 from training.loop import train
 from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
 
@@ -28,7 +29,7 @@ def execute(
     plan: Plan,
     state: TrainState,
     checkpoint: Path | None,
-    data: tuple[TrainingData, MapDataset | None],
+    data: tuple[TrainingData, Mapping[str, MapDataset]],
     pretrained: Pretrained | None,
     export: Callable[[Path, Path], None],
 ) -> int:
@@ -36,7 +37,7 @@ def execute(
 
     Args:
         checkpoint: the checkpoint to resume from, if any.
-        data: the training data, and the held-out data if any.
+        data: the training data, and the held-out data by name: "" if there are no others.
         pretrained: the initial weights, or those under the adapters; None: random ones.
         export: exports a checkpoint to a folder; called on rank 0.
     """
@@ -53,16 +54,19 @@ def execute(
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
         return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
-    engine = boost(run.job)
-    writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
-    if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
-        writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
-    set_weights(engine, checkpoint, pretrained)
-    if checkpoint:
-        say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-    loader = build_dataloader(engine, dataset, run, state, plan)
-    evaluation = evaluation_loader(engine, held_out) if held_out else None
-    last, interrupted = train(engine, run, plan, state, loader, evaluation, writer)
+    with Inspector(run.inspection, outputs.tensorboard_dir) as inspector:
+        engine = boost(run.job)
+        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
+        if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
+            writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
+        set_weights(engine, checkpoint, pretrained)
+        if checkpoint:
+            say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
+        loader = build_dataloader(engine, dataset, run, state, plan)
+        evaluation = {name: evaluation_loader(engine, part) for name, part in held_out.items()}
+        last, interrupted = train(engine, run, plan, state, loader, evaluation, writer, inspector)
+    if isinstance(dataset, MixtureDataset):
+        say(f"epochs: {dataset.epochs(state.sequences)}")
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
     return status

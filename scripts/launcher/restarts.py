@@ -49,7 +49,8 @@ class Restarts:
         """
         self.limit, self.program, self.fleet = limit, program, fleet
         self.save_dir = Path(value_of(program, "-o", "--save_dir", "checkpoint") or "")
-        self.logs = Path(value_of(program, "-t", "--tensorboard_dir", "tb_logs") or "")
+        logs = value_of(program, "-t", "--tensorboard_dir", "tb_logs") or ""
+        self.logs = Path(logs, value_of(program, "--run_name", "--run_name") or "")
         self.restarted = 0
         self.failed_after: list[int | None] = []  # the last step before each failure of the program
         self.reached: tuple[int | None] | None = None  # the last step before the latest end

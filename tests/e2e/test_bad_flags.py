@@ -21,7 +21,7 @@ HYBRID = "-p hybrid_parallel"
 @pytest.mark.parametrize(
     ("flags", "ranks", "expected"),
     [
-        ("-c 8b", 1, ["--config", "8b", "7b, 13b, 30b, 65b, 70b, tiny, test"]),
+        ("-c 8b", 1, ["--config", "8b", "7b, 13b, 30b, 65b, 70b, llama3-8b", "tiny, test"]),
         ("--tokenizer=", 1, ["--tokenizer", "empty"]),
         ("--init_from ./none", 1, ["--init_from", "not a folder on this machine"]),
         ("--tokenizer https://huggingface.co/a/b", 1, ["--tokenizer", "is a URL; give the hub name a/b"]),

@@ -333,3 +333,23 @@ def test_two_processes(plugin, flags, tmp_path):
         for rank in range(2):
             events = json.loads((tmp_path / "traces" / f"rank{rank}.json").read_text())["traceEvents"]
             assert any("aten::mm" in event.get("name", "") for event in events)
+
+
+def test_tied_embeddings_are_one_weight_under_every_plugin(tmp_path):
+    """A second copy would change the gradient norm by 10%, and under FSDP once did."""
+    config = load_config("test")
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    norms = []
+    for plugin, flags in (
+        ("zero2", ()),
+        ("gemini", ()),
+        ("gemini", TENSOR_PARALLEL),
+        ("fsdp", ()),
+        ("3d", TENSOR_PARALLEL),
+    ):
+        small = ["-c", tmp_path, "-l", 64, "-b", 2, "-s", 2, "-i", 1, "-p", plugin, "--json", "result.json", *flags]
+        with ForkedRun([ROOT / "benchmark.py", *small], tmp_path / str(len(norms)), ranks=2, cwd=tmp_path) as run:
+            assert run.wait() == 0, run.output()
+        norms.append(json.loads((tmp_path / "result.json").read_text())["grad_norm"])
+    assert norms[1:] == pytest.approx(norms[:1] * 4, rel=0.01)

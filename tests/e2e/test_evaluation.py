@@ -83,16 +83,16 @@ def evaluate_while_training(flags):
         micro_batches = [micro_batch] * sizes.accumulation_steps
         norms = []
         if evaluating:
-            results.append(evaluate(engine, loader))
+            results.append(evaluate(engine, {"": loader}))
             unlabelled = [item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} for item in held_out()]
             others = evaluation_loader(engine, unlabelled)
-            results.append(evaluate(engine, others))
+            results.append(evaluate(engine, {"": others}))
         for step in range(2):
             forward_backward(engine, micro_batches, 500)
             norms.append(optimizer_step(engine)[0])
             if evaluating and step == 0:
                 stopping = dist.get_rank() == dist.get_world_size() - 1
-                results.append(evaluate(engine, loader, lambda stopping=stopping: stopping))
+                results.append(evaluate(engine, {"": loader}, lambda stopping=stopping: stopping))
         results.append(norms)
     return results
 

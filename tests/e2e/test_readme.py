@@ -112,7 +112,7 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
 def test_commands_are_found():
     lines = [line for _, line in commands()]
     assert len(lines) > 50
-    assert sum("-d /data/redpajama" in line for line in lines) == 8
+    assert sum("-d /data/redpajama" in line for line in lines) == 11
 
 
 @pytest.mark.parametrize(("document", "line"), commands())

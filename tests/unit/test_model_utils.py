@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model_utils import (
     MODEL_CONFIGS,
@@ -32,8 +33,22 @@ PUBLISHED = {
     "30b": (60, 6656, 17920, 52, 52, 2048, 32000, 32_528_943_616),
     "65b": (80, 8192, 22016, 64, 64, 2048, 32000, 65_285_660_672),
     "70b": (80, 8192, 28672, 64, 8, 4096, 32000, 68_976_648_192),
+    "llama3-8b": (32, 4096, 14336, 32, 8, 8192, 128256, 8_030_261_248),
+    "llama3-70b": (80, 8192, 28672, 64, 8, 8192, 128256, 70_553_706_496),
+    "llama3.2-1b": (16, 2048, 8192, 32, 8, 131072, 128256, 1_235_814_400),
+    "llama3.2-3b": (28, 3072, 8192, 24, 8, 131072, 128256, 3_212_749_824),
     "tiny": (4, 256, 688, 4, 4, 1024, 4096, 5_261_568),
     "test": (4, 64, 176, 4, 2, 128, 1024, 315_968),
+}
+
+
+# Meta's params.json (also in github.com/meta-llama/llama-models): dim, n_layers, n_heads, ffn_dim_multiplier,
+# multiple_of; and the factor of the scaled frequencies in the config.json of meta-llama/Llama-3.2-1B and 3B.
+META = {
+    "llama3-8b": (4096, 32, 32, 1.3, 1024, None),
+    "llama3-70b": (8192, 80, 64, 1.3, 4096, None),
+    "llama3.2-1b": (2048, 16, 32, 1.5, 256, 32),
+    "llama3.2-3b": (3072, 28, 24, 1.0, 256, 32),
 }
 
 
@@ -55,15 +70,35 @@ class TestSizes:
         config = load_config(name)
         assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (layers, hidden, ffn)
         assert (config.num_attention_heads, config.num_key_value_heads) == (heads, kv_heads)
-        assert (config.max_position_embeddings, config.vocab_size, config.rope_theta) == (context, vocab, 10000.0)
+        assert (config.max_position_embeddings, config.vocab_size) == (context, vocab)
+        assert config.rope_theta == (5e5 if "llama3" in name else 1e4)
         assert config.rms_norm_eps == (1e-6 if name in ("30b", "65b") else 1e-5)
-        assert not config.tie_word_embeddings
-        assert not config.use_cache
+        tied = "llama3.2" in name
+        assert (config.tie_word_embeddings, config.use_cache) == (tied, False)
 
         attention = 2 * hidden * hidden + 2 * hidden * (hidden // heads * kv_heads)
-        by_formula = 2 * vocab * hidden + layers * (attention + 3 * hidden * ffn + 2 * hidden) + hidden
+        by_formula = (2 - tied) * vocab * hidden + layers * (attention + 3 * hidden * ffn + 2 * hidden) + hidden
         assert count_parameters(config) == by_formula == parameters
-        assert count_parameters(config, input_embedding=False) == parameters - vocab * hidden
+        assert count_parameters(config, input_embedding=False) == parameters - (not tied) * vocab * hidden
+        with torch.device("meta"):
+            assert AutoModelForCausalLM.from_config(config).num_parameters() == parameters
+
+    @pytest.mark.parametrize("name", META)
+    def test_llama_3_is_what_meta_publishes(self, name):
+        """The feed-forward size and the scaled frequencies, computed as in Meta's models/llama3/model.py."""
+        dim, layers, heads, multiplier, multiple_of, factor = META[name]
+        config = load_config(name)
+        assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (dim, layers, heads)
+        ffn = int(multiplier * int(2 * 4 * dim / 3))
+        assert config.intermediate_size == -(-ffn // multiple_of) * multiple_of
+        frequencies = 5e5 ** -(torch.arange(0, dim // heads, 2).double() / (dim // heads))
+        if factor:
+            turns = 8192 * frequencies / (2 * math.pi)  # in the original context
+            smooth = ((turns - 1) / (4 - 1)).clamp(0, 1)
+            frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
+        rotary = LlamaRotaryEmbedding(config)
+        assert rotary.attention_scaling == 1
+        torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=1e-5, atol=0)
 
     def test_counting_allocates_nothing(self):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -92,10 +127,10 @@ class TestFlops:
         without_embedding = 6_738_415_616 - 32000 * 4096
         assert model_flops_per_token(load_config("7b"), 4096) == 6 * without_embedding + 12 * 32 * 4096 * 4096
 
-    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-    def test_equals_the_counted_flops_of_a_forward_and_a_backward_pass(self, kv_heads):
+    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (2, 16), (4, 16), (2, 32)])
+    def test_equals_the_counted_flops_of_a_forward_and_a_backward_pass(self, kv_heads, head_dim):
         config = load_config("test")
-        config.num_key_value_heads, config._attn_implementation = kv_heads, "eager"
+        config.num_key_value_heads, config.head_dim, config._attn_implementation = kv_heads, head_dim, "eager"
         batch, length = 2, 48
         model = filled_model(config)
         with FlopCounterMode(display=False) as counter:
@@ -167,7 +202,7 @@ class TestLoadConfig:
         assert load_config("test").hidden_size == 64
 
     def test_unknown_name_lists_the_known_ones(self):
-        with pytest.raises(InputError, match=r"'8b' is neither a known model \(7b, 13b, 30b, 65b, 70b, tiny, test\)"):
+        with pytest.raises(InputError, match=r"'8b' is neither a known model \(7b, .*llama3-8b, .*tiny, test\)"):
             load_config("8b")
 
     def test_folder_without_a_config(self, tmp_path):

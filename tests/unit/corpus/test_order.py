@@ -12,7 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpora import error_of
-from corpus.order import LLAMA_WEIGHTS, GlobalOrder, LengthGroupedOrder, MixedOrder, Permutation
+from corpus.order import (
+    LLAMA_WEIGHTS,
+    GlobalOrder,
+    InterleavedOrder,
+    Interleaving,
+    LengthGroupedOrder,
+    MixedOrder,
+    Permutation,
+)
 from training.batches import ShardedSampler
 from training.flags import parse_slice_weights
 
@@ -93,6 +101,43 @@ SLICES = st.dictionaries(
 def ranges(sizes):
     ends = list(itertools.accumulate(sizes.values()))
     return {name: range(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+
+WEIGHTS = {"web": 0.7, "code": 0.2, "wiki": 0.1}
+SEQUENCES = {"web": range(0, 9001), "code": range(9001, 9101), "wiki": range(9101, 9200)}
+
+
+class TestInterleavedOrder:
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_every_stretch_has_the_proportions_of_the_weights(self, seed):
+        order = InterleavedOrder(SEQUENCES, Interleaving(WEIGHTS), seed)
+        drawn = Counter()
+        for position in range(25_000):
+            assert drawn == {name: n for name, n in order.interleaving.draws(position).items() if n}
+            drawn[next(name for name, numbers in SEQUENCES.items() if order[position] in numbers)] += 1
+            assert all(abs(drawn[name] - weight * (position + 1)) <= 1 for name, weight in WEIGHTS.items())
+
+    def test_every_epoch_of_a_data_set_has_each_sequence_once(self):
+        order = InterleavedOrder(SEQUENCES, Interleaving(WEIGHTS), seed=3)
+        for name, numbers in SEQUENCES.items():
+            read = [index for index in (order[position] for position in range(23_000)) if index in numbers]
+            whole = len(read) // len(numbers) * len(numbers)
+            epochs = [read[start : start + len(numbers)] for start in range(0, whole, len(numbers))]
+            assert epochs, name
+            assert all(sorted(epoch) == list(numbers) for epoch in epochs)
+            assert epochs[0] != epochs[-1] or len(epochs) == 1
+
+    def test_a_data_set_goes_on_when_the_mixture_changes(self):
+        """The next mixture begins at 1,234; together both read each data set as one mixture alone would."""
+        first = Interleaving(WEIGHTS)
+        second = Interleaving({"web": 0.5, "new": 0.5}, 1234, first.draws(1234))
+        sequences = SEQUENCES | {"new": range(9200, 9300)}
+        orders = [InterleavedOrder(sequences, interleaving, seed=4) for interleaving in (first, second)]
+        read = [orders[position >= 1234][position] for position in range(4000)]
+        web = [index for index in read if index in SEQUENCES["web"]]
+        alone = InterleavedOrder(sequences, Interleaving({"web": 1.0}), seed=4)
+        assert web == [alone[position] for position in range(len(web))]
+        assert len(web) == round(0.7 * 1234) + (4000 - 1234) // 2
 
 
 class TestMixedOrder:
