@@ -184,9 +184,10 @@ def peak_gb(flags: str, bytes_per_logit: int, layers: int | None = None, micro_b
     """
     job = planned(flags, layers)
     job = replace(job, batch=replace(job.batch, accumulation_steps=micro_batches))
-    predicted, batch = estimate_memory(job), job.batch
+    predicted, batch, layout = estimate_memory(job), job.batch, job.layout
     loss = predicted.phases[0]
-    logits = batch.batch_size * batch.max_length * job.config.vocab_size
+    sequences = batch.batch_size if layout.pp == 1 else layout.microbatch_size
+    logits = sequences * batch.max_length * job.config.vocab_size // (layout.tp * layout.sp) if loss.logits else 0
     return max(predicted.peak.total, loss.total - loss.logits + bytes_per_logit * logits) / 1e9
 
 
@@ -232,6 +233,11 @@ MEASURED_ON_TWO = [
     (8, "-p zero2 -b 4 --reduce_dtype fp32", 36.09),
     (8, "-p gemini -b 4 --reduce_dtype fp32", 35.82),
     (8, "-p zero2 -b 4 --fp8 --reduce_dtype fp32", 28.37),
+    (8, "-p gemini -b 4 --fp8 --reduce_dtype fp32", 29.71),
+    (8, "-p 3d --tp 2 --pp 1 -b 8 --reduce_dtype fp32", 35.06),
+    (8, "-p 3d --tp 1 --pp 1 --sp 2 --zero 1 -b 8 --reduce_dtype fp32", 36.09),
+    (8, "-p 3d --tp 1 --pp 2 -b 16 --microbatch_size 2 --reduce_dtype fp32", 26.64),
+    (8, "-p 3d --tp 1 --pp 2 -b 16 --microbatch_size 2 --pp_style interleaved --reduce_dtype fp32", 29.28),
 ]
 
 
