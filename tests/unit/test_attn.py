@@ -78,30 +78,38 @@ def random_tokens(*shape):
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
 
 
+AMPERE, HOPPER = (8, 0), (9, 0)
+FUSED = "torch's fused kernel"
+
+
 class TestSelectAttention:
     @pytest.mark.parametrize(
-        ("package", "gpu", "flash_attention", "sequence_parallel", "kernel", "line"),
+        ("package", "gpu", "head", "flash_attention", "sequence_parallel", "kernel", "line"),
         [
-            (False, False, False, False, EAGER, "attention: plain (-a selects a fused kernel)"),
-            (True, True, False, False, EAGER, "attention: plain (-a selects a fused kernel)"),
-            (True, True, True, False, FLASH_ATTENTION, "attention: flash-attn"),
-            (True, False, True, False, TORCH_FUSED, "attention: torch's fused kernel (flash-attn needs a GPU)"),
-            (False, True, True, False, TORCH_FUSED, "attention: torch's fused kernel (flash-attn is not installed)"),
-            (False, False, True, False, TORCH_FUSED, "attention: torch's fused kernel (flash-attn is not installed)"),
-            (True, True, True, True, TORCH_FUSED, "attention: torch's fused kernel (always so with --sp)"),
-            (False, False, False, True, TORCH_FUSED, "attention: torch's fused kernel (always so with --sp)"),
+            (False, None, 64, False, False, EAGER, "plain (-a selects a fused kernel)"),
+            (True, AMPERE, 64, False, False, EAGER, "plain (-a selects a fused kernel)"),
+            (True, AMPERE, 64, True, False, FLASH_ATTENTION, "flash-attn"),
+            (True, HOPPER, 128, True, False, TORCH_FUSED, f"{FUSED} (cuDNN's, faster than flash-attn on this GPU)"),
+            (True, HOPPER, 256, True, False, FLASH_ATTENTION, "flash-attn"),
+            (True, None, 64, True, False, TORCH_FUSED, f"{FUSED} (flash-attn needs a GPU)"),
+            (False, HOPPER, 64, True, False, TORCH_FUSED, f"{FUSED} (flash-attn is not installed)"),
+            (False, None, 64, True, False, TORCH_FUSED, f"{FUSED} (flash-attn is not installed)"),
+            (True, AMPERE, 64, True, True, TORCH_FUSED, f"{FUSED} (always so with --sp)"),
+            (False, None, 64, False, True, TORCH_FUSED, f"{FUSED} (always so with --sp)"),
         ],
     )
-    def test_table(self, monkeypatch, package, gpu, flash_attention, sequence_parallel, kernel, line):
+    def test_table(self, monkeypatch, package, gpu, head, flash_attention, sequence_parallel, kernel, line):
         found = importlib.util.find_spec
         monkeypatch.setattr(
             importlib.util,
             "find_spec",
             lambda name, *rest: (object() if package else None) if name == "flash_attn" else found(name, *rest),
         )
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
         config = load_config("test")
-        assert select_attention(config, flash_attention, sequence_parallel) == line
+        config.head_dim = head
+        assert select_attention(config, flash_attention, sequence_parallel) == f"attention: {line}"
         assert config._attn_implementation == kernel
 
     def test_deterministic(self, monkeypatch):
