@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from engine.job import FLOAT8_ALIGNMENT, ROWWISE, TENSORWISE, Compute, Job
 from model_utils import parameter_specs
 
-collective = torch.ops._c10d_functional
+collective = torch.ops._c10d_functional  # torch.compile traces these
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST_MAXIMUM = 2.0**-100  # the reciprocal of its scale is a normal float32 number
 # Weights of a layer from which it is faster. Measured on an H200: a model of hidden size 1024 is 3% slower, one of

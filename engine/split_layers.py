@@ -31,9 +31,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from attn import EAGER
 from engine import float8, overlap
-from engine.float8 import Factor
+from engine.float8 import Factor, collective
+from engine.patching import replace
 
-collective = torch.ops._c10d_functional
 # Options of torch.compile: start collective operations as early, and wait for them as late, as their operands allow.
 OVERLAP = {
     "reorder_for_compute_comm_overlap": True,
@@ -313,9 +313,9 @@ class SplitPolicy(LlamaForCausalLMPolicy):
 
 
 def split_tokens(model: nn.Module, group: ProcessGroup, runs: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
-    """Give each tensor-parallel rank the hidden states of its part of the tokens, from the first layer to the last.
+    """Give each tensor-parallel rank the hidden states of its part of the tokens, from the first layer to the logits.
 
-    Collective over all ranks.
+    The logits are [1, M, V/T] then. Collective over all ranks.
 
     Args:
         runs: first layer, and last layer plus one, of each model chunk that this pipeline stage holds.
@@ -324,15 +324,25 @@ def split_tokens(model: nn.Module, group: ProcessGroup, runs: Sequence[tuple[int
         The parameters whose gradients are sums over the group: norms, and biases that are added to a rank's part.
     """
     overlap.connect(group)
-    layers: Any = model.get_submodule("model.layers")
+    decoder: Any = model.get_submodule("model")
     shared = []
     for first, end in runs:
-        layers[first].register_forward_pre_hook(partial(_enter, group), with_kwargs=True)
-        layers[end - 1].register_forward_hook(partial(_leave, group), with_kwargs=True)
-        for layer in layers[first:end]:
+        decoder.layers[first].register_forward_pre_hook(partial(_enter, group), with_kwargs=True)
+        if end == len(decoder.layers):
+            head = model.get_submodule("lm_head")
+            replace(head, "forward", partial(_logits, group, head))
+            shared.append(decoder.norm.weight)
+        else:
+            decoder.layers[end - 1].register_forward_hook(partial(_leave, group), with_kwargs=True)
+        for layer in decoder.layers[first:end]:
             shared += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
             shared += [layer.self_attn.o_proj.bias, layer.mlp.down_proj.bias]
     return [parameter for parameter in shared if parameter is not None]
+
+
+def _logits(group: ProcessGroup, head: nn.Module, hidden: Tensor) -> Tensor:
+    """Return this rank's columns [1, M, V/T] of the logits of all tokens, of a shard [1, M/T, K]."""
+    return _columns(hidden, [head], group)[0]
 
 
 def _enter(group: ProcessGroup, layer: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:

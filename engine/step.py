@@ -27,7 +27,8 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
     Its backward pass overwrites the logits.
 
     Args:
-        logits: [B, S, V], or this rank's part: V/tp columns under tensor, S/sp positions under sequence parallelism.
+        logits: [B, S, V], or this rank's part: S/sp positions under sequence parallelism, V/tp columns under tensor
+            parallelism. Under the latter perhaps all tokens as one sequence, with further rows at the end.
         labels: [B, S], unshifted and whole; IGNORE_INDEX does not count.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -36,6 +37,7 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, engine: Engine) -> to
         group = shard_config.sequence_parallel_process_group
         targets = targets.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
     logits, targets = compilation.plain(logits).flatten(0, 1), targets.flatten()
+    targets = F.pad(targets, (0, len(logits) - len(targets)), value=IGNORE_INDEX)
     group = None
     if shard_config is not None and shard_config.enable_tensor_parallelism:
         group = shard_config.tensor_parallel_process_group

@@ -264,7 +264,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     if keep_attention:  # its output, and the log-sum-exp of its scores
         kept += tokens * (width * attention_size(config) + FP32 * config.num_attention_heads) / layout.tp
     last = stage == layout.pp - 1
-    final_norm = tokens * (FP32 + 2 * width) * hidden if last else 0
+    final_norm = tokens / layout.token_parts * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
     # In the last layer's backward: recomputed activations, gradients of its output and of the FFN's inner values.
     working = max(tokens * width * (hidden + 2 * ffn / layout.tp), _deterministic_attention(job, sequences, tokens))
@@ -278,7 +278,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     eager = min(own_logits, EAGER_LOGITS) if fused is Fusion.NONE else 0
     logits = width * own_logits
     in_float32 = (FP32 + (FP32 if width < FP32 else 0)) * eager
-    output_gradient = tokens * width * hidden if last else 0
+    # With split tokens, every rank's parts, and the gathered input of the last product.
+    output_gradient = (1 if layout.token_parts == 1 else 2) * tokens * width * hidden if last else 0
     head_gradient = width * hidden * vocabulary / layout.tp if last else 0
 
     weights = state.weights + state.gathered
