@@ -52,7 +52,7 @@ from training.flags import (
     add_plugin_args,
     add_training_args,
     job_of,
-    refuse_interval,
+    refuse_evaluation,
     run_of,
     take,
     user_name,
@@ -165,7 +165,7 @@ def open_data(
         InstructionDataset(Path(folder), data.pack, job.layout.sp) for folder in once_per_node(prepare)
     )
     if not held_out:
-        refuse_interval(data.given, "give a data set with a split `test`")
+        refuse_evaluation(data.given, "give a data set with a split `test`")
     return dataset, held_out[0] if held_out else None
 
 

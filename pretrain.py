@@ -53,7 +53,7 @@ from training.flags import (
     add_warmup_arg,
     job_of,
     parse_slice_weights,
-    refuse_interval,
+    refuse_evaluation,
     run_of,
     short_name,
     take,
@@ -151,7 +151,7 @@ def open_mixture(
         if its_held_out:
             held_out[name] = its_held_out[""]
     if not held_out:
-        refuse_interval(data.given, "give --eval_fraction")
+        refuse_evaluation(data.given, "give --eval_fraction")
     return MixtureDataset(parts, weights), held_out
 
 
@@ -177,11 +177,11 @@ def open_data(
         once_per_node(stream.check)
         return stream, {}
     if not data.eval_fraction and not is_prepared(Path(name)):
-        refuse_interval(data.given, "give --eval_fraction")
+        refuse_evaluation(data.given, "give --eval_fraction")
     folder = prepare_dataset(name, tokenizer, data.cache_dir, eval_fraction=data.eval_fraction, **choice)
     dataset = PackedDataset(folder, max_length, document_ends, slice_weights=weights)
     if not dataset.manifest.get("eval_fraction"):
-        refuse_interval(data.given, "prepare them with --eval_fraction")
+        refuse_evaluation(data.given, "prepare them with --eval_fraction")
         return dataset, {}
     return dataset, {"": PackedDataset(folder, max_length, document_ends, split=HELD_OUT)}
 
@@ -205,9 +205,10 @@ def check(args: argparse.Namespace, run: Run) -> None:
             problems.append("--streaming: a stream has no end; give --max_steps")
         if args.num_epochs > 1:
             problems.append("--num_epochs: a stream has no end, so it has no epochs; leave the flag out")
-        for name, given in (("fraction", args.eval_fraction), ("interval", "eval_interval" in args.given)):
-            if given:
-                problems.append(f"--eval_{name}: a stream has no held-out documents; leave out this or --streaming")
+        given = args.given | ({"eval_fraction"} if args.eval_fraction else set())
+        for name in ("eval_fraction", "eval_interval", "eval_first"):
+            if name in given:
+                problems.append(f"--{name}: a stream has no held-out documents; leave out this or --streaming")
     elif "shuffle_buffer" in args.given and not problems:
         problems.append("--shuffle_buffer: takes effect only with --streaming; give that too, or leave it out")
     if args.init_from and args.load not in (None, "latest"):

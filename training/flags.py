@@ -272,10 +272,10 @@ def short_name(dataset: str) -> str:
 
 
 class Given(argparse.Action):
-    """Store the value, and add the flag to `given`: it is on the command line."""
+    """Store the value, True for a flag without one, and add the flag to `given`: it is on the command line."""
 
     def __call__(self, parser: object, namespace: Any, values: Any, option_string: object = None) -> None:
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
         namespace.given |= {self.dest}
 
 
@@ -386,12 +386,15 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
         add_flag(held_out, "--eval_fraction", float, f"{text} (default: none, or that of a prepared data set)")
     text = "optimizer steps between evaluations on held-out data; also at the end"
     add_flag(held_out, "--eval_interval", 1000, text, action=Given)
+    text = "evaluate before the first step too"
+    add_flag(held_out, "--eval_first", False, text, action=Given, nargs=0, default=False)
 
 
-def refuse_interval(given: frozenset[str], remedy: str) -> None:
-    """Raise InputError if --eval_interval is `given` on the command line; call it if no data are held out."""
-    if "eval_interval" in given:
-        raise InputError(f"--eval_interval: no data are held out of training; {remedy}, or leave the flag out")
+def refuse_evaluation(given: frozenset[str], remedy: str) -> None:
+    """Raise InputError if a flag of evaluations is `given` on the command line; call it if no data are held out."""
+    for name in ("eval_interval", "eval_first"):
+        if name in given:
+            raise InputError(f"--{name}: no data are held out of training; {remedy}, or leave the flag out")
 
 
 def add_dry_run_args(parser: argparse.ArgumentParser) -> None:

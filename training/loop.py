@@ -65,6 +65,8 @@ def train(
     metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
     if writer.latest and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
         return writer.latest, True
+    if run.outputs.eval_first and not state.step:
+        _evaluate_first(engine, held_out, metrics, stop)
     if state.step and engine.config.attention_dropout:
         say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
     scheduler = build_scheduler(engine, state.step, plan.curve)
@@ -236,6 +238,16 @@ def _evaluate(
     state.unevaluated = row if evaluation is None else None
     row |= evaluation or {}
     return evaluation is not None
+
+
+def _evaluate_first(
+    engine: Engine, held_out: Mapping[str, DataLoader[Any]], metrics: Metrics, stop: StopRequest
+) -> None:
+    """Evaluate the weights that training starts from. A signal interrupts it, and ends the run after the first step."""
+    if not engine.may_evaluate:
+        say("--eval_first: left out, since gemini with offloading evaluates only after its first training step")
+    elif evaluation := evaluate(engine, held_out, stop):
+        metrics.log_start(evaluation)
 
 
 def step_seed(seed: int, step: int) -> int:

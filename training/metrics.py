@@ -211,8 +211,18 @@ class Metrics:
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
             say(f"step {step}/{self.total_steps}: {loss}, {lr}, {norm}, {speed}{self._time_left(first, step, now)}")
         if "eval_loss" in values:
-            loss, perplexity = values["eval_loss"], values["eval_perplexity"]
-            self.note([f"step {step}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
+            self._note_evaluation(f"step {step}", values)
+
+    def log_start(self, evaluation: dict[str, float]) -> None:
+        """Print the evaluation before the first step, and show it in TensorBoard at step 0."""
+        if self.main:
+            self._note_evaluation("before the first step", evaluation)
+            with contextlib.suppress(OSError):
+                self._show(0, evaluation)
+
+    def _note_evaluation(self, when: str, values: dict[str, Any]) -> None:
+        loss, perplexity = values["eval_loss"], values["eval_perplexity"]
+        self.note([f"{when}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
 
     def _time_left(self, first: tuple[int, float], step: int, now: float) -> str:
         first_step, first_time = first
@@ -256,6 +266,10 @@ class Metrics:
         if file.write(row) != len(row):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        """Write values to TensorBoard."""
         if self.failing or self.board is None:  # TensorBoard's thread ends at its first error
             self.board = SummaryWriter(str(self.folder), purge_step=step)
         for key, value in values.items():

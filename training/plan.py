@@ -68,6 +68,7 @@ class Outputs:
     wandb: str | None = None  # project
     log_interval: int = 10  # steps
     eval_interval: int = 1000  # steps
+    eval_first: bool = False  # evaluate before the first step too
     load: str | None = None  # a checkpoint, or `latest`
     allow_changes: bool = False  # resume although data, seed, recipe or length have changed
     hang_timeout: int | None = None  # seconds without progress after which a run ends; 0: never; None: as it needs

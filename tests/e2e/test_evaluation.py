@@ -138,6 +138,17 @@ def test_a_prepared_folder_keeps_its_fraction(folders, sample_tokenizer, tmp_pat
         prepare_dataset(folder, sample_tokenizer, tmp_path, eval_fraction=0.1)
 
 
+def test_an_evaluation_before_the_first_step(pretrain):
+    flags = ["-p", "zero2", "-x", "fp32", "-b", 1, "--eval_fraction", 0.2, "--eval_interval", 2]
+    trained = pretrain(*flags, "--max_steps", 2)
+    loss = f"{trained.metrics[-1]['eval_loss']:.4f}"
+    continued = pretrain(*flags, "--max_steps", 2, "--init_from", trained.save_dir / "final", "--eval_first")
+    assert f"before the first step: loss {loss}, perplexity" in continued.stdout
+    more = ["--max_steps", 3, "-f", "latest", "--allow_changes", "--eval_first"]
+    resumed = pretrain(*flags, *more, folder=continued.folder)
+    assert "before the first step" not in resumed.stdout
+
+
 # Sends a signal to the process during an evaluation once step {step} has been logged.
 SIGNAL_IN_EVALUATION = """
 from training import evaluation

@@ -172,6 +172,31 @@ def test_the_fine_tuning_example(sample, start, tmp_path):
     assert answer.stdout.strip() == f"{row['prompt']} {row['completion']}"
 
 
+def test_the_example_of_continued_pretraining(sample, start, tmp_path):
+    """Follow the README with a smaller model: pretrain, then continue on its own pages and some of the first data."""
+    with start("-p", "zero2", "-x", "fp32", "-b", 8, "--max_steps", 20, folder=tmp_path / "pretrained") as run:
+        assert run.wait() == 0, run.output()
+    with open(tmp_path / "pages.jsonl", "w", encoding="utf-8") as pages:
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+            pages.write(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n")
+    (command,) = (line for _, line in commands() if "--init_from quickstart" in line)
+    places = {
+        "quickstart/checkpoint/final": run.save_dir / "final",
+        "quickstart/tokenizer": sample / "tokenizer",
+        "quickstart/data": sample / "data",
+        "pages.jsonl": tmp_path / "pages.jsonl",
+        "-o continued -t continued/logs": "",
+    }
+    for name, place in places.items():
+        command = command.replace(name, str(place))
+    smaller = ["-l", 64, "--max_steps", 20, "--eval_fraction", 0.3, "--cache_dir", tmp_path / "cache"]
+    with start(*launched(shlex.split(command))[1], *smaller, folder=tmp_path / "continued") as run:
+        assert run.wait() == 0, run.output()
+    before = float(re.search(r"before the first step: loss ([\d.]+)", run.stdout)[1])
+    assert run.metrics[-1]["eval_loss"] < before
+    assert {"eval_loss/pages", "eval_loss/data"} <= set(run.metrics[-1]), run.metrics[-1]
+
+
 def test_paths_in_links_and_tables_exist():
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")

@@ -45,6 +45,10 @@ class TestChecks:
                 "--eval_interval: a stream has no held-out documents; leave out this or --streaming",
             ),
             (
+                "--streaming --max_steps 9 --eval_first",
+                "--eval_first: a stream has no held-out documents; leave out this or --streaming",
+            ),
+            (
                 "--shuffle_buffer 2048",
                 "--shuffle_buffer: takes effect only with --streaming; give that too, or leave it out",
             ),
