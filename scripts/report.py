@@ -1,4 +1,4 @@
-"""Write one HTML page of runs: curves, final figures, data, configuration, checkpoints and generated text.
+"""Write one HTML page of runs: curves, final figures, data, checkpoints, generated text and configuration.
 
     python scripts/report.py tb_logs --output report.html
     python scripts/report.py first=runs/1/tb_logs second=runs/2/tb_logs --x tokens --prompt "Once upon a time" "def "
@@ -343,10 +343,10 @@ def page(runs: list[Described], x: str, prompts: list[str], tokens: int) -> str:
     overview = "".join(f"<p>{described.label}: {escape(summary(described.run))}</p>" for described in runs)
     parts = [f"<h1>{escape(title)}</h1>", overview, charts(runs, x), figures(runs)]
     parts += section("Data", runs, data)
-    parts += ["<h2>Configuration</h2>", configuration(runs)]
     parts += section("Checkpoints", runs, checkpoints)
     if prompts:
         parts += section("Generated text", runs, lambda described: samples(described, prompts, tokens))
+    parts += ["<h2>Configuration</h2>", configuration(runs)]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(title=escape(title), body="\n".join(parts))
 
 
