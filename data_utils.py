@@ -252,6 +252,8 @@ class MixtureDataset(Dataset):
     def settle(self, saved: dict | None, position: int) -> dict:
         """Set and return the state: where this mixture began, and how often each data set was drawn from before.
 
+        The lengths, an epoch's sequences by data set, are for readers of the checkpoint.
+
         Args:
             saved: the state in the checkpoint at `position`. If its mixture was another, this one begins there, and
                 each data set continues where it was, if its content is the same.
@@ -259,12 +261,12 @@ class MixtureDataset(Dataset):
         fingerprints = {name: part.fingerprint for name, part in self.parts.items()}
         own = {"weights": self.weights, "fingerprints": fingerprints}
         if saved is None or {name: saved[name] for name in own} != own:
-            draws = _interleaving(saved).draws(position) if saved else {}
+            draws = interleaving_of(saved).draws(position) if saved else {}
             kept = saved["fingerprints"] if saved else {}
             before = {name: draws.get(name, 0) for name in self.parts if kept.get(name) == fingerprints[name]}
             saved = own | {"start": position, "before": before}
-        self.state = saved
-        return saved
+        self.state = saved | {"lengths": {name: len(part) for name, part in self.parts.items()}}
+        return self.state
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -276,7 +278,7 @@ class MixtureDataset(Dataset):
     def order(self, seed: int) -> Order:
         """Return the order in which a run with this seed reads the sequences."""
         ranges = map(range, self._firsts, self._firsts[1:])
-        return InterleavedOrder(dict(zip(self.parts, ranges, strict=True)), _interleaving(self.state), seed)
+        return InterleavedOrder(dict(zip(self.parts, ranges, strict=True)), interleaving_of(self.state), seed)
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
         """Return the settings, beside data, seed and length, that the order depends on."""
@@ -290,7 +292,7 @@ class MixtureDataset(Dataset):
 
     def epochs(self, position: int) -> str:
         """Return how many epochs of each data set are read before a position, for people."""
-        draws = _interleaving(self.state).draws(position)
+        draws = interleaving_of(self.state).draws(position)
         return ", ".join(f"{name} {draws[name] / len(part):.2f}" for name, part in self.parts.items())
 
     @property
@@ -306,7 +308,8 @@ class MixtureDataset(Dataset):
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _interleaving(state: dict) -> Interleaving:
+def interleaving_of(state: dict) -> Interleaving:
+    """Return the interleaving of a mixture, from what a checkpoint keeps of it."""
     return Interleaving(state["weights"], state["start"], state["before"])
 
 

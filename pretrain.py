@@ -63,9 +63,14 @@ from training.flags import (
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
 
+COMMON_FLAGS = (  # --help lists them first
+    *("--config", "--dataset", "--tokenizer", "--plugin", "--mixed_precision", "--batch_size", "--max_length", "--lr"),
+    *("--max_steps", "--save_dir", "--save_interval", "--load"),
+)
+
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="pretrain.py", description=__doc__)
+    parser = ArgumentParser(COMMON_FLAGS, prog="pretrain.py", description=__doc__)
     model = parser.add_argument_group("model and data")
     known = ", ".join(MODEL_CONFIGS)
     model.add_argument(

@@ -44,6 +44,7 @@ class Panel:
     scale: str = "linear"
     unit: EngFormatter | None = None
     noisy: bool = True
+    factor: float = 1  # from the logged value to the one shown
 
 
 PANELS = (
@@ -51,17 +52,22 @@ PANELS = (
     Panel("lr", "learning rate", noisy=False),
     Panel("grad_norm", "gradient norm", scale="log"),
     Panel("tokens_per_second", "throughput, tokens/s", unit=EngFormatter(sep="")),
-    Panel("mfu", "MFU, %"),
+    Panel("mfu", "MFU, %", factor=100),
 )
 TFLOPS = Panel("tflops", "TFLOPS/GPU (the device's peak is unknown)")  # instead of MFU
 
 
 @dataclass
 class LoggedRun:
-    """A run's logged columns by name, float64 [rows], NaN if a row has no value."""
+    """A run's logged columns by name, float64 [rows], NaN if a row has no value.
+
+    Attributes:
+        folder: of the logs.
+    """
 
     name: str
     columns: dict[str, np.ndarray]
+    folder: Path = Path()
 
     def has(self, key: str) -> bool:
         return key in self.columns and bool(np.isfinite(self.columns[key]).any())
@@ -108,7 +114,7 @@ def read_run(text: str) -> LoggedRun:
         raise InputError(f"{path} does not exist; give a run's --tensorboard_dir, or the metrics.jsonl in it")
     if not len(columns.get("step", ())):
         raise InputError(f"{path} has no step yet; plot it after the first one")
-    return LoggedRun(name, columns)
+    return LoggedRun(name, columns, path if path.is_dir() else path.parent)
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
@@ -170,12 +176,11 @@ def panels_of(runs: list[LoggedRun]) -> list[Panel]:
 def draw_curve(axis: Axes, run: LoggedRun, panel: Panel, x: str, smooth: int, color: str) -> None:
     if not run.has(panel.key):
         return
-    factor = 100 if panel.key == "mfu" else 1
     position, values = run.curve(x, panel.key, smooth if panel.noisy else 1)
-    axis.plot(position, factor * values, color=color, linewidth=1.3)
+    axis.plot(position, panel.factor * values, color=color, linewidth=1.3)
     if smooth > 1 and panel.noisy:
         position, values = run.curve(x, panel.key)
-        axis.plot(position, factor * values, color=color, linewidth=0.5, alpha=0.3)
+        axis.plot(position, panel.factor * values, color=color, linewidth=0.5, alpha=0.3)
     if panel.key == "loss" and run.has("eval_loss"):
         axis.plot(*run.curve(x, "eval_loss"), "o--", color=color, markersize=4, linewidth=0.8)
 

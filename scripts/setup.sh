@@ -6,6 +6,8 @@
 #
 # Environment:
 #   PYTHON=/path/python3.12     the interpreter that creates .venv (3.11 or later; default: python3)
+#   INSTALLER=uv                uv or pip (default: uv if it is installed and pip has no indexes, find-links or
+#                               constraints in its configuration, which uv would not read; else pip)
 #   LLAMA_PYTHON=/path/python   use this interpreter with its own torch and ColossalAI, and install nothing: for
 #                               machines that come with them, or have no network
 
@@ -35,6 +37,26 @@ logged() {
     fi
 }
 
+check_installer() {
+    case ${INSTALLER:-pip} in
+        pip) ;;
+        uv) command -v uv >/dev/null || fail "INSTALLER=uv: uv is not installed; install it, or leave INSTALLER out" ;;
+        *) fail "INSTALLER='$INSTALLER' is neither uv nor pip; give one of them, or leave INSTALLER out" ;;
+    esac
+}
+
+# Prints uv or pip.
+choose_installer() {
+    local own='\.(no-|extra-)?(index|find-links|constraint)' # of pip's configuration
+    if [[ -n ${INSTALLER:-} ]]; then
+        echo "$INSTALLER"
+    elif ! command -v uv >/dev/null || [[ $(.venv/bin/python -m pip config list) =~ $own ]]; then
+        echo pip
+    else
+        echo uv
+    fi
+}
+
 make_environment() {
     local base=${PYTHON:-python3} version have
     version=$(python_version "$base") ||
@@ -59,12 +81,15 @@ install_once() { # STAMP MESSAGE REQUIREMENTS_FILE...
     shift 2
     state=$(python_version .venv/bin/python && cat -- "$@")
     [[ -f $stamp && $(<"$stamp") == "$state" ]] && return
-    say "$message (first time only; progress: $INSTALL_LOG)"
-    local file
+    local file installer install
+    installer=$(choose_installer)
+    install=(.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off)
+    [[ $installer != uv ]] || install=(uv pip install --python .venv/bin/python)
+    say "$message with $installer (first time only; progress: $INSTALL_LOG)"
     for file in "$@"; do
         local options=(--requirement "$file")
         [[ $file != requirements-colossalai.txt ]] || options+=(--no-deps)
-        logged .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "${options[@]}"
+        logged "${install[@]}" "${options[@]}"
     done
     printf '%s' "$state" >"$stamp"
     rm -f "$INSTALLING"
@@ -90,15 +115,16 @@ set_up() { # [--dev]
         python=$LLAMA_PYTHON
         return
     fi
+    check_installer
     ( # The lock on the repository folder lasts until this subshell ends.
         flock --nonblock 9 || {
             say "waiting for another setup of this folder to end"
             flock 9
         }
         make_environment
-        install_once run "installing requirements.txt and ColossalAI, 1 to 5 minutes" \
+        install_once run "installing requirements.txt and ColossalAI, 1 to 5 minutes," \
             requirements.txt requirements-colossalai.txt
-        [[ ${1:-} != --dev ]] || install_once dev "installing requirements-dev.txt, 1 minute" requirements-dev.txt
+        [[ ${1:-} != --dev ]] || install_once dev "installing requirements-dev.txt, 1 minute," requirements-dev.txt
     ) 9<.
     python=.venv/bin/python
 }

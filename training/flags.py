@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -106,9 +107,29 @@ def add_plugin_args(parser: argparse.ArgumentParser, all_plugins: bool = False) 
 class ArgumentParser(argparse.ArgumentParser):
     """Parser that raises InputError for mistakes on the command line, so that only one rank prints them."""
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, common: Sequence[str] = (), **kwargs: Any):
+        """
+        Args:
+            common: flags that --help lists first, in this order, and not in their groups again.
+        """
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(given=frozenset())
+        self.common = common
+
+    def format_help(self) -> str:
+        """Return the help; with `common` flags it opens with these instead of a usage of all flags."""
+        if not self.common:
+            return super().format_help()
+        first = [self._option_string_actions[flag] for flag in self.common]
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s [FLAG ...]", [], [])
+        formatter.add_text(self.description)
+        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        for title, actions in [("flags that most runs need", first), *groups]:
+            formatter.start_section(title)
+            formatter.add_arguments(actions if actions is first else [flag for flag in actions if flag not in first])
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Take -1e-3 or -inf as the value of the flag before it; argparse does so only for numbers such as -1."""

@@ -101,6 +101,20 @@ def test_help_lists_the_flags_but_not_the_older_spellings(capsys):
         assert not re.search(rf"{older}\b", text)
 
 
+def test_help_opens_with_the_twelve_flags_that_most_runs_need(capsys):
+    with pytest.raises(SystemExit):
+        program.parse_args(["--help"])
+    text = capsys.readouterr().out
+    usage, headings = text.splitlines()[0], re.findall(r"^(\w[^\n]*):$", text, re.MULTILINE)
+    assert usage == "usage: pretrain.py [FLAG ...]"
+    first, rest = text.split("flags that most runs need:\n")[1].split("\n\n", 1)
+    listed = re.findall(r"^  (?:-\w .*, )?(--\w+)", first, re.MULTILINE)
+    assert tuple(listed) == program.COMMON_FLAGS
+    assert len(listed) == 12
+    assert not set(listed) & set(re.findall(r"^  (?:-\w .*, )?(--\w+)", rest, re.MULTILINE))
+    assert headings.index("flags that most runs need") < headings.index("model and data")
+
+
 # ------------------------------------------------------------------------------------------------------------- outputs
 
 

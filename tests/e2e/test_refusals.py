@@ -114,6 +114,7 @@ def test_all_ranks_end_when_the_data_cannot_be_prepared(pretrain, tmp_path):
         ("prepare_dataset.py", "-d {few} --tokenizer {run}/final --output {locked}/prepared"),
         ("prepare_dataset.py", "--verify --output {locked}/prepared"),
         ("plot_run.py", "{run}/../tb_logs --output {locked}/run.png"),
+        ("report.py", "{run}/../tb_logs --output {locked}/run.html"),
         ("make_sample_data.py", "--output_dir {locked}/sample --megabytes 0.1"),
         ("make_sample_instructions.py", "--output_dir {locked}/sample --examples 10"),
     ],
