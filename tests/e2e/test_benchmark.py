@@ -233,7 +233,7 @@ process.run(benchmark.main, "benchmark.py")
 @pytest.mark.parametrize(
     ("where", "flags", "remedies"),
     [
-        ("boost", "-p zero2 -b 4", "-a, -g, -b 2, -p zero2_cpu, -p gemini_auto, 2 GPUs"),
+        ("boost", "-p zero2 -b 4", "-a, -g, -b 2, -p gemini, -p zero2_cpu, -p gemini_auto, 2 GPUs"),
         ("train_step", "-p gemini_auto -b 1 -g -a -m 900", "a larger --memory_limit"),
     ],
 )

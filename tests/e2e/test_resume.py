@@ -185,10 +185,10 @@ def test_stream_left_out_on_a_resume(pretrain, few_data, tmp_path):
 def test_resume_with_skipped_spikes_is_exact(pretrain, few_data, layout):
     """The window of the last steps continues where it was."""
     options = {"change": "training.spikes.WINDOW = 4"}
-    flags = ["--skip_spikes", 1]
+    flags = ["--skip_spikes", 1, "--lr", 1]  # so high that some loss spikes, whatever the text
     whole = train(pretrain, few_data, layout, *flags, **options)
     spikes = whole.column("spikes")
-    assert 0 < spikes[-1] < STEPS / 2
+    assert 0 < spikes[-1] < STEPS - 2
     step = max(number for number in (2, 4, 6, 8) if spikes[-1] > spikes[number - 1])
     run = train(pretrain, few_data, layout, *flags, "-f", next(whole.save_dir.glob(f"*-step{step}")), **options)
     assert curve(run) == curve(whole, after=step)
