@@ -41,7 +41,7 @@ def set_up(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     ("environment", "installer"),
     [
         pytest.param({}, "uv", marks=needs_uv),
-        pytest.param({"PIP_FIND_LINKS": "/opt/wheels"}, "pip", marks=needs_uv),
+        pytest.param({"PIP_FIND_LINKS": "/srv/wheels"}, "pip", marks=needs_uv),
         ({"INSTALLER": "pip"}, "pip"),
     ],
 )
