@@ -38,19 +38,17 @@ class _Messages:
 
         All of `whole` is there after the last.
         """
-        work = dist.all_gather_into_tensor(
-            whole.view(torch.uint8), shard.view(torch.uint8), self.group, async_op=True
-        )  # as bytes: Gloo does not know float8
+        sent, received = shard.view(torch.uint8), whole.view(torch.uint8)  # Gloo does not know float8
+        work = dist.all_gather_into_tensor(received, sent, self.group, async_op=True)
         first = self.group.rank() * len(shard)
         return [(rows, work.wait) for rows in (slice(0, first), slice(first + len(shard), len(whole)))]
 
     def exchange(self, compute: Callable[[int, slice, Tensor], None], parts: Tensor) -> None:
         """Fill parts [T, M/T, N], of which each rank computes one for every rank: compute(rank, rows, out)."""
         rank, members, works = self.group.rank(), dist.get_process_group_ranks(self.group), []
-        rows = slice(0, parts.shape[1])
-        for step in range(1, len(parts)):
+        rows, computed = slice(0, parts.shape[1]), torch.empty_like(parts[1:])  # kept until all is sent
+        for step, part in enumerate(computed, start=1):
             target, source = (rank + step) % len(parts), (rank - step) % len(parts)
-            part = torch.empty_like(parts[0])
             compute(target, rows, part)
             sent, received = part.view(torch.uint8), parts[source].view(torch.uint8)
             send = dist.P2POp(dist.isend, sent, members[target], self.group)
