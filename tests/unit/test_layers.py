@@ -42,6 +42,12 @@ def test_six_top_level_modules_and_one_level_of_rooms():
     assert not [room for room in rooms if (ROOT / room / "__init__.py").read_text()]
 
 
+def test_names_of_test_files_are_unique():
+    """pytest imports them by name alone, so that of two of the same name it refuses the second."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py")]
+    assert len(names) == len(set(names)) + names.count("conftest.py") - 1
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
