@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import ChainMap
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +87,12 @@ def say_host_memory(job: Job) -> None:
 
 def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:
     """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes."""
+    say_memory(job, plan)
+    say_time(job, plan, [(job.batch.max_length, tokens_per_step, total_tokens)])
+
+
+def say_memory(job: Job, plan: DryRun) -> None:
+    """Print the memory of a GPU by component, and the verdict on whether it fits."""
     estimate, card, layout = estimate_memory(job), planned_card(plan), job.layout
     unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
     say(f"estimated memory per GPU in {unit} (GPUs: {layout.ranks}):")
@@ -103,16 +110,26 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) 
             verdict, remedy = "does NOT fit", f"; what helps: {memory_remedies(job, plan)}"
         say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
-    flops = model_flops_per_token(job.config, job.batch.max_length, job.adapters is not None)
+
+def say_time(job: Job, plan: DryRun, parts: Sequence[tuple[int, int, float]]) -> None:
+    """Print the time that training takes.
+
+    Args:
+        parts: of the run: the length of the sequences, the tokens of a step, and those in all.
+    """
+    card, ranks = planned_card(plan), job.layout.ranks
     if math.isnan(card.peak_tflops):
         say(f"time: the peak of {card.name} is unknown; name a known GPU with --gpu")
         return
-    tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * plan.mfu / flops
-    steps = math.ceil(total_tokens / tokens_per_step)
-    hours = total_tokens / tokens_per_second / 3600
-    duration = f"{hours / 24:,.1f} days" if hours > 24 else f"{hours:,.2f} hours"
+    flops = [model_flops_per_token(job.config, length, job.adapters is not None) for length, *_ in parts]
+    total_tokens = sum(tokens for *_, tokens in parts)
+    seconds = sum(each * tokens for each, (*_, tokens) in zip(flops, parts, strict=True))
+    seconds /= ranks * card.peak_tflops * 1e12 * plan.mfu
+    steps = sum(math.ceil(tokens / of_step) for _, of_step, tokens in parts)
+    of_steps = sorted({of_step for _, of_step, tokens in parts if tokens})
+    each = " to ".join(f"{of_step:,}" for of_step in dict.fromkeys((of_steps[0], of_steps[-1]))) if of_steps else "0"
+    duration = f"{seconds / 86400:,.1f} days" if seconds > 86400 else f"{seconds / 3600:,.2f} hours"
     say(
-        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} in all: "
-        f"{duration} on {layout.ranks} x {card.name} "
-        f"at {plan.mfu:.0%} MFU, {tokens_per_second:,.0f} tokens/s"
+        f"time: {steps:,} steps of {each} tokens, {total_tokens:,.0f} in all: {duration} on {ranks} x {card.name} "
+        f"at {plan.mfu:.0%} MFU, {total_tokens / seconds if seconds else 0:,.0f} tokens/s"
     )

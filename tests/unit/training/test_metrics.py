@@ -19,7 +19,7 @@ def line(step):
 
 
 def metrics_of(folder, step=0, run="run"):
-    return Metrics(folder, folder / run, step, total_steps=4, interval=2)
+    return Metrics(folder, folder / run, step, total_steps=4, total_tokens=4000, interval=2)
 
 
 def values_of(step, loss):
@@ -111,7 +111,9 @@ class TestMetrics:
 
     def test_checkpoints_and_logs_moved_together_continue_one_run(self, tmp_path):
         for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
-            metrics = Metrics(folder / "logs", folder / "checkpoint", step, total_steps=4, interval=2)
+            metrics = Metrics(
+                folder / "logs", folder / "checkpoint", step, total_steps=4, total_tokens=4000, interval=2
+            )
             metrics.log(values_of(step + 1, loss=5))
             metrics.close()
             if step == 0:
@@ -229,7 +231,7 @@ class TestTime:
         """The loss is averaged, since that of one step is noisy; GPU-hours include saves and evaluations."""
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
         monkeypatch.setenv("WORLD_SIZE", "8")
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, total_tokens=21_000, interval=10)
         for step in range(1, 22):
             clock[0] += 90
             metrics.log({**values_of(step, loss=step), "mfu": 0.4})
@@ -242,7 +244,7 @@ class TestTime:
         metrics.close()
 
     def test_time_left_excludes_the_first_step(self, tmp_path, clock, capsys):
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, total_tokens=100_000, interval=10)
         clock[0] += 500
         self.log(clock, metrics, range(1, 31), seconds=60)
         lines = capsys.readouterr().out.splitlines()
