@@ -254,12 +254,12 @@ class MixtureDataset(Dataset):
         """Set and return the state: where this mixture began, and how often each data set was drawn from before.
 
         The state also knows data sets that are no longer in the mixture. Its `lengths` are an epoch's sequences by data
-        set, its `max_lengths` their tokens.
+        set, its `max_lengths` their tokens, `unread` the parts of epochs that were counted without being read.
 
         Args:
             saved: the state in the checkpoint at `position`. If its mixture was another, this one begins there, and
                 each data set continues where it was, if its content is the same. If its sequences had another length it
-                begins an epoch, since those that it has read lie scattered over it.
+                begins the next epoch, since those that it has read lie scattered over this one.
         """
         own: dict[str, dict] = {
             "fingerprints": {name: part.fingerprint for name, part in self.parts.items()},
@@ -271,10 +271,13 @@ class MixtureDataset(Dataset):
         other = [name for name in self.parts if known["fingerprints"][name] != own["fingerprints"][name]]
         cut_anew = [name for name in self.parts if known["max_lengths"][name] != own["max_lengths"][name]]
         if other or cut_anew or saved["weights"] != self.weights:
-            before = draws_of(saved, position)
+            before = draws_of(saved, position) | dict.fromkeys(other, 0)
+            unread = {name: part for name, part in saved.get("unread", {}).items() if name not in other}
             for name in cut_anew:
-                before[name] = -(-before.get(name, 0) // known["lengths"][name]) * own["lengths"][name]
-            saved = {"weights": self.weights, "start": position, "before": before | dict.fromkeys(other, 0)}
+                length, drawn = known["lengths"][name], before.get(name, 0)
+                before[name] = -(-drawn // length) * own["lengths"][name]
+                unread[name] = unread.get(name, 0) + -drawn % length / length
+            saved = {"weights": self.weights, "start": position, "before": before, "unread": unread}
         self.state = saved | {key: known[key] | values for key, values in own.items()}
         return self.state
 
@@ -303,8 +306,7 @@ class MixtureDataset(Dataset):
 
     def epochs(self, position: int) -> str:
         """Return how many epochs of each data set are read before a position, for people."""
-        draws, lengths = draws_of(self.state, position), sorted(self.state["lengths"].items())
-        return ", ".join(f"{name} {draws.get(name, 0) / length:.2f}" for name, length in lengths)
+        return ", ".join(f"{name} {epochs:.2f}" for name, epochs in sorted(epochs_of(self.state, position).items()))
 
     @property
     def description(self) -> str:
@@ -327,6 +329,12 @@ def interleaving_of(state: dict) -> Interleaving:
 def draws_of(state: dict, position: int) -> dict[str, int]:
     """Return how often each data set was drawn from before a position, also those that the mixture has no longer."""
     return state["before"] | interleaving_of(state).draws(position)
+
+
+def epochs_of(state: dict, position: int) -> dict[str, float]:
+    """Return how many epochs are read of each data set before a position; of older checkpoints perhaps not all."""
+    draws, unread, lengths = draws_of(state, position), state.get("unread", {}), state.get("lengths", {})
+    return {name: draws.get(name, 0) / length - unread.get(name, 0) for name, length in lengths.items()}
 
 
 def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[str, torch.Tensor]:

@@ -315,8 +315,10 @@ def main() -> int:
     for name, part in held_out[plan.legs[0].number].items():
         say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
+        if run.stages.later:
+            say(f"memory: that of the stage which takes most, with sequences of {largest.batch.max_length} tokens")
         say_memory(largest, take(DryRun, args))
-        parts = [(leg.batch.max_length, leg.tokens_per_step, leg.steps) for leg in plan.legs]
+        parts = [(leg.batch.max_length, leg.tokens_per_step, leg.steps * leg.tokens_per_step) for leg in plan.legs]
         say_time(run.job, take(DryRun, args), parts)
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from data_utils import MixtureDataset, PackedDataset, TrainingData, draws_of
+from data_utils import MixtureDataset, PackedDataset, TrainingData, epochs_of
 from engine.job import Job
 from engine.layout import Batch
 from planning.memory import estimate_memory
@@ -244,11 +244,11 @@ def describe(leg: Leg, before: Leg | None, end: int, rates: tuple[float, float],
         return [*lines, f"  epochs {epochs} of {len(leg.dataset):,} sequences"]
     assert leg.mixture is not None
     known = (before.mixture or _alone(before.dataset, leg.dataset) or {}) if before else {}
-    first, last = draws_of(leg.mixture, leg.position), draws_of(leg.mixture, end)
+    first, last = (epochs_of(leg.mixture, position) for position in (leg.position, end))
     for name, weight in sorted(leg.dataset.weights.items()):
-        sequences, anew = leg.mixture["lengths"][name], ""
-        if known.get("max_lengths", {}).get(name, length) != length:
-            anew = "; an epoch begins, since its sequences have another length"
-        epochs = f"{first[name] / sequences:.2f} to {last[name] / sequences:.2f}"
-        lines.append(f"  {name}: {weight:.2%}, epochs {epochs} of {sequences:,} sequences{anew}")
+        anew = known.get("max_lengths", {}).get(name, length) != length
+        lines.append(
+            f"  {name}: {weight:.2%}, epochs {first[name]:.2f} to {last[name]:.2f} of {leg.mixture['lengths'][name]:,} "
+            f"sequences{'; an epoch begins, since its sequences have another length' if anew else ''}"
+        )
     return lines

@@ -529,7 +529,7 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
         raise InputError(*others, f"{last}; --allow_changes resumes anyway")
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
-    state.settings, state.mixture = settings | {"stages": stages}, legs[0].mixture
+    state.settings, state.mixture = settings | ({"stages": stages} if stages else {}), legs[0].mixture
     if state.global_batch not in (0, global_batch) and total_steps > state.step:
         say(
             f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "

@@ -162,8 +162,9 @@ def read_stages(path: Path, dataset: str | dict[str, float]) -> Stages:
     for key, value in content.items():
         try:
             if key != END:
-                raise ValueError(_unknown(key, [END, "stage", *KEYS], "keys of a stage stand below [[stage]]"))
-            stages = replace(stages, end_token=_token(value))
+                below = f"stands below [[stage]]; the keys above are {END}"
+                raise ValueError(below if key in KEYS else _unknown(key, [END, "stage"], f"the keys here are {END}"))
+            stages = replace(stages, end_token=_end(value))
         except ValueError as error:
             problems.append(f"--stages: {path}, {_quoted(key)}: {error}")
     later = []
@@ -276,24 +277,30 @@ def _same_path(one: str, other: str) -> bool:
 # -------------------------------------------------------------------------------------------- the values of its keys
 
 
-def _token(value: Any) -> int:
-    """Parse a number of tokens: 900000, 9e11 or "900B"."""
-    tokens: Any = value
+def _tokens(value: Any) -> int | None:
+    """Parse a number of tokens: 900000, 9e11 or "900B"; return None for anything else."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMBT]?)", value.strip(), re.IGNORECASE)):
-        tokens = Fraction(match[1]) * UNITS[match[2].upper()]
-    number = isinstance(tokens, int | float | Fraction) and not isinstance(tokens, bool)
-    if not (number and 1 <= tokens < math.inf and tokens == int(tokens)):
-        raise ValueError(f'must be a number of tokens, such as "900B" or 2_000_000, not {value!r}; correct it')
-    return int(tokens)
+        value = Fraction(match[1]) * UNITS[match[2].upper()]
+    number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+    return int(value) if number and 1 <= value < math.inf and value == int(value) else None
+
+
+def _end(value: Any) -> int:
+    if tokens := _tokens(value):
+        return tokens
+    raise ValueError(f'must be tokens, such as "900B" or 2_000_000, not {value!r}; correct it')
 
 
 def _start(value: Any) -> int | float:
     """Parse a number of tokens, or a fraction of the run."""
-    if isinstance(value, float) and 0 < value < 1:
-        return value
-    if isinstance(value, float) and value == 1:
-        raise ValueError("1.0 is the end of the run; give a fraction below 1, or tokens")
-    return _token(value)
+    if isinstance(value, float) and value <= 1:
+        tokens: int | float | None = value if 0 < value < 1 else None
+    else:
+        tokens = _tokens(value)
+    if tokens is None:
+        text = 'tokens, such as "900B" or 2_000_000, or a fraction of the run, such as 0.9'
+        raise ValueError(f"must be {text}, not {value!r}; correct it")
+    return tokens
 
 
 def _count(value: Any) -> int:
