@@ -4,9 +4,11 @@ It is pure arithmetic and needs no GPUs or ranks. It counts the tensors that tor
 compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -19,8 +21,8 @@ from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from engine.loss import EAGER_LOGITS
 from engine.shards import staging_bytes
-from model_utils import ParameterSpec, attention_size, parameter_specs, trained_specs
-from planning.cards import DryRun, planned_card
+from model_utils import ParameterSpec, attention_size, parameter_specs, sizes_of, trained_specs
+from planning.machines import DryRun, planned_card
 from runtime.console import say
 
 FP32 = 4  # bytes
@@ -75,18 +77,26 @@ class _State:
 
 def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[ParameterSpec]:
     """Return the parameters of one pipeline stage, with the sizes of one GPU's tensor-parallel part."""
-    per_range = config.num_hidden_layers // (layout.pp * layout.chunks)
+    return list(_stage_specs(sizes_of(config), layout.tp, layout.pp, layout.chunks, stage))
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage_specs(
+    sizes: tuple[tuple[str, Any], ...], tp: int, pp: int, chunks: int, stage: int
+) -> tuple[ParameterSpec, ...]:
+    config = LlamaConfig(**dict(sizes))
+    per_range = config.num_hidden_layers // (pp * chunks)
     specs = []
     for spec in parameter_specs(config):
         parts = spec.name.split(".")
         if parts[1] == "layers":
-            owner = int(parts[2]) // per_range % layout.pp
+            owner = int(parts[2]) // per_range % pp
         else:
-            owner = 0 if "embed_tokens" in parts else layout.pp - 1
+            owner = 0 if "embed_tokens" in parts else pp - 1
         if owner == stage:
-            split = layout.tp if len(spec.shape) == 2 else 1
+            split = tp if len(spec.shape) == 2 else 1
             specs.append(ParameterSpec(spec.name, torch.Size([spec.shape.numel() // split])))
-    return specs
+    return tuple(specs)
 
 
 def _fsdp_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:

@@ -253,6 +253,13 @@ def _steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def _gigabits(text: str) -> float:
+    try:
+        return float(re.sub(r"(?i)gb(it)?(/?s|ps)?$", "", text.strip()))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of Gbit/s, such as 400 or 400Gb") from error
+
+
 def _fraction(text: str) -> float | str:
     try:
         return text if text == AUTO else float(text)
@@ -425,7 +432,13 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     add_flag(plan, "--gpus", int, "dry run: plan for this many GPUs (default: the ranks launched)")
     add_flag(plan, "--gpu", str, "dry run: their model, such as A100 (default: this machine's, else H100)")
     add_flag(plan, "--gpu_memory", float, "dry run: memory of each in GB (default: that of the model)")
-    add_flag(plan, "--mfu", 0.4, "dry run: fraction of their bf16 peak that training reaches", action=Given)
+    add_flag(plan, "--gpus_per_node", int, "dry run: GPUs of a host (default: 8)")
+    text = "dry run: nominal Gbit/s of each GPU between hosts (default: 400, or what --facts says)"
+    add_flag(plan, "--network", _gigabits, text, metavar="400Gb")
+    text = "dry run: measured speeds, written by scripts/doctor.py --measure (default: built in)"
+    add_flag(plan, "--facts", user_path, text, metavar="FILE")
+    text = "dry run: fraction of their bf16 peak that training reaches (default: estimated)"
+    add_flag(plan, "--mfu", float, text)
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:
