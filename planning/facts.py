@@ -84,7 +84,27 @@ _H100 = Facts(
     idle=6.5,
     origin="of an H100",
 )
-MEASURED = {"H100": _H100, "H200": replace(_H100, card="H200", memory=3580, origin="of an H200")}
+# As published (docs/planner.md): products, memory and links; attention by flash-attn 2.
+_A100 = replace(
+    _H100,
+    card="A100",
+    products=((1, 70), (10, 150), (100, 225), (500, 254), (2000, 252)),
+    float8_products=(),
+    rowwise_products=(),
+    float32=17,
+    attention=(185, 165),
+    memory=1680,
+    collectives=225,
+    copies=270,
+    host_link=26,
+    origin="of an A100, as others published",
+)
+MEASURED = {
+    "H100": _H100,
+    "H200": replace(_H100, card="H200", memory=3580, origin="of an H200"),
+    "A100": _A100,
+    "A800": replace(_A100, card="A800", collectives=150, copies=180),
+}
 PRODUCTS = ("products", "float8_products", "rowwise_products")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from attn import EAGER
 from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted
-from engine.job import ROWWISE, Job, recomputed_layers
+from engine.job import ROWWISE, Job, recomputed_layers, reenters
 from engine.overlap import PARTS
 from model_utils import attention_size, trained_specs
 from planning.facts import Curve, Facts, at
@@ -69,24 +69,38 @@ class _Group:
     def hosts(self) -> int:
         return min(self.size, -(-self.size * self.stride // self.machines.per_host))
 
-    def seconds(self, whole: float, operations: float = 1) -> float:
-        """Return the time in which a ring gathers, or reduces and scatters, `whole` bytes.
+    def exchange(self, whole: float, operations: float = 1) -> "_Exchange":
+        """Return the exchange in which a ring gathers, or reduces and scatters, `whole` bytes.
 
         Between hosts all GPUs of a host send at the same time.
         """
         if self.size == 1:
-            return 0.0
+            return _Exchange(0.0, 0.0, self.machines.facts)
         facts, hosts = self.machines.facts, self.hosts
         within = whole * (self.size - 1) / self.size / (facts.collectives * 1e9)
         between = whole * (hosts - 1) / self.size / (self.machines.network * 1e9)
         near, far = facts.latency
         steps = (self.size - hosts) * near + hosts * far if hosts > 1 else (self.size - 1) * near
-        return max(within, between) + operations * steps * 1e-6
+        return _Exchange(within, max(within, between) + operations * steps * 1e-6, facts)
 
-    def beside(self, seconds: float, kernels: float) -> float:
-        """Return the time that an exchange of so many seconds adds to kernels that run beside it."""
-        lost = self.machines.facts.overlap[self.hosts > 1]
-        return max(seconds - kernels, 0) + lost * min(seconds, kernels)
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Seconds of a collective operation, and those of them in which the links within a host are busy."""
+
+    within: float
+    seconds: float
+    facts: Facts
+
+    def __add__(self, other: "_Exchange") -> "_Exchange":
+        return _Exchange(self.within + other.within, self.seconds + other.seconds, self.facts)
+
+    def beside(self, kernels: float) -> float:
+        """Return the time that the exchange adds to kernels of so many seconds that run beside it."""
+        hidden = min(self.seconds, kernels)
+        busy = min(self.within, hidden)
+        near, far = self.facts.overlap
+        return self.seconds - hidden + near * busy + far * (hidden - busy)
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,9 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
         loaders: processes of each rank that load data; 0: data are made on the GPU.
     """
     layout, batch, facts = job.layout, job.batch, machines.facts
-    passes = [_micro_batch(job, machines, stage) for stage in range(layout.pp)]
+    first, last = _micro_batch(job, machines, 0), _micro_batch(job, machines, layout.pp - 1)
+    middle = _micro_batch(job, machines, 1) if layout.pp > 2 else first
+    passes = [first, *[middle] * (layout.pp - 2), last][-layout.pp :]
     stage = max(range(layout.pp), key=lambda stage: passes[stage].total)
     busiest = passes[stage]
     count = batch.sequences // layout.microbatch_size if layout.pp > 1 else batch.accumulation_steps
@@ -197,8 +213,7 @@ def _products(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
     attention = 2 * seconds(queries, hidden, curve) + 2 * seconds(keys, hidden, curve)
     layer = attention + 2 * seconds(ffn, hidden, curve) + down
     head = seconds(share.vocabulary, hidden, plain) if share.vocabulary else 0
-    # A compiled layer that is recomputed leaves out its last product, which no gradient needs.
-    repeated = layer - (down if choose_fusion(job, on_gpu=True) is Fusion.LAYERS else 0)
+    repeated = layer if reenters(job.layout) else layer - down  # no gradient needs the result of the last product
     gradients = 1 if job.adapters else 2  # of the input, and of a weight that is trained
     forward = share.layers * layer + head
     return forward, gradients * forward + share.again * repeated
@@ -285,12 +300,12 @@ def _exchanges(job: Job, machines: Machines, share: _Share) -> float:
             copied = whole * (layout.tp - 1) / layout.tp / (facts.copies * 1e9)
             seconds += count * (copied / PARTS + FIRST_PART)
         else:
-            seconds += count * group.seconds(whole)
+            seconds += count * group.exchange(whole).seconds
     if layout.sp > 1:  # queries, keys and values at once, and attention's output
         whole = share.tokens * 2 * (share.queries + share.keys) * width
         rearranged = 4 * whole / (facts.memory * 1e9)
         passes = 2 * share.layers + share.again
-        seconds += passes * (_Group(layout.sp, 1, machines).seconds(whole, operations=2) + rearranged)
+        seconds += passes * (_Group(layout.sp, 1, machines).exchange(whole, operations=2).seconds + rearranged)
     if layout.pp > 1:  # forward and backward, half of it beside products
         replica = layout.tp * layout.sp * layout.pp
         speed = facts.collectives if replica <= machines.per_host else machines.network
@@ -327,17 +342,19 @@ def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int
     narrow = layout.zero_stage > 0 and group.hosts == 1  # see engine/reduction.py
     sent = width if narrow else job.reduce_dtype.itemsize
     passes = 1 if layout.zero_stage else 2  # an all-reduce also gathers
-    reduction = passes * group.seconds(sent * parameters, large)
+    reduction = group.exchange(passes * sent * parameters, passes * large)
+    summing = 0.0
     if narrow and job.reduce_dtype.itemsize > width:
-        reduction += (width * parameters + FP32 * own) / (facts.memory * 1e9)
+        summing = (width * parameters + FP32 * own) / (facts.memory * 1e9)
+    at_end = job.exchanges_at_update
     if module in ("gemini", "fsdp"):
-        gathering = group.seconds(width * parameters, job.config.num_hidden_layers)
-        ahead = group.beside(gathering, busiest.kernels - busiest.backward)
-        at_end = job.exchanges_at_update
-        back = group.beside(gathering + (0 if at_end else reduction), busiest.backward)
-        return update, host, count * (ahead + back) + (reduction if at_end else 0)
-    exchange = reduction if job.exchanges_at_update else count * group.beside(reduction, busiest.backward)
+        gathering = group.exchange(width * parameters, job.config.num_hidden_layers)
+        both = gathering if at_end else gathering + reduction
+        added = gathering.beside(busiest.kernels - busiest.backward) + both.beside(busiest.backward)
+        return update, host, count * added + (reduction.seconds if at_end else 0) + (1 if at_end else count) * summing
+    added = reduction.seconds if at_end else count * reduction.beside(busiest.backward)
+    added += (1 if at_end else count) * summing
     if layout.zero_stage:
         per_weight = 1 if _stored_in_float8(job) else width
-        exchange += group.beside(group.seconds(per_weight * parameters, large), update + host)
-    return update, host, exchange
+        added += group.exchange(per_weight * parameters, large).beside(update + host)
+    return update, host, added
