@@ -128,8 +128,8 @@ def main() -> int:
     for cells in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     say(
-        f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations. Estimates were "
-        "within 5% of measured steps: of rows as close as that, take the simplest. The commands:"
+        f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations. Estimates are "
+        "within 5% of measured steps, so take the simplest of rows as close as that. The commands:"
     )
     start = launcher(args.gpus, wish.machines.per_host)
     for number, each in enumerate(found, 1):
