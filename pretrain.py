@@ -34,7 +34,7 @@ from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import MixtureDataset, PackedDataset, StreamedDataset, TrainingData
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import settle
 from planning.report import say_host_memory, say_memory, say_time
 from runtime.console import InputError, below, say
@@ -315,11 +315,15 @@ def main() -> int:
     for name, part in held_out[plan.legs[0].number].items():
         say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
+        dry_run = take(DryRun, args)
         if run.stages.later:
-            say(f"memory: that of the stage which takes most, with sequences of {largest.batch.max_length} tokens")
-        say_memory(largest, take(DryRun, args))
-        parts = [(leg.batch.max_length, leg.tokens_per_step, leg.steps * leg.tokens_per_step) for leg in plan.legs]
-        say_time(run.job, take(DryRun, args), parts)
+            say(f"memory of the stage that takes most, with sequences of {largest.batch.max_length} tokens:")
+        say_memory(largest, dry_run)
+        for leg in plan.legs:
+            if run.stages.later:
+                say(f"time of stage {leg.number}:")
+            job = replace(run.job, parallelism=run.job.with_layout(), batch=leg.batch)
+            say_time(job, dry_run, leg.tokens_per_step, leg.steps * leg.tokens_per_step, run.num_workers)
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

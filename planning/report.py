@@ -1,17 +1,17 @@
-"""The report of a dry run: GPU memory by component, changes that make it fit, and the run's steps and days."""
+"""The report of a dry run: GPU memory and a step's time by component, changes that make it fit, steps and days."""
 
 import copy
 import math
 from collections import ChainMap
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from attn import select_attention
 from engine.job import AUTO, MICRO_BATCH, STEP, Job, reenters
 from model_utils import model_flops_per_token
-from planning.cards import DryRun, planned_card
+from planning.machines import DryRun, Machines, planned_card, planned_machines
 from planning.memory import checkpoint_memory, estimate_memory
+from planning.step_time import StepTime, estimate_step
 from runtime.console import say, size_text
 
 
@@ -85,10 +85,15 @@ def say_host_memory(job: Job) -> None:
     )
 
 
-def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:
-    """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes."""
+def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int = 0) -> None:
+    """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes.
+
+    Args:
+        tokens_per_step: of all ranks, on average.
+        loaders: see `estimate_step`.
+    """
     say_memory(job, plan)
-    say_time(job, plan, [(job.batch.max_length, tokens_per_step, total_tokens)])
+    say_time(job, plan, tokens_per_step, total_tokens, loaders)
 
 
 def say_memory(job: Job, plan: DryRun) -> None:
@@ -111,25 +116,47 @@ def say_memory(job: Job, plan: DryRun) -> None:
         say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
 
-def say_time(job: Job, plan: DryRun, parts: Sequence[tuple[int, int, float]]) -> None:
-    """Print the time that training takes.
+def say_time(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int) -> None:
+    """Print the time of a step by component, and that of the run or stage; with `plan.mfu` only the latter.
 
     Args:
-        parts: of the run: the length of the sequences, the tokens of a step, and those in all.
+        tokens_per_step, loaders: as in `say_plan`.
     """
-    card, ranks = planned_card(plan), job.layout.ranks
-    if math.isnan(card.peak_tflops):
+    card, layout, batch = planned_card(plan), job.layout, job.batch
+    length = tokens_per_step / (batch.sequences * layout.dp)  # mean, of sequences that differ in length
+    flops = model_flops_per_token(job.config, round(length), job.adapters is not None)
+    if plan.mfu is not None and math.isnan(card.peak_tflops):
         say(f"time: the peak of {card.name} is unknown; name a known GPU with --gpu")
         return
-    flops = [model_flops_per_token(job.config, length, job.adapters is not None) for length, *_ in parts]
-    total_tokens = sum(tokens for *_, tokens in parts)
-    seconds = sum(each * tokens for each, (*_, tokens) in zip(flops, parts, strict=True))
-    seconds /= ranks * card.peak_tflops * 1e12 * plan.mfu
-    steps = sum(math.ceil(tokens / of_step) for _, of_step, tokens in parts)
-    of_steps = sorted({of_step for _, of_step, tokens in parts if tokens})
-    each = " to ".join(f"{of_step:,}" for of_step in dict.fromkeys((of_steps[0], of_steps[-1]))) if of_steps else "0"
-    duration = f"{seconds / 86400:,.1f} days" if seconds > 86400 else f"{seconds / 3600:,.2f} hours"
+    if plan.mfu is not None:
+        seconds = tokens_per_step * flops / (layout.ranks * card.peak_tflops * 1e12 * plan.mfu)
+    elif machines := planned_machines(plan):
+        step = estimate_step(replace(job, batch=replace(batch, max_length=round(length))), machines, loaders)
+        seconds = step.total
+        say(f"estimated time of a step in ms ({describe_machines(machines, layout.ranks)}):")
+        names = [field.name for field in fields(StepTime)]
+        widths = [max(len(name), 8) + 2 for name in names]
+        shown = zip(names, widths, strict=True)
+        say("  " + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in shown) + f"{'total':>10}")
+        figures = [getattr(step, name) * 1e3 for name in names]
+        shown_figures = zip(figures, widths, strict=True)
+        say("  " + "".join(f"{figure:{width},.1f}" for figure, width in shown_figures) + f"{seconds * 1e3:10,.1f}")
+    else:
+        say(f"time: the speed of {card.name} is unknown; name a known GPU with --gpu, or give --mfu or --facts")
+        return
+    tokens_per_second = tokens_per_step / seconds
+    mfu = tokens_per_second * flops / (layout.ranks * card.peak_tflops * 1e12)
+    share = "" if math.isnan(mfu) else f", {mfu:.1%} MFU"
+    hours = total_tokens / tokens_per_second / 3600
+    duration = f"{hours / 24:,.1f} days" if hours > 24 else f"{hours:,.2f} hours"
     say(
-        f"time: {steps:,} steps of {each} tokens, {total_tokens:,.0f} in all: {duration} on {ranks} x {card.name} "
-        f"at {plan.mfu:.0%} MFU, {total_tokens / seconds if seconds else 0:,.0f} tokens/s"
+        f"time: {math.ceil(total_tokens / tokens_per_step):,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} "
+        f"in all: {duration} on {layout.ranks} x {card.name}, {tokens_per_second:,.0f} tokens/s{share}"
     )
+
+
+def describe_machines(machines: Machines, gpus: int) -> str:
+    """Return the origin of the speeds, and those of the links between the hosts that so many GPUs need."""
+    facts, hosts = machines.facts, -(-gpus // machines.per_host)
+    links = f"; {hosts} hosts, {machines.network:.1f} GB/s per GPU between them" if hosts > 1 else ""
+    return f"with speeds {facts.origin}{links}"

@@ -16,7 +16,7 @@ from engine.job import Job
 from engine.launch import launch_problems
 from engine.layout import layout_problems
 from model_utils import mixed_length_problem
-from planning.cards import DryRun, card_problems
+from planning.machines import DryRun, card_problems
 from runtime import ranks
 from runtime.console import InputError, below
 from runtime.files import existing_part
@@ -49,7 +49,7 @@ def check_job(
     if job.compute.deterministic:
         problems += environment_problems()
     problems += _length_problems(config, job.batch.max_length, mixed_lengths)
-    problems += _plan_problems(plan, asked.gpus, given, job.compute.fp8)
+    problems += _plan_problems(plan, asked.gpus, job.compute.fp8)
     if problems := problems or job.problems():
         raise InputError(*problems)
 
@@ -86,10 +86,11 @@ def stage_problems(run: "Run", mixed_lengths: bool) -> list[str]:
     return problems
 
 
-def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str], fp8: bool) -> list[str]:
+def _plan_problems(plan: DryRun, gpus: int | None, fp8: bool) -> list[str]:
     if plan.dry_run:
         return card_problems(plan, fp8) + ranks.launch_problems()
-    flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
+    names = ("gpu", "gpu_memory", "gpus_per_node", "network", "facts", "mfu")
+    flags = {"gpus": gpus, **{name: getattr(plan, name) for name in names}}
     problems = launch_problems() + [
         f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs"
         for name, value in flags.items()

@@ -123,7 +123,7 @@ def _check(run: "Run", legs: list[Leg], left_out: Sequence[Range]) -> None:
         raise InputError(f"{place}: {after}, where the run has ended; begin it earlier, or raise {remedy}")
     if leg.steps < 1:
         raise InputError(f"{place}: {after}, and so would the next stage; put the stages in order, or further apart")
-    if any(stop > leg.position for _, stop in left_out):
+    if leg.first_step > legs[0].first_step and any(stop > leg.position for _, stop in left_out):
         raise InputError(f"{place}: {after}, before the data that --skip_data leaves out; begin it later")
 
 
@@ -167,6 +167,13 @@ def stage_settings(run: "Run", datasets: Sequence[TrainingData], first_steps: Se
     return entries
 
 
+def check_begun(stages: Stages, begun: int) -> None:
+    """Raise InputError if the file lacks a stage that has begun."""
+    if len(stages.later) < begun:
+        there = f"{stages.file} has only {len(stages.later)}" if stages.file else "the flag is left out"
+        raise InputError(f"--stages: the checkpoint is in stage {begun}, and {there}; give the stages of the run")
+
+
 def stage_changes(
     stages: Stages, before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], begun: int
 ) -> list[str]:
@@ -179,9 +186,6 @@ def stage_changes(
     Raises:
         InputError: what has changed lies behind.
     """
-    if len(now) < begun:
-        there = f"{stages.file} has only {len(now)}" if stages.file else "the flag is left out"
-        raise InputError(f"--stages: the checkpoint is in stage {begun}, and {there}; give the stages of the run")
     lines = []
     for number, (old, new) in enumerate(zip(before[:begun], now[:begun], strict=True), start=1):
         for key in (key for key in new if key != "step" and old.get(key) != new[key]):

@@ -35,7 +35,7 @@ from runtime.console import InputError, NoRoom, below, rank, say
 from runtime.files import LOCK, claim_folder, is_plain_name
 from training.inspection import Inspection
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
-from training.legs import Leg, check_parts, describe, lay_out, stage_changes, stage_settings
+from training.legs import Leg, check_begun, check_parts, describe, lay_out, stage_changes, stage_settings
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
 from training.stages import END, Stages
@@ -456,10 +456,9 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
     dataset, length = datasets[0], run.length
     stages_before = state.settings.get("stages", [])
     begun = [stage["step"] for stage in stages_before if stage["step"] < state.step]
+    check_begun(run.stages, len(begun))
     _settle_position(run, dataset, state, len(begun))
     total_sequences = length.num_epochs * len(dataset)
-    if len(run.stages.later) < len(begun):
-        stage_changes(run.stages, stages_before, [], len(begun))  # raises InputError
     legs = _legs(run, datasets, state, begun, total_sequences)
     if steps := run.outputs.skip_data:
         leg = next((leg for leg in legs if leg.steps), legs[-1])

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,9 +304,9 @@ def _start(value: Any) -> int | float:
     return tokens
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"must be a whole number of at least 1, not {value!r}; correct it")
+def _count(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"must be a whole number of at least {least}, not {value!r}; correct it")
     return value
 
 
@@ -349,7 +350,7 @@ def _data(value: Any) -> dict[str, float]:
 KEYS: dict[str, Callable[[Any], Any]] = {
     "from_token": _start,
     "data": _data,
-    "max_length": _count,
+    "max_length": partial(_count, least=2),
     "batch_size": _count,
     "accumulation_steps": _count,
     "lr_schedule": _schedule,
