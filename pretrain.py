@@ -223,9 +223,9 @@ def open_stages(
     data: Data, stages: Stages, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[list[TrainingData], list[dict[str, PackedDataset]]]:
     """Return the training data of each stage, and, in its length, the held-out data of the data sets of all by name."""
-    first, held_out = open_data(replace(data, given=frozenset()) if stages.later else data, tokenizer, job)
+    first, its_held_out = open_data(replace(data, given=frozenset()) if stages.later else data, tokenizer, job)
     if not stages.later:
-        return [first], [held_out]
+        return [first], [its_held_out]
     alone = short_name(data.dataset) if isinstance(data.dataset, str) else None
     if isinstance(first, MixtureDataset):
         weights, folders = first.weights, {name: part.folder for name, part in first.parts.items()}
@@ -239,21 +239,32 @@ def open_stages(
                 with stages.errors(number, "data"):
                     folders[short_name(path)] = data.prepare(path, tokenizer)
     datasets: list[TrainingData] = [first]
-    held_outs = []
-    for number, batch in enumerate(stages.batches(job.batch)):
+    lengths = [batch.max_length for batch in stages.batches(job.batch)]
+    for number, (stage, length) in enumerate(zip(stages.later, lengths[1:], strict=True), start=1):
+        weights = {short_name(path): weight for path, weight in (stage.data or {}).items()} or weights
         with stages.errors(number, "max_length"):
-            if number:
-                stage = stages.later[number - 1]
-                weights = {short_name(path): weight for path, weight in (stage.data or {}).items()} or weights
-                parts = {name: data.packed(folders[name], tokenizer, batch.max_length) for name in weights}
-                datasets.append(MixtureDataset(parts, weights, alone))
-            its_held_out = (
-                (name, data.held_out(folder, tokenizer, batch.max_length)) for name, folder in folders.items()
-            )
-            held_outs.append({name: part for name, part in its_held_out if part})
-    if not any(held_outs):
+            parts = {name: data.packed(folders[name], tokenizer, length) for name in weights}
+        datasets.append(MixtureDataset(parts, weights, alone))
+    held_out = [open_held_out(data, folders, tokenizer, length) for length in lengths]
+    if not any(held_out):
         refuse_evaluation(data.given, "give --eval_fraction")
-    return datasets, held_outs
+    return datasets, held_out
+
+
+def open_held_out(
+    data: Data, folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, PackedDataset]:
+    """Return the held-out data of data sets in sequences of a length, without those that have too few for one."""
+    opened = {}
+    for name, folder in folders.items():
+        try:
+            part = data.held_out(folder, tokenizer, max_length)
+        except InputError as error:
+            (problem,) = error.problems
+            say(f"held out of {name}: left out of evaluations on {max_length} tokens: {problem}")
+        else:
+            opened |= {name: part} if part else {}
+    return opened
 
 
 def check(args: argparse.Namespace, run: Run) -> None:

@@ -326,8 +326,8 @@ class TestChangesOnAResume:
         with pytest.raises(InputError) as raised:
             self.plan(resumed_at(40, TWO), now, "--allow_changes")
         assert raised.value.problems == (
-            "--stages: s.toml, stage 1, from_token: 0.3 lies behind the checkpoint, which has 40 steps and 1,280 tokens; "
-            "begin later, or resume from an earlier checkpoint",
+            "--stages: s.toml, stage 1, from_token: 0.3 lies behind the checkpoint, which has 40 steps and 1,280 "
+            "tokens; begin later, or resume from an earlier checkpoint",
         )
 
     def test_a_run_with_a_stable_learning_rate_is_made_longer_before_its_stages(self, capsys):
