@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_resume import RECORD, SIGNAL, curve, states_of
@@ -15,10 +16,11 @@ from corpora import documents_in, write_jsonl
 from corpus.prepare import prepare_dataset
 from corpus.sources import resolve_source
 from data_utils import PackedDataset
-from launching import Run, optimizer_states
+from launching import ROOT, Run, optimizer_states, run_script
 from model_utils import load_config
 from plain_loop import train_plainly
 from runs import SEQUENCE_LENGTH, batch_at
+from scripts import plot_run
 
 STEPS, GLOBAL_BATCH, LR = 9, 8, 1e-3
 STEP_TOKENS = GLOBAL_BATCH * SEQUENCE_LENGTH
@@ -258,6 +260,25 @@ def test_a_signal_at_a_boundary(staged, whole, step):
     resumed = staged(*flags, folder=stopped.folder)
     assert curve(resumed) == curve(run)
     assert_equal_checkpoints(resumed, run, STEPS)
+
+
+def test_plot_and_report_show_the_boundaries(whole, tmp_path):
+    run, _ = whole
+    (logged,) = (plot_run.read_run(str(run.folder / "tb_logs")),)
+    assert logged.boundaries("step").tolist() == [4, 7]
+    figure = plot_run.draw([logged], "tokens")
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"] == [
+        *(STEP_TOKENS * step for step in (4, 7)),
+    ]
+    done = run_script(ROOT / "scripts" / "report.py", run.folder / "tb_logs", "-o", tmp_path / "r.html", "--prompt")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("a stage begins") == 2 * 6  # in each chart
+    epochs = dict(re.findall(r"(\w+) ([\d.]+)", re.search(r"\nepochs: (.*)", run.stdout)[1]))
+    shown = re.findall(r"<td>(web|code|wiki)</td><td>([^<]+)</td><td>\d+</td><td>([\d.]+)</td>", page)
+    assert {name: weight for name, weight, _ in shown} == {"web": "-", "code": "75.00%", "wiki": "25.00%"}
+    assert {name: read for name, _, read in shown} == epochs
+    assert not plot_run.LoggedRun("x", {"step": np.arange(3.0)}).boundaries("step").size
 
 
 def test_dry_run(start, sources, tmp_path):
