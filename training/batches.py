@@ -160,6 +160,7 @@ class Batches:
     def __init__(self, loaders: Iterable[tuple[DataLoader[Any], int, int]], layout: Layout):
         self.loaders, self.layout = iter(loaders), layout
         self.steps = 0  # left of this leg
+        self.iterator: Iterator[dict[str, Any]] = iter(())
         self.prefetched: StepBatch | None = None
         self.waited = 0.0  # seconds that the device was idle during this step's prefetch
 

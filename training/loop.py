@@ -82,7 +82,7 @@ def train(
         while state.step < plan.total_steps:
             leg = plan.leg_at(state.step)
             if state.step == leg.first_step:
-                speed, seconds = turn.into(leg, watchdog, times, metrics)
+                speed, seconds = turn.into(leg, state, watchdog, times, metrics)
             watchdog.begin(state.step + 1)
             times.begin(state.step + 1)
             inspector.begin(state.step + 1)
@@ -161,12 +161,14 @@ class Turn:
         self.leg: Leg | None = None
 
     def into(
-        self, leg: Leg, watchdog: Watchdog, times: StepTimes, metrics: Metrics
+        self, leg: Leg, state: TrainState, watchdog: Watchdog, times: StepTimes, metrics: Metrics
     ) -> tuple[PerformanceEvaluator, StepSeconds]:
         """Begin a leg, and return the measures of its speed and of its seconds that count."""
         engine, before, self.leg = self.engine, self.leg, leg
+        if leg.number and leg.began == state.step:
+            metrics.note([f"stage {leg.number} begins after step {state.step:,}"])
+            state.window.clear()  # a loss on other data is no spike
         if before is not None:
-            metrics.note([f"stage {leg.number} begins after step {leg.first_step:,}"])
             watchdog.restart()
             if (before.batch.batch_size, before.batch.max_length) != (leg.batch.batch_size, leg.batch.max_length):
                 times.first = True

@@ -184,6 +184,16 @@ def test_up_to_the_first_boundary_it_is_the_run_without_stages(staged, whole, so
     assert_equal_checkpoints(resumed, run, STEPS)
 
 
+def test_other_data_are_no_spike(whole):
+    """The steps that --skip_spikes compares with begin anew with a stage."""
+    run, _ = whole
+    windows = {}
+    for folder in run.save_dir.glob("epoch*"):
+        state = json.loads((folder / "running_states.json").read_text())
+        windows[state["step"]] = len(state["window"])
+    assert windows == {2: 2, 3: 3, 4: 1, 6: 3, 8: 2, 9: 3}
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
 def test_kill_and_resume_is_exact(staged, whole, step):
     """In each stage, and at both boundaries."""

@@ -68,6 +68,25 @@ class Unreadable:
         return {"number": index}
 
 
+class TestLegs:
+    """Stages one after the other, each with its own loader and number of micro-batches."""
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_each_step_has_its_micro_batches(self, workers):
+        legs = [(0, 2, 1, 3), (10, 2, 3, 1), (20, 1, 1, 0), (30, 1, 2, 3)]  # first number, batch, micro-batches, steps
+        numbers = [[{"number": number} for number in range(first, first + 6)] for first, *_ in legs]
+        loaders = [
+            DataLoader(part, size, num_workers=workers) for part, (_, size, *_) in zip(numbers, legs, strict=True)
+        ]
+        batches = Batches(((loader, *leg[2:]) for loader, leg in zip(loaders, legs, strict=True)), ONE_RANK)
+        read = [[batch["number"].tolist() for batch in batches._read().micro_batches] for _ in range(7)]
+        assert read == [
+            *([[0, 1]], [[2, 3]], [[4, 5]]),
+            [[10, 11], [12, 13], [14, 15]],
+            *([[30], [31]], [[32], [33]], [[34], [35]]),
+        ]
+
+
 class TestUnreadableData:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_error_in_one_line(self, capfd, workers):

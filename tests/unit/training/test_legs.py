@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_and_resumed_reads_what_an_uninterrupted_one_reads
     whole, plan = train(run, first, state)
     assert stages.end_token <= state.tokens < stages.end_token + plan.legs[-1].tokens_per_step
     check_stages(whole, plan, run, first)
-    check_epochs(whole, plan, state)
+    check_epochs(whole, state)
 
     resumed, steps, again = TrainState(), [], run
     for stop in [*sorted(data.draw(st.lists(st.integers(1, len(whole)), max_size=3))), None]:
@@ -124,6 +124,13 @@ def test_a_run_that_is_stopped_and_resumed_reads_what_an_uninterrupted_one_reads
         resumed = saved(resumed)
     assert [sorted(step) for step in steps] == [sorted(step) for step in whole]
     assert {**resumed.saved(), "settings": 0} == {**saved(state).saved(), "settings": 0}
+
+    other, steps = TrainState(), []  # with other global batches
+    for stop in (len(whole) // 3, None):
+        again = run_of(stages, data.draw(st.sampled_from([1, 2, 3])), *flags)
+        steps += train(again, first, other, stop)[0]
+        other = saved(other)
+    check_epochs(steps, other)
 
 
 def halved(stages: Stages) -> Stages:
@@ -152,7 +159,7 @@ def check_stages(whole: list[list], plan: Plan, run: Run, first: dict[str, float
             assert all(abs(count[name] - weight * number) < 2 for name, weight in weights.items()), (number, count)
 
 
-def check_epochs(whole: list[list], plan: Plan, state: TrainState) -> None:
+def check_epochs(whole: list[list], state: TrainState) -> None:
     """No sequence of a data set comes twice before its epoch ends; the epochs counted are those that were read."""
     rows = [row for step in whole for row in step]
     for name in {row[0] for row in rows}:

@@ -255,6 +255,16 @@ class TestTime:
             "1:10:00 left",
         ]
 
+    def test_time_left_counts_tokens(self, tmp_path, clock, capsys):
+        """In a stage of other batches, 10 steps have as many tokens as 20 before; each takes twice as long."""
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=30, total_tokens=40_000, interval=10)
+        for step in range(1, 31):
+            tokens = 1000 * step if step <= 20 else 20_000 + 2000 * (step - 20)
+            clock[0] += 60 if step <= 20 else 120
+            metrics.log({**values_of(step, loss=5), "tokens": tokens})
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("left")]
+        assert [line.rpartition(", ")[2] for line in lines] == ["30:00 left", "20:00 left"]
+
     def test_progress_bar_in_a_terminal(self, tmp_path, monkeypatch):
         terminal = io.StringIO()
         terminal.isatty = lambda: True
