@@ -1,7 +1,8 @@
 """A job of the engine: the model, and the settings that decide its arithmetic, speed and memory."""
 
+import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -166,7 +167,11 @@ class Job:
     def with_layout(self) -> Parallelism:
         """Return the parallelism asked for with the sizes of the layout, which then do not depend on the batch."""
         asked, layout = self.parallelism, self.layout
-        return replace(asked, tp=layout.tp, pp=layout.pp, zero=layout.zero_stage) if asked.traits.splits else asked
+        return (
+            dataclasses.replace(asked, tp=layout.tp, pp=layout.pp, zero=layout.zero_stage)
+            if asked.traits.splits
+            else asked
+        )
 
     @property
     def dtype(self) -> torch.dtype:

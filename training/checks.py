@@ -69,10 +69,14 @@ def stage_problems(run: "Run", mixed_lengths: bool) -> list[str]:
         mixed_lengths: as in `check_job`, which has checked the run's own batch.
     """
     job, stages, problems = run.job, run.stages, list[str]()
+    for number, stage in enumerate(stages.later, start=1):
+        for line in _length_problems(job.config, stage.max_length or 0, mixed_lengths):
+            problems.append(f"{stages.place(number, 'max_length')}: {line.removeprefix('--max_length: ')}")
+    if problems:
+        return problems
     first, *others = stages.batches(job.batch)
     for number, batch in enumerate(others, start=1):
-        lines = _length_problems(job.config, batch.max_length, mixed_lengths)
-        lines += layout_problems(job.with_layout(), batch, job.compute.mixed_precision, job.config)
+        lines = layout_problems(job.with_layout(), batch, job.compute.mixed_precision, job.config)
         if batch.accumulation_steps > 1 and not job.accumulates:
             lines.append(
                 f"--accumulation_steps: {batch.accumulation_steps} need sums of gradients from the start; give the run "

@@ -77,11 +77,12 @@ def train(
         batches.prefetch()
     watchdog = Watchdog(run.outputs.hang_timeout, run.outputs.tensorboard_dir)
     times, turn = StepTimes(engine, run.outputs.log_interval), Turn(engine)
+    speed, seconds = turn.into(plan.leg_at(state.step), state, watchdog, times, metrics)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
             leg = plan.leg_at(state.step)
-            if state.step == leg.first_step:
+            if leg is not turn.leg:
                 speed, seconds = turn.into(leg, state, watchdog, times, metrics)
             watchdog.begin(state.step + 1)
             times.begin(state.step + 1)

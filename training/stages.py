@@ -211,7 +211,7 @@ def _quoted(key: str) -> str:
 
 
 def _unknown(key: str, known: Any, otherwise: str) -> str:
-    names = {"dataset": "data", "length": "max_length", "schedule": "lr_schedule", "token": "from_token"}
+    names = {"dataset": "data", "length": "max_length", "learning_rate": "lr", "tokens": "from_token"}
     close = difflib.get_close_matches(key, [*known, *names], 1, 0.75)
     remedy = f"did you mean {names.get(close[0], close[0])}?" if close else otherwise
     return f"is not a key that is known here; {remedy}"

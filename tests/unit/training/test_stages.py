@@ -278,7 +278,7 @@ class TestWithFlags:
                 "max_length = 256",
                 "stage 1, max_length: 256 is above the model's context of 128 tokens; give at most",
             ),
-            ("", "max_length = 192", "stage 1, max_length: 192 does not divide the 256 tokens"),
+            ("", "max_length = 96", "stage 1, max_length: 96 does not divide the 256 tokens"),
             (
                 "",
                 "batch_size = 1",
