@@ -192,7 +192,9 @@ def stage_changes(
             place = stages.place(number, "data" if key == "fingerprint" else key)
             change = f"was {old.get(key)} in the checkpoint and is {new[key]} now"
             if number < begun or key in LAID_DOWN:
-                raise InputError(f"{place}: {change}, but lies behind; change it back, or resume from an earlier one")
+                raise InputError(
+                    f"{place}: {change}, but lies behind; change it back, or resume from an earlier checkpoint"
+                )
             lines.append(f"{place}: {change}")
     ahead, ahead_now = ("; ".join(map(_described, entries[begun:])) or "none" for entries in (before, now))
     if ahead != ahead_now:
