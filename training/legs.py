@@ -76,7 +76,8 @@ def lay_out(
         if isinstance(dataset, MixtureDataset):
             mixture = dataset.settle(mixture or _alone(datasets[0], dataset), position)
         began = step if legs or not begun else begun[-1]
-        steps = _steps(run, number, step, tokens, global_batch * batch.max_length)
+        last_step = 0 if legs else state.global_batch * batch.max_length
+        steps = _steps(run, number, (step, tokens), global_batch * batch.max_length, last_step)
         legs.append(Leg(number, began, step, tokens, position, steps, batch, global_batch, dataset, mixture))
         _check(run, legs, left_out)
         step, tokens = legs[-1].stop, tokens + steps * legs[-1].tokens_per_step
@@ -92,8 +93,14 @@ def _alone(first: TrainingData, mixture: MixtureDataset) -> dict[str, Any] | Non
     return MixtureDataset({mixture.alone: first}, {mixture.alone: 1.0}).state
 
 
-def _steps(run: "Run", number: int, step: int, tokens: int, tokens_per_step: int) -> int:
-    """Return the steps from `step`, with `tokens` trained, to the end of a stage."""
+def _steps(run: "Run", number: int, at: tuple[int, int], tokens_per_step: int, last_step: int) -> int:
+    """Return the number of steps from a place to the end of a stage; negative if that lies behind.
+
+    Args:
+        at: steps and tokens trained.
+        last_step: tokens of the last of these steps. A stage that ends inside it ends now.
+    """
+    step, tokens = at
     stages, end = run.stages, run.stages.end_token
     stop: int | float = stages.later[number].from_token if number < len(stages.later) else 1.0
     if isinstance(stop, float):
@@ -102,7 +109,8 @@ def _steps(run: "Run", number: int, step: int, tokens: int, tokens_per_step: int
             assert run.length.max_steps is not None
             return math.ceil(fraction * run.length.max_steps) - step
         stop = math.ceil(fraction * end)
-    return -((tokens - stop) // tokens_per_step)
+    steps = -((tokens - stop) // tokens_per_step)
+    return max(0, steps) if stop > tokens - last_step else steps
 
 
 def _check(run: "Run", legs: list[Leg], left_out: Sequence[Range]) -> None:

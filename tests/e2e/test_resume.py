@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,17 +15,13 @@ from corpus.prepare import prepare_dataset
 from data_utils import PackedDataset
 from launching import optimizer_states
 from model_utils import load_config
+from resuming import RECORD, SIGNAL, curve, states_of
 from runs import EPOCH, SEQUENCE_LENGTH, batch_at
 from runtime.process import INTERRUPTED
 
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
-TIMES = {  # metrics that vary between runs
-    *("tokens_per_second", "tflops", "mfu", "data_wait", "memory_gb", "hours", "goodput"),
-    *("slowest_rank", "rank_spread", "waiting"),
-}
-
 # Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
     "zero2 fp32": (1, "-x fp32 -p zero2 -b 8"),
@@ -62,18 +57,6 @@ def whole_run(pretrain, few_data):
         return runs[layout]
 
     return whole_run
-
-
-def curve(run, after: int = 0) -> list[dict]:
-    """Return the metrics of each step after `after` that two equal runs share exactly."""
-    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics]
-    return [row for row in rows if row["step"] > after]
-
-
-def states_of(checkpoint: Path) -> dict:
-    """Return the saved states that two equal runs share."""
-    states = json.loads((checkpoint / "running_states.json").read_text())
-    return {name: value for name, value in states.items() if name not in ("started", "spent")}
 
 
 def assert_same_end(run, whole) -> None:
@@ -114,19 +97,6 @@ def test_resume_is_exact(pretrain, few_data, whole_run, layout, checkpoint):
     assert curve(run) == curve(whole, after=step)
     assert run.column("step")[0] == step + 1
     assert_same_end(run, whole)
-
-
-# Writes the first micro-batch of each step to a file.
-RECORD = """
-import json
-forward_backward = training.loop.forward_backward
-def record(engine, micro_batches, *args):
-    with open({path!r}, "a") as file:
-        print(json.dumps(torch.cat([batch["input_ids"] for batch in micro_batches]).tolist()), file=file)
-    return forward_backward(engine, micro_batches, *args)
-import torch
-training.loop.forward_backward = record
-"""
 
 
 def test_data_left_out_on_a_resume(pretrain, few_data, sample_tokenizer, cache_dir, tmp_path):
@@ -421,17 +391,6 @@ def test_saved_model_is_the_trained_one(whole_run, few_data, sample_tokenizer, c
     third_batch = batch_at(dataset, 2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)
     loss = model(third_batch, labels=third_batch).loss.item()
     assert loss == pytest.approx(run.column("loss")[2], rel=2e-6)
-
-
-# Sends a signal to one rank after a step is logged.
-SIGNAL = """
-log = metrics.Metrics.log
-def log_and_signal(self, values):
-    log(self, values)
-    if values["step"] == {step} and console.rank() == {rank}:
-        os.kill(os.getpid(), signal.{name})
-metrics.Metrics.log = log_and_signal
-"""
 
 
 def test_kill_and_resume_from_latest(pretrain, few_data, whole_run):

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import RECORD, SIGNAL, curve, states_of
+from transformers import AutoModelForCausalLM
 
 from corpora import documents_in, write_jsonl
+from corpus.manifest import HELD_OUT
 from corpus.prepare import prepare_dataset
 from corpus.sources import resolve_source
 from data_utils import PackedDataset
 from launching import ROOT, Run, optimizer_states, run_script
 from model_utils import load_config
 from plain_loop import train_plainly
+from resuming import RECORD, SIGNAL, curve, states_of
 from runs import SEQUENCE_LENGTH, batch_at
 from scripts import plot_run
 
@@ -207,6 +209,14 @@ def test_kill_and_resume_is_exact(staged, whole, step):
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 6, 8])
+def test_resume_from_each_checkpoint_is_exact(staged, whole, step):
+    run, _ = whole
+    resumed = staged("-p", "zero2", "-b", GLOBAL_BATCH, "-f", next(run.save_dir.glob(f"*-step{step}")))
+    assert curve(resumed) == curve(run, after=step)
+    assert_equal_checkpoints(resumed, run, STEPS)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6, 8])
 def test_resume_from_each_checkpoint_on_other_ranks(staged, whole, step):
     run, _ = whole
     resumed = staged(*TWO_RANKS, "-f", next(run.save_dir.glob(f"*-step{step}")), processes=2)
@@ -248,7 +258,7 @@ def test_every_layout_takes_stages_of_other_lengths(staged, sources, tmp_path, p
     assert_equal_checkpoints(resumed, run, STEPS)
 
 
-def test_held_out_documents_of_all_stages(staged, sources):
+def test_held_out_documents_of_all_stages(staged, sources, sample_tokenizer, cache_dir):
     """Each evaluation is on all data sets, in sequences of the stage's length, of which there must be one."""
     flags = ["-p", "zero2", "-b", GLOBAL_BATCH, "--eval_fraction", 0.2, "--eval_interval", 3, "--eval_first"]
     run = staged(*flags)
@@ -256,6 +266,12 @@ def test_held_out_documents_of_all_stages(staged, sources):
     sequences = dict(re.findall(r"^held out of (\w+): (\d+) sequences of 64 tokens", run.stdout, re.MULTILINE))
     assert sequences.keys() == set(sources)
     left_out = f"held out of wiki: left out of evaluations on {LONG} tokens: --eval_fraction: "
+    for step, length in ((3, SEQUENCE_LENGTH), (9, LONG)):
+        model = AutoModelForCausalLM.from_pretrained(next(run.save_dir.glob(f"*-step{step}")) / "model")
+        folder = prepare_dataset(str(sources["web"]), sample_tokenizer, cache_dir, eval_fraction=0.2)
+        part = PackedDataset(folder, length, split=HELD_OUT)
+        ids = torch.stack([part[index]["input_ids"] for index in range(len(part))])
+        assert run.metrics[step - 1]["eval_loss/web"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
     for step, row in zip((3, 6, 9), run.metrics[2::3], strict=True):
         named = {f"eval_loss/{name}" for name in sources}
         assert named - set(row) == ({"eval_loss/wiki"} if step == 9 and left_out in run.stdout else set())

@@ -214,6 +214,19 @@ def test_a_longer_sequence_begins_an_epoch():
     assert len(web) == len(set(web)) == 25 + 150
 
 
+def test_a_stage_begins_at_the_checkpoint_also_with_smaller_steps():
+    """Its token lies inside the last step, which was larger."""
+    stages = Stages(Path("s"), (Stage(1712, {"math": 1.0}),), 4000)
+    state = TrainState()
+    train(run_of(stages, 2, "-b", "8"), {"web": 1.0}, state, 14)
+    assert state.tokens == 1792
+    for flags in (["-b", "8"], ["-b", "1"], ["-b", "32"]):
+        run = run_of(stages, 1, *flags)
+        plan = make_plan(run, datasets_of(run, {"web": 1.0}), saved(state))
+        assert [(leg.number, leg.first_step) for leg in plan.legs] == [(0, 14), (1, 14)]
+        assert 4000 <= plan.total_tokens < 4000 + plan.legs[1].tokens_per_step
+
+
 def resumed_at(step: int, stages: Stages, *flags: str, first=None, **changes) -> TrainState:
     """Return the state of a run of 100 steps at a step."""
     state = TrainState()
