@@ -22,6 +22,7 @@ from runtime.process import INTERRUPTED
 GLOBAL_BATCH = 8
 EPOCHS = 3
 STEPS = EPOCHS * EPOCH // GLOBAL_BATCH  # three per epoch; with -i 2, step 2 is mid-epoch and step 6 ends one
+
 # Number of processes, and flags. All layouts have the same global batch.
 LAYOUTS = {
     "zero2 fp32": (1, "-x fp32 -p zero2 -b 8"),
