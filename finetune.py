@@ -208,7 +208,7 @@ def main() -> int:
     if args.dry_run:
         longest = run.job.batch.max_length if args.pack else dataset.longest
         job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
-        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, run.num_workers)
+        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, max(1, run.num_workers))
         say_host_memory(job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

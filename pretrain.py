@@ -244,7 +244,7 @@ def main() -> int:
     for name, part in held_out.items():
         say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
-        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, run.num_workers)
+        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, max(1, run.num_workers))
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

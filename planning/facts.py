@@ -207,5 +207,5 @@ def _problem(name: str, value: Any) -> str | None:
     pair = name in ("attention", "latency", "overlap")
     numbers = value if pair and isinstance(value, tuple) else (value,)
     if len(numbers) != (2 if pair else 1) or not all(map(is_speed, numbers)):
-        return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'}"
+        return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'} up to {FASTEST:g}"
     return None

@@ -147,7 +147,7 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
     """Return the time of a step of a job whose choices are settled (see `planning.memory.settle`).
 
     Args:
-        loaders: processes of each rank that load data; 0: data are made on the GPU.
+        loaders: processes of each rank that load data, perhaps the rank itself; 0: data are made on the GPU.
     """
     layout, batch, facts = job.layout, job.batch, machines.facts
     first, last = _micro_batch(job, machines, 0), _micro_batch(job, machines, layout.pp - 1)
