@@ -85,11 +85,12 @@ def step_row(
 def steps_with_tasks(folder: Path, step: int) -> set[int]:
     """Return the steps, up to `step`, whose scores on tasks are logged in a folder."""
     found = set()
-    with contextlib.suppress(FileNotFoundError), open(folder / LOG_FILE, encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(OSError), open(folder / LOG_FILE, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if f'"{TASKS}' in line and line.endswith("\n"):
-                found.add(json.loads(line)["step"])
-    return {number for number in found if number <= step}
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
+                if TASKS in line and _of_tasks(row := json.loads(line)) and row["step"] <= step:
+                    found.add(row["step"])
+    return found
 
 
 class Metrics:

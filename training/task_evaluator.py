@@ -199,7 +199,7 @@ class TaskEvaluator:
             elif told != self.step:
                 told = self.step
                 log = self.folder / f"step{told}.log"
-                self.metrics.note([f"tasks: waiting for the evaluation of step {told}, which Ctrl-C ends; see {log}"])
+                self.metrics.note([f"tasks: waiting for the evaluation of step {told} (Ctrl-C ends it); see {log}"])
             self.log(self.metrics)
             self.thread.join(POLL_SECONDS)
             watchdog.alive()
