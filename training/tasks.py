@@ -98,8 +98,8 @@ def _device_problems(device: str) -> list[str]:
         return []
     free = " or ".join([*(f"cuda:{other}" for other in range(used, gpus)), CPU])
     if number < gpus:
-        free = free if used < gpus else f"start fewer ranks (--nproc_per_node), or give {CPU}"
-        return [f"--eval_tasks_device: the run trains on {device}; give {free}"]
+        remedy = f"give {free}" if used < gpus else f"start fewer ranks (--nproc_per_node), or give {CPU}"
+        return [f"--eval_tasks_device: the run trains on {device}; {remedy}"]
     return [f"--eval_tasks_device: {device} is none of the {gpus} GPUs that the run sees; give {free}"]
 
 

@@ -202,6 +202,7 @@ def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
         "gpus",
         "gpu_memory",
         "eval_fraction",
+        "eval_tasks_interval",
         "tp",
     ]
     for name in names:
