@@ -20,7 +20,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ from engine.layout import describe_layout
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import MODEL_CONFIGS, count_parameters, load_config
-from planning.cards import DryRun
+from planning.machines import DryRun, planned_machines
 from planning.memory import settle
 from planning.report import memory_remedies, say_plan
+from planning.step_time import estimate_step
 from planning.throughput import StepTimer, benchmark_figures
-from runtime.console import RunError, below, rank, say
+from runtime.console import RunError, below, local_world_size, rank, say
 from runtime.files import file_problems, write_json
 from training.checks import check_job, folder_problems
 from training.flags import (
@@ -105,7 +106,11 @@ def check(args: argparse.Namespace, job: Job) -> None:
         problems += file_problems("--json", args.json)
     if args.profile:
         problems += folder_problems("--profile", args.profile)
-    check_job(job, take(DryRun, args), args.given, further=problems)
+    plan = take(DryRun, args)
+    if plan.facts:
+        problems += plan.facts_problems(job.compute.fp8)
+    # Outside of a dry run the facts give the estimate beside the measured step.
+    check_job(job, plan if plan.dry_run else replace(plan, facts=None), args.given, further=problems)
 
 
 def placement_problems(job: Job) -> list[str]:
@@ -221,8 +226,10 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
     mfu = "" if results["mfu"] is None else f", MFU {results['mfu']:.1%}"
     if results["float8_utilization"] and job.compute.fp8:
         mfu += f" of the bf16 peak, {results['float8_utilization']:.1%} of the float8 peak"
+    estimate = results["step_seconds_estimated"]
+    estimated = f" (estimated {estimate:.3f})" if estimate else ""
     say(
-        f"step: median {results['step_seconds_median']:.3f} s, p10 {results['step_seconds_p10']:.3f}, "
+        f"step: median {results['step_seconds_median']:.3f} s{estimated}, p10 {results['step_seconds_p10']:.3f}, "
         f"p90 {results['step_seconds_p90']:.3f}; {results['tokens_per_second']:,.0f} tokens/s, "
         f"{results['model_tflops_per_gpu']:.1f} model TFLOPS/GPU{mfu}"
     )
@@ -246,7 +253,7 @@ def main() -> int:
         say_plan(job, plan, job.batch.batch_size * job.layout.dp * job.batch.max_length, REDPAJAMA_TOKENS)
         return 0
     try:
-        measure(args, job)
+        measure(args, job, plan)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory after {device.peak_memory() / MB:.2f} MB at the peak; what helps: "
@@ -255,7 +262,7 @@ def main() -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, job: Job) -> None:
+def measure(args: argparse.Namespace, job: Job, plan: DryRun) -> None:
     """Build the model, time its steps and report them."""
     launch(job.seed, job.compute.deterministic)
     if args.memory_limit and not device.limit_memory(args.memory_limit):
@@ -281,6 +288,9 @@ def measure(args: argparse.Namespace, job: Job) -> None:
         recomputation=job.recomputed,
         device_name=results["device"],
     )
+    known = planned_machines(replace(plan, gpus_per_node=local_world_size()))
+    planned = known and (torch.cuda.is_available() or plan.facts)
+    results["step_seconds_estimated"] = estimate_step(job, known).total if known and planned else None
     if args.profile:
         with trace(args.profile):
             train_step(engine, batch, label_tokens)

@@ -38,7 +38,7 @@ from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import InstructionDataset
 from engine.job import Job
 from model_utils import load_config
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import settle
 from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, say
@@ -211,7 +211,7 @@ def main() -> int:
     if args.dry_run:
         longest = run.job.batch.max_length if args.pack else dataset.longest
         job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
-        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, run.num_workers)
         say_host_memory(job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

@@ -117,6 +117,10 @@ _LEFT_OUT = {
     "auto_map": "the model is transformers' own LLaMA",
 }
 _WRITTEN_ANEW = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "attn_implementation")
+_DECIDING_SHAPES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+)
 _KEPT = ("original_max_position_embeddings", "num_labels")  # beside the fields of LlamaConfig itself
 _say_once = functools.cache(say)
 
@@ -333,7 +337,7 @@ def load_config(name_or_path: str, flag: str = "--config") -> LlamaConfig:
             problems = shape_problems(config)
         if problems:
             raise InputError(*(f"{flag}: {path}: {problem}" for problem in problems))
-        parameter_specs(config)
+        build_model(config, torch.device("meta"))
     except (OSError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{flag}: {path} cannot be read as a LLaMA config.json: {first_line(error)}") from error
     config.use_cache = False
@@ -374,7 +378,7 @@ class ParameterSpec:
     name: str
     shape: torch.Size
 
-    @property
+    @functools.cached_property
     def group(self) -> str:
         """Part of the model that it belongs to: 'model.layers.7', or the module's own name outside the layers."""
         parts = self.name.split(".")
@@ -383,8 +387,18 @@ class ParameterSpec:
 
 def parameter_specs(config: LlamaConfig) -> list[ParameterSpec]:
     """Return every parameter of the model, in the model's order, without allocating any."""
-    model = build_model(config, torch.device("meta"))
-    return [ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters()]
+    return list(_specs(sizes_of(config)))
+
+
+def sizes_of(config: LlamaConfig) -> tuple[tuple[str, Any], ...]:
+    """Return the fields that decide the names and shapes of parameters, with their values."""
+    return tuple((name, getattr(config, name)) for name in _DECIDING_SHAPES)
+
+
+@functools.lru_cache(maxsize=64)
+def _specs(sizes: tuple[tuple[str, Any], ...]) -> tuple[ParameterSpec, ...]:
+    model = build_model(LlamaConfig(**dict(sizes)), torch.device("meta"))
+    return tuple(ParameterSpec(name, parameter.shape) for name, parameter in model.named_parameters())
 
 
 def plain_name(name: str) -> str:

@@ -34,7 +34,7 @@ from corpus.tokenizer import check_vocabulary, load_tokenizer
 from data_utils import MixtureDataset, PackedDataset, StreamedDataset
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import settle
 from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, below, say
@@ -246,7 +246,7 @@ def main() -> int:
     for name, part in held_out.items():
         say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
-        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens)
+        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, run.num_workers)
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

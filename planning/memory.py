@@ -4,9 +4,11 @@ It is pure arithmetic and needs no GPUs or ranks. It counts the tensors that tor
 compare the two. In formulas, h is the hidden size and f the FFN size.
 """
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -19,8 +21,8 @@ from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from engine.loss import EAGER_LOGITS
 from engine.shards import staging_bytes
-from model_utils import ParameterSpec, attention_size, parameter_specs, trained_specs
-from planning.cards import DryRun, planned_card
+from model_utils import ParameterSpec, attention_size, parameter_specs, sizes_of, trained_specs
+from planning.machines import DryRun, planned_card
 from runtime.console import say
 
 FP32 = 4  # bytes
@@ -75,18 +77,26 @@ class _State:
 
 def stage_specs(config: LlamaConfig, layout: Layout, stage: int) -> list[ParameterSpec]:
     """Return the parameters of one pipeline stage, with the sizes of one GPU's tensor-parallel part."""
-    per_range = config.num_hidden_layers // (layout.pp * layout.chunks)
+    return list(_stage_specs(sizes_of(config), layout.tp, layout.pp, layout.chunks, stage))
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage_specs(
+    sizes: tuple[tuple[str, Any], ...], tp: int, pp: int, chunks: int, stage: int
+) -> tuple[ParameterSpec, ...]:
+    config = LlamaConfig(**dict(sizes))
+    per_range = config.num_hidden_layers // (pp * chunks)
     specs = []
     for spec in parameter_specs(config):
         parts = spec.name.split(".")
         if parts[1] == "layers":
-            owner = int(parts[2]) // per_range % layout.pp
+            owner = int(parts[2]) // per_range % pp
         else:
-            owner = 0 if "embed_tokens" in parts else layout.pp - 1
+            owner = 0 if "embed_tokens" in parts else pp - 1
         if owner == stage:
-            split = layout.tp if len(spec.shape) == 2 else 1
+            split = tp if len(spec.shape) == 2 else 1
             specs.append(ParameterSpec(spec.name, torch.Size([spec.shape.numel() // split])))
-    return specs
+    return tuple(specs)
 
 
 def _fsdp_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -> _State:
@@ -326,6 +336,19 @@ def settle(job: Job, dry_run: DryRun) -> Job:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         memory = math.inf
+    settled = settle_for(job, memory)
+    if job.compute.recompute is None:
+        say(f"recomputation: {_describe_recomputation(settled, memory)}")
+    return settled
+
+
+def usable(memory: float) -> float:
+    """Return the bytes of a GPU's memory that tensors may take."""
+    return memory * USABLE_FRACTION - CONTEXT_BYTES
+
+
+def settle_for(job: Job, memory: float) -> Job:
+    """Return the job with these choices made for GPUs of so many bytes."""
     return _settle_exchange(_settle_recomputation(job, memory), memory)
 
 
@@ -335,20 +358,18 @@ def _settle_exchange(job: Job, memory: float) -> Job:
     several = job.layout.gradient_ranks > 1
     if job.exchange.exchange != AUTO or not (several and job.accumulates) or once.problems():
         return job
-    return once if estimate_memory(once).peak.total <= memory * USABLE_FRACTION - CONTEXT_BYTES else job
+    return once if estimate_memory(once).peak.total <= usable(memory) else job
 
 
 def _settle_recomputation(job: Job, memory: float) -> Job:
-    """Return the job with the least recomputation that fits by the estimate, and print it; only for `--recompute auto`.
+    """Return the job with the least recomputation that fits by the estimate; only for `--recompute auto`.
 
     Attention's output is kept while there is room: recomputing one layer less takes more memory for the time it saves.
     """
     if job.compute.recompute is not None:
         return job
     if memory == math.inf:
-        say("recomputation: none, since there is no GPU")
         return replace(job, compute=replace(job.compute, recompute=0.0))
-    room = memory * USABLE_FRACTION - CONTEXT_BYTES
     layers = job.config.num_hidden_layers
     keeps = job.config._attn_implementation != EAGER and not reenters(job.layout)
     choices = [(count, keeps and count > 0) for count in range(layers + 1)]
@@ -356,13 +377,19 @@ def _settle_recomputation(job: Job, memory: float) -> Job:
         choices.append((layers, False))
     for count, keep_attention in choices:
         job = replace(job, compute=replace(job.compute, recompute=count / layers, keep_attention=keep_attention))
-        peak = estimate_memory(job).peak.total
-        if peak <= room:
+        if estimate_memory(job).peak.total <= usable(memory):
             break
-    warning = "" if peak <= room else ", which will not be enough"
-    extent = f"{count} of {layers} layers{' except attention' if keep_attention else ''}"
-    say(f"recomputation: {extent}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{warning}")
     return job
+
+
+def _describe_recomputation(job: Job, memory: float) -> str:
+    if memory == math.inf:
+        return "none, since there is no GPU"
+    peak, layers = estimate_memory(job).peak.total, job.config.num_hidden_layers
+    warning = "" if peak <= usable(memory) else ", which will not be enough"
+    extent = f"{len(recomputed_layers(layers, job.recomputed))} of {layers} layers"
+    extent += " except attention" if job.compute.keep_attention else ""
+    return f"{extent}, {peak / 1e9:.1f} GB at the peak of {memory / 1e9:.1f} GB{warning}"
 
 
 def checkpoint_memory(job: Job) -> tuple[int, int, int]:

@@ -1,16 +1,17 @@
-"""The report of a dry run: GPU memory by component, changes that make it fit, and the run's steps and days."""
+"""The report of a dry run: GPU memory and a step's time by component, changes that make it fit, steps and days."""
 
 import copy
 import math
 from collections import ChainMap
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from attn import select_attention
 from engine.job import AUTO, MICRO_BATCH, STEP, Job, reenters
 from model_utils import model_flops_per_token
-from planning.cards import DryRun, planned_card
+from planning.machines import DryRun, Machines, planned_card, planned_machines
 from planning.memory import checkpoint_memory, estimate_memory
+from planning.step_time import StepTime, estimate_step
 from runtime.console import say, size_text
 
 
@@ -84,8 +85,13 @@ def say_host_memory(job: Job) -> None:
     )
 
 
-def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) -> None:
-    """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes."""
+def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int = 0) -> None:
+    """Print the memory of a GPU by component, the verdict on whether it fits, and the time that training takes.
+
+    Args:
+        tokens_per_step: of all ranks, on average.
+        loaders: see `estimate_step`.
+    """
     estimate, card, layout = estimate_memory(job), planned_card(plan), job.layout
     unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
     say(f"estimated memory per GPU in {unit} (GPUs: {layout.ranks}):")
@@ -103,16 +109,46 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float) 
             verdict, remedy = "does NOT fit", f"; what helps: {memory_remedies(job, plan)}"
         say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
-    flops = model_flops_per_token(job.config, job.batch.max_length, job.adapters is not None)
-    if math.isnan(card.peak_tflops):
+    _say_time(job, plan, tokens_per_step, total_tokens, loaders)
+
+
+def _say_time(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int) -> None:
+    """Print the time of a step by component, and that of the run; with `plan.mfu` only the latter."""
+    card, layout, batch = planned_card(plan), job.layout, job.batch
+    length = tokens_per_step / (batch.sequences * layout.dp)  # mean, of sequences that differ in length
+    flops = model_flops_per_token(job.config, round(length), job.adapters is not None)
+    if plan.mfu is not None and math.isnan(card.peak_tflops):
         say(f"time: the peak of {card.name} is unknown; name a known GPU with --gpu")
         return
-    tokens_per_second = layout.ranks * card.peak_tflops * 1e12 * plan.mfu / flops
-    steps = math.ceil(total_tokens / tokens_per_step)
+    if plan.mfu is not None:
+        seconds = tokens_per_step * flops / (layout.ranks * card.peak_tflops * 1e12 * plan.mfu)
+    elif machines := planned_machines(plan):
+        step = estimate_step(replace(job, batch=replace(batch, max_length=round(length))), machines, loaders)
+        seconds = step.total
+        say(f"estimated time of a step in ms ({describe_machines(machines, layout.ranks)}):")
+        names = [field.name for field in fields(StepTime)]
+        widths = [max(len(name), 8) + 2 for name in names]
+        shown = zip(names, widths, strict=True)
+        say("  " + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in shown) + f"{'total':>10}")
+        figures = [getattr(step, name) * 1e3 for name in names]
+        shown_figures = zip(figures, widths, strict=True)
+        say("  " + "".join(f"{figure:{width},.1f}" for figure, width in shown_figures) + f"{seconds * 1e3:10,.1f}")
+    else:
+        say(f"time: the speed of {card.name} is unknown; name a known GPU with --gpu, or give --mfu or --facts")
+        return
+    tokens_per_second = tokens_per_step / seconds
+    mfu = tokens_per_second * flops / (layout.ranks * card.peak_tflops * 1e12)
+    share = "" if math.isnan(mfu) else f", {mfu:.1%} MFU"
     hours = total_tokens / tokens_per_second / 3600
     duration = f"{hours / 24:,.1f} days" if hours > 24 else f"{hours:,.2f} hours"
     say(
-        f"time: {steps:,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} in all: "
-        f"{duration} on {layout.ranks} x {card.name} "
-        f"at {plan.mfu:.0%} MFU, {tokens_per_second:,.0f} tokens/s"
+        f"time: {math.ceil(total_tokens / tokens_per_step):,} steps of {tokens_per_step:,} tokens, {total_tokens:,.0f} "
+        f"in all: {duration} on {layout.ranks} x {card.name}, {tokens_per_second:,.0f} tokens/s{share}"
     )
+
+
+def describe_machines(machines: Machines, gpus: int) -> str:
+    """Return the origin of the speeds, and those of the links between the hosts that so many GPUs need."""
+    facts, hosts = machines.facts, -(-gpus // machines.per_host)
+    links = f"; {hosts} hosts, {machines.network:.1f} GB/s per GPU between them" if hosts > 1 else ""
+    return f"with speeds {facts.origin}{links}"

@@ -47,6 +47,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """Return the number of ranks on this node; without a launcher all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def say(message: str) -> None:
     """Print a line on rank 0, nothing on the others."""
     if rank() == 0:

@@ -25,6 +25,7 @@ from runtime.console import (
     NoRoom,
     RunError,
     local_rank,
+    local_world_size,
     open_standard_streams,
     output_failed,
     quiet_third_parties,
@@ -235,7 +236,7 @@ def _report(prefix: str, problems: Sequence[str]) -> None:
     rank 0 of each of several nodes.
     """
     _tell_launcher("\n".join(prefix + problem for problem in problems))
-    several_nodes = world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    several_nodes = world_size() > local_world_size()
     if ranks.launch_problems():  # there is no store, and this may not be a rank at all
         _print_problems(prefix, problems)
     elif rank() == 0:

@@ -5,6 +5,8 @@
     python scripts/run_on_hosts.py --nproc_per_node 8 --hostfile hosts.txt scripts/doctor.py -o /shared/run
 
 It trains nothing and leaves nothing behind. Give it the run's --save_dir to check that all ranks share that folder.
+With --measure FILE it also measures the speeds of the GPUs and links that step times are estimated from, in up to two
+minutes, and names a card or link that is slow; dry runs and plan.py take that file as --facts.
 With --build_extensions it only compiles, on each machine, the extensions that ColossalAI needs in the first run.
 """
 
@@ -32,6 +34,7 @@ from datetime import timedelta
 
 from runtime import requirements
 from runtime.console import InputError, first_line, local_rank, rank, say, world_size
+from runtime.files import file_problems
 from scripts.launcher.hosts import Host, read_hostfile
 
 JOIN_SECONDS = 60
@@ -285,6 +288,23 @@ def shared_folder(folder: Path) -> Finding:
 # ------------------------------------------------------------------------------------------------------------ together
 
 
+def measure_facts(file: Path) -> list[Finding]:
+    """Measure the facts that step times are estimated from, and write them. Collective over all ranks."""
+    from planning.facts import write_facts
+    from planning.measure import measure
+
+    facts, shortfalls = measure()
+    if rank() == 0:
+        write_facts(file, facts)
+    remedy = "nvidia-smi -q -d PERFORMANCE,TEMPERATURE shows throttling; end other processes; nvidia-smi topo -m, links"
+    slow = [Finding("speed", False, str(shortfall), remedy) for shortfall in shortfalls]
+    summary = (
+        f"{facts.products[-1][1]:,.1f} TFLOPS in bf16, {facts.memory:,.0f} GB/s of memory, links "
+        f"{facts.collectives:,.1f} GB/s; written to {file}"
+    )
+    return [*slow, Finding("speed", True, summary)]
+
+
 def lines(finding: Finding, host: str | None = None) -> list[str]:
     """Format a finding: a line, and another for the remedy, if any."""
     mark = {True: "ok", False: "FAILED", None: "-"}[finding.ok]
@@ -323,8 +343,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--save_dir", type=Path, default=Path("checkpoint"), help="folder shared by all ranks")
     parser.add_argument("--hostfile", type=Path, help="check logins to these hosts, one name per line")
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="measure speeds and write them to this file")
     parser.add_argument("--build_extensions", action="store_true", help="only compile ColossalAI's extensions")
     args = parser.parse_args()
+    if args.measure and (problems := file_problems("--measure", args.measure)):
+        raise InputError(*problems)
 
     first = packages()
     try:
@@ -353,6 +376,8 @@ def main() -> int:
         good &= report(all_reduce(backend))
         good &= report(clocks())
     good &= report(shared_folder(args.save_dir))
+    for finding in measure_facts(args.measure) if args.measure else ():
+        good &= show({socket.gethostname(): finding})
     say("all checks passed" if good else "some checks failed: see the lines FAILED")
     return int(not good)
 

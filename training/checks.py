@@ -13,7 +13,7 @@ from engine.device import device_name, has_float8
 from engine.job import Job
 from engine.launch import launch_problems
 from model_utils import mixed_length_problem
-from planning.cards import DryRun, card_problems
+from planning.machines import DryRun, card_problems
 from runtime import ranks
 from runtime.console import InputError, below
 from runtime.files import existing_part
@@ -50,15 +50,16 @@ def check_job(
         problems += environment_problems()
     if mixed_lengths:
         problems.extend(filter(None, [mixed_length_problem(config, job.batch.max_length)]))
-    problems += _plan_problems(plan, asked.gpus, given, job.compute.fp8)
+    problems += _plan_problems(plan, asked.gpus, job.compute.fp8)
     if problems := problems or job.problems():
         raise InputError(*problems)
 
 
-def _plan_problems(plan: DryRun, gpus: int | None, given: frozenset[str], fp8: bool) -> list[str]:
+def _plan_problems(plan: DryRun, gpus: int | None, fp8: bool) -> list[str]:
     if plan.dry_run:
         return card_problems(plan, fp8) + ranks.launch_problems()
-    flags = {"gpus": gpus, "gpu": plan.gpu, "gpu_memory": plan.gpu_memory, "mfu": plan.mfu if "mfu" in given else None}
+    names = ("gpu", "gpu_memory", "gpus_per_node", "network", "facts", "mfu")
+    flags = {"gpus": gpus, **{name: getattr(plan, name) for name in names}}
     problems = launch_problems() + [
         f"--{name}: takes effect only with --dry_run; give that too, or leave it out: a launcher sets the GPUs"
         for name, value in flags.items()

@@ -263,6 +263,13 @@ def _steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def _gigabits(text: str) -> float:
+    try:
+        return float(re.sub(r"(?i)gb(it)?(/?s|ps)?$", "", text.strip()))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of Gbit/s, such as 400 or 400Gb") from error
+
+
 def _fraction(text: str) -> float | str:
     try:
         return text if text == AUTO else float(text)
@@ -440,9 +447,20 @@ def add_dry_run_args(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("plan")
     add_flag(plan, "--dry_run", False, "check everything, print the memory and time that the run needs, and end")
     add_flag(plan, "--gpus", int, "dry run: plan for this many GPUs (default: the ranks launched)")
-    add_flag(plan, "--gpu", str, "dry run: their model, such as A100 (default: this machine's, else H100)")
-    add_flag(plan, "--gpu_memory", float, "dry run: memory of each in GB (default: that of the model)")
-    add_flag(plan, "--mfu", 0.4, "dry run: fraction of their bf16 peak that training reaches", action=Given)
+    add_machine_args(plan, "dry run: ")
+    text = "dry run: fraction of their bf16 peak that training reaches (default: estimated)"
+    add_flag(plan, "--mfu", float, text)
+
+
+def add_machine_args(parser: argparse._ActionsContainer, prefix: str = "") -> None:
+    """Add the flags of the GPUs to plan for, and their links."""
+    add_flag(parser, "--gpu", str, f"{prefix}model of GPU, such as A100 (default: this machine's, else H100)")
+    add_flag(parser, "--gpu_memory", float, f"{prefix}memory of each in GB (default: that of the model)")
+    add_flag(parser, "--gpus_per_node", int, f"{prefix}GPUs of a host (default: 8)")
+    text = f"{prefix}nominal Gbit/s of each GPU between hosts (default: 400, or what --facts says)"
+    add_flag(parser, "--network", _gigabits, text, metavar="400Gb")
+    text = f"{prefix}measured speeds, written by scripts/doctor.py --measure (default: built in)"
+    add_flag(parser, "--facts", user_path, text, metavar="FILE")
 
 
 def add_warmup_arg(parser: argparse.ArgumentParser) -> None:

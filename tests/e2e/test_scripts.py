@@ -17,7 +17,7 @@ from attn import select_attention
 from corpora import write_jsonl
 from launching import ROOT, Run
 from model_utils import load_config
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import estimate_memory, settle
 from training.flags import job_of, take
 

@@ -21,7 +21,7 @@ from engine import shards
 from engine.boost import boost
 from engine.step import forward_backward, forward_loss, optimizer_step
 from model_utils import IGNORE_INDEX, NEUTRAL, load_config, parameter_specs
-from planning.cards import DryRun
+from planning.machines import DryRun
 from pretrain import parse_args
 from processes import boosted, job, run_ranks
 from runtime.console import InputError

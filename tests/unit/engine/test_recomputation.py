@@ -12,7 +12,7 @@ from attn import TORCH_FUSED, select_attention
 from engine import shards
 from engine.job import Job, recomputed_layers
 from engine.step import forward_backward, optimizer_step
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import CONTEXT_BYTES, USABLE_FRACTION, estimate_memory, settle
 from pretrain import parse_args
 from processes import boosted, job, run_ranks

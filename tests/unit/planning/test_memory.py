@@ -17,7 +17,7 @@ from engine.job import AUTO, MICRO_BATCH, STEP, Exchange, Job
 from engine.shards import initialize_weights
 from engine.step import forward_backward, optimizer_step
 from model_utils import count_parameters, load_config, trained_specs
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.memory import MemoryEstimate, estimate_memory, settle
 from processes import run_ranks
 from training.checks import check_job

@@ -7,7 +7,7 @@ import pytest
 import benchmark
 import pretrain
 from model_utils import load_config
-from planning.cards import DryRun
+from planning.machines import DryRun
 from planning.report import memory_remedies
 from runtime.console import InputError
 from training.flags import job_of, take
@@ -54,7 +54,7 @@ def dry_run(monkeypatch, flags: str) -> None:
 
 
 def test_report(capsys, monkeypatch):
-    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100")
+    dry_run(monkeypatch, "-c 7b -p zero2 -b 4 -g -a --dry_run --gpus 32 --gpu A100 --mfu 0.4")
     out = capsys.readouterr().out
     assert re.search(r"\nfits: \d+\.\d GB at the peak, on A100 with 80 GB\n", out)
     assert re.search(r"  the loss +13\.48 +0\.00 +2\.53 ", out)  # 2 and 12 / 32 bytes per parameter
@@ -62,7 +62,8 @@ def test_report(capsys, monkeypatch):
     assert "2,288,819 steps of 524,288 tokens, 1,200,000,000,000 in all" in out
     flops_per_token = 6 * (6_738_415_616 - 32000 * 4096) + 12 * 32 * 4096 * 4096
     days = 1.2e12 * flops_per_token / (32 * 312e12 * 0.4) / 86400
-    assert f"{days:,.1f} days on 32 x A100 at 40% MFU" in out
+    assert f"{days:,.1f} days on 32 x A100, " in out
+    assert out.endswith(" tokens/s, 40.0% MFU\n")
 
 
 def test_a_small_model_is_reported_in_mb(capsys, monkeypatch):

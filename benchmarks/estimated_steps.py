@@ -1,0 +1,159 @@
+"""Compare the step times that a dry run estimates with the measured ones in docs/results.md; needs no GPU.
+
+python benchmarks/estimated_steps.py
+python benchmarks/estimated_steps.py --facts FILE --gpu H200    only this GPU's rows, by speeds measured on it
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime import process
+
+process.prepare()
+
+import benchmark
+import pretrain
+from attn import select_attention
+from engine.job import Job
+from model_utils import load_config
+from planning.cards import find_card
+from planning.facts import facts_of
+from planning.machines import GPUS_PER_HOST, NOMINAL_GBITS, DryRun, Machines, planned_card, planned_machines
+from planning.memory import estimate_memory, settle_for
+from planning.step_time import StepTime, estimate_step
+from runtime.console import InputError, say
+from training.flags import job_of, user_path
+
+RESULTS = ROOT / "docs" / "results.md"
+PUBLISHED = ROOT / "benchmarks" / "published.toml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured row of the table: GPU model, job, its flags as written, tokens per second, and peak bytes."""
+
+    gpu: str
+    job: Job
+    flags: str
+    tokens_per_second: float
+    peak_gb: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Measured seconds of a step."""
+        batch = self.job.batch
+        return batch.sequences * batch.max_length * self.job.layout.dp / self.tokens_per_second
+
+
+def measured_rows(text: str) -> Iterator[Row]:
+    """Yield the rows of the first table in docs/results.md. Raises ValueError for one that does not parse."""
+    table = text.partition("\n| GPU |")[2].partition("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        gpus, _, gpu = cells[0].rpartition(" x ")
+        model, _, layers = cells[1].partition(", ")
+        flags = re.findall(r"`([^`]+)`", cells[2])[0]
+        per_rank = int(cells[3].rpartition(" x ")[2])
+        attention = "" if "without `-a`" in cells[2] else "-a"
+        args = benchmark.parse_args(
+            f"-c {model} -b {per_rank} --dry_run --gpus {gpus or 1} {attention} {flags}".split()
+        )
+        config = load_config(args.config)
+        config.num_hidden_layers = int(layers.partition(" ")[0]) if layers else config.num_hidden_layers
+        select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
+        card = find_card(gpu)
+        assert card is not None
+        peak = float(cells[6]) if cells[6] else None
+        job = settle_for(job_of(args, config), card.memory_gb * 1e9)
+        yield Row(card.name, job, flags, float(cells[4].replace(",", "")), peak)
+
+
+def estimated(row: Row, facts: Path | None = None) -> StepTime:
+    """Return the estimate of a row's step, by built-in facts or those in a file."""
+    card = find_card(row.gpu)
+    assert card is not None
+    found = facts_of(card, facts)
+    assert found is not None
+    return estimate_step(row.job, Machines(found, GPUS_PER_HOST, network=1))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A training speed that others published; see published.toml."""
+
+    source: str
+    job: str
+    gpu: str
+    flags: str
+    tokens: float
+    per_host: int = GPUS_PER_HOST
+    network: float = NOMINAL_GBITS
+    why: str = ""
+
+    def estimated(self) -> float:
+        """Return the tokens per second and GPU that are estimated for the flags."""
+        args = pretrain.parse_args(f"{self.flags} -x bf16 -a --dry_run".split())
+        config = load_config(args.config)
+        select_attention(config, flash_attention=True, sequence_parallel=args.sp > 1)
+        job = job_of(args, config)
+        if problems := job.problems():
+            raise InputError(*problems)
+        plan = DryRun(dry_run=True, gpu=self.gpu, gpus_per_node=self.per_host, network=self.network)
+        machines, job = planned_machines(plan), settle_for(job, planned_card(plan).memory_gb * 1e9)
+        assert machines is not None
+        tokens = job.batch.sequences * job.batch.max_length * job.layout.dp
+        return tokens / estimate_step(job, machines).total / job.layout.ranks
+
+
+def compare_published() -> None:
+    """Print the published speeds beside the estimated ones."""
+    say("| source | job | published, tokens/s per GPU | estimated | estimated / published | why |")
+    say("|---|---|---|---|---|---|")
+    for run in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["run"]:
+        row = Published(**run)
+        tokens = row.estimated()
+        say(f"| {row.source} | {row.job} | {row.tokens:,} | {tokens:,.0f} | {tokens / row.tokens:.2f} | {row.why} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--facts", type=user_path, help="file of measured facts (default: the built-in ones)")
+    parser.add_argument("--gpu", help="only the rows of this GPU (default: all)")
+    parser.add_argument("--published", action="store_true", help="compare with published.toml instead")
+    args = parser.parse_args()
+    if args.published:
+        compare_published()
+        return 0
+    rows = [row for row in measured_rows(RESULTS.read_text(encoding="utf-8")) if row.gpu == (args.gpu or row.gpu)]
+    if not rows:
+        raise InputError(f"--gpu: {RESULTS.name} has no rows of {args.gpu}")
+    say("| GPUs | layers | flags | sequences | measured, ms | estimated, ms | error | peak GB | estimated | tokens/s |")
+    say("|---|---|---|---|---|---|---|---|---|---|")
+    errors = []
+    for row in rows:
+        job, step = row.job, estimated(row, args.facts)
+        errors.append(step.total / row.seconds - 1)
+        peak = f"{row.peak_gb:.1f}" if row.peak_gb else ""
+        batch = job.batch
+        tokens = batch.sequences * batch.max_length * job.layout.dp / step.total
+        say(
+            f"| {job.layout.ranks} x {row.gpu} | {job.config.num_hidden_layers} | `{row.flags}` | {batch.sequences} | "
+            f"{row.seconds * 1e3:,.1f} | {step.total * 1e3:,.1f} | {errors[-1]:+.1%} | {peak} | "
+            f"{estimate_memory(job).peak.total / 1e9:.1f} | {tokens:,.0f} |"
+        )
+    sizes = sorted(map(abs, errors))
+    say(f"{len(sizes)} rows: median error {statistics.median(sizes):.1%}, largest {sizes[-1]:.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    process.run(main, Path(__file__).name)
