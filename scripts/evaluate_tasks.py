@@ -20,7 +20,6 @@ import argparse
 import json
 import logging
 import math
-import shutil
 import tempfile
 from typing import Any
 
@@ -31,7 +30,7 @@ from runtime.console import InputError, RunError
 from runtime.files import file_problems, write_json
 from scripts.export_hf import exporter
 from training.flags import ArgumentParser, add_flag, add_tokenizer_arg, task_names, user_path
-from training.tasks import CPU, inside, resolve
+from training.tasks import CPU, LOADED, inside, resolve
 
 BATCH_SIZE = 8
 WITHOUT_FILTER = "none"  # lm_eval's name
@@ -44,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add_flag(parser, "--checkpoint", user_path, "folder epochE-stepS", required=True)
     add_flag(parser, "--output", user_path, "JSON file", required=True)
     add_flag(parser, "--eval_tasks_device", CPU, "cpu or cuda:N")
-    text = "folder for the exported model, which is removed with its content (default: beside the checkpoint)"
+    text = "folder for the exported model; gets a file `loaded` when that is removed (default: beside the checkpoint)"
     add_flag(parser, "--work_dir", user_path, text)
     add_tokenizer_arg(parser)
     return parser.parse_args()
@@ -62,7 +61,7 @@ def load_model(args: argparse.Namespace) -> Any:
         dtype = "float32" if args.eval_tasks_device == CPU else "auto"  # as saved
         model = HFLM(pretrained=str(target), device=args.eval_tasks_device, dtype=dtype, batch_size=BATCH_SIZE)
     if args.work_dir:
-        shutil.rmtree(args.work_dir, ignore_errors=True)
+        Path(args.work_dir, LOADED).touch()
     return model
 
 

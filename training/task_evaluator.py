@@ -20,7 +20,7 @@ from runtime.process import PARENT, StopRequest
 from runtime.requirements import ROOT
 from training.metrics import Metrics, steps_with_tasks
 from training.plan import Outputs
-from training.tasks import CPU, Tasks, gpu_number
+from training.tasks import CPU, LOADED, Tasks, gpu_number
 
 SCRIPT = ROOT / "scripts" / "evaluate_tasks.py"
 FOLDER = "tasks"  # in the folder of logs
@@ -32,8 +32,8 @@ END_SECONDS = 10  # for a killed evaluation to be gone
 SILENT_SECONDS = 1800  # without output, after which an evaluation counts as hung
 TAIL_BYTES, REASON_LENGTH = 4096, 300  # of a log, and of the line from it that a report quotes
 LAUNCHER = re.compile(  # variables that would make the evaluation a rank, or limit it like one
-    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|(GROUP|ROLE|MASTER)_\w+|OMP_NUM_THREADS|"
-    r"(TORCHELASTIC|TORCH_NCCL|TORCH_FR|NCCL|ACCELERATE|SLURM|OMPI|PMIX?|MV2)_\w+)"
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|OMP_NUM_THREADS|"
+    r"(TORCHELASTIC|TORCH_NCCL|TORCH_FR|NCCL|ACCELERATE|SLURM|OMPI|PMIX?|MV2)_\w+"
 )
 
 
@@ -122,7 +122,7 @@ class TaskEvaluator:
                     start_new_session=True,
                 )
             _put_back(self.process.pid)
-            failure = self._wait(self.process, log)
+            failure = self._wait(self.process, log, work)
             if not failure:
                 self.results.append((step, json.loads(output.read_bytes())["scores"], time.monotonic() - began))
         except Exception as error:
@@ -131,13 +131,19 @@ class TaskEvaluator:
         if failure and not self.stopped:
             self.reports.append(f"tasks: step {step} has no scores: {failure}; see {log}")
 
-    def _wait(self, process: subprocess.Popen[bytes], log: Path) -> str:
-        """Wait until the evaluation ends, or end it if it hangs; return the reason of its failure, if it failed."""
+    def _wait(self, process: subprocess.Popen[bytes], log: Path, work: Path) -> str:
+        """Wait until the evaluation ends, or end it if it hangs; return the reason of its failure, if it failed.
+
+        Args:
+            work: removed as soon as the evaluation has loaded the model, since it may take the room of a checkpoint.
+        """
         size, since = -1, time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(POLL_SECONDS)
                 break
+            if (work / LOADED).exists():
+                shutil.rmtree(work, ignore_errors=True)
             written = log.stat().st_size
             size, since = written, (since if size == written else time.monotonic())
             if time.monotonic() - since > SILENT_SECONDS:

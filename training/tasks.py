@@ -19,6 +19,7 @@ from runtime.requirements import installed
 
 PACKAGE, VERSION = "lm_eval", "0.4.13"  # the tested one
 CPU = "cpu"
+LOADED = "loaded"  # file by which an evaluation tells that it has read the checkpoint
 CLOSE = 0.6  # similarity of a task's name to an unknown one, from 0 to 1 (difflib)
 KINDS = ("group", "task")  # keys that name what a task file describes
 
@@ -54,8 +55,8 @@ class Tasks:
                 if value is not None
             ]
         problems = below(1, eval_tasks_interval=self.eval_tasks_interval)
-        interval, saved = self.interval(retention), retention.save_interval
-        if not problems and interval and not retention.is_due(interval):
+        interval, saved = self.eval_tasks_interval, retention.save_interval
+        if not problems and interval is not None and not retention.is_due(interval):
             remedy = f"give {-(-interval // saved) * saved}" if saved > 0 else "leave it out, as only the end is saved"
             problems.append(
                 f"--eval_tasks_interval: {interval} is not a multiple of --save_interval {saved}, and only saved "

@@ -91,6 +91,7 @@ def test_training_neither_waits_for_an_evaluation_nor_fails_with_it(start, few_d
         run.wait_until((gated.parent / "environment.json").exists, "the task")
         (evaluation,) = evaluations(run)
         assert evaluation.nice() == 19
+        run.wait_until(lambda: not list(run.save_dir.glob(".evaluated*")), "the removal of files that are not needed")
         names = json.loads((gated.parent / "environment.json").read_text()).keys()
         assert not names & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
         (gated.parent / "go").touch()

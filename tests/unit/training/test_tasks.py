@@ -198,7 +198,9 @@ class TestEvaluation:
         evaluator = object.__new__(task_evaluator.TaskEvaluator)
         with open(tmp_path / "log", "wb") as log:
             evaluator.process = subprocess.Popen(["sleep", "100"], stdout=log, start_new_session=True)
-        assert evaluator._wait(evaluator.process, tmp_path / "log").startswith("it has hung, without output for")
+        assert evaluator._wait(evaluator.process, tmp_path / "log", tmp_path).startswith(
+            "it has hung, without output for"
+        )
         assert evaluator.process.wait() == -9
 
     def test_main_scores(self):
