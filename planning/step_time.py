@@ -206,7 +206,7 @@ def _products(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
 
     plain: Curve = ((1, facts.float32),) if job.dtype.itemsize == FP32 else facts.products
     curve = plain
-    if converted(job, on_gpu=True)[0]:
+    if _in_float8(job):
         curve = facts.rowwise_products if job.compute.recipe == ROWWISE else facts.float8_products
     hidden, queries, keys, ffn = share.hidden, share.queries, share.keys, share.ffn
     down = seconds(hidden, ffn, curve)
@@ -245,7 +245,7 @@ def _other_bytes(job: Job, share: _Share, stage: int) -> float:
     if config._attn_implementation == EAGER:
         heads = config.num_attention_heads / job.layout.tp
         moved += SCORE_BYTES * share.tokens * job.batch.max_length * heads * share.layers
-    if converted(job, on_gpu=True)[0]:
+    if _in_float8(job):
         moved += _quantized(job, share)
     return moved + LOSS_PASSES * width * share.tokens * share.vocabulary + _sums(job, stage)
 
@@ -263,6 +263,10 @@ def _quantized(job: Job, share: _Share) -> float:
     if not _stored_in_float8(job):
         moved += share.layer_weights * (QUANTIZED_BYTES * (share.layers + share.again) + twice * share.layers)
     return moved * (ROWWISE_FACTOR if job.compute.recipe == ROWWISE else 1)
+
+
+def _in_float8(job: Job) -> bool:
+    return job.compute.fp8 and converted(job, on_gpu=True)[0] > 0
 
 
 def _stored_in_float8(job: Job) -> bool:
@@ -293,7 +297,7 @@ def _exchanges(job: Job, machines: Machines, share: _Share) -> float:
     seconds = 0.0
     if layout.token_parts > 1:
         group = _Group(layout.tp, layout.sp, machines)
-        in_float8 = converted(job, on_gpu=True)[0] and job.compute.recipe != ROWWISE
+        in_float8 = _in_float8(job) and job.compute.recipe != ROWWISE
         whole = share.tokens * share.hidden * (1 if in_float8 else width)
         count = EXCHANGES * share.layers + 3 * share.again
         if group.hosts == 1:  # copied beside the products, but for the first part

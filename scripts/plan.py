@@ -18,12 +18,11 @@ process.prepare()
 
 import argparse
 
-from engine.layout import describe_layout
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import Card
 from planning.machines import DryRun, card_problems, planned_card, planned_machines
 from planning.report import describe_machines
-from planning.search import Found, Wish, fastest, flags_of, leanest
+from planning.search import ALIKE, Found, Wish, fastest, flags_of, leanest, simplest
 from runtime.console import InputError, below, say
 from training.flags import ArgumentParser, add_flag, add_machine_args, take, user_name
 
@@ -70,8 +69,8 @@ def refusal(wish: Wish, card: Card) -> str:
     if closest := leanest(wish):
         job, peak = closest
         return (
-            f"--gpus: {wish.gpus} x {card.name} do not hold the model: of all layouts {describe_layout(job.layout)}, "
-            f"-b {job.batch.batch_size} -g needs least, {peak / 1e9:.1f} of {card.memory_gb:g} GB; take more or larger"
+            f"--gpus: {wish.gpus} x {card.name} do not hold the model: {flags_of(job)} needs least, "
+            f"{peak / 1e9:.1f} of {card.memory_gb:g} GB; take more GPUs, or larger ones"
         )
     return (
         f"--gpus: {wish.gpus} fit no layout, since {wish.sequences:,} sequences of a step do not divide among them; "
@@ -127,10 +126,8 @@ def main() -> int:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-    say(
-        f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations. Estimates are "
-        "within 5% of measured steps, so take the simplest of rows as close as that. The commands:"
-    )
+    say(f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations")
+    say(f"row {simplest(found) + 1} is the simplest of those within {ALIKE:.0%} of the fastest; the commands:")
     start = launcher(args.gpus, wish.machines.per_host)
     for number, each in enumerate(found, 1):
         say(f"{number:2}  {start} pretrain.py -c {args.config} {flags_of(each.job)}")

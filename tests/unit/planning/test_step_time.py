@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import statistics
+import tomllib
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from attn import select_attention
-from benchmarks.estimated_steps import RESULTS, estimated, measured_rows
+from benchmarks.estimated_steps import PUBLISHED, RESULTS, Published, estimated, measured_rows
 from engine.job import Job
 from model_utils import build_model, load_config
 from planning.cards import CARDS, find_card
@@ -61,6 +62,15 @@ class TestMeasured:
 
     def test_median_within_3_percent(self):
         assert statistics.median(abs(estimated(row).total / row.seconds - 1) for row in ROWS) < 0.03
+
+
+class TestPublished:
+    @pytest.mark.parametrize("run", tomllib.loads(PUBLISHED.read_text())["run"], ids=lambda run: run["job"])
+    def test_within_half_and_explained_from_a_tenth(self, run):
+        row = Published(**run)
+        ratio = row.estimated() / row.tokens
+        assert 2 / 3 < ratio < 1.5
+        assert (0.9 < ratio < 1.1) or row.why
 
 
 class TestFlops:
