@@ -62,6 +62,7 @@ from training.flags import (
 )
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
+from training.tasks import check_tasks
 
 COMMON_FLAGS = (  # --help lists them first
     *("--config", "--dataset", "--tokenizer", "--plugin", "--mixed_precision", "--batch_size", "--max_length", "--lr"),
@@ -228,6 +229,7 @@ def main() -> int:
     config = load_config(args.config)
     run = run_of(args, job_of(args, config), args.config)
     check(args, run)
+    check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(args.init_from, config) if args.init_from else None

@@ -37,6 +37,7 @@ from training.inspection import Inspection
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
+from training.tasks import Tasks
 from training.wandb_run import wandb_problems
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
@@ -98,6 +99,7 @@ class Run:
     schedule: Schedule = field(default_factory=Schedule)
     spikes: SpikeRule = field(default_factory=SpikeRule)
     inspection: Inspection = field(default_factory=Inspection)
+    tasks: Tasks = field(default_factory=Tasks)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -151,6 +153,7 @@ class Run:
             + self.inspection.problems()
             + self.outputs.problems()
             + self.retention.problems()
+            + self.tasks.problems(self.retention)
             + below(0, num_workers=self.num_workers)
         )
 
@@ -530,6 +533,8 @@ def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu
         f"{plan.layout.dp} data-parallel = "
         f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
     )
+    if run.tasks.eval_tasks:
+        say(f"tasks: {run.tasks.describe(run.retention)}")
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are done" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if max_steps and plan.total_steps < max_steps:
