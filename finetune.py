@@ -203,9 +203,9 @@ def main() -> int:
     if not args.dry_run:
         check_folders(run.outputs, run.job, state.step)
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
-    plan = make_plan(run, dataset, state)
+    plan = make_plan(run, [dataset], state)
     run = replace(run, job=settle(run.job, take(DryRun, args)))
-    announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
+    announce(run, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
@@ -221,7 +221,8 @@ def main() -> int:
         export = partial(
             export_merged, tokenizer=tokenizer, config=run.job.config, weights=pretrained, json_files=json_files
         )
-    return execute(run, plan, state, checkpoint, (dataset, {"": held_out} if held_out else {}), pretrained, export)
+    data = [dataset], [{"": held_out} if held_out else {}]
+    return execute(run, plan, state, checkpoint, data, pretrained, export)
 
 
 if __name__ == "__main__":

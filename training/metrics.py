@@ -99,18 +99,29 @@ class Metrics:
     A resumed run continues the same curves.
     """
 
-    def __init__(self, folder: Path, save_dir: Path, step: int, total_steps: int, interval: int, started: float = 0.0):
+    def __init__(
+        self,
+        folder: Path,
+        save_dir: Path,
+        step: int,
+        total_steps: int,
+        total_tokens: int,
+        interval: int,
+        started: float = 0.0,
+    ):
         """
         Args:
             save_dir: folder of the checkpoints, which identifies the run.
             step: the step after which the run resumes; rows of later steps are set aside.
+            total_steps, total_tokens: at the end of the run.
             interval: steps between lines in the terminal, if it shows no progress bar.
             started: seconds since 1970 at the run's first start.
         """
         self.main = rank() == 0
         if not self.main:
             return
-        self.folder, self.step, self.interval, self.total_steps = folder, step, interval, total_steps
+        self.folder, self.step, self.interval = folder, step, interval
+        self.total_steps, self.total_tokens = total_steps, total_tokens
         self.started, self.owner = started, {**log_owner(save_dir, folder), "started": started}
         self.first: tuple[int, float] | None = None  # first step logged and its time, so start-up does not count
         self.last: dict[str, Any] = {}  # row
@@ -230,7 +241,7 @@ class Metrics:
         self.bar.set_postfix_str(f"{loss}, {speed}, {lr}, {norm}", refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.interval == 0 or step in (1, self.total_steps)):
-            say(f"step {step}/{self.total_steps}: {loss}, {lr}, {norm}, {speed}{self._time_left(first, step, now)}")
+            say(f"step {step}/{self.total_steps}: {loss}, {lr}, {norm}, {speed}{self._time_left(first, values, now)}")
         if "eval_loss" in values:
             self._note_evaluation(f"step {step}", values)
 
@@ -259,11 +270,11 @@ class Metrics:
         loss, perplexity = values["eval_loss"], values["eval_perplexity"]
         self.note([f"{when}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
 
-    def _time_left(self, first: tuple[int, float], step: int, now: float) -> str:
-        first_step, first_time = first
+    def _time_left(self, first: tuple[int, float], values: dict[str, Any], now: float) -> str:
+        step, tokens, (first_step, first_time) = values["step"], values["tokens"], first
         if first_step == step or step == self.total_steps:
             return ""
-        seconds = (now - first_time) / (step - first_step) * (self.total_steps - step)
+        seconds = (now - first_time) / (tokens - self.trained_before) * max(0, self.total_tokens - tokens)
         return f", {tqdm.format_interval(seconds)} left"
 
     def summary(self) -> list[str]:

@@ -21,7 +21,7 @@ def line(step):
 
 
 def metrics_of(folder, step=0, run="run"):
-    return Metrics(folder, folder / run, step, total_steps=4, interval=2)
+    return Metrics(folder, folder / run, step, total_steps=4, total_tokens=4000, interval=2)
 
 
 def values_of(step, loss):
@@ -113,7 +113,9 @@ class TestMetrics:
 
     def test_checkpoints_and_logs_moved_together_continue_one_run(self, tmp_path):
         for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
-            metrics = Metrics(folder / "logs", folder / "checkpoint", step, total_steps=4, interval=2)
+            metrics = Metrics(
+                folder / "logs", folder / "checkpoint", step, total_steps=4, total_tokens=4000, interval=2
+            )
             metrics.log(values_of(step + 1, loss=5))
             metrics.close()
             if step == 0:
@@ -285,7 +287,7 @@ class TestTime:
         """The loss is averaged, since that of one step is noisy; GPU-hours include saves and evaluations."""
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
         monkeypatch.setenv("WORLD_SIZE", "8")
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, total_tokens=21_000, interval=10)
         for step in range(1, 22):
             clock[0] += 90
             metrics.log({**values_of(step, loss=step), "mfu": 0.4})
@@ -298,7 +300,7 @@ class TestTime:
         metrics.close()
 
     def test_time_left_excludes_the_first_step(self, tmp_path, clock, capsys):
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, total_tokens=100_000, interval=10)
         clock[0] += 500
         self.log(clock, metrics, range(1, 31), seconds=60)
         lines = capsys.readouterr().out.splitlines()
@@ -308,6 +310,16 @@ class TestTime:
             "1:20:00 left",
             "1:10:00 left",
         ]
+
+    def test_time_left_counts_tokens(self, tmp_path, clock, capsys):
+        """In a stage of other batches, 10 steps have as many tokens as 20 before; each takes twice as long."""
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=30, total_tokens=40_000, interval=10)
+        for step in range(1, 31):
+            tokens = 1000 * step if step <= 20 else 20_000 + 2000 * (step - 20)
+            clock[0] += 60 if step <= 20 else 120
+            metrics.log({**values_of(step, loss=5), "tokens": tokens})
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("left")]
+        assert [line.rpartition(", ")[2] for line in lines] == ["30:00 left", "20:00 left"]
 
     def test_progress_bar_in_a_terminal(self, tmp_path, monkeypatch):
         terminal = io.StringIO()
