@@ -131,6 +131,10 @@ def main() -> int:
     parser.add_argument("--published", action="store_true", help="compare with published.toml instead")
     args = parser.parse_args()
     if args.published:
+        if args.facts or args.gpu:
+            raise InputError(
+                "--published: its GPUs and speeds are those of published.toml; leave --facts and --gpu out"
+            )
         compare_published()
         return 0
     rows = [row for row in measured_rows(RESULTS.read_text(encoding="utf-8")) if row.gpu == (args.gpu or row.gpu)]

@@ -3,12 +3,13 @@
     python benchmarks/weak_scaling.py
     python benchmarks/weak_scaling.py --network 100Gb
 
-It prints the MFU that is estimated for H100s on 1, 2, 4 ... 128 hosts of 8, and the share of the step that exchanges
-between GPUs add.
+It prints the MFU that is estimated on 1, 2, 4 ... 128 hosts, of 8 H100s unless told, and the share of the step that
+exchanges between GPUs add.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,11 +22,10 @@ import benchmark
 from attn import select_attention
 from engine.job import Job
 from model_utils import load_config, model_flops_per_token
-from planning.cards import find_card
-from planning.machines import GPUS_PER_HOST, DryRun, Machines, planned_machines
+from planning.machines import DryRun, Machines, card_problems, planned_card, planned_machines
 from planning.memory import estimate_memory, settle_for, usable
 from planning.step_time import estimate_step
-from runtime.console import say
+from runtime.console import InputError, say
 from training.flags import ArgumentParser, add_machine_args, job_of, take
 
 HOSTS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -68,12 +68,15 @@ def main() -> int:
     add_machine_args(parser)
     args: argparse.Namespace = parser.parse_args()
     plan = take(DryRun, args)
-    machines = planned_machines(DryRun(**{**vars(plan), "gpu": plan.gpu or "H100"}))
-    assert machines is not None
-    card = find_card(machines.facts.card)
-    assert card is not None
+    if not (plan.gpu or plan.facts):
+        plan = replace(plan, gpu="H100")
+    if problems := card_problems(plan, fp8=False):
+        raise InputError(*problems)
+    card, machines = planned_card(plan), planned_machines(plan)
+    if machines is None or not (card.memory_gb > 0 and card.peak_tflops > 0):
+        raise InputError(f"--facts: memory and peak of {card.name} are unknown; measure a card of the data sheets")
     say("MFU, and the share of the step that exchanges add:")
-    say(f"| model, flags | {' | '.join(f'{hosts * GPUS_PER_HOST} GPUs' for hosts in HOSTS)} |")
+    say(f"| model, flags | {' | '.join(f'{hosts * machines.per_host} GPUs' for hosts in HOSTS)} |")
     say("|---|" + "---|" * len(HOSTS))
     for model, flags in JOBS:
         jobs = (job_on(hosts * machines.per_host, model, flags) for hosts in HOSTS)

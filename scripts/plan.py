@@ -17,6 +17,7 @@ from runtime import process
 process.prepare()
 
 import argparse
+import math
 
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import Card
@@ -37,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     add_flag(parser, "-c --config", "7b", f"{known}, or a config.json or its folder", type=user_name)
     add_flag(parser, "--gpus", int, "number of GPUs", required=True)
     add_machine_args(parser)
-    add_flag(parser, "-l --max_length", 4096, "sequence length in tokens")
+    text = "sequence length in tokens (default: 4096, or the model's context if that is shorter)"
+    add_flag(parser, "-l --max_length", int, text)
     text = "tokens of an optimizer step (default: LLaMA's, 4194304)"
     add_flag(parser, "--batch_tokens", RECIPE_TOKENS, text)
     add_flag(parser, "--tokens", REDPAJAMA_TOKENS, "tokens of the whole training (default: RedPajama's, 1.2e12)")
@@ -49,7 +51,9 @@ def parse_args() -> argparse.Namespace:
 def wish_of(args: argparse.Namespace) -> tuple[Wish, Card]:
     """Return what the flags ask for. Raises InputError with a line for each that is wrong."""
     config, plan = load_config(args.config), take(DryRun, args)
-    problems = below(1, gpus=args.gpus, count=args.count, max_length=args.max_length, batch_tokens=args.batch_tokens)
+    length = args.max_length or min(4096, config.max_position_embeddings)
+    problems = below(1, gpus=args.gpus, count=args.count, batch_tokens=args.batch_tokens)
+    problems += below(2, max_length=args.max_length)
     problems += card_problems(plan, args.fp8)
     if not 0 < args.tokens < float("inf"):
         problems.append(f"--tokens: must be a positive number, not {args.tokens}")
@@ -58,7 +62,7 @@ def wish_of(args: argparse.Namespace) -> tuple[Wish, Card]:
     card, machines = planned_card(plan), planned_machines(plan)
     if machines is None or not card.memory_gb > 0:
         raise InputError(f"--gpu: speed or memory of {card.name} is unknown; give --gpu, or --facts and --gpu_memory")
-    wish = Wish(config, machines, args.gpus, card.memory_gb * 1e9, args.max_length, args.batch_tokens, args.fp8)
+    wish = Wish(config, machines, args.gpus, card.memory_gb * 1e9, length, args.batch_tokens, args.fp8)
     if problems := wish.problems():
         raise InputError(*problems)
     return wish, card
@@ -95,7 +99,7 @@ def row(number: int, found: Found, card: Card, tokens: float) -> list[str]:
         recomputed + (" but attention" if job.compute.keep_attention else ""),
         "float8" if job.compute.fp8 else "bf16",
         f"{found.tokens_per_second:,.0f}",
-        f"{found.mfu(card.peak_tflops):.1%}",
+        "-" if math.isnan(card.peak_tflops) else f"{found.mfu(card.peak_tflops):.1%}",
         f"{found.peak / 1e9:.1f}",
         f"{hours / 24:,.1f}",
         f"{hours * layout.ranks:,.0f}",
@@ -118,7 +122,7 @@ def main() -> int:
         raise InputError(refusal(wish, card))
     say(
         f"{args.config} on {args.gpus} x {card.name} ({describe_machines(wish.machines, args.gpus)}), "
-        f"{wish.sequences:,} sequences of {args.max_length:,} tokens per step:"
+        f"{wish.sequences:,} sequences of {wish.max_length:,} tokens per step:"
     )
     head = ["", "plugin", "layout", "micro-batches", "recomputed", "precision", "tokens/s", "MFU", "GB", "days"]
     table = [[*head, "GPU-hours", "bound by"]]

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,12 +77,12 @@ def test_slow_cards_and_links_are_named():
         ("node1, GPU 1", throttled),
         ("node2, GPU 0", [0.95 * speed for speed in good]),
     ]
-    slow = replace(known, collectives=0.5 * known.collectives)
-    assert list(map(str, _shortfalls(slow, known, everywhere))) == [
+    links = [("node1", known.collectives), ("node2", 0.5 * known.collectives)]
+    assert list(map(str, _shortfalls(known, everywhere, links))) == [
         "node1, GPU 1: matrix products 403 TFLOPS, expected 672",
-        "within a host: collective operations 172 GB/s, expected 345",
+        "node2: collective operations within the host 172 GB/s, expected 345",
     ]
-    assert not list(_shortfalls(known, known, [("node1, GPU 0", good)]))
+    assert not list(_shortfalls(known, [("node1, GPU 0", good)], links[:1]))
 
 
 def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):

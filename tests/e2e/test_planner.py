@@ -53,6 +53,17 @@ def test_by_measured_speeds(tmp_path):
     assert float(re.search(r"([\d.]+)%", run.stdout)[1]) < 10
 
 
+def test_a_card_without_data_sheet_and_a_short_context(tmp_path):
+    """Neither is a reason to refuse: the card's peak is not needed, and the context is the length that counts."""
+    facts = asdict(replace(MEASURED["H100"], card="a new card"))
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    flags = ["-c", "30b", "--gpus", 32, "--facts", tmp_path / "facts.json", "--gpu_memory", 80, "-n", 1]
+    run = plan(tmp_path, *flags)
+    assert run.returncode == 0, run.output()
+    assert "2,048 sequences of 2,048 tokens per step" in run.stdout
+    assert re.search(r"bf16 +[\d,]+ +- +[\d.]+", run.stdout)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -62,6 +73,7 @@ def test_by_measured_speeds(tmp_path):
         ("", "the following arguments are required: --gpus"),
         ("--gpus 8 --gpu V100", "--gpu: 'V100' is not one of B200"),
         ("--gpus 8 -l 3000", "--batch_tokens: 4,194,304 is not a number of whole sequences of --max_length 3000"),
+        ("--gpus 8 -l 1", "--max_length: must be at least 2, not 1"),
         ("--gpus 8 -l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
         ("--gpus 8 --network fast", "argument --network: 'fast' is not a number of Gbit/s"),
         ("--gpus 8 --network -1", "--network: must be a positive number of Gbit/s, not -1.0"),
