@@ -239,33 +239,46 @@ class MixtureDataset(Dataset):
 
     collate: Callable | None = None  # torch's default
 
-    def __init__(self, parts: dict[str, PackedDataset], weights: dict[str, float]):
+    def __init__(self, parts: dict[str, PackedDataset], weights: dict[str, float], alone: str | None = None):
         """
         Args:
             parts: by name, all of one sequence length.
             weights: by the same names.
+            alone: as in InterleavedOrder.
         """
-        self.parts, self.weights = {name: parts[name] for name in sorted(parts)}, weights
+        self.parts, self.weights, self.alone = {name: parts[name] for name in sorted(parts)}, weights, alone
         self._firsts = list(itertools.accumulate(map(len, self.parts.values()), initial=0))
         self.state = self.settle(None, 0)
 
     def settle(self, saved: dict | None, position: int) -> dict:
         """Set and return the state: where this mixture began, and how often each data set was drawn from before.
 
-        The lengths, an epoch's sequences by data set, are for readers of the checkpoint.
+        The state also knows data sets that are no longer in the mixture. Its `lengths` are an epoch's sequences by data
+        set, its `max_lengths` their tokens, `unread` the parts of epochs that were counted without being read.
 
         Args:
             saved: the state in the checkpoint at `position`. If its mixture was another, this one begins there, and
-                each data set continues where it was, if its content is the same.
+                each data set continues where it was, if its content is the same. If its sequences had another length it
+                begins the next epoch, since those that it has read lie scattered over this one.
         """
-        fingerprints = {name: part.fingerprint for name, part in self.parts.items()}
-        own = {"weights": self.weights, "fingerprints": fingerprints}
-        if saved is None or {name: saved[name] for name in own} != own:
-            draws = interleaving_of(saved).draws(position) if saved else {}
-            kept = saved["fingerprints"] if saved else {}
-            before = {name: draws.get(name, 0) for name in self.parts if kept.get(name) == fingerprints[name]}
-            saved = own | {"start": position, "before": before}
-        self.state = saved | {"lengths": {name: len(part) for name, part in self.parts.items()}}
+        own: dict[str, dict] = {
+            "fingerprints": {name: part.fingerprint for name, part in self.parts.items()},
+            "lengths": {name: len(part) for name, part in self.parts.items()},
+            "max_lengths": {name: part.max_length for name, part in self.parts.items()},
+        }
+        saved = saved or {"weights": self.weights, "start": position, "before": {}}
+        known = {key: values | saved.get(key, {}) for key, values in own.items()}
+        other = [name for name in self.parts if known["fingerprints"][name] != own["fingerprints"][name]]
+        cut_anew = [name for name in self.parts if known["max_lengths"][name] != own["max_lengths"][name]]
+        if other or cut_anew or saved["weights"] != self.weights:
+            before = draws_of(saved, position) | dict.fromkeys(other, 0)
+            unread = {name: part for name, part in saved.get("unread", {}).items() if name not in other}
+            for name in cut_anew:
+                length, drawn = known["lengths"][name], before.get(name, 0)
+                before[name] = -(-drawn // length) * own["lengths"][name]
+                unread[name] = unread.get(name, 0) + -drawn % length / length
+            saved = {"weights": self.weights, "start": position, "before": before, "unread": unread}
+        self.state = saved | {key: known[key] | values for key, values in own.items()}
         return self.state
 
     def __len__(self) -> int:
@@ -278,7 +291,8 @@ class MixtureDataset(Dataset):
     def order(self, seed: int) -> Order:
         """Return the order in which a run with this seed reads the sequences."""
         ranges = map(range, self._firsts, self._firsts[1:])
-        return InterleavedOrder(dict(zip(self.parts, ranges, strict=True)), interleaving_of(self.state), seed)
+        sequences = dict(zip(self.parts, ranges, strict=True))
+        return InterleavedOrder(sequences, interleaving_of(self.state), seed, self.alone)
 
     def fix_order(self, saved: dict, global_batch: int) -> dict:
         """Return the settings, beside data, seed and length, that the order depends on."""
@@ -292,8 +306,7 @@ class MixtureDataset(Dataset):
 
     def epochs(self, position: int) -> str:
         """Return how many epochs of each data set are read before a position, for people."""
-        draws = interleaving_of(self.state).draws(position)
-        return ", ".join(f"{name} {draws[name] / len(part):.2f}" for name, part in self.parts.items())
+        return ", ".join(f"{name} {epochs:.2f}" for name, epochs in sorted(epochs_of(self.state, position).items()))
 
     @property
     def description(self) -> str:
@@ -311,6 +324,17 @@ class MixtureDataset(Dataset):
 def interleaving_of(state: dict) -> Interleaving:
     """Return the interleaving of a mixture, from what a checkpoint keeps of it."""
     return Interleaving(state["weights"], state["start"], state["before"])
+
+
+def draws_of(state: dict, position: int) -> dict[str, int]:
+    """Return how often each data set was drawn from before a position, also those that the mixture has no longer."""
+    return state["before"] | interleaving_of(state).draws(position)
+
+
+def epochs_of(state: dict, position: int) -> dict[str, float]:
+    """Return how many epochs are read of each data set before a position; of older checkpoints perhaps not all."""
+    draws, unread, lengths = draws_of(state, position), state.get("unread", {}), state.get("lengths", {})
+    return {name: draws.get(name, 0) / length - unread.get(name, 0) for name, length in lengths.items()}
 
 
 def mark_documents(item: dict[str, torch.Tensor], bos: int, eos: int) -> dict[str, torch.Tensor]:

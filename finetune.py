@@ -59,6 +59,7 @@ from training.flags import (
 )
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
+from training.tasks import check_tasks
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -185,7 +186,9 @@ def main() -> int:
     refuse_other_formats(folder, "--model_path")
     config, lora = load_config(str(folder), "--model_path"), take(Lora, args)
     run = run_of(args, finetuning_job(args, config, lora), args.model_path, lora)
+    run = replace(run, tasks=replace(run.tasks, tokenizer=args.tokenizer or str(folder)))
     check(args, run)
+    check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(folder, config, "--model_path")
@@ -200,9 +203,9 @@ def main() -> int:
     if not args.dry_run:
         check_folders(run.outputs, run.job, state.step)
     dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
-    plan = make_plan(run, dataset, state)
+    plan = make_plan(run, [dataset], state)
     run = replace(run, job=settle(run.job, take(DryRun, args)))
-    announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
+    announce(run, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if held_out:
         say(f"evaluation every {args.eval_interval:,} steps: {held_out.description}")
     if args.dry_run:
@@ -218,7 +221,8 @@ def main() -> int:
         export = partial(
             export_merged, tokenizer=tokenizer, config=run.job.config, weights=pretrained, json_files=json_files
         )
-    return execute(run, plan, state, checkpoint, (dataset, {"": held_out} if held_out else {}), pretrained, export)
+    data = [dataset], [{"": held_out} if held_out else {}]
+    return execute(run, plan, state, checkpoint, data, pretrained, export)
 
 
 if __name__ == "__main__":

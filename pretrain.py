@@ -27,19 +27,19 @@ from checkpointing.export import export_model
 from checkpointing.folder import check_model
 from checkpointing.pretrained import check_pretrained
 from corpus.encoder import TextEncoder
-from corpus.manifest import HELD_OUT
+from corpus.manifest import HELD_OUT, read_manifest
 from corpus.prepare import is_prepared, prepare_dataset
 from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
 from corpus.tokenizer import check_vocabulary, load_tokenizer
-from data_utils import MixtureDataset, PackedDataset, StreamedDataset
+from data_utils import MixtureDataset, PackedDataset, StreamedDataset, TrainingData
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
 from planning.machines import DryRun
 from planning.memory import settle
-from planning.report import say_host_memory, say_plan
+from planning.report import say_host_memory, say_memory, say_time
 from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
-from training.checks import check_job, outputs_among_data, run_problems
+from training.checks import check_job, outputs_among_data, run_problems, stage_problems
 from training.flags import (
     ArgumentParser,
     DataSets,
@@ -55,13 +55,15 @@ from training.flags import (
     parse_slice_weights,
     refuse_evaluation,
     run_of,
-    short_name,
     take,
     user_name,
     user_path,
 )
+from training.legs import largest_job
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
+from training.stages import Stages, read_stages, short_name
+from training.tasks import check_tasks
 
 COMMON_FLAGS = (  # --help lists them first
     *("--config", "--dataset", "--tokenizer", "--plugin", "--mixed_precision", "--batch_size", "--max_length", "--lr"),
@@ -119,6 +121,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="keep attention inside a document, and restart positions with each (default: off, as in LLaMA)",
     )
+    model.add_argument(
+        "--stages",
+        type=user_path,
+        metavar="FILE",
+        help="TOML file with other data, sequence length or learning rate from given tokens on (default: none)",
+    )
     add_plugin_args(parser)
     add_training_args(parser)
     add_warmup_arg(parser)
@@ -140,6 +148,29 @@ class Data:
     slice_weights: dict[str, float] | None
     document_mask: bool
     given: frozenset[str]  # those with `action=Given` that are on the command line
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The part of a data set to read."""
+        return {"revision": self.dataset_revision, "slices": self.dataset_slices}
+
+    def document_ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+        """Return the tokens that keep documents apart, if they are kept apart."""
+        return (tokenizer.bos_token_id, tokenizer.eos_token_id) if self.document_mask else None
+
+    def prepare(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Path:
+        """Return the folder with the tokens of a data set."""
+        return prepare_dataset(name, tokenizer, self.cache_dir, eval_fraction=self.eval_fraction, **self.choice)
+
+    def packed(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedDataset:
+        """Return the training data in a prepared folder."""
+        return PackedDataset(folder, max_length, self.document_ends(tokenizer), slice_weights=self.slice_weights)
+
+    def held_out(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedDataset | None:
+        """Return the held-out data in a prepared folder; None if it has none."""
+        if not read_manifest(folder).get("eval_fraction"):
+            return None
+        return PackedDataset(folder, max_length, self.document_ends(tokenizer), split=HELD_OUT)
 
 
 def open_mixture(
@@ -168,40 +199,88 @@ def open_data(
         return open_mixture(data, tokenizer, job)
     name = data.dataset
     max_length = job.batch.max_length
-    document_ends = (tokenizer.bos_token_id, tokenizer.eos_token_id) if data.document_mask else None
-    weights = data.slice_weights
-    choice: dict[str, Any] = {"revision": data.dataset_revision, "slices": data.dataset_slices}
     if data.streaming:
         if is_prepared(Path(name)):
             raise InputError(f"--streaming: {name} is already prepared; leave the flag out")
-        source = Source.from_json(once_per_node(lambda: resolve_source(name, **choice).to_json()))
+        source = Source.from_json(once_per_node(lambda: resolve_source(name, **data.choice).to_json()))
         if source.remark:
             say(source.remark)
         encoder = TextEncoder(tokenizer)
-        stream = StreamedDataset(source, encoder, max_length, job.seed, data.shuffle_buffer, document_ends, weights)
+        ends, weights = data.document_ends(tokenizer), data.slice_weights
+        stream = StreamedDataset(source, encoder, max_length, job.seed, data.shuffle_buffer, ends, weights)
         once_per_node(stream.check)
         return stream, {}
     if not data.eval_fraction and not is_prepared(Path(name)):
         refuse_evaluation(data.given, "give --eval_fraction")
-    folder = prepare_dataset(name, tokenizer, data.cache_dir, eval_fraction=data.eval_fraction, **choice)
-    dataset = PackedDataset(folder, max_length, document_ends, slice_weights=weights)
-    if not dataset.manifest.get("eval_fraction"):
+    folder = data.prepare(name, tokenizer)
+    dataset = data.packed(folder, tokenizer, max_length)
+    if (held_out := data.held_out(folder, tokenizer, max_length)) is None:
         refuse_evaluation(data.given, "prepare them with --eval_fraction")
         return dataset, {}
-    return dataset, {"": PackedDataset(folder, max_length, document_ends, split=HELD_OUT)}
+    return dataset, {"": held_out}
+
+
+def open_stages(
+    data: Data, stages: Stages, tokenizer: PreTrainedTokenizerBase, job: Job
+) -> tuple[list[TrainingData], list[dict[str, PackedDataset]]]:
+    """Return the training data of each stage, and, in its length, the held-out data of the data sets of all by name."""
+    first, its_held_out = open_data(replace(data, given=frozenset()) if stages.later else data, tokenizer, job)
+    if not stages.later:
+        return [first], [its_held_out]
+    alone = short_name(data.dataset) if isinstance(data.dataset, str) else None
+    if isinstance(first, MixtureDataset):
+        weights, folders = first.weights, {name: part.folder for name, part in first.parts.items()}
+    else:
+        assert alone is not None
+        assert isinstance(first, PackedDataset)
+        weights, folders = {alone: 1.0}, {alone: first.folder}
+    for number, stage in enumerate(stages.later, start=1):
+        for path in stage.data or ():
+            if short_name(path) not in folders:
+                with stages.errors(number, "data"):
+                    folders[short_name(path)] = data.prepare(path, tokenizer)
+    datasets: list[TrainingData] = [first]
+    lengths = [batch.max_length for batch in stages.batches(job.batch)]
+    for number, (stage, length) in enumerate(zip(stages.later, lengths[1:], strict=True), start=1):
+        weights = {short_name(path): weight for path, weight in (stage.data or {}).items()} or weights
+        with stages.errors(number, "max_length"):
+            parts = {name: data.packed(folders[name], tokenizer, length) for name in weights}
+        datasets.append(MixtureDataset(parts, weights, alone))
+    held_out = [open_held_out(data, folders, tokenizer, length) for length in lengths]
+    if not any(held_out):
+        refuse_evaluation(data.given, "give --eval_fraction")
+    return datasets, held_out
+
+
+def open_held_out(
+    data: Data, folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, PackedDataset]:
+    """Return the held-out data of data sets in sequences of a length, without those that have too few for one."""
+    opened = {}
+    for name, folder in folders.items():
+        try:
+            part = data.held_out(folder, tokenizer, max_length)
+        except InputError as error:
+            (problem,) = error.problems
+            say(f"held out of {name}: left out of evaluations on {max_length} tokens: {problem}")
+        else:
+            opened |= {name: part} if part else {}
+    return opened
 
 
 def check(args: argparse.Namespace, run: Run) -> None:
     """Check every flag before data or a GPU is touched. Raises InputError with one line per problem."""
     several = isinstance(args.dataset, dict)
-    first, *others = map(Path, args.dataset if several else [args.dataset])
+    names = list(args.dataset) if several else [args.dataset]
+    first, *others = map(Path, [*names, *(name for stage in run.stages.later for name in stage.data or ())])
     problems = run_problems(run, first, args.cache_dir) + below(1, shuffle_buffer=args.shuffle_buffer)
     problems += [problem for other in others for problem in outputs_among_data(run.outputs, other.resolve())]
-    flags = ("streaming", "slice_weights", "dataset_slices", "dataset_revision") if several else ()
+    flags = ("streaming", "slice_weights", "dataset_slices", "dataset_revision")
+    count = len(args.dataset) if several else "--stages"
     problems += [
-        f"--{name}: takes one --dataset, not {len(args.dataset)}; leave it out, or prepare them with it beforehand"
+        f"--{name}: takes one --dataset, not {count}; leave it out, or prepare them with it beforehand"
         for name in flags
-        if getattr(args, name)
+        if getattr(args, name) and (several or run.stages.later)
     ]
     if args.eval_fraction is not None and not 0 <= args.eval_fraction < 1:
         problems.append(f"--eval_fraction: must be at least 0 and below 1, not {args.eval_fraction}")
@@ -219,6 +298,8 @@ def check(args: argparse.Namespace, run: Run) -> None:
     if args.init_from and args.load not in (None, "latest"):
         problems.append("--init_from: starts a new run from a model's weights, --load resumes a run; give only one")
     check_job(run.job, take(DryRun, args), args.given, args.document_mask, problems)
+    if problems := stage_problems(run, args.document_mask):
+        raise InputError(*problems)
 
 
 def main() -> int:
@@ -226,8 +307,10 @@ def main() -> int:
 
     # Find every mistake before a process group, a model or a GPU is touched.
     config = load_config(args.config)
-    run = run_of(args, job_of(args, config), args.config)
+    stages = read_stages(args.stages, args.dataset) if args.stages else None
+    run = run_of(args, job_of(args, config), args.config, stages=stages)
     check(args, run)
+    check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(args.init_from, config) if args.init_from else None
@@ -237,20 +320,29 @@ def main() -> int:
     run, attention = complete(run, tokenizer, args.document_mask)
     if not args.dry_run:
         check_folders(run.outputs, run.job, state.step)
-    dataset, held_out = open_data(take(Data, args), tokenizer, run.job)
-    plan = make_plan(run, dataset, state)
-    run = replace(run, job=settle(run.job, take(DryRun, args)))
-    announce(run, dataset, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
-    for name, part in held_out.items():
+    datasets, held_out = open_stages(take(Data, args), run.stages, tokenizer, run.job)
+    plan = make_plan(run, datasets, state)
+    largest = settle(largest_job(run), take(DryRun, args))  # of the stages
+    run = replace(run, job=replace(run.job, compute=largest.compute, exchange=largest.exchange))
+    announce(run, plan, attention, on_gpu=args.dry_run or torch.cuda.is_available())
+    for name, part in held_out[plan.legs[0].number].items():
         say(f"held out{f' of {name}' if name else ''}: {part.description}")
     if args.dry_run:
-        say_plan(run.job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, max(1, run.num_workers))
+        dry_run = take(DryRun, args)
+        if run.stages.later:
+            say(f"memory of the stage that takes most, with sequences of {largest.batch.max_length} tokens:")
+        say_memory(largest, dry_run)
+        for leg in plan.legs:
+            if run.stages.later:
+                say(f"time of stage {leg.number}:")
+            job = replace(run.job, parallelism=run.job.with_layout(), batch=leg.batch)
+            say_time(job, dry_run, leg.tokens_per_step, leg.steps * leg.tokens_per_step, max(1, run.num_workers))
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0
 
     export = partial(export_model, tokenizer=tokenizer)
-    return execute(run, plan, state, checkpoint, (dataset, held_out), pretrained, export)
+    return execute(run, plan, state, checkpoint, (datasets, held_out), pretrained, export)
 
 
 if __name__ == "__main__":

@@ -203,13 +203,17 @@ class InterleavedOrder:
 
     Args:
         sequences: the sequences of each data set.
+        alone: the data set that the run began with, if it was the only one; it goes on in its GlobalOrder.
     """
 
-    def __init__(self, sequences: Mapping[str, range], interleaving: Interleaving, seed: int):
+    def __init__(self, sequences: Mapping[str, range], interleaving: Interleaving, seed: int, alone: str | None = None):
         self.interleaving = interleaving
         self.sequences = [sequences[name] for name in interleaving.names]
-        names = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in interleaving.names)
-        self.keys = [splitmix64(splitmix64(seed) ^ name) for name in names]
+        self.keys = [seed if name == alone else self._key(name, seed) for name in interleaving.names]
+
+    @staticmethod
+    def _key(name: str, seed: int) -> int:
+        return splitmix64(splitmix64(seed) ^ int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
     def __getitem__(self, position: int) -> int:
         number, drawn = self.interleaving.draw(position)

@@ -98,6 +98,21 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> N
             module.compile(options=options)
 
 
+def forget_shapes(fusion: Fusion) -> None:
+    """Begin anew for batches of another shape, as a process does that resumes with them.
+
+    Symptom: after a change of the sequence length a run computes other bits than its resume.
+    Cause: torch.compile makes a function general in a size that has changed, so it computes in another order than one
+        made for the new size alone. Memory of the old sizes stays reserved, in pieces that do not fit.
+    Fix: drop what is compiled, and unused memory.
+    Remove when: sequences have one length in all stages.
+    """
+    if fusion is not Fusion.NONE:
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def choose_fusion(job: Job, on_gpu: bool) -> Fusion:
     """Return LAYERS unless layers have hooks on parameters, or collective operations that cannot be traced."""
     by_default = on_gpu and not (job.compute.deterministic and job.length_varies)  # see determinism.py

@@ -1,5 +1,6 @@
 """A job of the engine: the model, and the settings that decide its arithmetic, speed and memory."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,6 +163,15 @@ class Job:
     @cached_property
     def layout(self) -> Layout:
         return resolve_layout(self.parallelism, self.batch, self.compute.mixed_precision, self.config)
+
+    def with_layout(self) -> Parallelism:
+        """Return the parallelism asked for with the sizes of the layout, which then do not depend on the batch."""
+        asked, layout = self.parallelism, self.layout
+        return (
+            dataclasses.replace(asked, tp=layout.tp, pp=layout.pp, zero=layout.zero_stage)
+            if asked.traits.splits
+            else asked
+        )
 
     @property
     def dtype(self) -> torch.dtype:

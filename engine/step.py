@@ -75,26 +75,24 @@ def _concatenated(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
     return {name: padded(name, filler) for name, filler in fillers.items() if name in batches[0]}
 
 
-_kinds_of_batch: weakref.WeakKeyDictionary[InterleavedSchedule, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_kinds_of_batch: weakref.WeakKeyDictionary[PipelineSchedule, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def _begin_batch(schedule: PipelineSchedule, batch: dict[str, torch.Tensor]) -> None:
-    """Let an interleaved schedule take batches of another shape, and switch between training and evaluation.
+    """Let a schedule take batches of another shape, and switch between training and evaluation.
 
-    Symptom: after an evaluation the schedule refuses batches of another size, or stages deadlock.
+    Symptom: after an evaluation, or in a stage of another length, the schedule refuses the batches, or stages deadlock.
     Cause: it keeps the number of microbatches, and the metadata of the tensors that stages exchange. With its metadata
-        cache off, so that lengths may vary, the stage that computes the last range of layers sends no new metadata.
+        cache off, so that lengths may vary, InterleavedSchedule's last range of layers sends no new metadata.
     Fix: reset these fields when the kind of batch changes.
-    Remove when: InterleavedSchedule resets them in load_batch.
+    Remove when: the schedules reset them in load_batch.
     """
-    if not isinstance(schedule, InterleavedSchedule):
-        return
     kind = (batch["input_ids"].shape, torch.is_grad_enabled())
     if kind == _kinds_of_batch.get(schedule):
         return
     _kinds_of_batch[schedule] = kind
     fields = {
-        "num_microbatch": None,
+        "num_microbatch" if isinstance(schedule, InterleavedSchedule) else "num_microbatches": None,
         "last_batch_size": len(batch["input_ids"]),
         "tensor_metadata_recv": None,
         "grad_metadata_recv": None,

@@ -92,6 +92,12 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, 
         tokens_per_step: of all ranks, on average.
         loaders: see `estimate_step`.
     """
+    say_memory(job, plan)
+    say_time(job, plan, tokens_per_step, total_tokens, loaders)
+
+
+def say_memory(job: Job, plan: DryRun) -> None:
+    """Print the memory of a GPU by component, and the verdict on whether it fits."""
     estimate, card, layout = estimate_memory(job), planned_card(plan), job.layout
     unit, bytes_of_unit = ("GB", 1e9) if estimate.peak.total > 1e9 else ("MB", 1e6)
     say(f"estimated memory per GPU in {unit} (GPUs: {layout.ranks}):")
@@ -109,11 +115,13 @@ def say_plan(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, 
             verdict, remedy = "does NOT fit", f"; what helps: {memory_remedies(job, plan)}"
         say(f"{verdict}: {peak / bytes_of_unit:.1f} {unit} at the peak, on {card.name} with {memory:g} GB{remedy}")
 
-    _say_time(job, plan, tokens_per_step, total_tokens, loaders)
 
+def say_time(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int) -> None:
+    """Print the time of a step by component, and that of the run or stage; with `plan.mfu` only the latter.
 
-def _say_time(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, loaders: int) -> None:
-    """Print the time of a step by component, and that of the run; with `plan.mfu` only the latter."""
+    Args:
+        tokens_per_step, loaders: as in `say_plan`.
+    """
     card, layout, batch = planned_card(plan), job.layout, job.batch
     length = tokens_per_step / (batch.sequences * layout.dp)  # mean, of sequences that differ in length
     flops = model_flops_per_token(job.config, round(length), job.adapters is not None)

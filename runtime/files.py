@@ -33,6 +33,23 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
+def expanded(path: str) -> str:
+    """Return a path or a hub name with `~` expanded: shells do not expand it in `--flag=~/x`.
+
+    Raises:
+        ValueError: the text is empty, as from an unset shell variable, or too long for a path.
+    """
+    if not path.strip():
+        raise ValueError("the value is empty; give a path, or leave it out")
+    path = os.path.expanduser(path)
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ValueError(f"{path[:60]}...: {error.strerror}; give another path") from error
+    return path
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that is complete whenever it exists."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file

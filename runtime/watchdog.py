@@ -31,6 +31,7 @@ SAVE, EVALUATE = "save", "evaluate"
 
 POLL_SECONDS = 5  # between a rank's looks at its own progress and at the alarm; with a short limit, a quarter of it
 DEFAULT_SECONDS = 300
+FIRST_SECONDS = 3600  # at least, for a phase of the first step of a stage, which may compile
 PHASES = 3  # a limit that is not given is at least as many times the longest phase
 DUMP_SECONDS = 5  # for a rank to write its state; the disk may be what hangs
 LEAVE_SECONDS = 5  # for the ranks to end together, so that none reports that another has ended
@@ -83,10 +84,15 @@ class Watchdog:
         self.limit: float = DEFAULT_SECONDS if seconds is None else seconds
         self.poll = min(POLL_SECONDS, self.limit / 4)
         self.answer_seconds = 2 * self.poll + 2
-        self._begun = 0  # steps
+        self._begun = 0  # steps since the limit is new
+        self._watching = False
         self._heard = time.monotonic()  # time of the store's last answer
         self._ending = threading.Lock()
         self._first = ""  # identity of rank 0
+
+    def restart(self) -> None:
+        """Allow the next step any time up to an hour or more, and derive the limit from its phases, as at the start."""
+        self._begun, self.limit = 0, max(FIRST_SECONDS, FIRST_SECONDS / DEFAULT_SECONDS * self.limit)
 
     def begin(self, step: int) -> None:
         """Mark the beginning of a step.
@@ -102,9 +108,12 @@ class Watchdog:
             return
         least = self.given or DEFAULT_SECONDS
         self.limit = max(least, PHASES * seconds)
-        if self._begun == 2:
+        if not self._watching:
+            self._watching = True
             for work in (self._talk, self._guard):
                 threading.Thread(target=work, name="watchdog", daemon=True).start()
+        elif self._begun == 2:
+            return
         elif self.given and seconds > self.given:
             raise InputError(
                 f"--hang_timeout: {self.given} s is shorter than the phase '{phase}' of a step, which took "

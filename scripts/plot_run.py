@@ -72,6 +72,11 @@ class LoggedRun:
     def has(self, key: str) -> bool:
         return key in self.columns and bool(np.isfinite(self.columns[key]).any())
 
+    def boundaries(self, x: str) -> np.ndarray:
+        """Return x at the first row of each stage after the first (--stages)."""
+        stages = np.nan_to_num(self.columns.get("stage", np.zeros(len(self.columns["step"]))))
+        return self.columns[x][1:][np.diff(stages) > 0]
+
     def curve(self, x: str, key: str, smooth: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Return x and the values where both exist, averaged over `smooth` rows and to at most MAX_POINTS points."""
         position, values = self.columns[x], self.columns[key]
@@ -118,21 +123,20 @@ def read_run(text: str) -> LoggedRun:
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """Read the columns of a metrics.jsonl, without a last line that is still being written."""
-    rows = []
+    """Read the columns of a metrics.jsonl, without a last line that is still being written; one row per step."""
+    rows: dict[float, dict[str, float]] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
-                rows.append({key: float(value) for key, value in row.items() if value is not None})
-                rows[-1]["step"]
+                row = {key: float(value) for key, value in json.loads(line).items() if value is not None}
+                rows.setdefault(row["step"], {}).update(row)
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 if not line.endswith("\n"):
                     break
                 raise InputError(
                     f"{path}, line {number}: not a row of metrics; give a file that a run has written"
                 ) from error
-    return as_columns(rows)
+    return as_columns([rows[step] for step in sorted(rows)])
 
 
 def as_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -164,6 +168,8 @@ def draw(runs: list[LoggedRun], x: str = "step", smooth: int = 1) -> pyplot.Figu
     for panel, axis in zip(panels_of(runs), axes.flat, strict=False):
         for number, run in enumerate(runs):
             draw_curve(axis, run, panel, x, smooth, colors[number % len(colors)])
+            for place in run.boundaries(x):
+                axis.axvline(place, color=colors[number % len(colors)], linestyle=":", linewidth=0.9)
         finish(axis, panel, x)
     draw_legend(axes.flat[-1], runs, colors)
     return figure
@@ -205,6 +211,8 @@ def draw_legend(axis: Axes, runs: list[LoggedRun], colors: list[str]) -> None:
         axis.plot([], [], color=colors[number % len(colors)], linewidth=3, label=f"{run.name}\n{summary(run)}")
     if any(run.has("eval_loss") for run in runs):
         axis.plot([], [], "o--", color="gray", label="loss on held-out documents")
+    if any(len(run.boundaries("step")) for run in runs):
+        axis.plot([], [], ":", color="gray", label="a stage begins")
     axis.legend(loc="center", fontsize=8, frameon=False, labelspacing=1)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from checkpointing.folder import MANIFEST, complete_checkpoints, read_running_states
-from data_utils import interleaving_of
+from data_utils import draws_of, epochs_of
 from runtime.console import InputError, below, size_text
 from runtime.files import file_problems
 from scripts.plot_run import X_LABELS, LoggedRun, Panel, panels_of, read_run, summary
@@ -133,6 +133,12 @@ def chart(panel: Panel, runs: list[Described], x: str) -> str:
     vertical = Axis([values for *_, values in curves], TOP + HEIGHT, -HEIGHT, log)
     unit = None if x == "hours" else EngFormatter(sep="")
     parts = [*grid(horizontal, vertical, unit, panel.unit), *(line(*curve, horizontal, vertical) for curve in curves)]
+    for described in runs:
+        for place in horizontal.place(described.run.boundaries(x)):
+            style = f'stroke="{described.color}" stroke-dasharray="2 3"'
+            parts.append(
+                f'<path class="stage" d="M{place:.1f} {TOP}v{HEIGHT}" {style}><title>a stage begins</title></path>'
+            )
     data = {
         **{"left": LEFT, "top": TOP, "width": WIDTH, "height": HEIGHT, "log": int(log)},
         **{"x-low": horizontal.low, "x-high": horizontal.high, "y-low": vertical.low, "y-high": vertical.high},
@@ -251,13 +257,15 @@ def data(described: Described) -> str:
     newest = next(complete_checkpoints(described.save_dir), None) if described.save_dir else None
     states = read_running_states(newest[1]) if newest else {}
     if mixture := states.get("mixture"):
-        read, lengths = interleaving_of(mixture).draws(states["sequences"]), mixture.get("lengths", {})
+        weights, epochs = mixture["weights"], epochs_of(mixture, states["sequences"])
+        read = draws_of(mixture, states["sequences"])
+        read |= {name: round(epochs[name] * mixture["lengths"][name]) for name in epochs}  # in today's length
         rows = [
             [
-                *(escape(name), f"{weight:.2%}", f"{read[name]:,}"),
-                f"{read[name] / lengths[name]:.2f}" if name in lengths else "not recorded",
+                *(escape(name), f"{weights[name]:.2%}" if name in weights else "-", f"{read[name]:,}"),
+                f"{epochs[name]:.2f}" if name in epochs else "not recorded",
             ]
-            for name, weight in mixture["weights"].items()
+            for name in weights | epochs
         ]
         note = f'<p class="muted">as of the checkpoint at step {states["step"]:,}</p>'
         return table(["data set", "weight", "sequences read", "epochs"], rows) + note

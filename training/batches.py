@@ -7,7 +7,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from corpus.order import GlobalOrder, Order
-from data_utils import TrainingData
 from engine.boost import Engine
 from engine.device import current_device, when_idle
 from engine.layout import Layout
@@ -28,7 +27,8 @@ from runtime.console import InputError, RunError
 from runtime.process import follow_rank
 from runtime.watchdog import DATA, mark
 from training.left_out import Range, position_after
-from training.plan import Plan, Run, TrainState
+from training.legs import Leg
+from training.plan import Plan, Run
 
 PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
 ENDING_SECONDS = 2  # to wait for the end of a failed loader process
@@ -73,22 +73,20 @@ class ShardedSampler(Sampler[int]):
         return len(self.positions)
 
 
-def build_dataloader(engine: Engine, dataset: TrainingData, run: Run, state: TrainState, plan: Plan) -> DataLoader[Any]:
-    """Return a loader of this rank's batches from the state's position to the end of the plan."""
-    if state.stream is not None:
-        dataset.resume(state.stream)  # type: ignore[attr-defined]  # only streams have it
-    stop = state.sequences + (plan.total_steps - state.step) * plan.global_batch
+def build_dataloader(engine: Engine, run: Run, plan: Plan, leg: Leg) -> DataLoader[Any]:
+    """Return a loader of this rank's batches in a leg of the plan."""
+    dataset = leg.dataset
     sampler = partial(
         ShardedSampler,
         seed=run.job.seed,
-        start=state.sequences,
-        stop=stop,
+        start=leg.position,
+        stop=leg.position + leg.steps * leg.global_batch,
         order=dataset.order,
         left_out=plan.left_out,
     )
     loader = engine.plugin.prepare_dataloader(
         dataset,
-        batch_size=run.job.batch.batch_size,
+        batch_size=leg.batch.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=run.num_workers,
@@ -153,14 +151,26 @@ class StepBatch:
 
 
 class Batches:
-    """The batches of each step in turn; the next step's are prefetched while the device computes."""
+    """The batches of each step in turn; the next step's are prefetched while the device computes.
 
-    def __init__(self, loader: DataLoader[Any], accumulation_steps: int, layout: Layout):
-        self.loader, self.accumulation_steps, self.layout = loader, accumulation_steps, layout
-        self.iterator = iter(loader)
+    Args:
+        loaders: for one leg of the run after the other: its loader, its micro-batches per step, and its steps.
+    """
+
+    def __init__(self, loaders: Iterable[tuple[DataLoader[Any], int, int]], layout: Layout):
+        self.loaders, self.layout = iter(loaders), layout
+        self.steps = 0  # left of this leg
+        self.iterator: Iterator[dict[str, Any]] = iter(())
         self.prefetched: StepBatch | None = None
-        self.checked = False
         self.waited = 0.0  # seconds that the device was idle during this step's prefetch
+
+    def _open(self) -> None:
+        """Begin the next leg that has steps; without one, go on with this one."""
+        leg = next((leg for leg in self.loaders if leg[2]), None)
+        if leg is None:
+            return
+        self.loader, self.accumulation_steps, self.steps = leg
+        self.iterator, self.checked = iter(self.loader), False
         # torch's handler would raise anywhere, even in a collective operation; `_read` notices dead processes itself.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -183,6 +193,9 @@ class Batches:
     def _read(self) -> StepBatch:
         """Return the micro-batches of a step, or any error instead of raising it: the other ranks wait for this one."""
         try:
+            if self.steps == 0:
+                self._open()
+            self.steps -= 1
             micro_batches = [next(self.iterator) for _ in range(self.accumulation_steps)]
         except Exception as error:
             return StepBatch([], error=_reason(self.iterator, error))

@@ -2,16 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import LlamaConfig
 
 from corpus.manifest import MANIFEST_NAME
 from engine.determinism import environment_problems
 from engine.device import device_name, has_float8
 from engine.job import Job
 from engine.launch import launch_problems
+from engine.layout import layout_problems
 from model_utils import mixed_length_problem
 from planning.machines import DryRun, card_problems
 from runtime import ranks
@@ -43,16 +46,48 @@ def check_job(
     problems += job.optimization.problems() + job.compute.problems(asked, config.num_hidden_layers)
     if job.seed > LARGEST_SEED:
         problems.append(f"--seed: must be at most {LARGEST_SEED}, not {job.seed}")
-    if job.batch.max_length > config.max_position_embeddings:
-        context = config.max_position_embeddings
-        problems.append(f"--max_length: {job.batch.max_length} is above the model's context of {context} tokens")
     if job.compute.deterministic:
         problems += environment_problems()
-    if mixed_lengths:
-        problems.extend(filter(None, [mixed_length_problem(config, job.batch.max_length)]))
+    problems += _length_problems(config, job.batch.max_length, mixed_lengths)
     problems += _plan_problems(plan, asked.gpus, job.compute.fp8)
     if problems := problems or job.problems():
         raise InputError(*problems)
+
+
+def _length_problems(config: LlamaConfig, max_length: int, mixed_lengths: bool) -> list[str]:
+    """Return a line if the model does not take sequences of this length."""
+    context = config.max_position_embeddings
+    if max_length > context:
+        return [f"--max_length: {max_length} is above the model's context of {context} tokens; give at most that"]
+    return list(filter(None, [mixed_length_problem(config, max_length)])) if mixed_lengths else []
+
+
+def stage_problems(run: "Run", mixed_lengths: bool) -> list[str]:
+    """Return a line for each thing in a stage's batch that model, layout or engine cannot take.
+
+    Args:
+        mixed_lengths: as in `check_job`, which has checked the run's own batch.
+    """
+    job, stages, problems = run.job, run.stages, list[str]()
+    for number, stage in enumerate(stages.later, start=1):
+        for line in _length_problems(job.config, stage.max_length or 0, mixed_lengths):
+            problems.append(f"{stages.place(number, 'max_length')}: {line.removeprefix('--max_length: ')}")
+    if problems:
+        return problems
+    first, *others = stages.batches(job.batch)
+    for number, batch in enumerate(others, start=1):
+        lines = layout_problems(job.with_layout(), batch, job.compute.mixed_precision, job.config)
+        if batch.accumulation_steps > 1 and not job.accumulates:
+            lines.append(
+                f"--accumulation_steps: {batch.accumulation_steps} need sums of gradients from the start; give the run "
+                "--accumulation_steps 2 or more, with a smaller -b"
+            )
+        if job.layout.plugin == "gemini_auto" and batch != replace(first, accumulation_steps=batch.accumulation_steps):
+            lines.append("--max_length: gemini_auto plans its memory in the first step; give batches of one shape")
+        for line in lines:
+            key, _, problem = line.removeprefix("--").partition(": ")
+            problems.append(f"{stages.place(number, key)}: {problem}")
+    return problems
 
 
 def _plan_problems(plan: DryRun, gpus: int | None, fp8: bool) -> list[str]:

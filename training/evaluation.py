@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from engine.boost import Engine
 from engine.device import current_device
+from engine.layout import Batch
 from engine.step import forward_loss
 from model_utils import IGNORE_INDEX
 from runtime import watchdog
@@ -34,9 +35,8 @@ def padded(dataset: MapDataset, multiple: int) -> ConcatDataset[Any]:
     return ConcatDataset([dataset, [padding] * (-len(dataset) % multiple)])  # type: ignore[list-item]
 
 
-def evaluation_loader(engine: Engine, dataset: MapDataset) -> DataLoader[Any]:
+def evaluation_loader(engine: Engine, dataset: MapDataset, batch: Batch) -> DataLoader[Any]:
     """Return this rank's part of the held-out data in order: micro-batches, or whole steps with pipeline stages."""
-    batch = engine.job.batch
     batch_size = batch.sequences if engine.layout.pp > 1 else batch.batch_size
     items = padded(dataset, batch_size * engine.layout.dp)
     return engine.plugin.prepare_dataloader(

@@ -2,9 +2,7 @@
 
 import argparse
 import difflib
-import errno
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,6 +17,8 @@ from corpus.tokenizer import LLAMA_TOKENIZER
 from engine.job import AUTO, MICRO_BATCH, ROWWISE, STEP, TENSORWISE, Compute, Exchange, Job, Optimization, Placement
 from engine.layout import PIPELINE_STYLES, PLUGINS, Batch, Parallelism
 from runtime.console import InputError
+from runtime.files import expanded
+from training.stages import Stages, weights_problem
 
 if TYPE_CHECKING:
     from checkpointing.adapters import Lora
@@ -152,20 +152,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def user_name(text: str) -> str:
-    """Return a path or a hub name from the command line, with `~` expanded: shells do not expand it in `--flag=~/x`.
-
-    Raises:
-        ArgumentTypeError: the text is empty, as from an unset shell variable, or too long for a path.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the value is empty; give a path, or leave the flag out")
-    path = os.path.expanduser(text)
+    """Return a path or a hub name from the command line, like `expanded`, but raise ArgumentTypeError."""
     try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise argparse.ArgumentTypeError(f"{text[:60]}...: {error.strerror}; give another path") from error
-    return path
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def user_path(text: str) -> Path:
@@ -217,13 +208,16 @@ def job_of(args: argparse.Namespace, config: LlamaConfig) -> Job:
     )
 
 
-def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None) -> "Run":
+def run_of(
+    args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" = None, stages: Stages | None = None
+) -> "Run":
     """Return the run that the flags of pretrain.py or finetune.py describe."""
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.inspection import Inspection
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
     from training.spikes import SpikeRule
+    from training.tasks import Tasks
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
@@ -240,10 +234,20 @@ def run_of(args: argparse.Namespace, job: Job, model: str, lora: "Lora | None" =
         take(Schedule, args),
         take(SpikeRule, args),
         take(Inspection, args),
+        take(Tasks, args),
         lora,
         args.num_workers,
         settings(args),
+        stages or Stages(),
     )
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """Return the names and paths of tasks, which commas separate. Raises ArgumentTypeError if there is none."""
+    names = dict.fromkeys(user_name(name.strip()) for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("the value is empty; name a task, or leave the flag out")
+    return tuple(names)
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -286,17 +290,9 @@ class DataSets(argparse.Action):
             if name in weights:
                 raise argparse.ArgumentError(self, f"{name} is named twice; give it one weight")
             weights[name] = share
-        if not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-6):
-            raise argparse.ArgumentError(self, f"the weights add up to {total:g}; they must add up to 1")
-        names = [short_name(name) for name in weights]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise argparse.ArgumentError(self, f"two data sets are called {twice}; rename one, or link to it")
+        if problem := weights_problem(weights):
+            raise argparse.ArgumentError(self, problem)
         namespace.dataset = weights
-
-
-def short_name(dataset: str) -> str:
-    """Return the name of a data set in a mixture: the last part of its path or hub name, without suffixes."""
-    return Path(dataset).name.partition(".")[0] or dataset
 
 
 class Given(argparse.Action):
@@ -416,6 +412,13 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
     add_flag(held_out, "--eval_interval", 1000, text, action=Given)
     text = "evaluate before the first step too"
     add_flag(held_out, "--eval_first", False, text, action=Given, nargs=0, default=False)
+    text = "tasks of lm-evaluation-harness on which checkpoints are evaluated beside the training: names, task files "
+    text += "(.yaml) and folders of them, separated by commas (default: none)"
+    add_flag(held_out, "--eval_tasks", task_names, text, default=(), metavar="TASK,...")
+    text = "optimizer steps between these evaluations, a multiple of --save_interval; also at the end"
+    add_flag(held_out, "--eval_tasks_interval", int, f"{text} (default: --save_interval)")
+    text = "their device, cpu or cuda:N: a GPU of rank 0's machine on which no rank trains (default: cpu)"
+    add_flag(held_out, "--eval_tasks_device", str, text, metavar="DEVICE")
 
 
 def refuse_evaluation(given: frozenset[str], remedy: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from checkpointing.writer import CheckpointWriter
 from corpus.order import splitmix64
 from engine.boost import Engine
+from engine.compilation import forget_shapes
 from engine.device import current_device, device_name
 from engine.layout import describe_layout
 from engine.step import forward_backward, loss_scaler, optimizer_step
@@ -31,11 +32,13 @@ from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
 from training.inspection import Inspector
+from training.legs import Leg
 from training.metrics import Metrics, StepResult, step_row
-from training.plan import Plan, Run, TrainState
+from training.plan import Plan, Run, TrainState, stage_lines
 from training.schedule import build_scheduler
 from training.spikes import remember
 from training.step_times import StepTimes
+from training.task_evaluator import TaskEvaluator
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -45,15 +48,16 @@ def train(
     run: Run,
     plan: Plan,
     state: TrainState,
-    loader: DataLoader[Any],
-    held_out: Mapping[str, DataLoader[Any]],
+    batches: Batches,
+    held_out: Mapping[int, Mapping[str, DataLoader[Any]]],
     writer: CheckpointWriter,
     inspector: Inspector,
+    tasks: TaskEvaluator,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
     Args:
-        held_out: data to evaluate on by name, from `evaluation_loader`.
+        held_out: for each stage, data to evaluate on by name, from `evaluation_loader`.
         writer: its `latest` is the checkpoint that the run resumes from, if any.
 
     Returns:
@@ -62,30 +66,32 @@ def train(
     Raises:
         RunError: the loss or the gradient is not finite, data cannot be read, or a checkpoint cannot be written.
     """
-    metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
-    if writer.latest and state.unevaluated and not _catch_up(engine, run, state, held_out, metrics, stop):
+    metrics, stop = open_metrics(run, plan, state), StopRequest()
+    evaluated = held_out[plan.legs[0].number]
+    if writer.latest and state.unevaluated and not _catch_up(engine, run, state, evaluated, metrics, stop):
         return writer.latest, True
     if run.outputs.eval_first and not state.step:
-        _evaluate_first(engine, held_out, metrics, stop)
+        _evaluate_first(engine, evaluated, metrics, stop)
     if state.step and engine.config.attention_dropout:
         say("dropout: draws the masks of an uninterrupted run only if ranks and layout are the same as before")
     scheduler = build_scheduler(engine, state.step, plan.curve)
-    batches = Batches(loader, run.job.batch.accumulation_steps, plan.layout)
     if state.step < plan.total_steps:
         batches.prefetch()
-    flops = model_flops_per_token(engine.config, round(plan.mean_length), run.job.adapters is not None)
-    speed = PerformanceEvaluator(flops, dist.get_world_size(), device_name())
     watchdog = Watchdog(run.outputs.hang_timeout, run.outputs.tensorboard_dir)
-    times, seconds = StepTimes(engine, run.outputs.log_interval), StepSeconds()
+    times, turn = StepTimes(engine, run.outputs.log_interval), Turn(engine)
+    speed, seconds = turn.into(plan.leg_at(state.step), state, watchdog, times, metrics)
     with writer:
         guard, first_step = Guard(writer), state.step
         while state.step < plan.total_steps:
+            leg = plan.leg_at(state.step)
+            if leg is not turn.leg:
+                speed, seconds = turn.into(leg, state, watchdog, times, metrics)
             watchdog.begin(state.step + 1)
             times.begin(state.step + 1)
             inspector.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
-                unsaved = state.step > first_step and not run.retention.is_due(state.step)
+                unsaved = state.step > first_step and not run.saves_after(state.step, plan)
                 _end_without_data(state if unsaved else None, batch, writer, metrics)
             torch.manual_seed(step_seed(run.job.seed, state.step))
             loss_sum = torch.zeros(())
@@ -103,15 +109,17 @@ def train(
             lap = speed.lap(batch.tokens)
             seconds.add(state, lap.seconds, batches.waited)
             row = step_row(state, result, lap, batches.waited, batch.padding) | times.figures
+            row |= {"stage": leg.number} if run.stages.later else {}
 
             last, stopping = state.step == plan.total_steps, agreed.stopping
             due = last or state.step % run.outputs.eval_interval == 0
-            if held_out and due and engine.may_evaluate:
-                stopping = not _evaluate(engine, held_out, state, row, stop if not stopping else None)
+            if (evaluated := held_out[leg.number]) and due and engine.may_evaluate:
+                stopping = not _evaluate(engine, evaluated, state, row, stop if not stopping else None)
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
             metrics.note([*times.reports, *inspector.end(state.step), *writer.take_reports()])
-            if run.retention.is_due(state.step) or last or stopping:
+            tasks.log(metrics)
+            if run.saves_after(state.step, plan) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())
             if stopping:
@@ -119,31 +127,59 @@ def train(
         writer.wait()
         spend(state, SAVES, speed.restart())
         metrics.note([*writer.take_reports(), *metrics.summary(), describe(state)])
-    metrics.close()
+    tasks.take_over(metrics, stop)
     assert writer.latest is not None  # the last step saves
     return writer.latest, state.step < plan.total_steps or state.unevaluated is not None
 
 
-def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Metrics:
+def open_metrics(run: Run, plan: Plan, state: TrainState) -> Metrics:
     """Open the logs and describe the run in TensorBoard, without environment variables, which may hold secrets."""
     outputs = run.outputs
     done = state.step - bool(state.unevaluated)
     state.started = state.started or first_start(outputs)
     folder, save_dir = outputs.tensorboard_dir, outputs.save_dir
-    metrics = Metrics(folder, save_dir, done, plan.total_steps, outputs.log_interval, state.started)
+    total_steps, total_tokens = plan.total_steps, plan.total_tokens
+    metrics = Metrics(folder, save_dir, done, total_steps, total_tokens, outputs.log_interval, state.started)
     names = ("torch", "colossalai", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     texts = {
-        "model": f"```\n{json.dumps(engine.config.to_diff_dict(), indent=2, default=str)}\n```",
+        "model": f"```\n{json.dumps(run.job.config.to_diff_dict(), indent=2, default=str)}\n```",
         "plan": f"{describe_layout(plan.layout)}; {plan.total_steps:,} steps of {plan.global_batch:,} sequences, "
         f"{plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device_name()}; {versions}",
     }
+    if run.stages.later:
+        texts["stages"] = "\n".join(["```", *stage_lines(plan, run.job.optimization.lr), "```"])
     settled = run.settings(plan.curve) | asdict(run.job.compute) | asdict(run.job.exchange)
     metrics.describe(state.step, run.flags | settled, texts)
     if outputs.wandb:
         metrics.open_wandb(outputs.wandb, outputs.run_name or save_dir.name, run.flags | settled)
     return metrics
+
+
+class Turn:
+    """The turn from one leg to the next, whose batches may have another shape, and whose steps take another time."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.leg: Leg | None = None
+
+    def into(
+        self, leg: Leg, state: TrainState, watchdog: Watchdog, times: StepTimes, metrics: Metrics
+    ) -> tuple[PerformanceEvaluator, StepSeconds]:
+        """Begin a leg, and return the measures of its speed and of its seconds that count."""
+        engine, before, self.leg = self.engine, self.leg, leg
+        if leg.number and leg.began == state.step:
+            metrics.note([f"stage {leg.number} begins after step {state.step:,}"])
+            state.window.clear()  # a loss on other data is no spike
+        if before is not None:
+            watchdog.restart()
+            if (before.batch.batch_size, before.batch.max_length) != (leg.batch.batch_size, leg.batch.max_length):
+                times.first = True
+                forget_shapes(engine.fusion)
+        length = round(leg.dataset.mean_length)
+        flops = model_flops_per_token(engine.config, length, engine.job.adapters is not None)
+        return PerformanceEvaluator(flops, dist.get_world_size(), device_name()), StepSeconds()
 
 
 class Agreement(NamedTuple):

@@ -25,7 +25,7 @@ from checkpointing.folder import (
     read_running_states,
 )
 from checkpointing.writer import Retention
-from data_utils import MixtureDataset, TrainingData
+from data_utils import ENDLESS, MixtureDataset, TrainingData
 from engine import float8
 from engine.job import Job
 from engine.layout import Layout, describe_layout
@@ -35,8 +35,11 @@ from runtime.console import InputError, NoRoom, below, rank, say
 from runtime.files import LOCK, claim_folder, is_plain_name
 from training.inspection import Inspection
 from training.left_out import Range, leave_out, merged, position_after, sequences_between
+from training.legs import Leg, check_begun, check_parts, describe, lay_out, stage_changes, stage_settings
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
+from training.stages import END, Stages
+from training.tasks import Tasks
 from training.wandb_run import wandb_problems
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
@@ -98,9 +101,16 @@ class Run:
     schedule: Schedule = field(default_factory=Schedule)
     spikes: SpikeRule = field(default_factory=SpikeRule)
     inspection: Inspection = field(default_factory=Inspection)
+    tasks: Tasks = field(default_factory=Tasks)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
+    stages: Stages = field(default_factory=Stages)
+
+    def saves_after(self, step: int, plan: "Plan") -> bool:
+        """Return True if a checkpoint is due after a step: by its number, or since it is the last one of a stage."""
+        ends = self.retention.save_interval > 0 and any(step == leg.stop for leg in plan.legs)
+        return ends or self.retention.is_due(step)
 
     def settings(self, curve: Curve) -> dict[str, Any]:
         """Return the flags that a resume must not change unnoticed; `make_plan` adds the data."""
@@ -115,7 +125,7 @@ class Run:
             "adam_eps": optimization.adam_eps,
             "deterministic": self.job.compute.deterministic,
             **asdict(self.spikes),
-            **asdict(curve),
+            **curve.settings,
             **(self.lora.settings if self.lora else {}),
         }
 
@@ -151,6 +161,8 @@ class Run:
             + self.inspection.problems()
             + self.outputs.problems()
             + self.retention.problems()
+            + self.tasks.problems(self.retention)
+            + self.stages.problems(self.schedule, self.length.max_steps, self.length.num_epochs)
             + below(0, num_workers=self.num_workers)
         )
 
@@ -160,7 +172,7 @@ LATER_SETTINGS = {  # that older checkpoints lack, which were made with these
     "adam_eps": 1e-8,
     "deterministic": False,
     **asdict(SpikeRule()),
-    **{name: value for name, value in asdict(Curve(0, 0)).items() if name not in ("warmup_steps", "schedule_steps")},
+    **{name: value for name, value in Curve(0, 0).settings.items() if name not in ("warmup_steps", "schedule_steps")},
 }
 
 
@@ -196,10 +208,13 @@ class TrainState:
 
     def advance(self, plan: "Plan", tokens: int, stream: dict[str, Any] | None, skipped: bool) -> None:
         """Add a completed step."""
+        leg = plan.leg_at(self.step)
         self.step += 1
-        self.sequences = position_after(self.sequences, plan.global_batch, plan.left_out)
+        self.sequences = position_after(self.sequences, leg.global_batch, plan.left_out)
         self.tokens += tokens
-        self.epoch = (self.sequences - 1) // plan.epoch_sequences
+        self.global_batch, self.mixture = leg.global_batch, leg.mixture
+        if leg.number == 0:
+            self.epoch = (self.sequences - 1) // plan.epoch_sequences
         self.skipped_steps += skipped
         if stream is not None:
             self.stream = stream
@@ -207,16 +222,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of a run: sequences and tokens per step, and its length."""
+    """The arithmetic of a run: its legs, one for each stage that is left, and its length."""
 
     layout: Layout
-    global_batch: int  # sequences per optimizer step
-    mean_length: float  # tokens per sequence; max_length if packed
-    total_steps: int
-    total_sequences: int  # in all epochs
-    trained_steps: int = 0  # up to the checkpoint, as the next two
-    trained_tokens: int = 0
-    trained_sequences: int = 0
+    legs: Sequence[Leg]
+    total_sequences: int  # in all epochs of the flags' data
     num_epochs: int = 1
     curve: Curve = field(default_factory=partial(Curve, 0, 0))  # the learning rate
     left_out: Sequence[Range] = ()  # of the global order, apart and ascending
@@ -226,26 +236,51 @@ class Plan:
         return self.total_sequences // self.num_epochs
 
     @property
+    def trained_steps(self) -> int:
+        """Steps up to the checkpoint."""
+        return self.legs[0].first_step
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens up to the checkpoint."""
+        return self.legs[0].tokens
+
+    @property
+    def total_steps(self) -> int:
+        return self.legs[-1].stop
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step, in the first leg."""
+        return self.legs[0].global_batch
+
+    @property
     def tokens_per_step(self) -> int:
-        return round(self.global_batch * self.mean_length)
+        """Tokens per optimizer step, in the first leg."""
+        return self.legs[0].tokens_per_step
 
     @property
     def remaining_tokens(self) -> int:
-        return (self.total_steps - self.trained_steps) * self.tokens_per_step
+        return sum(leg.steps * leg.tokens_per_step for leg in self.legs)
 
     @property
     def total_tokens(self) -> int:
         return self.trained_tokens + self.remaining_tokens
 
+    def leg_at(self, step: int) -> Leg:
+        """Return the leg with the step after `step` others; the last one at the end of the run."""
+        return next((leg for leg in self.legs if step < leg.stop), self.legs[-1])
+
     def sequences_at(self, step: int) -> int:
         """Return the position in the data after a step."""
-        count = (step - self.trained_steps) * self.global_batch
-        return position_after(self.trained_sequences, count, self.left_out)
+        leg = next((leg for leg in self.legs if step <= leg.stop), self.legs[-1])
+        return position_after(leg.position, (step - leg.first_step) * leg.global_batch, self.left_out)
 
     def flags_for(self, steps: int) -> str:
         """Return the flags for a run of this many steps."""
         epochs = -(-self.sequences_at(steps) * self.num_epochs // self.total_sequences)
-        return f"--num_epochs {epochs} --max_steps {steps}" if epochs > self.num_epochs else f"--max_steps {steps}"
+        several = epochs > self.num_epochs and self.legs[-1].number == 0
+        return f"--num_epochs {epochs} --max_steps {steps}" if several else f"--max_steps {steps}"
 
 
 def complete(run: Run, tokenizer: PreTrainedTokenizerBase, inside_documents: bool) -> tuple[Run, str]:
@@ -364,12 +399,25 @@ def claim_folders(outputs: Outputs, state: TrainState, checkpoint: Path | None) 
         )
 
 
-def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None:
-    """Reset the position in the data if --allow_changes permits an order that differs from the checkpoint's."""
+def _settle_position(run: Run, dataset: TrainingData, state: TrainState, stage: int) -> None:
+    """Reset the position in the data if --allow_changes permits an order that differs from the checkpoint's.
+
+    Args:
+        stage: that of the checkpoint.
+
+    Raises:
+        InputError: the order differs, and was that of an earlier stage.
+    """
     order = {"data": dataset.fingerprint, "seed": run.job.seed, "max_length": run.job.batch.max_length}
     order["slice_weights"] = getattr(dataset, "slice_weights", None)
     order["mixture"] = getattr(dataset, "weights", None)
     changed = [name for name, value in order.items() if state.settings.get(name) != value]
+    if stage and changed:
+        first = changed[0]
+        raise InputError(
+            f"--load: {_setting(first)} was {state.settings.get(first)} in the checkpoint and is {order[first]} now; "
+            f"this lies behind, since the checkpoint is in stage {stage}: change it back"
+        )
     if not (state.settings and run.outputs.allow_changes and changed):
         return
     if state.mixture and order["mixture"] and set(changed) <= {"data", "mixture"}:
@@ -382,33 +430,58 @@ def _settle_position(run: Run, dataset: TrainingData, state: TrainState) -> None
         state.sequences, state.stream, state.left_out, state.mixture = 0, None, {}, None
 
 
-def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
+def _legs(
+    run: Run, datasets: Sequence[TrainingData], state: TrainState, begun: Sequence[int], total_sequences: int
+) -> Sequence[Leg]:
+    """Return the legs of the run: the stages that are left, or without stages all that is left of the data."""
+    left_out = merged(state.left_out.values())
+    if run.stages.later:
+        return lay_out(run, datasets, state, begun, left_out)
+    dataset, batch = datasets[0], run.job.batch
+    mixture = dataset.settle(state.mixture, state.sequences) if isinstance(dataset, MixtureDataset) else None
+    global_batch = batch.sequences * run.job.layout.dp
+    steps = sequences_between(state.sequences, total_sequences, left_out) // global_batch
+    if run.length.max_steps is not None:
+        steps = min(steps, run.length.max_steps - state.step)
+    return [Leg(0, 0, state.step, state.tokens, state.sequences, steps, batch, global_batch, dataset, mixture)]
+
+
+def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> Plan:
     """Return the plan of the run, and store its settings in the state.
+
+    Args:
+        datasets: the data of each stage, first those of the flags.
 
     Raises:
         InputError: the data are too few for a step, the checkpoint is past the end of the run, the default warm-up is
-            longer than the run, or settings differ from the checkpoint's.
+            longer than the run, a stage begins in the past, or settings differ from the checkpoint's.
     """
-    _settle_position(run, dataset, state)
-    state.mixture = dataset.settle(state.mixture, state.sequences) if isinstance(dataset, MixtureDataset) else None
-    length, layout = run.length, run.job.layout
-    global_batch = run.job.batch.sequences * layout.dp
+    dataset, length = datasets[0], run.length
+    stages_before = state.settings.get("stages", [])
+    begun = [stage["step"] for stage in stages_before if stage["step"] < state.step]
+    check_begun(run.stages, len(begun))
+    _settle_position(run, dataset, state, len(begun))
     total_sequences = length.num_epochs * len(dataset)
+    legs = _legs(run, datasets, state, begun, total_sequences)
     if steps := run.outputs.skip_data:
-        say(leave_out(state.left_out, steps, state.step, state.sequences, global_batch, total_sequences))
-    left_out = merged(state.left_out.values())
-    total_steps = state.step + sequences_between(state.sequences, total_sequences, left_out) // global_batch
+        leg = next((leg for leg in legs if leg.steps), legs[-1])
+        if leg is not legs[-1] and steps[1] > leg.stop:
+            raise InputError(
+                f"--skip_data: stage {leg.number} ends after step {leg.stop}; give steps of one stage, and resume in it"
+            )
+        end = ENDLESS if run.stages.later else total_sequences
+        say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end))
+        legs = _legs(run, datasets, state, begun, total_sequences)
+    total_steps, global_batch = legs[-1].stop, legs[0].global_batch
     if total_steps == 0:
         raise InputError(
             f"--dataset: {len(dataset)} sequences x --num_epochs {length.num_epochs} do not fill one global batch of "
             f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
         )
-    if length.max_steps is not None:
-        total_steps = min(total_steps, length.max_steps)
     if total_steps < state.step:
+        remedy = END if run.stages.end_token else "--max_steps" if run.stages.later else "--max_steps or --num_epochs"
         raise InputError(
-            f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; "
-            "raise --max_steps or --num_epochs"
+            f"--load: the checkpoint is at step {state.step} and the run ends at step {total_steps}; raise {remedy}"
         )
     if length.warmup_steps is not None and length.warmup_steps > total_steps and not length.warmup_given:
         raise InputError(
@@ -422,19 +495,11 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
             f"--decay_steps: {curve.warmup_steps} steps of warm-up and {curve.decay_steps} of decay do not fit into "
             f"the run of {total_steps} steps; shorten one"
         )
-    plan = Plan(
-        layout,
-        global_batch,
-        dataset.mean_length,
-        total_steps,
-        total_sequences,
-        state.step,
-        state.tokens,
-        state.sequences,
-        length.num_epochs,
-        curve,
-        left_out,
-    )
+    stages = stage_settings(run, datasets, [*begun, *(leg.began for leg in legs[1:])])
+    curve = curve.with_parts(stages, run.job.optimization.lr)
+    check_parts(run.stages, curve)
+    left_out = merged(state.left_out.values())
+    plan = Plan(run.job.layout, legs, total_sequences, length.num_epochs, curve, left_out)
     settings = run.settings(curve) | {"data": dataset.fingerprint}
     settings |= dataset.fix_order(state.settings, global_batch)
     before = state.settings and LATER_SETTINGS | state.settings
@@ -445,12 +510,15 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
     }
     if "mixture" in changes:
         changes.pop("data", None)  # whose change the mixture tells too
-    if before and changes.keys() <= asdict(curve).keys():
-        earlier = Curve(**{name: before[name] for name in asdict(curve)})
-        if curve.agrees(earlier, state.step):
+    if before and changes.keys() <= curve.settings.keys():
+        earlier = Curve(**{name: before[name] for name in curve.settings})
+        if curve.agrees(earlier.with_parts(stages_before, run.job.optimization.lr), state.step):
             for change in changes.values():
                 say(f"{change}; the learning rate so far is the same")
             changes = {}
+    if before:
+        lines = stage_changes(run.stages, stages_before, stages, len(begun))
+        changes |= {f"stages {number}": line for number, line in enumerate(lines)}
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
         raise InputError(sizes[0])  # --allow_changes does not cover them
     if state.stream and "shuffle_buffer" in changes:
@@ -463,7 +531,7 @@ def make_plan(run: Run, dataset: TrainingData, state: TrainState) -> Plan:
         raise InputError(*others, f"{last}; --allow_changes resumes anyway")
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
-    state.settings = settings
+    state.settings, state.mixture = settings | ({"stages": stages} if stages else {}), legs[0].mixture
     if state.global_batch not in (0, global_batch) and total_steps > state.step:
         say(
             f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "
@@ -518,24 +586,40 @@ def say_schedule(plan: Plan, lr: float) -> None:
     say(f"learning rate ({plan.curve.lr_schedule}) from 0 to 100% of the run: {rates}")
 
 
-def announce(run: Run, dataset: TrainingData, plan: Plan, attention: str, on_gpu: bool) -> None:
-    """Print the model, data, layout, batch and length of the run, on rank 0."""
-    job, max_steps = run.job, run.length.max_steps
+def announce(run: Run, plan: Plan, attention: str, on_gpu: bool) -> None:
+    """Print the model, data, layout, batch and length of the run, and its stages, on rank 0."""
+    job, max_steps, leg = run.job, run.length.max_steps, plan.legs[0]
     parameters = count_parameters(job.config)
     say(f"model: {run.model}, {parameters:,} parameters, {float8.describe(job, on_gpu)}; {attention}")
-    say(f"data: {dataset.description}")
+    say(f"data: {leg.dataset.description}")
     say(describe_layout(plan.layout))
     say(
-        f"global batch: {job.batch.batch_size} x {job.batch.accumulation_steps} accumulated x "
+        f"global batch: {leg.batch.batch_size} x {leg.batch.accumulation_steps} accumulated x "
         f"{plan.layout.dp} data-parallel = "
-        f"{plan.global_batch} sequences x {plan.mean_length:.0f} tokens = {plan.tokens_per_step:,} tokens"
+        f"{leg.global_batch} sequences x {leg.dataset.mean_length:.0f} tokens = {leg.tokens_per_step:,} tokens"
     )
+    if run.tasks.eval_tasks:
+        say(f"tasks: {run.tasks.describe(run.retention)}")
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are done" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
+    if run.stages.later:
+        for line in stage_lines(plan, job.optimization.lr):
+            say(line)
+        return
     if max_steps and plan.total_steps < max_steps:
         say(f"--max_steps: the data end before step {max_steps:,}; {plan.flags_for(max_steps)} reaches it")
-    if isinstance(dataset, MixtureDataset):
-        say(f"epochs at the end of the run: {dataset.epochs(plan.sequences_at(plan.total_steps))}")
+    if isinstance(leg.dataset, MixtureDataset):
+        say(f"epochs at the end of the run: {leg.dataset.epochs(plan.sequences_at(plan.total_steps))}")
     rest = sequences_between(plan.sequences_at(plan.total_steps), plan.total_sequences, plan.left_out)
     if 0 < rest < plan.global_batch:
         say(f"left out: the last {rest:,} of {plan.total_sequences:,} sequences, too few for one more step")
+
+
+def stage_lines(plan: Plan, lr: float) -> list[str]:
+    """Return lines on the stages that are left, for people; `lr` is the peak learning rate."""
+    lines = []
+    for before, leg in zip([None, *plan.legs], plan.legs, strict=False):
+        if leg.steps:
+            rates = lr * plan.curve(leg.first_step), lr * plan.curve(leg.stop - 1)
+            lines += describe(leg, before, plan.sequences_at(leg.stop), rates, plan.layout.dp)
+    return lines

@@ -1,7 +1,7 @@
 """A run of pretrain.py or finetune.py, from its plan to its final model."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from checkpointing.folder import LATEST, check_model
@@ -14,12 +14,13 @@ from engine.launch import launch, shut_down
 from engine.shards import initialize_weights
 from runtime.collectives import on_rank_zero
 from runtime.console import say
-from runtime.process import INTERRUPTED
-from training.batches import build_dataloader
+from runtime.process import INTERRUPTED, StopRequest
+from training.batches import Batches, build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
 from training.inspection import Inspector
-from training.loop import train
+from training.loop import open_metrics, train
 from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
+from training.task_evaluator import TaskEvaluator
 
 GENERATE = Path("scripts", "generate.py")
 
@@ -29,7 +30,7 @@ def execute(
     plan: Plan,
     state: TrainState,
     checkpoint: Path | None,
-    data: tuple[TrainingData, Mapping[str, MapDataset]],
+    data: tuple[Sequence[TrainingData], Sequence[Mapping[str, MapDataset]]],
     pretrained: Pretrained | None,
     export: Callable[[Path, Path], None],
 ) -> int:
@@ -37,11 +38,11 @@ def execute(
 
     Args:
         checkpoint: the checkpoint to resume from, if any.
-        data: the training data, and the held-out data by name: "" if there are no others.
+        data: for each stage, the training data, and the held-out data by name: "" if there are no others.
         pretrained: the initial weights, or those under the adapters; None: random ones.
         export: exports a checkpoint to a folder; called on rank 0.
     """
-    dataset, held_out = data
+    datasets, held_out = data
     outputs = run.outputs
     claim_folders(outputs, state, checkpoint)
     launch(run.job.seed, run.job.compute.deterministic)
@@ -50,25 +51,37 @@ def execute(
         state, checkpoint = resume_together(outputs)
         if checkpoint:
             check_model(checkpoint / "model", run.job.config, "--load")
-        plan = make_plan(run, dataset, state)
+        plan = make_plan(run, datasets, state)
+    tasks = TaskEvaluator(run.tasks, run.retention, outputs, plan.total_steps, state.step)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
-        return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
+        status = _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
+        if tasks.pending:
+            tasks.take_over(open_metrics(run, plan, state), StopRequest())
+            tasks.finish()
+        return status
     with Inspector(run.inspection, outputs.tensorboard_dir) as inspector:
         engine = boost(run.job)
-        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
-        if any(map(run.retention.is_due, range(state.step + 1, plan.total_steps))):
+        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint, completed=tasks.begin)
+        if any(run.saves_after(step, plan) for step in range(state.step + 1, plan.total_steps)):
             writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
         set_weights(engine, checkpoint, pretrained)
         if checkpoint:
             say(f"resumed: {checkpoint}, {state.tokens:,} tokens trained")
-        loader = build_dataloader(engine, dataset, run, state, plan)
-        evaluation = {name: evaluation_loader(engine, part) for name, part in held_out.items()}
-        last, interrupted = train(engine, run, plan, state, loader, evaluation, writer, inspector)
-    if isinstance(dataset, MixtureDataset):
+        if state.stream is not None:
+            plan.legs[0].dataset.resume(state.stream)  # type: ignore[attr-defined]  # only streams have it
+        loaders, evaluation = [], {}
+        for leg in plan.legs:
+            loaders.append((build_dataloader(engine, run, plan, leg), leg.batch.accumulation_steps, leg.steps))
+            parts = held_out[leg.number].items()
+            evaluation[leg.number] = {name: evaluation_loader(engine, part, leg.batch) for name, part in parts}
+        batches = Batches(loaders, plan.layout)
+        last, interrupted = train(engine, run, plan, state, batches, evaluation, writer, inspector, tasks)
+    if isinstance(dataset := plan.leg_at(state.step - 1).dataset, MixtureDataset):
         say(f"epochs: {dataset.epochs(state.sequences)}")
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
+    tasks.finish(interrupted)
     return status
 
 

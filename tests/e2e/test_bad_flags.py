@@ -205,6 +205,7 @@ def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
         "network",
         "mfu",
         "eval_fraction",
+        "eval_tasks_interval",
         "tp",
     ]
     for name in names:

@@ -92,7 +92,7 @@ def test_flag(flags, name, value):
         ("-p gemini --tp 2 --extra_dp 8", "2 x 8 = 16 does not divide the 8 ranks"),
         ("-p gemini --pp 2", "--pp: takes effect only with -p hybrid_parallel, not with -p gemini"),
         ("-p gemini --mixed_precision fp32", "--mixed_precision: gemini trains only in fp16 or bf16"),
-        ("-l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
+        ("-l 8192", "--max_length: 8192 is above the model's context of 4096 tokens; give at most that"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_allocated(flags, message, become_rank_0):

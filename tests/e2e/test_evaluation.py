@@ -77,7 +77,7 @@ def evaluate_while_training(flags):
         engine = boosted(flags + " -x bf16 --microbatch_size 1")
         shards.restore(engine, lambda name, key: states[name, key], adam_steps=0)
         sizes = engine.job.batch
-        loader = evaluation_loader(engine, held_out())
+        loader = evaluation_loader(engine, held_out(), sizes)
         batch = next(iter(loader))
         micro_batch = {name: value[: sizes.batch_size] for name, value in batch.items()}
         micro_batches = [micro_batch] * sizes.accumulation_steps
@@ -85,7 +85,7 @@ def evaluate_while_training(flags):
         if evaluating:
             results.append(evaluate(engine, {"": loader}))
             unlabelled = [item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} for item in held_out()]
-            others = evaluation_loader(engine, unlabelled)
+            others = evaluation_loader(engine, unlabelled, sizes)
             results.append(evaluate(engine, {"": others}))
         for step in range(2):
             forward_backward(engine, micro_batches, 500)

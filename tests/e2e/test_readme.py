@@ -197,6 +197,30 @@ def test_the_example_of_continued_pretraining(sample, start, tmp_path):
     assert {"eval_loss/pages", "eval_loss/data"} <= set(run.metrics[-1]), run.metrics[-1]
 
 
+def test_the_example_of_annealing(sample, start, tmp_path):
+    """Follow the README with a smaller model: the file as it stands, and the command."""
+    (stages,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
+    pages = tmp_path / "pages.jsonl"
+    with open(pages, "w", encoding="utf-8") as file:
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+            file.write(json.dumps({"text": page.read_text(encoding="utf-8")}) + "\n")
+    places = {"quickstart/data": str(sample / "data"), "pages.jsonl": str(pages)}
+    for name, place in places.items():
+        stages = stages.replace(name, place)
+    (tmp_path / "anneal.toml").write_text(stages)
+    (command,) = (line for _, line in commands() if "--stages anneal.toml" in line)
+    places |= {"quickstart/tokenizer": sample / "tokenizer", "anneal.toml": tmp_path / "anneal.toml"}
+    for name, place in (places | {"-o annealed -t annealed/logs": ""}).items():
+        command = command.replace(name, str(place))
+    smaller = ["-c", "test", "-l", 64, "--max_steps", 40, "-s", 2, "--cache_dir", tmp_path / "cache"]
+    with start(*launched(shlex.split(command))[1], *smaller, folder=tmp_path / "annealed") as run:
+        assert run.wait() == 0, run.output()
+    assert run.column("stage") == [0] * 30 + [1] * 10
+    assert run.column("lr")[29:31] == [1e-3, 1e-3]
+    assert run.column("lr")[-1] == pytest.approx(1e-4)
+    assert re.search(r"^epochs: data \d\.\d\d, pages \d\.\d\d$", run.stdout, re.MULTILINE)
+
+
 def test_paths_in_links_and_tables_exist():
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")

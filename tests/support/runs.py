@@ -9,6 +9,7 @@ from pretrain import check, parse_args
 from runtime.console import InputError
 from training.flags import job_of, run_of
 from training.plan import Run
+from training.stages import read_stages
 
 SEQUENCE_LENGTH = 64
 EPOCH = 24  # sequences in `few_data`
@@ -32,7 +33,8 @@ def problems_of(flags: str) -> list[str]:
     """Return the problems that pretrain.py finds in these flags, with the model `test` unless they name another."""
     args = parse_args(["-c", "test", "-l", "128", *flags.split()])
     try:
-        check(args, run_of(args, job_of(args, load_config(args.config)), args.config))
+        stages = read_stages(args.stages, args.dataset) if args.stages else None
+        check(args, run_of(args, job_of(args, load_config(args.config)), args.config, stages=stages))
     except InputError as error:
         return list(error.problems)
     return []

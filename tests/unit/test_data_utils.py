@@ -32,7 +32,7 @@ from training.batches import Batches, StepBatch
 
 def first_batch(loader: DataLoader) -> StepBatch:
     """Return the first step's batch of a run with one rank."""
-    return Batches(loader, accumulation_steps=1, layout=Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2))._read()
+    return Batches([(loader, 1, 1)], layout=Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2))._read()
 
 
 class TestPacking:

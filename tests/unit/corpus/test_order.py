@@ -139,6 +139,18 @@ class TestInterleavedOrder:
         assert web == [alone[position] for position in range(len(web))]
         assert len(web) == round(0.7 * 1234) + (4000 - 1234) // 2
 
+    def test_a_data_set_that_was_alone_goes_on_in_its_order(self):
+        """At 1,234 others join it; it reads on as GlobalOrder would, also into its next epochs."""
+        sequences = {"wiki": range(0, 99), "code": range(99, 199)}
+        joined = InterleavedOrder(
+            sequences, Interleaving({"wiki": 0.5, "code": 0.5}, 1234, {"wiki": 1234}), seed=4, alone="wiki"
+        )
+        plain, read = GlobalOrder(99, seed=4), [joined[position] for position in range(1234, 2000)]
+        wiki = [index for index in read if index in sequences["wiki"]]
+        assert wiki == [plain[position] for position in range(1234, 1234 + 383)]
+        code = InterleavedOrder(sequences, Interleaving({"code": 1.0}), seed=4)
+        assert [index for index in read if index >= 99] == [code[position] for position in range(383)]
+
 
 class TestMixedOrder:
     @settings(deadline=None)

@@ -339,7 +339,7 @@ def test_settings_that_a_resume_may_change(source, encoder, change, expected):
         document_ends = (1, 2) if args.document_mask else None
         order = {"document_ends": document_ends, "slice_weights": args.slice_weights}
         data = StreamedDataset(source, encoder, args.max_length, args.seed, args.shuffle_buffer, **order)
-        make_plan(run_from(*flags), data, state)
+        make_plan(run_from(*flags), [data], state)
         return data
 
     first = "-l 16 --seed 1 --shuffle_buffer 8 "

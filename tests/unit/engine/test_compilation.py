@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from attn import TORCH_FUSED
 from engine import compilation, patching
-from engine.compilation import Fusion, fuse
+from engine.compilation import Fusion, forget_shapes, fuse
 from engine.loss import summed_cross_entropy
 from engine.recomputation import checkpoint_layers
 from model_utils import IGNORE_INDEX, build_model, load_config
@@ -110,6 +110,25 @@ def test_lengths_that_differ_compile_twice_at_most(fusion, monkeypatch):
         compiled.append(counters["stats"]["unique_graphs"])
     assert 2 <= compiled[0] <= 5
     assert compiled[-1] <= 2 * compiled[0]
+
+
+def test_other_lengths_are_compiled_for_alone_after_a_stage():
+    """Code for any length would compute other bits than that of a process that resumes with one length."""
+    general = []
+
+    def backend(module, inputs):
+        sizes = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        general.append(any(isinstance(size, torch.SymInt) for size in sizes))
+        return module.forward
+
+    double = torch.compile(lambda values: values.sin() * 2, backend=backend)
+    torch._dynamo.reset()
+    fuse(torch.nn.Module(), Fusion.PIECES)
+    for length in (8, 16):
+        double(torch.zeros(length))
+    forget_shapes(Fusion.PIECES)
+    double(torch.zeros(24))
+    assert general == [False, True, False]
 
 
 PRODUCT = torch.ops.aten.mm.default

@@ -43,6 +43,24 @@ def test_no_limit_starts_no_thread(tmp_path):
     assert threading.active_count() == before
 
 
+def test_a_stage_whose_steps_take_longer_is_given_time(monkeypatch, tmp_path):
+    """Its first step may compile; then its own phases count. The threads are started once."""
+    started = []
+    monkeypatch.setattr(threading, "Thread", lambda **options: Namespace(start=lambda: started.append(1)))
+    for given, limits in ((None, [3600, 3600, 6000, 3000]), (400, [4800, 4800, 600, 400])):
+        started.clear()
+        watched, found = Watchdog(given, tmp_path), []
+        for step, longest in enumerate((1, 50, 60, 2000, 1000, 300), start=1):
+            if step == 4:
+                watched.restart()
+                found.append(watched.limit)
+            watched.begin(step)
+            monkeypatch.setattr(watchdog, "_longest", ("forward", longest if given is None else longest / 10))
+            found.append(watched.limit)
+        assert len(started) == 2
+        assert found == [given or 300] * 3 + limits
+
+
 @pytest.mark.parametrize(("longest", "limit"), [(10, 300), (200, 600)])
 def test_the_default_limit_allows_for_long_phases(monkeypatch, tmp_path, capsys, longest, limit):
     """As with a pipeline, whose forward and backward passes are one phase, and a step of minutes."""

@@ -14,7 +14,8 @@ from data_utils import PackedDataset
 from engine.layout import Layout
 from processes import boosted, run_ranks
 from training.batches import Batches, StepBatch, build_dataloader, check_same_batch
-from training.plan import Plan, Run, TrainState
+from training.legs import Leg
+from training.plan import Plan, Run
 
 ONE_RANK = Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2)
 
@@ -67,10 +68,29 @@ class Unreadable:
         return {"number": index}
 
 
+class TestLegs:
+    """Stages one after the other, each with its own loader and number of micro-batches."""
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_each_step_has_its_micro_batches(self, workers):
+        legs = [(0, 2, 1, 3), (10, 2, 3, 1), (20, 1, 1, 0), (30, 1, 2, 3)]  # first number, batch, micro-batches, steps
+        numbers = [[{"number": number} for number in range(first, first + 6)] for first, *_ in legs]
+        loaders = [
+            DataLoader(part, size, num_workers=workers) for part, (_, size, *_) in zip(numbers, legs, strict=True)
+        ]
+        batches = Batches(((loader, *leg[2:]) for loader, leg in zip(loaders, legs, strict=True)), ONE_RANK)
+        read = [[batch["number"].tolist() for batch in batches._read().micro_batches] for _ in range(7)]
+        assert read == [
+            *([[0, 1]], [[2, 3]], [[4, 5]]),
+            [[10, 11], [12, 13], [14, 15]],
+            *([[30], [31]], [[32], [33]], [[34], [35]]),
+        ]
+
+
 class TestUnreadableData:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_error_in_one_line(self, capfd, workers):
-        batches = Batches(DataLoader(Unreadable(), num_workers=workers), 1, ONE_RANK)
+        batches = Batches([(DataLoader(Unreadable(), num_workers=workers), 1, 2)], ONE_RANK)
         assert batches._read() == StepBatch([{"number": torch.tensor([0])}])
         batches.accumulation_steps = 2
         failed = batches._read()
@@ -79,7 +99,7 @@ class TestUnreadableData:
         assert capfd.readouterr().err == ""
 
     def test_bus_error_in_a_loader_process(self):
-        failed = Batches(DataLoader(Unreadable(bus_error=True), num_workers=1), 2, ONE_RANK)._read()
+        failed = Batches([(DataLoader(Unreadable(bus_error=True), num_workers=1), 2, 1)], ONE_RANK)._read()
         assert failed.micro_batches == []
         assert failed.error.endswith(", was killed by SIGBUS; a file that cannot be read, or /dev/shm full?")
 
@@ -97,9 +117,10 @@ def loader_of(flags):
     engine = boosted(f"{flags} -b 2")
     dataset = NumberedSequences({"input_ids": torch.tensor([number])} for number in range(50))
     layout = engine.layout
-    plan = Plan(layout, 2 * layout.dp, 64.0, total_steps=5 + 16 // layout.dp, total_sequences=100)
+    leg = Leg(0, 0, 5, 0, 20, 16 // layout.dp, engine.job.batch, 2 * layout.dp, dataset)
+    plan = Plan(layout, [leg], total_sequences=100)
     run = Run("test", engine.job, num_workers=0)
-    return build_dataloader(engine, dataset, run, TrainState(step=5, sequences=20), plan)
+    return build_dataloader(engine, run, plan, leg)
 
 
 def read_batches(flags, data_parallel):

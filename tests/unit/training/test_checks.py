@@ -18,7 +18,7 @@ class TestChecks:
             ("-b 0", "--batch_size: must be at least 1, not 0"),
             ("--accumulation_steps -1", "--accumulation_steps: must be at least 1, not -1"),
             ("-l 1", "--max_length: must be at least 2, not 1"),
-            ("-l 129", "--max_length: 129 is above the model's context of 128 tokens"),
+            ("-l 129", "--max_length: 129 is above the model's context of 128 tokens; give at most that"),
             ("--max_steps 0", "--max_steps: must be at least 1, not 0"),
             ("-i -1", "--save_interval: must be at least 0, not -1"),
             ("--skip_spikes 0", "--skip_spikes: must be at least 1 standard deviation, not 0.0; OLMo uses 6"),

@@ -5,13 +5,15 @@ import json
 import re
 import resource
 import sys
+import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from scripts.plot_run import read_rows
 from training import metrics as module
-from training.metrics import Metrics
+from training.metrics import Metrics, steps_with_tasks
 
 
 def line(step):
@@ -19,7 +21,7 @@ def line(step):
 
 
 def metrics_of(folder, step=0, run="run"):
-    return Metrics(folder, folder / run, step, total_steps=4, interval=2)
+    return Metrics(folder, folder / run, step, total_steps=4, total_tokens=4000, interval=2)
 
 
 def values_of(step, loss):
@@ -111,7 +113,9 @@ class TestMetrics:
 
     def test_checkpoints_and_logs_moved_together_continue_one_run(self, tmp_path):
         for folder, step in ((tmp_path / "here", 0), (tmp_path / "there", 1)):
-            metrics = Metrics(folder / "logs", folder / "checkpoint", step, total_steps=4, interval=2)
+            metrics = Metrics(
+                folder / "logs", folder / "checkpoint", step, total_steps=4, total_tokens=4000, interval=2
+            )
             metrics.log(values_of(step + 1, loss=5))
             metrics.close()
             if step == 0:
@@ -198,6 +202,60 @@ class TestMetrics:
         assert start.session_start_info.hparams["lr"].number_value == 3e-4
 
 
+class TestScoresOnTasks:
+    """They come after the rows of later steps."""
+
+    def test_they_are_logged_at_their_step(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.wandb = types.SimpleNamespace(log=(sent := []).append, close=lambda: None)
+        for step in (1, 2):
+            metrics.log(values_of(step, loss=step))
+        metrics.log_tasks(1, {"words/acc": 0.25, "words/f1": None}, seconds=61)
+        metrics.log(values_of(3, loss=3))
+        assert metrics.summary()[0].startswith("trained: 3 steps, 3,000 tokens")
+        metrics.close()
+        row = {"step": 1, "eval_tasks/words/acc": 0.25, "eval_tasks/words/f1": None}
+        rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 1, 3]
+        assert rows[2] == sent[2] == row
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("eval/tasks/words/acc")] == [(1, 0.25)]
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        assert "step 1: words/acc 0.2500 (evaluated in 01:01)" in capsys.readouterr().out.splitlines()
+        columns = read_rows(tmp_path / "metrics.jsonl")
+        assert columns["step"].tolist() == [1, 2, 3]
+        assert columns["loss"].tolist() == [1, 2, 3]
+        assert columns["eval_tasks/words/acc"].tolist()[0] == 0.25
+
+    def test_a_resume_keeps_those_of_the_steps_that_it_keeps(self, tmp_path):
+        metrics = metrics_of(tmp_path)
+        for step in (1, 2, 3):
+            metrics.log(values_of(step, loss=step))
+        for step in (3, 1):
+            metrics.log_tasks(step, {"words/acc": 0.25}, seconds=1)
+        metrics.close()
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2, "eval_tasks/words/acc": 0.')  # torn
+        assert [steps_with_tasks(tmp_path, step) for step in (0, 2, 3)] == [set(), {1}, {1, 3}]
+        hours = metrics.last["hours"]
+        metrics = metrics_of(tmp_path, step=2)
+        assert (metrics.last["step"], metrics.last["hours"] <= hours) == (2, True)
+        metrics.close()
+        assert steps_with_tasks(tmp_path, 3) == {1}
+        rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 1]
+
+    def test_the_first_row_after_a_full_disk_removes_no_curve(self, tmp_path):
+        metrics = metrics_of(tmp_path)
+        for step in (1, 2, 3):
+            metrics.log(values_of(step, loss=step))
+        metrics.failing = True
+        metrics.log_tasks(1, {"words/acc": 0.25}, seconds=1)
+        metrics.close()
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+        assert [event.step for event in events] == [1, 2]  # the last step counts as not logged
+
+
 class TestTime:
     """Times by a clock that the test advances."""
 
@@ -229,7 +287,7 @@ class TestTime:
         """The loss is averaged, since that of one step is noisy; GPU-hours include saves and evaluations."""
         monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
         monkeypatch.setenv("WORLD_SIZE", "8")
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=21, total_tokens=21_000, interval=10)
         for step in range(1, 22):
             clock[0] += 90
             metrics.log({**values_of(step, loss=step), "mfu": 0.4})
@@ -242,7 +300,7 @@ class TestTime:
         metrics.close()
 
     def test_time_left_excludes_the_first_step(self, tmp_path, clock, capsys):
-        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, interval=10)
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=100, total_tokens=100_000, interval=10)
         clock[0] += 500
         self.log(clock, metrics, range(1, 31), seconds=60)
         lines = capsys.readouterr().out.splitlines()
@@ -252,6 +310,16 @@ class TestTime:
             "1:20:00 left",
             "1:10:00 left",
         ]
+
+    def test_time_left_counts_tokens(self, tmp_path, clock, capsys):
+        """In a stage of other batches, 10 steps have as many tokens as 20 before; each takes twice as long."""
+        metrics = Metrics(tmp_path, tmp_path / "run", 0, total_steps=30, total_tokens=40_000, interval=10)
+        for step in range(1, 31):
+            tokens = 1000 * step if step <= 20 else 20_000 + 2000 * (step - 20)
+            clock[0] += 60 if step <= 20 else 120
+            metrics.log({**values_of(step, loss=5), "tokens": tokens})
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("left")]
+        assert [line.rpartition(", ")[2] for line in lines] == ["30:00 left", "20:00 left"]
 
     def test_progress_bar_in_a_terminal(self, tmp_path, monkeypatch):
         terminal = io.StringIO()

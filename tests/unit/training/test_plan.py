@@ -23,7 +23,7 @@ FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
 def plan_of(flags, data, **state):
     """Return the plan on four ranks for `data` sequences."""
     run = run_from(*FOUR_RANKS, "-s", "0", *flags.split())
-    return make_plan(run, PackedStub(data, run.job.batch.max_length), TrainState(**state))
+    return make_plan(run, [PackedStub(data, run.job.batch.max_length)], TrainState(**state))
 
 
 def test_a_complete_run_leaves_the_one_before_as_it_was(tokenizer):
@@ -67,7 +67,7 @@ class TestPlan:
         same, more = plan_of("-b 2", data=200, **resumed), plan_of("-b 4", data=200, **resumed)
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("--load: a step had 8 sequences up to the checkpoint and has 16 now")
-        announce(run_from(*FOUR_RANKS), PackedStub(200), more, "attention: plain", on_gpu=False)
+        announce(run_from(*FOUR_RANKS), more, "attention: plain", on_gpu=False)
         assert capsys.readouterr().out.splitlines()[-2] == (
             "length: 17 optimizer steps, 463,872 tokens; 10 steps, 5,120 tokens are done"
         )
@@ -87,15 +87,15 @@ class TestPlan:
     def test_a_warmup_longer_than_the_run_is_an_error_only_by_default(self):
         run = run_from(*FOUR_RANKS, "-b", "1")
         with pytest.raises(InputError, match=r"default of 2000 is longer than the run of 25 steps; .* -s 1"):
-            make_plan(run, PackedStub(100), TrainState())
+            make_plan(run, [PackedStub(100)], TrainState())
         run = run_from(*FOUR_RANKS, "-b", "1", "-s", "2000")
-        assert make_plan(run, PackedStub(100), TrainState()).total_steps == 25
+        assert make_plan(run, [PackedStub(100)], TrainState()).total_steps == 25
 
     def test_announces_the_global_batch_and_the_layout(self, capsys):
         layout = "-p hybrid_parallel --tp 2 --pp 1 --gpus 8"
         run = run_from(*f"-c test {layout} -b 2 --accumulation_steps 3 -l 64 -x bf16 -s 0".split())
-        plan = make_plan(run, PackedStub(100), TrainState())
-        announce(run, PackedStub(100), plan, "attention: plain", on_gpu=False)
+        plan = make_plan(run, [PackedStub(100)], TrainState())
+        announce(run, plan, "attention: plain", on_gpu=False)
         lines = capsys.readouterr().out.splitlines()
         assert lines == [
             "model: test, 315,968 parameters, bf16; attention: plain",
@@ -125,9 +125,9 @@ class TestPlan:
         """From the start, or resumed after steps of four sequences."""
         run = run_from(*FOUR_RANKS, "-s", "0", "-b", "1", *flags.split())
         state = TrainState(step=sequences // 4, sequences=sequences)
-        plan = make_plan(run, PackedStub(100), state)
+        plan = make_plan(run, [PackedStub(100)], state)
         capsys.readouterr()
-        announce(run, PackedStub(100), plan, "attention: plain", on_gpu=False)
+        announce(run, plan, "attention: plain", on_gpu=False)
         lines = capsys.readouterr().out.splitlines()
         assert lines[next(place for place, line in enumerate(lines) if line.startswith("length: ")) + 1 :] == said
 
@@ -186,7 +186,7 @@ class TestResumeState:
         run = run_from(*self.FLAGS)
         assert resume_state(run.outputs) == (TrainState(), None)
         state = TrainState()
-        make_plan(run, PackedStub(43), state)
+        make_plan(run, [PackedStub(43)], state)
         assert state.settings == self.SETTINGS | self.LATER
 
     def test_everything_comes_back(self, checkpoint):
@@ -195,7 +195,7 @@ class TestResumeState:
             run = run_from(*self.FLAGS, "-o", str(folder.parent), "-f", load)
             assert resume_state(run.outputs) == (state, folder)
         assert state.adam_steps == 7
-        assert make_plan(run, PackedStub(43), state).total_steps == 16
+        assert make_plan(run, [PackedStub(43)], state).total_steps == 16
 
     def test_damaged(self, checkpoint):
         folder, _ = checkpoint
@@ -241,7 +241,7 @@ class TestResumeState:
         with pytest.raises(InputError, match=r"is at step 9, and --save_dir .* holds later checkpoints"):
             claim_folders(outputs_of(*flags, "-f", str(folder)), state, found)
         shutil.rmtree(later)
-        make_plan(run, PackedStub(43), state)
+        make_plan(run, [PackedStub(43)], state)
         claim_folders(latest, state, found)
         shutil.rmtree(folder)
         with pytest.raises(InputError, match=f"resume was {folder} and is none now; start again"):
@@ -304,11 +304,11 @@ class TestResumeState:
         flags = [*self.FLAGS, *flags, "-o", str(checkpoint[0].parent), "-f", "latest"]
         run = run_from(*flags)
         with pytest.raises(InputError) as caught:
-            make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
+            make_plan(run, [PackedStub(43)], resume_state(run.outputs)[0])
         (problem,) = caught.value.problems
         assert problem.endswith(f"was 16 in the checkpoint and {remedy}; --allow_changes resumes anyway")
         run = run_from(*flags, *remedy.split("; ")[1].split()[:-2])
-        assert make_plan(run, PackedStub(43), resume_state(run.outputs)[0]).total_steps == 16
+        assert make_plan(run, [PackedStub(43)], resume_state(run.outputs)[0]).total_steps == 16
 
     def test_adapters_of_other_sizes_are_refused_even_with_allow_changes(self):
         run = run_from(*self.FLAGS, "-f", "latest", "--allow_changes")
@@ -316,7 +316,7 @@ class TestResumeState:
         for lora in (Lora(8, lora_modules="q_proj"), Lora(None, lora_modules="q_proj,k_proj")):
             line = f"^--load: --lora_rank was 4 in the checkpoint and is {lora.lora_rank} now$"
             with pytest.raises(InputError, match=line):
-                make_plan(replace(run, lora=lora), PackedStub(43), saved)
+                make_plan(replace(run, lora=lora), [PackedStub(43)], saved)
 
     def test_settings_that_older_checkpoints_lack_are_their_defaults(self, checkpoint):
         folder, _ = checkpoint
@@ -324,7 +324,7 @@ class TestResumeState:
         with pytest.raises(
             InputError, match=r"--adam_betas was \[0\.9, 0\.95\] in the checkpoint and is \[0\.9, 0\.99\]"
         ):
-            make_plan(run, PackedStub(43), resume_state(run.outputs)[0])
+            make_plan(run, [PackedStub(43)], resume_state(run.outputs)[0])
 
     def test_lists_all_changes_and_accepts_them_with_allow_changes(self, checkpoint, capsys):
         folder, _ = checkpoint
@@ -334,7 +334,7 @@ class TestResumeState:
         run = run_from(*flags)
         state, _ = resume_state(run.outputs)
         with pytest.raises(InputError) as caught:
-            make_plan(run, dataset, state)
+            make_plan(run, [dataset], state)
         lines = [
             "--load: --seed was 42 in the checkpoint and is 1 now",
             "--load: --max_length was 64 in the checkpoint and is 32 now",
@@ -345,7 +345,7 @@ class TestResumeState:
 
         run = run_from(*flags, "--allow_changes")
         state, _ = resume_state(run.outputs)
-        plan = make_plan(run, dataset, state)
+        plan = make_plan(run, [dataset], state)
         assert state.sequences == 0  # other data are read from the beginning
         assert plan.total_steps == 9 + 3 * 43 // 8
         first, *said = capsys.readouterr().out.splitlines()

@@ -73,6 +73,47 @@ def test_a_run_may_be_made_longer_while_the_past_is_the_same(own, other, steps, 
     assert own.agrees(other, steps) == expected
 
 
+def stage(step, schedule, lr=None, ratio=None):
+    return {"step": step, "lr_schedule": schedule, "lr": lr, "min_lr_ratio": ratio}
+
+
+class TestParts:
+    """Stages with a schedule of their own, in a run of 100 steps with a peak of 1e-3."""
+
+    @pytest.mark.parametrize("base", ["cosine", "linear", "constant"])
+    @pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+    def test_a_part_falls_from_where_the_schedule_is(self, base, shape):
+        plain = Curve(4, 100, lr_schedule=base)
+        curve = plain.with_parts([stage(60, shape, ratio=0.02)], 1e-3)
+        assert [curve(step) for step in range(61)] == [plain(step) for step in range(61)]
+        fall = plain(60) - 0.02
+        expected = {
+            "linear": torchs(lambda optimizer: theirs.LinearLR(optimizer, 1, 1e-9, 40), 40),
+            "cosine": torchs(lambda optimizer: theirs.CosineAnnealingLR(optimizer, 40), 40),
+            "1-sqrt": [1 - math.sqrt(step / 40) for step in range(41)],
+        }
+        assert [curve(step) for step in range(60, 101)] == pytest.approx([0.02 + fall * e for e in expected[shape]])
+
+    def test_parts_follow_one_another_and_stages_without_one_go_on(self):
+        """As DeepSeek-V3 was trained (arXiv:2412.19437, section 4.2): a cosine, constant, constant at another rate."""
+        stages = [stage(10, None), stage(20, "cosine", ratio=0.1), stage(30, None), stage(60, "constant")]
+        curve = Curve(0, 100, lr_schedule="constant").with_parts([*stages, stage(80, "constant", lr=3e-5)], 1e-3)
+        assert [curve(step) for step in (0, 10, 20)] == [1, 1, 1]
+        assert curve(40) == pytest.approx(0.55)  # half of the way from 20 to 60
+        assert [curve(step) for step in (60, 79)] == pytest.approx([0.1, 0.1])
+        assert [curve(step) for step in (80, 100)] == pytest.approx([0.03, 0.03])
+
+    def test_a_checkpoint_keeps_no_parts(self):
+        curve = Curve(0, 100, lr_schedule="constant").with_parts([stage(20, "linear", ratio=0.0)], 1e-3)
+        assert Curve(**curve.settings) == Curve(0, 100, lr_schedule="constant")
+
+    @pytest.mark.parametrize(("steps", "expected"), [(81, True), (82, False)])
+    def test_a_run_may_be_made_longer_before_its_part(self, steps, expected):
+        own, other = (Curve(0, total, lr_schedule="constant") for total in (200, 100))
+        later, earlier = stage(160, "linear", ratio=0.0), stage(80, "linear", ratio=0.0)
+        assert own.with_parts([later], 1).agrees(other.with_parts([earlier], 1), steps) == expected
+
+
 @pytest.mark.parametrize("resumed", [0, 1, 4, 7, 19])
 def test_a_resumed_schedule_depends_only_on_the_step(resumed):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5.0)

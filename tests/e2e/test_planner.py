@@ -1,4 +1,4 @@
-"""scripts/plan.py as users start it: its table, its commands, and mistakes."""
+"""scripts/plan.py, and benchmarks by the same estimates, as users start them: tables, commands, and mistakes."""
 
 import json
 import re
@@ -93,3 +93,36 @@ def test_mistakes(flags, message, tmp_path):
     assert message in run.stderr
     assert run.stderr.count("\n") == 1
     assert run.stdout == ""
+
+
+def test_weak_scaling_of_the_hosts_that_are_given(tmp_path):
+    with ForkedRun(
+        [ROOT / "benchmarks" / "weak_scaling.py", "--gpus_per_node", 4, "--gpu_memory", 30], tmp_path
+    ) as run:
+        assert run.wait() == 0, run.output()
+    lines = run.stdout.splitlines()
+    assert lines[1].startswith("| model, flags | 4 GPUs | 8 GPUs | 16 GPUs | ")
+    assert all(line.count("too large") >= 7 for line in lines if line.startswith("| 70b"))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("weak_scaling.py", "--gpu V100", "--gpu: 'V100' is not one of B200"),
+        ("weak_scaling.py", "--network -5", "--network: must be a positive number of Gbit/s, not -5.0"),
+        (
+            "estimated_steps.py",
+            "--published --gpu H100",
+            "--published: its GPUs and speeds are those of published.toml",
+        ),
+        ("estimated_steps.py", "--gpu A100", "--gpu: results.md has no rows of A100"),
+        ("estimated_steps.py", "--facts facts.json --gpu H200", "has the speeds of H100, not of H200"),
+    ],
+)
+def test_mistakes_of_benchmarks(program, flags, message, tmp_path):
+    (tmp_path / "facts.json").write_text(json.dumps(asdict(MEASURED["H100"])))
+    with ForkedRun([ROOT / "benchmarks" / program, *flags.split()], tmp_path) as run:
+        assert run.wait() == 2, run.output()
+    assert run.stdout == ""
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1
