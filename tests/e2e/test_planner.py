@@ -97,12 +97,12 @@ def test_mistakes(flags, message, tmp_path):
 
 def test_weak_scaling_of_the_hosts_that_are_given(tmp_path):
     with ForkedRun(
-        [ROOT / "benchmarks" / "weak_scaling.py", "--gpus_per_node", 4, "--gpu_memory", 30], tmp_path
+        [ROOT / "benchmarks" / "weak_scaling.py", "--gpus_per_node", 4, "--gpu_memory", 10], tmp_path
     ) as run:
         assert run.wait() == 0, run.output()
     lines = run.stdout.splitlines()
     assert lines[1].startswith("| model, flags | 4 GPUs | 8 GPUs | 16 GPUs | ")
-    assert all(line.count("too large") >= 7 for line in lines if line.startswith("| 70b"))
+    assert not any("%" in line for line in lines if line.startswith("| 70b"))
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_weak_scaling_of_the_hosts_that_are_given(tmp_path):
             "--published: its GPUs and speeds are those of published.toml",
         ),
         ("estimated_steps.py", "--gpu A100", "--gpu: results.md has no rows of A100"),
-        ("estimated_steps.py", "--facts facts.json --gpu H200", "has the speeds of H100, not of H200"),
+        ("estimated_steps.py", "--facts {}/facts.json --gpu H200", "has the speeds of H100, not of H200"),
     ],
 )
 def test_mistakes_of_benchmarks(program, flags, message, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(asdict(MEASURED["H100"])))
-    with ForkedRun([ROOT / "benchmarks" / program, *flags.split()], tmp_path) as run:
+    with ForkedRun([ROOT / "benchmarks" / program, *flags.format(tmp_path).split()], tmp_path) as run:
         assert run.wait() == 2, run.output()
     assert run.stdout == ""
     assert message in run.stderr
