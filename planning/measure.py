@@ -24,6 +24,7 @@ from runtime.collectives import gather
 from runtime.console import local_rank, local_world_size, rank, say, world_size
 
 FALLS_SHORT = 0.9  # of the built-in speed
+LINK_SECONDS = 2  # at most, for all but the first two rounds of a collective operation
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,7 @@ def _gathering(group: ProcessGroup | None, sizes: Sizes, device: torch.device) -
     part, tiny = torch.empty(len(whole) // ranks, dtype=whole.dtype, device=device), torch.empty(1, device=device)
     few = torch.empty(ranks, device=device)
 
-    def timed(work: Callable[[], object], rounds: int = 10) -> list[float]:
-        work()
+    def repeated(work: Callable[[], object], rounds: int) -> list[float]:
         _meet()
         _synchronize()
         started = time.perf_counter()
@@ -293,6 +293,11 @@ def _gathering(group: ProcessGroup | None, sizes: Sizes, device: torch.device) -
             work()
         _synchronize()
         return gather((time.perf_counter() - started) / rounds)
+
+    def timed(work: Callable[[], object], rounds: int = 10) -> list[float]:
+        work()
+        once = max(repeated(work, 1))  # a slow network could take minutes
+        return repeated(work, max(1, min(rounds, int(LINK_SECONDS / once))))
 
     every = timed(lambda: dist.all_gather_into_tensor(whole, part, group=group))
     seconds, least = max(every), max(timed(lambda: dist.all_gather_into_tensor(few, tiny, group=group)))
