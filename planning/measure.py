@@ -117,6 +117,7 @@ def measure() -> tuple[Facts, list[Shortfall]]:
         host_adam=adam,
         loader=loader,
         idle=MEASURED["H100"].idle if on_gpu else 0,
+        launch=MEASURED["H100"].launch if on_gpu else 0,
         origin=f"measured on {where}, {datetime.date.today()}{assumed}",
     )
     return facts, list(_shortfalls(known, everywhere, hosts_links)) if known else []

@@ -133,6 +133,7 @@ class _Pass:
     other_kernels: float
     exchange: float  # between tensor-, sequence- and pipeline-parallel ranks
     backward: float
+    idle: float  # waiting for the host, which launches kernels more slowly than the GPU computes them
 
     @property
     def kernels(self) -> float:
@@ -140,7 +141,7 @@ class _Pass:
 
     @property
     def total(self) -> float:
-        return self.kernels + self.exchange
+        return self.kernels + self.exchange + self.idle
 
 
 def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
@@ -172,7 +173,7 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
         bubble=bubble,
         host=host,
         data=max(loading - compute, 0),
-        idle=facts.idle / 1e3,
+        idle=count * busiest.idle + facts.idle / 1e3,
     )
 
 
@@ -196,7 +197,8 @@ def _micro_batch(job: Job, machines: Machines, stage: int) -> _Pass:
     ahead, back = zip(_products(job, machines.facts, share), _attention(job, machines.facts, share), strict=True)
     other = _other_bytes(job, share, stage) / (machines.facts.memory * 1e9)
     products, attention = (sum(both) for both in zip(ahead, back, strict=True))
-    return _Pass(products, attention, other, _exchanges(job, machines, share), sum(back) + other / 2)
+    idle = max(machines.facts.launch / 1e3 * share.layers - products - attention - other, 0)
+    return _Pass(products, attention, other, _exchanges(job, machines, share), sum(back) + other / 2, idle)
 
 
 def _products(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:

@@ -76,9 +76,10 @@ def refusal(wish: Wish, card: Card) -> str:
             f"--gpus: {wish.gpus} x {card.name} do not hold the model: {flags_of(job)} needs least, "
             f"{peak / 1e9:.1f} of {card.memory_gb:g} GB; take more GPUs, or larger ones"
         )
+    whole = wish.gpus * wish.max_length  # a sequence for each GPU
     return (
         f"--gpus: {wish.gpus} fit no layout, since {wish.sequences:,} sequences of a step do not divide among them; "
-        "take a power of two, or change --batch_tokens"
+        f"take a power of two, or --batch_tokens {max(1, round(wish.tokens / whole)) * whole}"
     )
 
 

@@ -68,7 +68,11 @@ def test_a_card_without_data_sheet_and_a_short_context(tmp_path):
     ("flags", "message"),
     [
         ("--gpus 12", "--gpus: 12 is not divisible by --gpus_per_node 8; take whole hosts"),
-        ("--gpus 7", "--gpus: 7 fit no layout, since 1,024 sequences of a step do not divide among them"),
+        (
+            "--gpus 7",
+            "--gpus: 7 fit no layout, since 1,024 sequences of a step do not divide among them; take a power of two, "
+            "or --batch_tokens 4186112",
+        ),
         ("--gpus 0", "--gpus: must be at least 1, not 0"),
         ("", "the following arguments are required: --gpus"),
         ("--gpus 8 --gpu V100", "--gpu: 'V100' is not one of B200"),

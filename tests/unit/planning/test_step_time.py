@@ -28,7 +28,7 @@ TIMELESS = replace(  # everything but what a test sets takes no time
     MEASURED["H100"],
     **dict.fromkeys(("products", "float8_products", "rowwise_products"), ((1.0, 1e30),)),
     **dict.fromkeys(("float32", "memory", "collectives", "copies", "host_link", "host_adam", "loader"), 1e30),
-    **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0),
+    **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0, launch=0.0),
 )
 
 
@@ -279,6 +279,11 @@ class TestMore:
         job = planned("-c 7b -p zero2 -a -b 2 --gpus 8")
         seconds = estimate_step(job, machines).total
         assert 0.15 < 16 * 4096 * 46.1e9 / seconds / 8 / (card.peak_tflops * 1e12) < 0.75
+
+    def test_a_small_model_waits_for_the_host(self):
+        many, once = (step(f"-c tiny -l 256 -p zero2 -a -b {size}").idle for size in (1, 512))
+        assert many > once == MEASURED["H100"].idle / 1e3
+        assert many == pytest.approx(once + 4 * MEASURED["H100"].launch / 1e3, rel=0.1)
 
     def test_waiting_for_a_slow_loader(self):
         machines = Machines(replace(MEASURED["H100"], loader=0.001), 8, 40)
