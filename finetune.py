@@ -59,6 +59,7 @@ from training.flags import (
 )
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
+from training.tasks import check_tasks
 
 DATASET, TASK = "yizhongw/self_instruct", "super_natural_instructions"
 MAX_LENGTH = 4096
@@ -185,7 +186,9 @@ def main() -> int:
     refuse_other_formats(folder, "--model_path")
     config, lora = load_config(str(folder), "--model_path"), take(Lora, args)
     run = run_of(args, finetuning_job(args, config, lora), args.model_path, lora)
+    run = replace(run, tasks=replace(run.tasks, tokenizer=args.tokenizer or str(folder)))
     check(args, run)
+    check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(folder, config, "--model_path")
@@ -208,7 +211,7 @@ def main() -> int:
     if args.dry_run:
         longest = run.job.batch.max_length if args.pack else dataset.longest
         job = replace(run.job, batch=replace(run.job.batch, max_length=longest))
-        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, run.num_workers)
+        say_plan(job, take(DryRun, args), plan.tokens_per_step, plan.remaining_tokens, max(1, run.num_workers))
         say_host_memory(job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

@@ -63,6 +63,7 @@ from training.legs import largest_job
 from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
 from training.session import execute
 from training.stages import Stages, read_stages, short_name
+from training.tasks import check_tasks
 
 COMMON_FLAGS = (  # --help lists them first
     *("--config", "--dataset", "--tokenizer", "--plugin", "--mixed_precision", "--batch_size", "--max_length", "--lr"),
@@ -309,6 +310,7 @@ def main() -> int:
     stages = read_stages(args.stages, args.dataset) if args.stages else None
     run = run_of(args, job_of(args, config), args.config, stages=stages)
     check(args, run)
+    check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(args.init_from, config) if args.init_from else None
@@ -334,7 +336,7 @@ def main() -> int:
             if run.stages.later:
                 say(f"time of stage {leg.number}:")
             job = replace(run.job, parallelism=run.job.with_layout(), batch=leg.batch)
-            say_time(job, dry_run, leg.tokens_per_step, leg.steps * leg.tokens_per_step, run.num_workers)
+            say_time(job, dry_run, leg.tokens_per_step, leg.steps * leg.tokens_per_step, max(1, run.num_workers))
         say_host_memory(run.job)
         say_schedule(plan, run.job.optimization.lr)
         return 0

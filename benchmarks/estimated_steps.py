@@ -1,7 +1,7 @@
 """Compare the step times that a dry run estimates with the measured ones in docs/results.md; needs no GPU.
 
 python benchmarks/estimated_steps.py
-python benchmarks/estimated_steps.py --facts FILE --gpu H200    only this GPU's rows, by speeds measured on it
+python benchmarks/estimated_steps.py --facts FILE    only the rows of this file's GPU, by speeds measured on it
 """
 
 import argparse
@@ -26,7 +26,7 @@ from attn import select_attention
 from engine.job import Job
 from model_utils import load_config
 from planning.cards import find_card
-from planning.facts import facts_of
+from planning.facts import facts_of, read_facts
 from planning.machines import GPUS_PER_HOST, NOMINAL_GBITS, DryRun, Machines, planned_card, planned_machines
 from planning.memory import estimate_memory, settle_for
 from planning.step_time import StepTime, estimate_step
@@ -127,15 +127,23 @@ def compare_published() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=user_path, help="file of measured facts (default: the built-in ones)")
-    parser.add_argument("--gpu", help="only the rows of this GPU (default: all)")
+    parser.add_argument("--gpu", help="only the rows of this GPU (default: that of --facts, else all)")
     parser.add_argument("--published", action="store_true", help="compare with published.toml instead")
     args = parser.parse_args()
     if args.published:
+        if args.facts or args.gpu:
+            raise InputError(
+                "--published: its GPUs and speeds are those of published.toml; leave --facts and --gpu out"
+            )
         compare_published()
         return 0
-    rows = [row for row in measured_rows(RESULTS.read_text(encoding="utf-8")) if row.gpu == (args.gpu or row.gpu)]
+    gpu = args.gpu or (read_facts(args.facts).card if args.facts else None)
+    rows = [row for row in measured_rows(RESULTS.read_text(encoding="utf-8")) if row.gpu == (gpu or row.gpu)]
     if not rows:
-        raise InputError(f"--gpu: {RESULTS.name} has no rows of {args.gpu}")
+        raise InputError(f"--{'gpu' if args.gpu else 'facts'}: {RESULTS.name} has no rows of {gpu}")
+    in_float8 = any(row.job.compute.fp8 for row in rows)
+    if args.facts and (problems := DryRun(gpu=gpu, facts=args.facts).facts_problems(in_float8)):
+        raise InputError(*problems)
     say("| GPUs | layers | flags | sequences | measured, ms | estimated, ms | error | peak GB | estimated | tokens/s |")
     say("|---|---|---|---|---|---|---|---|---|---|")
     errors = []

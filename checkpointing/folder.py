@@ -38,7 +38,7 @@ RUNNING_STATES = "running_states.json"
 CONFIG, MODEL_INDEX = "config.json", "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 LR_SCHEDULER = "lr_scheduler"
-LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*")  # of killed runs
+LEFTOVERS = (".epoch*-step*.*", ".final.*", ".merged-*", ".seen-*", ".evaluated-*")  # of killed runs
 SHARED_SECONDS = 20  # for other machines to see a new file
 MODEL_KEYS = (
     "num_hidden_layers",

@@ -80,11 +80,14 @@ class CheckpointWriter:
         retention: Retention,
         background: bool = True,
         latest: Path | None = None,
+        completed: Callable[[int, Path], None] = lambda step, folder: None,
     ):
         """
         Args:
             background: copy the state to host memory, if it fits, and write it while training goes on.
             latest: the checkpoint that the run resumes from.
+            completed: called in a thread of rank 0 with the step and folder of each checkpoint that is in its place,
+                before old ones are removed.
         """
         self.save_dir, self.engine, self.job = save_dir, engine, engine.job
         self.background = background
@@ -93,7 +96,7 @@ class CheckpointWriter:
             file_names(self.job.config, kind, self.job.adapters is not None) for kind in ("model", "optimizer")
         )
         self._positions = {group: number for number, group in enumerate(self.model_files)}
-        self.latest = latest
+        self.latest, self.completed = latest, completed
         self._reports: list[str] = []
         self.error: str | None = None
         self._buffers: dict[str, torch.Tensor] = {}
@@ -341,6 +344,7 @@ class CheckpointWriter:
             f"checkpoint: {target}, {size_text(size)} in {seconds:.1f} s, {size_text(size / seconds)}/s; "
             f"training waited {stall * 1000:.0f} ms"
         )
+        self.completed(json_files[RUNNING_STATES]["step"], target)
         try:
             remove_old_checkpoints(self.save_dir, self.retention)
         except OSError as error:

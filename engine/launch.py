@@ -58,18 +58,22 @@ def launch(seed: int, deterministic: bool = False) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if torch.cuda.is_available():
-        # torchrun sets one thread per rank, but Adam on the host needs the rank's share of the cores.
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    else:
+    use_own_cores()
+    if not torch.cuda.is_available():
         cpu.install()
     get_dist_logger().set_level("ERROR")  # it warns about our defaults, and about LoRA's learning rate
     gpu = str(torch.cuda.get_device_properties(gpu_index()).uuid) if torch.cuda.is_available() else ""
     ranks.assemble(gpu)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     colossalai_launch(rank(), world_size(), address, port, local_rank=gpu_index(), seed=seed, verbose=False)
+
+
+def use_own_cores() -> None:
+    """With a GPU, compute with this rank's share of the cores; torchrun sets one thread, too few for Adam there."""
+    if torch.cuda.is_available():
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def missing_extensions() -> list[str]:

@@ -38,6 +38,7 @@ class Facts:
         host_adam: 10^9 parameters that a GPU's share of the host updates per second.
         loader: 10^6 tokens per second that a loader process prepares, already tokenized.
         idle: milliseconds of a step in which the GPU waits for the host.
+        launch: milliseconds in which the host launches a layer's kernels, forward and backward.
         origin: words that say where the speeds come from.
     """
 
@@ -58,12 +59,13 @@ class Facts:
     host_adam: float
     loader: float
     idle: float
+    launch: float
     origin: str
 
 
 # From profiles of single kernels on an H100 and an H200 with torch 2.11 (docs/planner.md), then fitted to the rows of
-# docs/results.md, all at once. Not measured, but assumed: float32, the speed and latency between hosts, and what
-# products lose beside a collective operation between hosts.
+# docs/results.md, all at once. Not measured, but assumed: float32, launch, the speed and latency between hosts, and
+# what products lose beside a collective operation between hosts.
 _H100 = Facts(
     card="H100",
     products=((1, 150), (10, 340), (100, 650), (500, 690), (2000, 672)),
@@ -82,6 +84,7 @@ _H100 = Facts(
     host_adam=3.2,
     loader=100,
     idle=6.5,
+    launch=0.4,
     origin="of an H100",
 )
 # As published (docs/planner.md): products, memory and links; attention by flash-attn 2.
@@ -105,6 +108,7 @@ MEASURED = {
     "A100": _A100,
     "A800": replace(_A100, card="A800", collectives=150, copies=180),
 }
+SLOWEST, FASTEST = 1e-6, 1e9  # that a fact in a file may be
 PRODUCTS = ("products", "float8_products", "rowwise_products")
 
 
@@ -187,11 +191,11 @@ def _tuples(value: Any) -> Any:
 
 def _problem(name: str, value: Any) -> str | None:
     """Return what is wrong with a fact's value, or None."""
-    may_be_zero = name in ("network", "latency", "overlap", "spread", "idle")
+    may_be_zero = name in ("network", "latency", "overlap", "spread", "idle", "launch")
 
     def is_speed(number: Any) -> bool:
-        right = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-        return right and (number > 0 or (may_be_zero and number == 0))
+        right = isinstance(number, int | float) and not isinstance(number, bool)
+        return right and (SLOWEST <= number <= FASTEST or (may_be_zero and number == 0))
 
     if name in ("card", "origin"):
         return None if isinstance(value, str) else f"{name} is not a text"
@@ -206,5 +210,5 @@ def _problem(name: str, value: Any) -> str | None:
     pair = name in ("attention", "latency", "overlap")
     numbers = value if pair and isinstance(value, tuple) else (value,)
     if len(numbers) != (2 if pair else 1) or not all(map(is_speed, numbers)):
-        return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'}"
+        return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'} up to {FASTEST:g}"
     return None

@@ -24,6 +24,7 @@ from runtime.collectives import gather
 from runtime.console import local_rank, local_world_size, rank, say, world_size
 
 FALLS_SHORT = 0.9  # of the built-in speed
+LINK_SECONDS = 2  # at most, for all but the first two rounds of a collective operation
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ def measure() -> tuple[Facts, list[Shortfall]]:
     own = [products[-1][1], memory, ahead, link]
     everywhere = gather((f"{socket.gethostname()}, GPU {local_rank()}", own))
     slowest = [min(values) for values in zip(*(values for _, values in everywhere), strict=True)]
-    speeds = [values[0] for _, values in everywhere]
 
     near = far = None
     if world_size() > 1:
@@ -95,27 +95,32 @@ def measure() -> tuple[Facts, list[Shortfall]]:
     hosts = world_size() // local_world_size()
     where = f"{world_size()} x {name}" + (f" in {hosts} hosts" if hosts > 1 else "")
     assumed = "" if near else "; links as in its data sheet" if known else "; links as fast as that to the host"
+    hosts_links = [
+        (place.partition(",")[0], speed)
+        for (place, _), speed in zip(everywhere[:: local_world_size()], near.by_host if near else (), strict=False)
+    ]
     facts = Facts(
         card=card.name if card else name,
         products=_scaled(products, slowest[0] / products[-1][1]),
-        float8_products=tensorwise,
-        rowwise_products=rowwise,
+        float8_products=_scaled(tensorwise, slowest[0] / products[-1][1]),
+        rowwise_products=_scaled(rowwise, slowest[0] / products[-1][1]),
         float32=single,
-        attention=(ahead, back),
+        attention=(slowest[2], back * slowest[2] / ahead),
         memory=slowest[1],
         collectives=near.speed if near else fallback,
         copies=(_copies(sizes) or (near.speed if near else None)) or (known.copies if known else link),
         network=far.speed if far else 0,
         latency=(near.latency if near else latency[0], far.latency if far else latency[1]),
         overlap=(near.overlap if near else overlap[0], far.overlap if far else overlap[1]),
-        spread=statistics.median(speeds) / min(speeds) - 1,
+        spread=MEASURED["H100"].spread if on_gpu else 0,
         host_link=slowest[3],
         host_adam=adam,
         loader=loader,
         idle=MEASURED["H100"].idle if on_gpu else 0,
+        launch=MEASURED["H100"].launch if on_gpu else 0,
         origin=f"measured on {where}, {datetime.date.today()}{assumed}",
     )
-    return facts, list(_shortfalls(facts, known, everywhere)) if known else []
+    return facts, list(_shortfalls(known, everywhere, hosts_links)) if known else []
 
 
 def _scaled(curve: Curve, ratio: float) -> Curve:
@@ -242,54 +247,66 @@ class _Link:
     speed: float
     latency: float
     overlap: float
+    by_host: tuple[float, ...] = ()  # speed in each host
 
 
 def _links(sizes: Sizes, device: torch.device) -> tuple[_Link | None, _Link | None]:
     """Measure the links within a host, if it has several ranks, and between hosts, if there are several. Collective."""
     per_host, ranks = local_world_size(), world_size()
     groups = [dist.new_group(list(range(first, first + per_host))) for first in range(0, ranks, per_host)]
+    everyone = dist.new_group()
     hosts = len(groups)
     near = far = None
     if per_host > 1:
-        seconds, tiny, lost = _gathering(groups[rank() // per_host], sizes, device)
+        every, tiny, lost = _gathering(groups[rank() // per_host], sizes, device)
         sent = sizes.message * 2**20 * (per_host - 1) / per_host
-        near = _Link(sent / seconds / 1e9, tiny / (per_host - 1) * 1e6, lost)
+        by_host = tuple(sent / max(every[first : first + per_host]) / 1e9 for first in range(0, ranks, per_host))
+        near = _Link(min(by_host), tiny / (per_host - 1) * 1e6, lost, by_host)
     if hosts > 1:
-        seconds, tiny, lost = _gathering(dist.group.WORLD, sizes, device)
+        every, tiny, lost = _gathering(everyone, sizes, device)
+        seconds = max(every)
         within = (near.latency if near else 0) * (ranks - hosts) / 1e6
-        # Each host receives what the others have through its ranks' share of the network.
-        speed = sizes.message * 2**20 * (hosts - 1) / ranks / seconds / 1e9
+        # What a ring sends leaves a host through the links of all its ranks; see `_Group.exchange` in step_time.py.
+        sent = sizes.message * 2**20 * (ranks - 1) / ranks
+        speed = sent * hosts / ranks / seconds / 1e9
         if near:  # see `_Exchange.beside` in step_time.py
-            busy = min(sizes.message * 2**20 * (ranks - 1) / ranks / (near.speed * 1e9), seconds)
+            busy = min(sent / (near.speed * 1e9), seconds)
             lost = min(max(lost * seconds - near.overlap * busy, 0) / max(seconds - busy, 1e-9), 1)
         far = _Link(speed, max(tiny - within, 0) / hosts * 1e6, lost)
     return near, far
 
 
-def _gathering(group: ProcessGroup | None, sizes: Sizes, device: torch.device) -> tuple[float, float, float]:
-    """Return the seconds of an all-gather, of a tiny one, and the fraction of it that products beside it lose."""
+def _gathering(group: ProcessGroup | None, sizes: Sizes, device: torch.device) -> tuple[list[float], float, float]:
+    """Return every rank's seconds of an all-gather, those of a tiny one, and the fraction that products beside it lose.
+
+    Collective over all ranks.
+    """
     ranks = dist.get_world_size(group)
     whole = torch.empty(sizes.message * 2**20 // 2 // ranks * ranks, dtype=torch.bfloat16, device=device)
     part, tiny = torch.empty(len(whole) // ranks, dtype=whole.dtype, device=device), torch.empty(1, device=device)
     few = torch.empty(ranks, device=device)
 
-    def slowest(work: Callable[[], object], rounds: int = 10) -> float:
-        work()
+    def repeated(work: Callable[[], object], rounds: int) -> list[float]:
         _meet()
         _synchronize()
         started = time.perf_counter()
         for _ in range(rounds):
             work()
         _synchronize()
-        return max(gather((time.perf_counter() - started) / rounds))
+        return gather((time.perf_counter() - started) / rounds)
 
-    seconds = slowest(lambda: dist.all_gather_into_tensor(whole, part, group=group))
-    least = slowest(lambda: dist.all_gather_into_tensor(few, tiny, group=group))
+    def timed(work: Callable[[], object], rounds: int = 10) -> list[float]:
+        work()
+        once = max(repeated(work, 1))  # a slow network could take minutes
+        return repeated(work, max(1, min(rounds, int(LINK_SECONDS / once))))
+
+    every = timed(lambda: dist.all_gather_into_tensor(whole, part, group=group))
+    seconds, least = max(every), max(timed(lambda: dist.all_gather_into_tensor(few, tiny, group=group)))
     if device.type == "cpu":
-        return seconds, least, 1.0
+        return every, least, 1.0
     side = _side(sizes.products[-2])
     left, right = (torch.randn(side, side, device=device, dtype=whole.dtype) for _ in range(2))
-    alone = slowest(lambda: left @ right, rounds=20)
+    alone = max(timed(lambda: left @ right, rounds=20))
     count = max(1, round(seconds / alone)) + 1
 
     def beside() -> None:
@@ -298,8 +315,8 @@ def _gathering(group: ProcessGroup | None, sizes: Sizes, device: torch.device) -
             left @ right
         work.wait()
 
-    lost = (slowest(beside) - count * alone) / seconds
-    return seconds, least, min(max(lost, 0.0), 1.0)
+    lost = (max(timed(beside)) - count * alone) / seconds
+    return every, least, min(max(lost, 0.0), 1.0)
 
 
 def _copies(sizes: Sizes) -> float | None:
@@ -313,8 +330,15 @@ def _copies(sizes: Sizes) -> float | None:
     return source.nbytes / _seconds(lambda: target.copy_(source, non_blocking=True), sizes.seconds) / 1e9
 
 
-def _shortfalls(facts: Facts, known: Facts, everywhere: list[tuple[str, list[float]]]) -> Iterator[Shortfall]:
-    """Yield the speeds that are well below those that this card should have."""
+def _shortfalls(
+    known: Facts, everywhere: list[tuple[str, list[float]]], links: list[tuple[str, float]]
+) -> Iterator[Shortfall]:
+    """Yield the speeds that are well below those that this card should have.
+
+    Args:
+        everywhere: each rank's place and its speeds.
+        links: each host's name and the speed of its collective operations.
+    """
     expected = (
         ("matrix products", known.products[-1][1], "TFLOPS"),
         ("memory", known.memory, "GB/s"),
@@ -325,5 +349,6 @@ def _shortfalls(facts: Facts, known: Facts, everywhere: list[tuple[str, list[flo
         for measured, (what, speed, unit) in zip(values, expected, strict=True):
             if measured < FALLS_SHORT * speed:
                 yield Shortfall(place, what, measured, speed, unit)
-    if facts.collectives < FALLS_SHORT * known.collectives:
-        yield Shortfall("within a host", "collective operations", facts.collectives, known.collectives, "GB/s")
+    for host, speed in links:
+        if speed < FALLS_SHORT * known.collectives:
+            yield Shortfall(host, "collective operations within the host", speed, known.collectives, "GB/s")

@@ -148,16 +148,16 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     if job.adapters is not None:
         frozen, specs = parameters, trained_specs(job.config, job.adapters)
         parameters = sum(spec.shape.numel() for spec in specs)
-    largest = max(spec.shape.numel() for spec in specs)
+    sizes = [spec.shape.numel() for spec in specs]
     mixed = width < FP32
     several = layout.gradient_ranks > 1
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
     held = parameters / shards if layout.zero_stage else parameters
     gradients = FP32 * parameters if several and job.exchanges_at_update else kept * held
-    in_float8 = stored_elements(job, {spec.name: spec.shape.numel() for spec in specs}, on_gpu=True)
-    sizes = [spec.shape.numel() for spec in specs]
+    by_name = {spec.name: size for spec, size in zip(specs, sizes, strict=True)}
+    in_float8 = stored_elements(job, by_name, on_gpu=True) if job.compute.fp8 else 0
     large = [size for size in sizes if size >= zero.SMALL]
-    in_layers = [size for size, spec in zip(sizes, specs, strict=True) if size in large and ".layers." in spec.name]
+    in_layers = [size for name, size in by_name.items() if size >= zero.SMALL and ".layers." in name]
     # At the end of the pass, the embeddings' gradient is reduced while those before it may still be; then the small
     # ones, which exist one by one and concatenated.
     small = sum(sizes) - sum(large)
@@ -172,7 +172,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
         reducing=in_flight if during_pass else 0,
         exchange=exchange if several else 0,
         # Without ZeRO in fp32, the largest gradient in float64, for its norm.
-        step=0 if mixed or layout.zero_stage else 8 * largest,
+        step=0 if mixed or layout.zero_stage else 8 * max(sizes),
     )
 
 
@@ -266,7 +266,7 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     tokens = sequences * batch.max_length / layout.sp
     layers = config.num_hidden_layers // layout.pp
     fused = choose_fusion(job, on_gpu=True)
-    fp8 = converted(job, on_gpu=True)[0] > 0
+    fp8 = job.compute.fp8 and converted(job, on_gpu=True)[0] > 0
     layer = tokens * layer_activations(config, layout.tp, layout.token_parts, width, batch.max_length, fused, fp8)
     all_recomputed = recomputed_layers(config.num_hidden_layers, job.recomputed)
     recomputed = len(all_recomputed) // layout.pp

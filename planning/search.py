@@ -1,14 +1,13 @@
 """Search for the layouts of a model that train fastest on given GPUs, by the estimates of time and memory."""
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
 from attn import select_attention
-from engine.job import Compute, Job
+from engine.job import MICRO_BATCH, STEP, Compute, Job
 from engine.layout import Batch, Parallelism
 from model_utils import model_flops_per_token
 from planning.machines import Machines
@@ -18,6 +17,7 @@ from planning.step_time import StepTime, estimate_step
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # sequences
 RECOMPUTED = ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (1.0, True), (1.0, False))  # fraction, --keep_...
 BOUND = 0.1  # share of a step from which something else than compute bounds it
+ALIKE = 0.05  # relative difference of two estimates that says little: their largest error
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Found:
 
 def fastest(wish: Wish, count: int = 10) -> list[Found]:
     """Return the fastest layouts that fit, each with its best micro-batch and recomputation; the fastest first."""
-    bounds = [(estimate_step(job, wish.machines).total, number, job) for number, job in enumerate(_jobs(wish))]
+    bounds = [(_least_seconds(job, wish.machines), number, job) for number, job in enumerate(_jobs(wish))]
     best: dict[object, Found] = {}
     for bound, _, job in sorted(bounds, key=lambda each: each[0]):
         known = sorted(found.step.total for found in best.values())
@@ -104,16 +104,26 @@ def fastest(wish: Wish, count: int = 10) -> list[Found]:
     return sorted(best.values(), key=lambda found: found.step.total)[:count]
 
 
+def _least_seconds(job: Job, machines: Machines) -> float:
+    """Return a lower bound of a step's time: nothing is recomputed, and gradients are exchanged in the faster way."""
+    ways = [replace(job, exchange=replace(job.exchange, exchange=way)) for way in (MICRO_BATCH, STEP)]
+    return min(estimate_step(way, machines).total for way in (ways if job.accumulates else ways[:1]))
+
+
 def leanest(wish: Wish) -> tuple[Job, float] | None:
     """Return the layout that takes least memory, recomputing all, and its peak bytes; None: none divides the sizes."""
-    jobs = (replace(job, compute=replace(job.compute, recompute=1.0)) for job in _jobs(wish))
-    peaks = ((estimate_memory(job).peak.total, number, job) for number, job in enumerate(jobs))
-    peak, _, job = min(peaks, default=(math.nan, 0, None), key=lambda each: each[0])
-    return (job, peak) if job else None
+    peaks = ((job, estimate_memory(job).peak.total) for job in map(_all_recomputed, _jobs(wish)))
+    return min(peaks, default=None, key=lambda each: each[1])
+
+
+def _all_recomputed(job: Job) -> Job:
+    return replace(job, compute=replace(job.compute, recompute=1.0))
 
 
 def _least_recomputation(job: Job, without: float, wish: Wish) -> Found | None:
     """Return the job with the least recomputation that fits, or None; `without` is its time without any."""
+    if estimate_memory(_all_recomputed(job)).peak.total > usable(wish.memory):
+        return None
     for fraction, keep_attention in RECOMPUTED:
         compute = replace(job.compute, recompute=fraction, keep_attention=keep_attention)
         settled = settle_for(replace(job, compute=compute), wish.memory)
@@ -166,6 +176,14 @@ def _divisors(number: int, of: tuple[int, ...] = ()) -> list[int]:
     return [size for size in of or range(1, number + 1) if number % size == 0]
 
 
+def describe_split(job: Job) -> str:
+    """Return the plugin, or the sizes of hybrid_parallel that are not 1."""
+    layout = job.layout
+    sizes = {"tp": layout.tp, "pp": layout.pp, "sp": layout.sp}
+    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return (f"{split}, interleaved" if layout.chunks > 1 else split) or layout.plugin
+
+
 def flags_of(job: Job) -> str:
     """Return the flags of pretrain.py for a job of this search, without those of the model and the data."""
     asked, batch, compute = job.parallelism, job.batch, job.compute
@@ -188,3 +206,18 @@ def flags_of(job: Job) -> str:
     if compute.fp8:
         parts.append("--fp8")
     return " ".join(parts)
+
+
+def simplest(found: list[Found]) -> int:
+    """Return the index of the simplest of the layouts that are as fast as the first within the estimate's error.
+
+    Simple is to keep nothing in host memory, then to split nothing but states and weights, then few splits.
+    """
+
+    def complexity(each: Found) -> tuple[bool, bool, int]:
+        layout = each.job.layout
+        splits = sum(size > 1 for size in (layout.tp, layout.pp, layout.sp, layout.chunks))
+        return bool(layout.traits.on_host), layout.traits.splits, splits
+
+    close = [each for each in found if each.step.total <= (1 + ALIKE) * found[0].step.total]
+    return found.index(min(close, key=complexity))

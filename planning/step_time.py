@@ -8,6 +8,7 @@ queries and keys, and f is the FFN size.
 from dataclasses import dataclass, fields
 
 from attn import EAGER
+from engine import zero
 from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted
 from engine.job import ROWWISE, Job, recomputed_layers, reenters
@@ -24,8 +25,9 @@ SCORE_BYTES = 33  # that plain attention moves for each score, forward and backw
 QUANTIZED_BYTES = 5  # per element that becomes float8: 2 for its scale, 2 to divide, 1 to write
 ROWWISE_FACTOR = 1.5  # of them if rows are scaled: each product needs other scales
 EXCHANGES = 10  # of a layer's tokens between tensor-parallel ranks: 4 forward, 4 backward, 2 of inputs again
+REPEATED_EXCHANGES = 3  # of them if the layer is computed again
+FLOAT8_EXCHANGES = 0.6  # share of both that move operands, in float8 if products are; the others move sums of products
 FIRST_PART = 35e-6  # seconds until the first part of such an exchange within a host is there
-LARGE_WEIGHTS = 7  # of a layer, each exchanged on its own
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ class _Group:
     def exchange(self, whole: float, operations: float = 1) -> "_Exchange":
         """Return the exchange in which a ring gathers, or reduces and scatters, `whole` bytes.
 
-        Between hosts all GPUs of a host send at the same time.
+        Between hosts its bytes go through the links of all the host's ranks at the same time.
         """
         if self.size == 1:
             return _Exchange(0.0, 0.0, self.machines.facts)
         facts, hosts = self.machines.facts, self.hosts
-        within = whole * (self.size - 1) / self.size / (facts.collectives * 1e9)
-        between = whole * (hosts - 1) / self.size / (self.machines.network * 1e9)
+        sent = whole * (self.size - 1) / self.size
+        within = sent / (facts.collectives * 1e9)
+        between = sent * hosts / self.size / (self.machines.network * 1e9) if hosts > 1 else 0.0
         near, far = facts.latency
         steps = (self.size - hosts) * near + hosts * far if hosts > 1 else (self.size - 1) * near
         return _Exchange(within, max(within, between) + operations * steps * 1e-6, facts)
@@ -130,6 +133,7 @@ class _Pass:
     other_kernels: float
     exchange: float  # between tensor-, sequence- and pipeline-parallel ranks
     backward: float
+    idle: float  # waiting for the host, which launches kernels more slowly than the GPU computes them
 
     @property
     def kernels(self) -> float:
@@ -137,14 +141,14 @@ class _Pass:
 
     @property
     def total(self) -> float:
-        return self.kernels + self.exchange
+        return self.kernels + self.exchange + self.idle
 
 
 def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
     """Return the time of a step of a job whose choices are settled (see `planning.memory.settle`).
 
     Args:
-        loaders: processes of each rank that load data; 0: data are made on the GPU.
+        loaders: processes of each rank that load data, perhaps the rank itself; 0: data are made on the GPU.
     """
     layout, batch, facts = job.layout, job.batch, machines.facts
     first, last = _micro_batch(job, machines, 0), _micro_batch(job, machines, layout.pp - 1)
@@ -169,7 +173,7 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
         bubble=bubble,
         host=host,
         data=max(loading - compute, 0),
-        idle=facts.idle / 1e3,
+        idle=count * busiest.idle + facts.idle / 1e3,
     )
 
 
@@ -193,30 +197,42 @@ def _micro_batch(job: Job, machines: Machines, stage: int) -> _Pass:
     ahead, back = zip(_products(job, machines.facts, share), _attention(job, machines.facts, share), strict=True)
     other = _other_bytes(job, share, stage) / (machines.facts.memory * 1e9)
     products, attention = (sum(both) for both in zip(ahead, back, strict=True))
-    return _Pass(products, attention, other, _exchanges(job, machines, share), sum(back) + other / 2)
+    idle = max(machines.facts.launch / 1e3 * share.layers - products - attention - other, 0)
+    return _Pass(products, attention, other, _exchanges(job, machines, share), sum(back) + other / 2, idle)
 
 
 def _products(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
     """Return the seconds of matrix products in the forward and the backward pass."""
-    parts = PARTS if job.layout.token_parts > 1 else 1
 
-    def seconds(rows: float, columns: float, speeds: Curve) -> float:
+    def seconds(rows: float, columns: float, speeds: Curve, parts: int) -> float:
         flops = 2 * share.tokens * rows * columns
         return flops / at(speeds, flops / parts / 1e9) / 1e12
 
     plain: Curve = ((1, facts.float32),) if job.dtype.itemsize == FP32 else facts.products
     curve = plain
-    if converted(job, on_gpu=True)[0]:
+    if _in_float8(job):
         curve = facts.rowwise_products if job.compute.recipe == ROWWISE else facts.float8_products
     hidden, queries, keys, ffn = share.hidden, share.queries, share.keys, share.ffn
-    down = seconds(hidden, ffn, curve)
-    attention = 2 * seconds(queries, hidden, curve) + 2 * seconds(keys, hidden, curve)
-    layer = attention + 2 * seconds(ffn, hidden, curve) + down
-    head = seconds(share.vocabulary, hidden, plain) if share.vocabulary else 0
-    repeated = layer if reenters(job.layout) else layer - down  # no gradient needs the result of the last product
-    gradients = 1 if job.adapters else 2  # of the input, and of a weight that is trained
-    forward = share.layers * layer + head
-    return forward, gradients * forward + share.again * repeated
+
+    def layer(parts: int) -> float:
+        attention = 2 * seconds(queries, hidden, curve, parts) + 2 * seconds(keys, hidden, curve, parts)
+        return attention + 3 * seconds(ffn, hidden, curve, parts)
+
+    def all_layers(parts: int) -> float:
+        head = seconds(share.vocabulary, hidden, plain, parts) if share.vocabulary else 0
+        return share.layers * layer(parts) + head
+
+    parts = _parts(job)
+    # No gradient needs the result of the last product.
+    repeated = layer(parts) - (0 if reenters(job.layout) else seconds(hidden, ffn, curve, parts))
+    forward = all_layers(parts)
+    weights = 0 if job.adapters else all_layers(1)  # gradients of those that are trained; these products have no parts
+    return forward, forward + weights + share.again * repeated
+
+
+def _parts(job: Job) -> int:
+    """Return the parts in which tensor-parallel ranks compute a product: each rank's rows, perhaps in pieces."""
+    return max(PARTS, job.layout.tp) if job.layout.token_parts > 1 else 1
 
 
 def _attention(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
@@ -224,7 +240,8 @@ def _attention(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
     if job.config._attn_implementation == EAGER:
         return 0.0, 0.0
     tflop = 2 * share.tokens * job.batch.max_length * share.queries / 1e12
-    ahead, back = facts.attention
+    slower = facts.products[-1][1] / facts.float32 if job.dtype.itemsize == FP32 else 1
+    ahead, back = (speed / slower for speed in facts.attention)
     again = 0 if job.compute.keep_attention else share.again
     return tflop * share.layers / ahead, tflop * (again / ahead + BACKWARD_ATTENTION * share.layers / back)
 
@@ -245,7 +262,7 @@ def _other_bytes(job: Job, share: _Share, stage: int) -> float:
     if config._attn_implementation == EAGER:
         heads = config.num_attention_heads / job.layout.tp
         moved += SCORE_BYTES * share.tokens * job.batch.max_length * heads * share.layers
-    if converted(job, on_gpu=True)[0]:
+    if _in_float8(job):
         moved += _quantized(job, share)
     return moved + LOSS_PASSES * width * share.tokens * share.vocabulary + _sums(job, stage)
 
@@ -265,6 +282,10 @@ def _quantized(job: Job, share: _Share) -> float:
     return moved * (ROWWISE_FACTOR if job.compute.recipe == ROWWISE else 1)
 
 
+def _in_float8(job: Job) -> bool:
+    return job.compute.fp8 and converted(job, on_gpu=True)[0] > 0
+
+
 def _stored_in_float8(job: Job) -> bool:
     """Return True if weights are kept in float8, and exchanged so (see `engine.float8.store_weights`)."""
     traits, tensorwise = job.layout.traits, job.compute.fp8 and job.compute.recipe != ROWWISE
@@ -276,15 +297,14 @@ def _sums(job: Job, stage: int) -> float:
     if not job.accumulates:
         return 0.0
     sharded = job.layout.zero_stage and not job.exchanges_at_update
-    kept = _trained(job, stage) / (job.layout.gradient_ranks if sharded else 1)
+    kept = sum(_trained(job, stage)) / (job.layout.gradient_ranks if sharded else 1)
     return (job.dtype.itemsize + 2 * FP32) * kept
 
 
-def _trained(job: Job, stage: int) -> float:
-    """Return the number of parameters that a rank of a stage trains, before ZeRO divides them."""
-    if job.adapters:
-        return sum(spec.shape.numel() for spec in trained_specs(job.config, job.adapters))
-    return sum(spec.shape.numel() for spec in stage_specs(job.config, job.layout, stage))
+def _trained(job: Job, stage: int) -> list[int]:
+    """Return the sizes of the weights that a rank of a stage trains, before ZeRO divides them."""
+    specs = trained_specs(job.config, job.adapters) if job.adapters else stage_specs(job.config, job.layout, stage)
+    return [spec.shape.numel() for spec in specs]
 
 
 def _exchanges(job: Job, machines: Machines, share: _Share) -> float:
@@ -293,30 +313,37 @@ def _exchanges(job: Job, machines: Machines, share: _Share) -> float:
     seconds = 0.0
     if layout.token_parts > 1:
         group = _Group(layout.tp, layout.sp, machines)
-        in_float8 = converted(job, on_gpu=True)[0] and job.compute.recipe != ROWWISE
-        whole = share.tokens * share.hidden * (1 if in_float8 else width)
-        count = EXCHANGES * share.layers + 3 * share.again
+        in_float8 = _in_float8(job) and job.compute.recipe != ROWWISE
+        whole = share.tokens * share.hidden * (width - (FLOAT8_EXCHANGES * (width - 1) if in_float8 else 0))
+        count = EXCHANGES * share.layers + REPEATED_EXCHANGES * share.again
         if group.hosts == 1:  # copied beside the products, but for the first part
             copied = whole * (layout.tp - 1) / layout.tp / (facts.copies * 1e9)
-            seconds += count * (copied / PARTS + FIRST_PART)
+            seconds += count * (copied / _parts(job) + FIRST_PART)
         else:
             seconds += count * group.exchange(whole).seconds
+    elif layout.tp > 1:  # Gemini's: all-reduces of the sums, and of the gradients, of attention and FFN
+        reduced = _Group(layout.tp, 1, machines).exchange(2 * share.tokens * share.hidden * width, operations=2)
+        seconds += (4 * share.layers + 2 * share.again) * reduced.seconds
     if layout.sp > 1:  # queries, keys and values at once, and attention's output
         whole = share.tokens * 2 * (share.queries + share.keys) * width
         rearranged = 4 * whole / (facts.memory * 1e9)
         passes = 2 * share.layers + share.again
         seconds += passes * (_Group(layout.sp, 1, machines).exchange(whole, operations=2).seconds + rearranged)
-    if layout.pp > 1:  # forward and backward, half of it beside products
+    if layout.pp > 1:  # forward and backward, half of it beside products; tensor-parallel ranks all send the whole
         replica = layout.tp * layout.sp * layout.pp
         speed = facts.collectives if replica <= machines.per_host else machines.network
-        seconds += layout.chunks * share.tokens * share.hidden * width / layout.token_parts / (speed * 1e9)
+        whole = share.tokens * share.hidden * width
+        seconds += layout.chunks * whole / (speed * 1e9)
+        if layout.token_parts > 1:  # which they gather first, and the gradient at the other end
+            seconds += 2 * layout.chunks * _Group(layout.tp, layout.sp, machines).exchange(whole).seconds
     return seconds
 
 
 def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int) -> tuple[float, float, float]:
     """Return the seconds of the update on the GPU, those on the host, and those that data parallelism adds."""
     layout, facts, width = job.layout, machines.facts, job.dtype.itemsize
-    module, parameters = layout.traits.module, _trained(job, stage)
+    module, sizes = layout.traits.module, _trained(job, stage)
+    parameters, in_chunks = sum(sizes), module in ("gemini", "fsdp")
     shards = layout.gradient_ranks // layout.extra_dp if layout.zero_stage else 1
     own, several = parameters / shards, layout.gradient_ranks > 1
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
@@ -330,25 +357,28 @@ def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int
     if offloaded:
         moved = (1 - offloaded) * moved + own * 2 * width
         host = offloaded * own / (facts.host_adam * 1e9)
-        if module != "zero":  # float32 gradients and weights are copied before and after the update, not meanwhile
+        if in_chunks:  # float32 gradients and weights are copied before and after the update, not meanwhile
             host += offloaded * own * (FP32 + width) / (facts.host_link * 1e9)
+    fetched = 1.0 if "weights" in layout.traits.on_host else job.placement.offload_param_frac
+    host += 2 * count * fetched * own * width / (facts.host_link * 1e9)  # for the forward and the backward pass
     update = moved / (facts.memory * 1e9)
     if not several:
         return update, host, 0.0
 
-    # Pipeline and tensor parallelism take neighbouring ranks, data parallelism those in between.
-    group = _Group(layout.gradient_ranks, layout.tp * layout.pp, machines)
-    large = LARGE_WEIGHTS * job.config.num_hidden_layers / layout.pp
-    narrow = layout.zero_stage > 0 and group.hosts == 1  # see engine/reduction.py
+    # Pipeline and tensor parallelism, and Gemini's copies, take neighbouring ranks, data parallelism those in between.
+    copies, at_end = layout.extra_dp, job.exchanges_at_update
+    group = _Group(layout.gradient_ranks // copies, layout.tp * layout.pp * copies, machines)
+    operations = job.config.num_hidden_layers if in_chunks else 1 + sum(size >= zero.SMALL for size in sizes)
+    narrow = layout.zero_stage > 0 and group.hosts == 1 and not at_end  # see engine/reduction.py; sums are float32
     sent = width if narrow else job.reduce_dtype.itemsize
     passes = 1 if layout.zero_stage else 2  # an all-reduce also gathers
-    reduction = group.exchange(passes * sent * parameters, passes * large)
+    reduction = group.exchange(passes * sent * parameters, passes * operations)
+    reduction += _Group(copies, layout.tp, machines).exchange(2 * job.reduce_dtype.itemsize * own, 2 * operations)
     summing = 0.0
     if narrow and job.reduce_dtype.itemsize > width:
         summing = (width * parameters + FP32 * own) / (facts.memory * 1e9)
-    at_end = job.exchanges_at_update
-    if module in ("gemini", "fsdp"):
-        gathering = group.exchange(width * parameters, job.config.num_hidden_layers)
+    if in_chunks:
+        gathering = group.exchange(width * parameters, operations)
         both = gathering if at_end else gathering + reduction
         added = gathering.beside(busiest.kernels - busiest.backward) + both.beside(busiest.backward)
         return update, host, count * added + (reduction.seconds if at_end else 0) + (1 if at_end else count) * summing
@@ -356,5 +386,5 @@ def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int
     added += (1 if at_end else count) * summing
     if layout.zero_stage:
         per_weight = 1 if _stored_in_float8(job) else width
-        added += group.exchange(per_weight * parameters, large).beside(update + host)
+        added += group.exchange(per_weight * parameters, operations).beside(update + host)
     return update, host, added

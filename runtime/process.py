@@ -45,6 +45,7 @@ READER_GONE = 141  # as a shell reports SIGPIPE
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REPORT_SECONDS = 3  # time for the other nodes to read rank 0's report before its store ends with it
 
+PARENT = "LLAMA_PARENT"  # variable: id of the process that starts this one, which has to end with it
 _PARENT = os.getppid()  # at the start of this process
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -58,6 +59,8 @@ _EFFECT_SECONDS = 2  # by which a rank postdates an end that another rank's caus
 
 def prepare() -> None:
     """Quiet the libraries, and end without a traceback on Ctrl-C during their imports. Call before importing them."""
+    if parent := os.environ.pop(PARENT, None):
+        _end_with(int(parent))
     quiet_third_parties()
     sys.excepthook = end_uncaught
 
@@ -156,11 +159,17 @@ def end_uncaught(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def end_with_launcher() -> None:
-    """Ask the kernel to kill this rank when its torchrun is gone, since nothing else would end or reap it."""
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+    """End this rank when its torchrun is gone, since nothing else would end or reap it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(_PARENT)
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the thread of `parent` that started it ends, however that happens."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != _PARENT:  # torchrun ended before the call
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -290,9 +290,12 @@ def shared_folder(folder: Path) -> Finding:
 
 def measure_facts(file: Path) -> list[Finding]:
     """Measure the facts that step times are estimated from, and write them. Collective over all ranks."""
+    from engine.launch import use_own_cores
     from planning.facts import write_facts
     from planning.measure import measure
 
+    use_own_cores()
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "0"  # for the groups it creates; see `join`. A wait polls each millisecond
     facts, shortfalls = measure()
     if rank() == 0:
         write_facts(file, facts)

@@ -17,11 +17,10 @@ requirements.require()
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 
 from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from checkpointing import folder
 from checkpointing.export import export_merged, export_model
@@ -44,19 +43,40 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_base(args: argparse.Namespace, config: LlamaConfig) -> tuple[Path, LazyTensors]:
+def find_base(checkpoint: Path, base_model: str | None, config: LlamaConfig) -> tuple[Path, LazyTensors]:
     """Return the folder and weights of the model on which the checkpoint's adapters were trained.
 
     Raises:
         InputError: the model is missing, or it is a different one.
     """
-    adapters = LoraConfig.from_pretrained(args.checkpoint / "model")
-    base = find_model(args.base_model or adapters.base_model_name_or_path, "--base_model")
+    adapters = LoraConfig.from_pretrained(checkpoint / "model")
+    base = find_model(base_model or adapters.base_model_name_or_path, "--base_model")
     weights = check_pretrained(base, config, "--base_model")
-    trained_on = folder.read_running_states(args.checkpoint)["settings"]["base_weights"]
+    trained_on = folder.read_running_states(checkpoint)["settings"]["base_weights"]
     if weights_fingerprint(weights) != trained_on:
         raise InputError(f"--base_model: {base} is not the model that the adapters were trained on; give that model")
     return base, weights
+
+
+def exporter(
+    checkpoint: Path, config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, base_model: str | None = None
+) -> Callable[[Path], None]:
+    """Return the function that exports a checkpoint to a folder, with adapters merged.
+
+    Args:
+        config: of the checkpoint.
+        base_model: the model under the adapters, if it is not where it was in training.
+
+    Raises:
+        InputError: the model under the adapters does not fit.
+    """
+    if (checkpoint / "model" / ADAPTER_FILE).is_file():
+        base, weights = find_base(checkpoint, base_model, config)
+        json_files = generation_config(base, tokenizer, "--base_model")
+        return lambda target: export_merged(checkpoint, target, tokenizer, config, weights, json_files)
+    if base_model:
+        raise InputError(f"--base_model: {checkpoint} has no adapters, which this flag is for; leave it out")
+    return lambda target: export_model(checkpoint, target, tokenizer)
 
 
 def main() -> int:
@@ -70,15 +90,9 @@ def main() -> int:
     check_vocabulary(tokenizer, config)
     if damaged := folder.damaged_files(args.checkpoint):
         raise InputError(*(f"--checkpoint: {args.checkpoint / name} is damaged" for name in damaged))
-    make: Callable[..., None] = export_model
-    if (args.checkpoint / "model" / ADAPTER_FILE).is_file():
-        base, weights = find_base(args, config)
-        json_files = generation_config(base, tokenizer, "--base_model")
-        make = partial(export_merged, config=config, weights=weights, json_files=json_files)
-    elif args.base_model:
-        raise InputError(f"--base_model: {args.checkpoint} has no adapters, which this flag is for; leave it out")
+    export = exporter(args.checkpoint, config, tokenizer, args.base_model)
     try:
-        make(args.checkpoint, args.output, tokenizer)
+        export(args.output)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "no room, or no permission"
         raise InputError(f"--output: {args.output} cannot be written ({reason}); give another folder") from error

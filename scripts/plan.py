@@ -17,13 +17,13 @@ from runtime import process
 process.prepare()
 
 import argparse
+import math
 
-from engine.layout import describe_layout
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import Card
 from planning.machines import DryRun, card_problems, planned_card, planned_machines
 from planning.report import describe_machines
-from planning.search import Found, Wish, fastest, flags_of, leanest
+from planning.search import ALIKE, Found, Wish, fastest, flags_of, leanest, simplest
 from runtime.console import InputError, below, say
 from training.flags import ArgumentParser, add_flag, add_machine_args, take, user_name
 
@@ -38,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     add_flag(parser, "-c --config", "7b", f"{known}, or a config.json or its folder", type=user_name)
     add_flag(parser, "--gpus", int, "number of GPUs", required=True)
     add_machine_args(parser)
-    add_flag(parser, "-l --max_length", 4096, "sequence length in tokens")
+    text = "sequence length in tokens (default: 4096, or the model's context if that is shorter)"
+    add_flag(parser, "-l --max_length", int, text)
     text = "tokens of an optimizer step (default: LLaMA's, 4194304)"
     add_flag(parser, "--batch_tokens", RECIPE_TOKENS, text)
     add_flag(parser, "--tokens", REDPAJAMA_TOKENS, "tokens of the whole training (default: RedPajama's, 1.2e12)")
@@ -50,7 +51,9 @@ def parse_args() -> argparse.Namespace:
 def wish_of(args: argparse.Namespace) -> tuple[Wish, Card]:
     """Return what the flags ask for. Raises InputError with a line for each that is wrong."""
     config, plan = load_config(args.config), take(DryRun, args)
-    problems = below(1, gpus=args.gpus, count=args.count, max_length=args.max_length, batch_tokens=args.batch_tokens)
+    length = args.max_length or min(4096, config.max_position_embeddings)
+    problems = below(1, gpus=args.gpus, count=args.count, batch_tokens=args.batch_tokens)
+    problems += below(2, max_length=args.max_length)
     problems += card_problems(plan, args.fp8)
     if not 0 < args.tokens < float("inf"):
         problems.append(f"--tokens: must be a positive number, not {args.tokens}")
@@ -59,7 +62,7 @@ def wish_of(args: argparse.Namespace) -> tuple[Wish, Card]:
     card, machines = planned_card(plan), planned_machines(plan)
     if machines is None or not card.memory_gb > 0:
         raise InputError(f"--gpu: speed or memory of {card.name} is unknown; give --gpu, or --facts and --gpu_memory")
-    wish = Wish(config, machines, args.gpus, card.memory_gb * 1e9, args.max_length, args.batch_tokens, args.fp8)
+    wish = Wish(config, machines, args.gpus, card.memory_gb * 1e9, length, args.batch_tokens, args.fp8)
     if problems := wish.problems():
         raise InputError(*problems)
     return wish, card
@@ -70,12 +73,13 @@ def refusal(wish: Wish, card: Card) -> str:
     if closest := leanest(wish):
         job, peak = closest
         return (
-            f"--gpus: {wish.gpus} x {card.name} do not hold the model: of all layouts {describe_layout(job.layout)}, "
-            f"-b {job.batch.batch_size} -g needs least, {peak / 1e9:.1f} of {card.memory_gb:g} GB; take more or larger"
+            f"--gpus: {wish.gpus} x {card.name} do not hold the model: {flags_of(job)} needs least, "
+            f"{peak / 1e9:.1f} of {card.memory_gb:g} GB; take more GPUs, or larger ones"
         )
+    whole = wish.gpus * wish.max_length  # a sequence for each GPU
     return (
         f"--gpus: {wish.gpus} fit no layout, since {wish.sequences:,} sequences of a step do not divide among them; "
-        "take a power of two, or change --batch_tokens"
+        f"take a power of two, or --batch_tokens {max(1, round(wish.tokens / whole)) * whole}"
     )
 
 
@@ -96,7 +100,7 @@ def row(number: int, found: Found, card: Card, tokens: float) -> list[str]:
         recomputed + (" but attention" if job.compute.keep_attention else ""),
         "float8" if job.compute.fp8 else "bf16",
         f"{found.tokens_per_second:,.0f}",
-        f"{found.mfu(card.peak_tflops):.1%}",
+        "-" if math.isnan(card.peak_tflops) else f"{found.mfu(card.peak_tflops):.1%}",
         f"{found.peak / 1e9:.1f}",
         f"{hours / 24:,.1f}",
         f"{hours * layout.ranks:,.0f}",
@@ -119,7 +123,7 @@ def main() -> int:
         raise InputError(refusal(wish, card))
     say(
         f"{args.config} on {args.gpus} x {card.name} ({describe_machines(wish.machines, args.gpus)}), "
-        f"{wish.sequences:,} sequences of {args.max_length:,} tokens per step:"
+        f"{wish.sequences:,} sequences of {wish.max_length:,} tokens per step:"
     )
     head = ["", "plugin", "layout", "micro-batches", "recomputed", "precision", "tokens/s", "MFU", "GB", "days"]
     table = [[*head, "GPU-hours", "bound by"]]
@@ -127,10 +131,8 @@ def main() -> int:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-    say(
-        f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations. Estimates are "
-        "within 5% of measured steps, so take the simplest of rows as close as that. The commands:"
-    )
+    say(f"days and GPU-hours are for {args.tokens:,.0f} tokens, without restarts, saves and evaluations")
+    say(f"row {simplest(found) + 1} is the simplest of those within {ALIKE:.0%} of the fastest; the commands:")
     start = launcher(args.gpus, wish.machines.per_host)
     for number, each in enumerate(found, 1):
         say(f"{number:2}  {start} pretrain.py -c {args.config} {flags_of(each.job)}")

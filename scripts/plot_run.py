@@ -123,21 +123,20 @@ def read_run(text: str) -> LoggedRun:
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """Read the columns of a metrics.jsonl, without a last line that is still being written."""
-    rows = []
+    """Read the columns of a metrics.jsonl, without a last line that is still being written; one row per step."""
+    rows: dict[float, dict[str, float]] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
-                rows.append({key: float(value) for key, value in row.items() if value is not None})
-                rows[-1]["step"]
+                row = {key: float(value) for key, value in json.loads(line).items() if value is not None}
+                rows.setdefault(row["step"], {}).update(row)
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 if not line.endswith("\n"):
                     break
                 raise InputError(
                     f"{path}, line {number}: not a row of metrics; give a file that a run has written"
                 ) from error
-    return as_columns(rows)
+    return as_columns([rows[step] for step in sorted(rows)])
 
 
 def as_columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:

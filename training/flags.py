@@ -217,6 +217,7 @@ def run_of(
     from training.plan import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
     from training.spikes import SpikeRule
+    from training.tasks import Tasks
 
     if args.lr_schedule == CONSTANT and "min_lr_ratio" in args.given:
         raise InputError("--min_lr_ratio: takes no effect with --lr_schedule constant; leave one out")
@@ -233,11 +234,20 @@ def run_of(
         take(Schedule, args),
         take(SpikeRule, args),
         take(Inspection, args),
+        take(Tasks, args),
         lora,
         args.num_workers,
         settings(args),
         stages or Stages(),
     )
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """Return the names and paths of tasks, which commas separate. Raises ArgumentTypeError if there is none."""
+    names = dict.fromkeys(user_name(name.strip()) for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("the value is empty; name a task, or leave the flag out")
+    return tuple(names)
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -402,6 +412,13 @@ def add_evaluation_args(parser: argparse.ArgumentParser, by_fraction: bool = Tru
     add_flag(held_out, "--eval_interval", 1000, text, action=Given)
     text = "evaluate before the first step too"
     add_flag(held_out, "--eval_first", False, text, action=Given, nargs=0, default=False)
+    text = "tasks of lm-evaluation-harness on which checkpoints are evaluated beside the training: names, task files "
+    text += "(.yaml) and folders of them, separated by commas (default: none)"
+    add_flag(held_out, "--eval_tasks", task_names, text, default=(), metavar="TASK,...")
+    text = "optimizer steps between these evaluations, a multiple of --save_interval; also at the end"
+    add_flag(held_out, "--eval_tasks_interval", int, f"{text} (default: --save_interval)")
+    text = "their device, cpu or cuda:N: a GPU of rank 0's machine on which no rank trains (default: cpu)"
+    add_flag(held_out, "--eval_tasks_device", str, text, metavar="DEVICE")
 
 
 def refuse_evaluation(given: frozenset[str], remedy: str) -> None:

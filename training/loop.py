@@ -38,6 +38,7 @@ from training.plan import Plan, Run, TrainState, stage_lines
 from training.schedule import build_scheduler
 from training.spikes import remember
 from training.step_times import StepTimes
+from training.task_evaluator import TaskEvaluator
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -51,6 +52,7 @@ def train(
     held_out: Mapping[int, Mapping[str, DataLoader[Any]]],
     writer: CheckpointWriter,
     inspector: Inspector,
+    tasks: TaskEvaluator,
 ) -> tuple[Path, bool]:
     """Train from `state` to the end of `plan`.
 
@@ -64,7 +66,7 @@ def train(
     Raises:
         RunError: the loss or the gradient is not finite, data cannot be read, or a checkpoint cannot be written.
     """
-    metrics, stop = _open_metrics(engine, run, plan, state), StopRequest()
+    metrics, stop = open_metrics(run, plan, state), StopRequest()
     evaluated = held_out[plan.legs[0].number]
     if writer.latest and state.unevaluated and not _catch_up(engine, run, state, evaluated, metrics, stop):
         return writer.latest, True
@@ -116,6 +118,7 @@ def train(
                 spend(state, EVALUATIONS, speed.restart())
             metrics.log(row)
             metrics.note([*times.reports, *inspector.end(state.step), *writer.take_reports()])
+            tasks.log(metrics)
             if run.saves_after(state.step, plan) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())
@@ -124,12 +127,12 @@ def train(
         writer.wait()
         spend(state, SAVES, speed.restart())
         metrics.note([*writer.take_reports(), *metrics.summary(), describe(state)])
-    metrics.close()
+    tasks.take_over(metrics, stop)
     assert writer.latest is not None  # the last step saves
     return writer.latest, state.step < plan.total_steps or state.unevaluated is not None
 
 
-def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Metrics:
+def open_metrics(run: Run, plan: Plan, state: TrainState) -> Metrics:
     """Open the logs and describe the run in TensorBoard, without environment variables, which may hold secrets."""
     outputs = run.outputs
     done = state.step - bool(state.unevaluated)
@@ -140,7 +143,7 @@ def _open_metrics(engine: Engine, run: Run, plan: Plan, state: TrainState) -> Me
     names = ("torch", "colossalai", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     texts = {
-        "model": f"```\n{json.dumps(engine.config.to_diff_dict(), indent=2, default=str)}\n```",
+        "model": f"```\n{json.dumps(run.job.config.to_diff_dict(), indent=2, default=str)}\n```",
         "plan": f"{describe_layout(plan.layout)}; {plan.total_steps:,} steps of {plan.global_batch:,} sequences, "
         f"{plan.tokens_per_step:,} tokens, {plan.total_tokens:,} in all",
         "machine": f"{plan.layout.ranks} x {device_name()}; {versions}",

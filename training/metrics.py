@@ -27,9 +27,14 @@ from training.plan import OWNER, TrainState, log_owner
 from training.wandb_run import WandbRun
 
 LOG_FILE = "metrics.jsonl"
+TASKS = "eval_tasks/"  # start of the names of scores on tasks
 MEAN_STEPS = 20  # of the loss in the summary
 BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}] {bar}"  # tqdm cuts it to the terminal's width
 _NUMBERED = re.compile(r"metrics\.(\d+)\.jsonl")
+
+
+def _of_tasks(row: dict[str, Any]) -> bool:
+    return any(name.startswith(TASKS) for name in row)
 
 
 class StepResult(NamedTuple):
@@ -77,8 +82,22 @@ def step_row(
     }
 
 
+def steps_with_tasks(folder: Path, step: int) -> set[int]:
+    """Return the steps, up to `step`, whose scores on tasks are logged in a folder."""
+    found = set()
+    with contextlib.suppress(OSError), open(folder / LOG_FILE, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
+                if TASKS in line and _of_tasks(row := json.loads(line)) and row["step"] <= step:
+                    found.add(row["step"])
+    return found
+
+
 class Metrics:
-    """Writer of one row per optimizer step. A resumed run continues the same curves."""
+    """Writer of one row per optimizer step, and one more for its scores on tasks, which come later.
+
+    A resumed run continues the same curves.
+    """
 
     def __init__(
         self,
@@ -141,17 +160,19 @@ class Metrics:
         """Open the file to append after `step`; move rows of later steps, which the run repeats, to another file.
 
         Returns:
-            The file and its last row.
+            The file and the last row of a step.
         """
-        kept, later = [], []
+        kept, later, last = [], [], {}
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines(keepends=True):
             try:
-                rows = kept if json.loads(line)["step"] <= step else later
+                row = json.loads(line)
+                rows = kept if row["step"] <= step else later
             except (ValueError, KeyError, TypeError):
                 continue
             if line.endswith("\n"):
                 rows.append(line)
+                last = row if rows is kept and not _of_tasks(row) else last
         temporary = path.with_suffix(".tmp")
         if later:
             taken = [int(number[1]) for file in path.parent.iterdir() if (number := _NUMBERED.fullmatch(file.name))]
@@ -159,7 +180,7 @@ class Metrics:
             temporary.replace(path.with_name(f"metrics.{max(taken, default=0) + 1}.jsonl"))
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
-        return open(path, "ab", buffering=0), json.loads(kept[-1]) if kept else {}
+        return open(path, "ab", buffering=0), last
 
     def open_wandb(self, project: str, name: str, settings: dict[str, Any]) -> None:
         """Also log to this project of W&B, in a run of this name."""
@@ -231,6 +252,20 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self._show(0, evaluation)
 
+    def log_tasks(self, step: int, scores: dict[str, float | None], seconds: float) -> None:
+        """Log the scores of an earlier step's checkpoint by name, and print them."""
+        if not self.main:
+            return
+        row = {"step": step} | {f"{TASKS}{name}": score for name, score in scores.items()}
+        try:
+            self._write(step, row)
+        except OSError as error:
+            self._report(step, error)
+        if self.wandb:
+            self.wandb.log(row)
+        listing = ", ".join(f"{name} {score:.4f}" for name, score in scores.items() if score is not None)
+        self.note([f"step {step}: {listing} (evaluated in {tqdm.format_interval(seconds)})"])
+
     def _note_evaluation(self, when: str, values: dict[str, Any]) -> None:
         loss, perplexity = values["eval_loss"], values["eval_perplexity"]
         self.note([f"{when}: loss {loss:.4f}, perplexity {perplexity:.2f} on held-out documents"])
@@ -282,7 +317,7 @@ class Metrics:
     def _show(self, step: int, values: dict[str, Any]) -> None:
         """Write values to TensorBoard."""
         if self.failing or self.board is None:  # TensorBoard's thread ends at its first error
-            self.board = SummaryWriter(str(self.folder), purge_step=step)
+            self.board = SummaryWriter(str(self.folder), purge_step=self.last.get("step", step))
         for key, value in values.items():
             if key not in ("step", "epoch") and value is not None:
                 tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
@@ -294,6 +329,14 @@ class Metrics:
         for message in messages if self.main else ():
             self.bar.write(message, file=sys.stdout)
             sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered, and end the progress bar; more may be logged."""
+        if self.main:
+            self.bar.close()
+            if self.board is not None:
+                with contextlib.suppress(OSError):
+                    self.board.flush()
 
     def close(self) -> None:
         if self.main:

@@ -39,6 +39,7 @@ from training.legs import Leg, check_begun, check_parts, describe, lay_out, stag
 from training.schedule import DECAY_RATIO, EXTENDED, SHAPES, WSD, Curve, Schedule
 from training.spikes import SpikeRule
 from training.stages import END, Stages
+from training.tasks import Tasks
 from training.wandb_run import wandb_problems
 
 OWNER = "run.json"  # in the folder of logs: the run that owns them
@@ -100,6 +101,7 @@ class Run:
     schedule: Schedule = field(default_factory=Schedule)
     spikes: SpikeRule = field(default_factory=SpikeRule)
     inspection: Inspection = field(default_factory=Inspection)
+    tasks: Tasks = field(default_factory=Tasks)
     lora: Lora | None = None  # None: a program without adapters
     num_workers: int = 1  # loader processes per rank
     flags: dict[str, Any] = field(default_factory=dict)  # all flags, for TensorBoard
@@ -159,6 +161,7 @@ class Run:
             + self.inspection.problems()
             + self.outputs.problems()
             + self.retention.problems()
+            + self.tasks.problems(self.retention)
             + self.stages.problems(self.schedule, self.length.max_steps, self.length.num_epochs)
             + below(0, num_workers=self.num_workers)
         )
@@ -595,6 +598,8 @@ def announce(run: Run, plan: Plan, attention: str, on_gpu: bool) -> None:
         f"{plan.layout.dp} data-parallel = "
         f"{leg.global_batch} sequences x {leg.dataset.mean_length:.0f} tokens = {leg.tokens_per_step:,} tokens"
     )
+    if run.tasks.eval_tasks:
+        say(f"tasks: {run.tasks.describe(run.retention)}")
     done = f"; {plan.trained_steps:,} steps, {plan.trained_tokens:,} tokens are done" if plan.trained_steps else ""
     say(f"length: {plan.total_steps:,} optimizer steps, {plan.total_tokens:,} tokens{done}")
     if run.stages.later:

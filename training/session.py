@@ -14,12 +14,13 @@ from engine.launch import launch, shut_down
 from engine.shards import initialize_weights
 from runtime.collectives import on_rank_zero
 from runtime.console import say
-from runtime.process import INTERRUPTED
+from runtime.process import INTERRUPTED, StopRequest
 from training.batches import Batches, build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
 from training.inspection import Inspector
-from training.loop import train
+from training.loop import open_metrics, train
 from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
+from training.task_evaluator import TaskEvaluator
 
 GENERATE = Path("scripts", "generate.py")
 
@@ -51,12 +52,17 @@ def execute(
         if checkpoint:
             check_model(checkpoint / "model", run.job.config, "--load")
         plan = make_plan(run, datasets, state)
+    tasks = TaskEvaluator(run.tasks, run.retention, outputs, plan.total_steps, state.step)
     if checkpoint and state.step >= plan.total_steps and not state.unevaluated:
         say(f"nothing is left to train: {checkpoint} is the end of the run; raise --max_steps or --num_epochs to go on")
-        return _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
+        status = _conclude(outputs.save_dir, checkpoint, export, interrupted=False)
+        if tasks.pending:
+            tasks.take_over(open_metrics(run, plan, state), StopRequest())
+            tasks.finish()
+        return status
     with Inspector(run.inspection, outputs.tensorboard_dir) as inspector:
         engine = boost(run.job)
-        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint)
+        writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint, completed=tasks.begin)
         if any(run.saves_after(step, plan) for step in range(state.step + 1, plan.total_steps)):
             writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
         set_weights(engine, checkpoint, pretrained)
@@ -70,11 +76,12 @@ def execute(
             parts = held_out[leg.number].items()
             evaluation[leg.number] = {name: evaluation_loader(engine, part, leg.batch) for name, part in parts}
         batches = Batches(loaders, plan.layout)
-        last, interrupted = train(engine, run, plan, state, batches, evaluation, writer, inspector)
+        last, interrupted = train(engine, run, plan, state, batches, evaluation, writer, inspector, tasks)
     if isinstance(dataset := plan.leg_at(state.step - 1).dataset, MixtureDataset):
         say(f"epochs: {dataset.epochs(state.sequences)}")
     status = _conclude(outputs.save_dir, last, export, interrupted)
     shut_down(engine.plugin)
+    tasks.finish(interrupted)
     return status
 
 

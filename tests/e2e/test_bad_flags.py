@@ -192,7 +192,7 @@ def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
         str(tmp_path / "tb"),
     ]
     names = [name for name, value in vars(program.parse_args(given)).items() if type(value) in (int, float)]
-    assert {"lr", "batch_size", "mfu", "shuffle_buffer"} <= set(names)
+    assert {"lr", "batch_size", "shuffle_buffer"} <= set(names)
     names += [
         "skip_spikes",
         "max_steps",
@@ -201,7 +201,11 @@ def test_number_flags_refuse_nonsense(monkeypatch, sample_flags, tmp_path):
         "keep_every",
         "gpus",
         "gpu_memory",
+        "gpus_per_node",
+        "network",
+        "mfu",
         "eval_fraction",
+        "eval_tasks_interval",
         "tp",
     ]
     for name in names:

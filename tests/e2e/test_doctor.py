@@ -1,11 +1,17 @@
 """Findings of scripts/doctor.py on the ranks of one machine; test_several_machines.py runs it on two hosts."""
 
 import importlib.metadata
+import json
+import re
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from launching import ROOT, ForkedRun, Run
+from planning.facts import MEASURED, read_facts
+from planning.measure import _shortfalls
 from processes import run_ranks
 from scripts import doctor
 from scripts.doctor import Finding, lines, show
@@ -28,6 +34,55 @@ def test_all_checks_pass(tmp_path):
     assert ["ok", "shared", "folder"] in checks
     assert run.stdout.count("packages") == 1
     assert not list((tmp_path / "new").rglob("*"))
+
+
+def test_measured_speeds_are_facts_for_dry_runs_and_the_benchmark(tmp_path):
+    """Measure two ranks, then estimate and time a step by that file."""
+    facts = tmp_path / "facts.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    with Run([sys.executable, *launcher, DOCTOR, "--measure", facts, "-o", tmp_path / "run"], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    assert re.search(rf"^ok +speed +[\d.]+ TFLOPS in bf16, .*; written to {facts}$", run.stdout, re.MULTILINE)
+    found = read_facts(facts)
+    assert found.card == "CPU"
+    assert found.origin.startswith("measured on 2 x CPU, 20")
+    assert found.latency[0] != MEASURED["H100"].latency[0]  # measured between the ranks
+    assert found.collectives < MEASURED["H100"].collectives / 10
+
+    flags = ["-c", "test", "-l", 64, "-p", "zero2", "--mixed_precision", "fp32", "--facts", facts]
+    with ForkedRun([ROOT / "benchmark.py", *flags, "--json", tmp_path / "figures.json", "-s", 3], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    estimated = json.loads((tmp_path / "figures.json").read_text())["step_seconds_estimated"]
+    assert f" s (estimated {estimated:.3f}), p10 " in run.stdout
+    with ForkedRun([ROOT / "benchmark.py", *flags, "--dry_run"], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    table = run.stdout.partition(f"(with speeds in {facts}):\n")[2]
+    total = float(re.search(r" total\n.* ([\d.,]+)\n", table)[1].replace(",", ""))
+    assert total == pytest.approx(estimated * 1e3, abs=0.06)
+
+
+def test_a_measurement_that_could_not_be_written_is_refused_first(tmp_path):
+    with ForkedRun([DOCTOR, "--measure", tmp_path / "none" / "facts.json"], tmp_path) as run:
+        assert run.wait() == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith(f"doctor.py: error: --measure: folder {tmp_path}/none does not exist; create it")
+
+
+def test_slow_cards_and_links_are_named():
+    known = MEASURED["H100"]
+    good = [known.products[-1][1], known.memory, known.attention[0], known.host_link]
+    throttled = [0.6 * good[0], *good[1:]]
+    everywhere = [
+        ("node1, GPU 0", good),
+        ("node1, GPU 1", throttled),
+        ("node2, GPU 0", [0.95 * speed for speed in good]),
+    ]
+    links = [("node1", known.collectives), ("node2", 0.5 * known.collectives)]
+    assert list(map(str, _shortfalls(known, everywhere, links))) == [
+        "node1, GPU 1: matrix products 403 TFLOPS, expected 672",
+        "node2: collective operations within the host 172 GB/s, expected 345",
+    ]
+    assert not list(_shortfalls(known, [("node1, GPU 0", good)], links[:1]))
 
 
 def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):

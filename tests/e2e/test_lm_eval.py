@@ -6,58 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-QUESTIONS = [
-    ("def main(argument):\n    return", ["argument", "None", "zebra"]),
-    ("import", ["os", "the"]),
-    ("for number in", ["range(10):", "def", "numbers:"]),
-    ("A list", ["is a mutable sequence.", "of"]),
-]
-TASK = {
-    "task": "code_words",
-    "dataset_path": "json",
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "{{answer}}",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
-
-
-@torch.no_grad()
-def log_likelihoods(folder) -> list[list[float]]:
-    """Return for each question and answer the model's summed log-probability of the answer's tokens."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    found = []
-    for question, choices in QUESTIONS:
-        found.append([])
-        for choice in choices:
-            whole = tokenizer(f"{question} {choice}", return_tensors="pt")["input_ids"]
-            assert whole[0, 0] == tokenizer.bos_token_id
-            learned = whole.shape[1] - len(tokenizer(question)["input_ids"])
-            scores = model(whole).logits[0, -learned - 1 : -1].log_softmax(-1)
-            found[-1].append(scores.gather(1, whole[0, -learned:, None]).sum().item())
-    return found
+from scored_tasks import QUESTIONS, best_answers, log_likelihoods, write_task
 
 
 def test_scores_are_those_of_the_model(finished_run, tmp_path):
     final = finished_run.save_dir / "final"
-    expected = log_likelihoods(final)
-    best = [max(range(len(scores)), key=scores.__getitem__) for scores in expected]
-    answers = [best[0], best[1], (best[2] + 1) % 3, best[3]]  # the model gets three of four right
-    rows = [
-        {"question": question, "choices": choices, "answer": answer}
-        for (question, choices), answer in zip(QUESTIONS, answers, strict=True)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    data = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
-    (tmp_path / "code_words.yaml").write_text(json.dumps(TASK | data))  # JSON is YAML
+    expected, best = log_likelihoods(final), best_answers(final)
+    write_task(tmp_path, [best[0], best[1], (best[2] + 1) % 3, best[3]])  # the model gets three of four right
     model = [
         "--model",
         "hf",

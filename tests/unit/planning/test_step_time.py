@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import statistics
+import tomllib
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from attn import select_attention
-from benchmarks.estimated_steps import RESULTS, estimated, measured_rows
+from benchmarks.estimated_steps import PUBLISHED, RESULTS, Published, estimated, measured_rows
 from engine.job import Job
 from model_utils import build_model, load_config
 from planning.cards import CARDS, find_card
@@ -27,7 +28,7 @@ TIMELESS = replace(  # everything but what a test sets takes no time
     MEASURED["H100"],
     **dict.fromkeys(("products", "float8_products", "rowwise_products"), ((1.0, 1e30),)),
     **dict.fromkeys(("float32", "memory", "collectives", "copies", "host_link", "host_adam", "loader"), 1e30),
-    **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0),
+    **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0, launch=0.0),
 )
 
 
@@ -63,6 +64,15 @@ class TestMeasured:
         assert statistics.median(abs(estimated(row).total / row.seconds - 1) for row in ROWS) < 0.03
 
 
+class TestPublished:
+    @pytest.mark.parametrize("run", tomllib.loads(PUBLISHED.read_text())["run"], ids=lambda run: run["job"])
+    def test_within_half_and_explained_from_a_tenth(self, run):
+        row = Published(**run)
+        ratio = row.estimated() / row.tokens
+        assert 2 / 3 < ratio < 1.5
+        assert (0.9 < ratio < 1.1) or row.why
+
+
 class TestFlops:
     @pytest.mark.parametrize("flags", ["-c test -l 64 -b 3", "-c test -l 64 -b 3 -g"])
     def test_are_those_that_torch_counts(self, flags):
@@ -93,6 +103,24 @@ class TestFlops:
         whole, half = (step(f"-c tiny -l 128 -a -p 3d --gpus 2 --tp {tp} -b 2", one) for tp in (1, 2))
         assert half.products == pytest.approx(whole.products / 2)
         assert half.attention == pytest.approx(whole.attention / 2)
+
+    @pytest.mark.parametrize(("tp", "parts"), [(2, 4), (4, 4), (8, 8)])
+    def test_of_tensor_parallel_ranks_are_in_parts(self, tp, parts):
+        """But for gradients of weights: a product of half the FLOPs, or fewer, is slower here."""
+        flops = 2 * 2 * 4096 * 4096 * 11008 / tp / 1e9  # of the largest
+        speeds = replace(TIMELESS, products=((flops / parts, 1.0), (flops / parts * 1.001, 2.0)))
+        config = load_config("7b")
+        config.vocab_size = 11008
+        job = replace(planned(f"-c 7b -a -p 3d --gpus {tp} --tp {tp} -b 2"), config=config)
+        found = estimate_step(job, Machines(speeds, 8, 1)).products
+        one = estimate_step(job, Machines(replace(TIMELESS, products=((1.0, 1.0),)), 8, 1)).products
+        assert found == pytest.approx(one * (2 + 1 / 2) / 3, rel=1e-6)
+
+    def test_of_attention_in_fp32_are_slower(self):
+        job = planned("-c 7b -p zero2 -a -b 2")
+        in_fp32 = replace(job, compute=replace(job.compute, mixed_precision="fp32"))
+        here = Machines(MEASURED["H100"], 8, 1)
+        assert estimate_step(in_fp32, here).attention > 10 * estimate_step(job, here).attention
 
     def test_of_adapters_leave_out_the_frozen_weights_gradients(self):
         job = planned("-c test -l 64 -p zero2 -a")
@@ -167,10 +195,54 @@ class TestExchange:
     def test_between_hosts_takes_the_slower_of_both_links(self):
         flags, moved = "-c 7b -p zero2 -a --gpus 16 --reduce_dtype bf16", 2 * 2 * 6_738_415_616 / 1e9
         facts = replace(TIMELESS, collectives=10.0, overlap=(1.0, 1.0))
-        # In a ring each GPU sends 15/16 of the bytes; between two hosts half of them go through eight links.
+        # In a ring each GPU sends 15/16 of the bytes; those of a host's last GPU go through the host's eight links.
         assert step(flags, facts, per_host=16).exchange == pytest.approx(moved * 15 / 16 / 10, rel=1e-6)
         assert step(flags, facts, network=1e30).exchange == pytest.approx(moved * 15 / 16 / 10, rel=1e-6)
-        assert step(flags, facts, network=0.1).exchange == pytest.approx(moved / 2 / 8 / 0.1, rel=1e-6)
+        assert step(flags, facts, network=0.1).exchange == pytest.approx(moved * 15 / 16 / 8 / 0.1, rel=1e-6)
+
+    def test_of_sums_once_a_step_moves_float32(self):
+        """Narrow gradients travel as they are within a host, but sums over micro-batches are float32."""
+        job = planned("-c 7b -p zero2 -a --gpus 4")
+        facts = replace(TIMELESS, collectives=1.0)
+        job = replace(job, batch=replace(job.batch, accumulation_steps=2))
+        at_end = replace(job, exchange=replace(job.exchange, exchange="step"))
+        parameters = 6_738_415_616
+        assert estimate_step(at_end, Machines(facts, 8, 1)).exchange == pytest.approx(
+            (4 + 2) * parameters * 3 / 4 / 1e9, rel=1e-6
+        )
+
+    def test_between_pipeline_stages_every_tensor_parallel_rank_sends_the_whole(self):
+        facts = replace(TIMELESS, latency=(0.0, 0.0))
+        flags = "-c 7b -p 3d -a -b 8 --gpus 16 --pp 4"
+        one, four = (step(f"{flags} --tp {tp}", facts, per_host=4, network=1.0) for tp in (1, 4))
+        sent = 8 * 4096 * 4096 * 2 / 1e9  # in each direction, half of it beside products
+        exposed = four.exchange - 10 * 8 * 8 * 35e-6  # but for the first parts of tensor parallelism's own exchanges
+        assert exposed == pytest.approx(sent, rel=0.01)
+        assert one.exchange > sent
+
+    def test_of_gemini_counts_a_chunk_a_layer(self):
+        far = replace(TIMELESS, latency=(0.0, 1000.0))
+        found = step("-c 7b -p gemini -a --gpus 2", far, per_host=1, network=1e30)
+        assert found.exchange == pytest.approx(3 * 32 * 2e-3)
+
+    def test_of_small_weights_is_one_operation(self):
+        far = replace(TIMELESS, latency=(0.0, 1000.0))
+        found = step("-c tiny -p zero2 -a --gpus 2", far, per_host=1, network=1e30)
+        assert found.exchange == pytest.approx(2 * 3 * 2e-3)  # those of the embeddings and the output are large
+
+    def test_of_copies_of_gemini(self):
+        """The ranks of a copy are in different hosts, and gather less than without copies; their sums are reduced."""
+        flags = "-c 7b -p gemini -a --gpus 32"
+        facts = replace(TIMELESS, overlap=(1.0, 1.0))
+        whole, copies = (step(f"{flags} {more}", facts, network=1.0).exchange for more in ("", "--extra_dp 4"))
+        parameters = 6_738_415_616
+        assert whole == pytest.approx((2 + 2 + 4) * parameters * 31 / 32 / 8 / 1e9, rel=1e-6)
+        assert copies == pytest.approx((2 + 2 + 4) * parameters * 7 / 8 / 2 / 1e9, rel=1e-6)
+
+    def test_of_geminis_tensor_parallelism(self):
+        facts = replace(TIMELESS, collectives=1.0)
+        found = step("-c 7b -p gemini -a -b 1 --gpus 2 --tp 2 --extra_dp 1", facts)
+        assert found.exchange == pytest.approx(4 * 32 * 2 * 4096 * 4096 * 2 / 2 / 1e9)
 
     def test_beside_kernels_costs_less_than_after_them(self):
         hidden = replace(MEASURED["H100"], overlap=(0.0, 0.0))
@@ -194,6 +266,7 @@ class TestMore:
         assert step("-c 7b -p zero2 -a -b 2 -g").total > step("-c 7b -p zero2 -a -b 2 -g --keep_attention").total
         assert step("-c 7b -p zero2_cpu -a -b 2").host > 1
         assert step("-c 7b -p gemini -a -b 2 --offload_optim_frac 0.5").host > 0
+        assert step("-c 7b -p gemini -a -b 2 --offload_param_frac 1.0").host > 0.5
 
     def test_float8_and_fused_attention_are_faster(self):
         assert tokens_per_second("-c 7b -p zero2 -a --fp8") > 1.25 * tokens_per_second("-c 7b -p zero2 -a")
@@ -206,6 +279,11 @@ class TestMore:
         job = planned("-c 7b -p zero2 -a -b 2 --gpus 8")
         seconds = estimate_step(job, machines).total
         assert 0.15 < 16 * 4096 * 46.1e9 / seconds / 8 / (card.peak_tflops * 1e12) < 0.75
+
+    def test_a_small_model_waits_for_the_host(self):
+        many, once = (step(f"-c tiny -l 256 -p zero2 -a -b {size}").idle for size in (1, 512))
+        assert many > once == MEASURED["H100"].idle / 1e3
+        assert many == pytest.approx(once + 4 * MEASURED["H100"].launch / 1e3, rel=0.1)
 
     def test_waiting_for_a_slow_loader(self):
         machines = Machines(replace(MEASURED["H100"], loader=0.001), 8, 40)
@@ -231,6 +309,7 @@ class TestFacts:
             ({"memory": "fast"}, "memory is 'fast'"),
             ({"memory": True}, "memory is True"),
             ({"memory": float("nan")}, "memory is nan"),
+            ({"memory": 10**400}, "memory is 1000"),
             ({"attention": 5}, "attention is 5, not two positive numbers"),
             ({"attention": [5, 0]}, "attention is (5, 0)"),
             ({"products": []}, "the sizes of products do not ascend"),

@@ -47,11 +47,8 @@ def test_every_imported_package_is_listed():
     files = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("*/*.py") if path.parent.name != "tests")]
     own = {path.stem for path in [*files, *ROOT.glob("tests/support/*.py")]} | {path.parent.name for path in files}
     listed = {Requirement(requirement).name for file, requirement, _ in lines() if file != "requirements-dev.txt"}
-    optional = {
-        "flash_attn",
-        "torchtitan",
-        "triton",
-    }  # for a comparison; comes with torch for CUDA
+    # torchtitan is for a comparison, lm_eval for --eval_tasks; triton comes with torch for CUDA.
+    optional = {"flash_attn", "lm_eval", "torchtitan", "triton"}
     assert set().union(*map(imported, files)) - own <= listed | optional
 
 

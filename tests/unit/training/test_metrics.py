@@ -5,13 +5,15 @@ import json
 import re
 import resource
 import sys
+import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from scripts.plot_run import read_rows
 from training import metrics as module
-from training.metrics import Metrics
+from training.metrics import Metrics, steps_with_tasks
 
 
 def line(step):
@@ -198,6 +200,60 @@ class TestMetrics:
             events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         )
         assert start.session_start_info.hparams["lr"].number_value == 3e-4
+
+
+class TestScoresOnTasks:
+    """They come after the rows of later steps."""
+
+    def test_they_are_logged_at_their_step(self, tmp_path, capsys):
+        metrics = metrics_of(tmp_path)
+        metrics.wandb = types.SimpleNamespace(log=(sent := []).append, close=lambda: None)
+        for step in (1, 2):
+            metrics.log(values_of(step, loss=step))
+        metrics.log_tasks(1, {"words/acc": 0.25, "words/f1": None}, seconds=61)
+        metrics.log(values_of(3, loss=3))
+        assert metrics.summary()[0].startswith("trained: 3 steps, 3,000 tokens")
+        metrics.close()
+        row = {"step": 1, "eval_tasks/words/acc": 0.25, "eval_tasks/words/f1": None}
+        rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 1, 3]
+        assert rows[2] == sent[2] == row
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("eval/tasks/words/acc")] == [(1, 0.25)]
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        assert "step 1: words/acc 0.2500 (evaluated in 01:01)" in capsys.readouterr().out.splitlines()
+        columns = read_rows(tmp_path / "metrics.jsonl")
+        assert columns["step"].tolist() == [1, 2, 3]
+        assert columns["loss"].tolist() == [1, 2, 3]
+        assert columns["eval_tasks/words/acc"].tolist()[0] == 0.25
+
+    def test_a_resume_keeps_those_of_the_steps_that_it_keeps(self, tmp_path):
+        metrics = metrics_of(tmp_path)
+        for step in (1, 2, 3):
+            metrics.log(values_of(step, loss=step))
+        for step in (3, 1):
+            metrics.log_tasks(step, {"words/acc": 0.25}, seconds=1)
+        metrics.close()
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2, "eval_tasks/words/acc": 0.')  # torn
+        assert [steps_with_tasks(tmp_path, step) for step in (0, 2, 3)] == [set(), {1}, {1, 3}]
+        hours = metrics.last["hours"]
+        metrics = metrics_of(tmp_path, step=2)
+        assert (metrics.last["step"], metrics.last["hours"] <= hours) == (2, True)
+        metrics.close()
+        assert steps_with_tasks(tmp_path, 3) == {1}
+        rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 1]
+
+    def test_the_first_row_after_a_full_disk_removes_no_curve(self, tmp_path):
+        metrics = metrics_of(tmp_path)
+        for step in (1, 2, 3):
+            metrics.log(values_of(step, loss=step))
+        metrics.failing = True
+        metrics.log_tasks(1, {"words/acc": 0.25}, seconds=1)
+        metrics.close()
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+        assert [event.step for event in events] == [1, 2]  # the last step counts as not logged
 
 
 class TestTime:

@@ -179,9 +179,9 @@ def test_each_mistake_is_one_line(stages, text, problem):
 
 def test_all_mistakes_at_once(stages):
     with pytest.raises(InputError) as raised:
-        stages("lenth = 1\n[[stage]]\nmax_length = -1\n[[stage]]\nfrom_token = 1\nlr = 2")
+        stages("extra = 1\n[[stage]]\nmax_length = -1\n[[stage]]\nfrom_token = 1\nlr = 2")
     assert [re.search(r"stages.toml, (stage \d, )?(\w+)", line)[2] for line in raised.value.problems] == [
-        *("lenth", "max_length", "from_token", "lr"),
+        *("extra", "max_length", "from_token", "lr"),
     ]
 
 
