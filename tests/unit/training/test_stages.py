@@ -6,6 +6,7 @@ import re
 import pytest
 
 from engine.layout import Batch
+from launching import ROOT
 from pretrain import parse_args
 from runs import problems_of
 from runtime.console import InputError
@@ -256,6 +257,16 @@ class TestBatches:
         text = "[[stage]]\nfrom_token = 5\nmax_length = 2000\n[[stage]]\nfrom_token = 6\n[[stage]]\nfrom_token = 7\n"
         batches = stages(f"{text}max_length = 4000").batches(self.FIRST)
         assert batches == [self.FIRST, Batch(2, 6, 2000), Batch(2, 6, 2000), Batch(1, 6, 4000)]
+
+
+def test_the_examples_in_the_documentation(stages):
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/data.md")]
+    anneal, at_the_end, longer = (
+        stages(block) for text in texts for block in re.findall(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    )
+    assert anneal.later[0].data == {"pages.jsonl": 0.7, "quickstart/data": 0.3}
+    assert at_the_end.end_token == 10**12
+    assert longer.batches(Batch(4, 8, 4096)) == [Batch(4, 8, 4096), Batch(1, 8, 16384), Batch(1, 4, 32768)]
 
 
 class TestWithFlags:
