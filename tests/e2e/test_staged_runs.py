@@ -208,6 +208,18 @@ def test_kill_and_resume_is_exact(staged, whole, step):
     assert_equal_checkpoints(resumed, run, STEPS)
 
 
+def test_kill_one_of_two_ranks_at_a_boundary_and_resume(staged):
+    flags = [*TWO_RANKS, "-i", 2]
+    run = staged(*flags, processes=2)
+    kill = SIGNAL.format(name="SIGKILL", step=BEGIN[2], rank=1)
+    killed = staged(*flags, change=kill, processes=2, check=False)
+    assert killed.returncode != 0
+    assert killed.column("step")[-1] < STEPS
+    resumed = staged(*flags, "-f", "latest", folder=killed.folder, processes=2)
+    assert curve(resumed) == curve(run)
+    assert_equal_checkpoints(resumed, run, STEPS)
+
+
 @pytest.mark.parametrize("step", [2, 3, 4, 6, 8])
 def test_resume_from_each_checkpoint_is_exact(staged, whole, step):
     run, _ = whole
