@@ -93,6 +93,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def load_job(args: argparse.Namespace, layers: int | None = None) -> tuple[Job, str]:
+    """Return the job that flags describe, of this program or pretrain.py, and a line on its attention kernel.
+
+    Args:
+        layers: number of layers; None: that of the model.
+
+    Raises:
+        InputError: the configuration cannot be read, or flags contradict each other.
+    """
+    config = load_config(args.config)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    attention = select_attention(
+        config, args.flash_attention, sequence_parallel=args.sp > 1, deterministic=args.deterministic
+    )
+    return job_of(args, config), attention
+
+
 def check(args: argparse.Namespace, job: Job) -> None:
     """Check every flag before a GPU is touched. Raises InputError with one line per problem."""
     problems = placement_problems(job)
@@ -107,7 +124,7 @@ def check(args: argparse.Namespace, job: Job) -> None:
     if args.profile:
         problems += folder_problems("--profile", args.profile)
     plan = take(DryRun, args)
-    if plan.facts:
+    if plan.facts and not plan.dry_run:
         problems += plan.facts_problems(job.compute.fp8)
     # Outside of a dry run the facts give the estimate beside the measured step.
     check_job(job, plan if plan.dry_run else replace(plan, facts=None), args.given, further=problems)
@@ -241,16 +258,12 @@ def report(args: argparse.Namespace, job: Job, results: dict) -> None:
 
 def main() -> int:
     args = parse_args()
-    config, plan = load_config(args.config), take(DryRun, args)
-    attention = select_attention(
-        config, args.flash_attention, sequence_parallel=args.sp > 1, deterministic=args.deterministic
-    )
-    job = job_of(args, config)
+    plan, (job, attention) = take(DryRun, args), load_job(args)
     check(args, job)
     job = settle(job, plan)
     announce(args.config, job, attention, on_gpu=args.dry_run or torch.cuda.is_available())
     if args.dry_run:
-        say_plan(job, plan, job.batch.batch_size * job.layout.dp * job.batch.max_length, REDPAJAMA_TOKENS)
+        say_plan(job, plan, job.tokens_per_step, REDPAJAMA_TOKENS)
         return 0
     try:
         measure(args, job, plan)
@@ -288,9 +301,9 @@ def measure(args: argparse.Namespace, job: Job, plan: DryRun) -> None:
         recomputation=job.recomputed,
         device_name=results["device"],
     )
-    known = planned_machines(replace(plan, gpus_per_node=local_world_size()))
-    planned = known and (torch.cuda.is_available() or plan.facts)
-    results["step_seconds_estimated"] = estimate_step(job, known).total if known and planned else None
+    known = torch.cuda.is_available() or plan.facts
+    machines = planned_machines(replace(plan, gpus_per_node=local_world_size())) if known else None
+    results["step_seconds_estimated"] = estimate_step(job, machines).total if machines else None
     if args.profile:
         with trace(args.profile):
             train_step(engine, batch, label_tokens)

@@ -43,6 +43,7 @@ from planning.memory import settle
 from planning.report import say_host_memory, say_plan
 from runtime.console import InputError, say
 from runtime.ranks import once_per_node
+from training.announcements import announce, say_schedule
 from training.checks import check_job, run_problems
 from training.flags import (
     ArgumentParser,
@@ -57,7 +58,7 @@ from training.flags import (
     take,
     user_name,
 )
-from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
+from training.plan import Run, check_folders, complete, make_plan, resume_state
 from training.session import execute
 from training.tasks import check_tasks
 

@@ -39,6 +39,7 @@ from planning.memory import settle
 from planning.report import say_host_memory, say_memory, say_time
 from runtime.console import InputError, below, say
 from runtime.ranks import once_per_node
+from training.announcements import announce, say_schedule
 from training.checks import check_job, outputs_among_data, run_problems, stage_problems
 from training.flags import (
     ArgumentParser,
@@ -60,7 +61,7 @@ from training.flags import (
     user_path,
 )
 from training.legs import largest_job
-from training.plan import Run, announce, check_folders, complete, make_plan, resume_state, say_schedule
+from training.plan import Run, check_folders, complete, make_plan, resume_state
 from training.session import execute
 from training.stages import Stages, read_stages, short_name
 from training.tasks import check_tasks

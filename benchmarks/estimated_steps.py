@@ -22,16 +22,14 @@ process.prepare()
 
 import benchmark
 import pretrain
-from attn import select_attention
 from engine.job import Job
-from model_utils import load_config
 from planning.cards import find_card
 from planning.facts import facts_of, read_facts
 from planning.machines import GPUS_PER_HOST, NOMINAL_GBITS, DryRun, Machines, planned_card, planned_machines
 from planning.memory import estimate_memory, settle_for
 from planning.step_time import StepTime, estimate_step
 from runtime.console import InputError, say
-from training.flags import job_of, user_path
+from training.flags import user_path
 
 RESULTS = ROOT / "docs" / "results.md"
 PUBLISHED = ROOT / "benchmarks" / "published.toml"
@@ -50,8 +48,7 @@ class Row:
     @property
     def seconds(self) -> float:
         """Measured seconds of a step."""
-        batch = self.job.batch
-        return batch.sequences * batch.max_length * self.job.layout.dp / self.tokens_per_second
+        return self.job.tokens_per_step / self.tokens_per_second
 
 
 def measured_rows(text: str) -> Iterator[Row]:
@@ -67,14 +64,11 @@ def measured_rows(text: str) -> Iterator[Row]:
         args = benchmark.parse_args(
             f"-c {model} -b {per_rank} --dry_run --gpus {gpus or 1} {attention} {flags}".split()
         )
-        config = load_config(args.config)
-        config.num_hidden_layers = int(layers.partition(" ")[0]) if layers else config.num_hidden_layers
-        select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
+        job, _ = benchmark.load_job(args, int(layers.partition(" ")[0]) if layers else None)
         card = find_card(gpu)
         assert card is not None
         peak = float(cells[6]) if cells[6] else None
-        job = settle_for(job_of(args, config), card.memory_gb * 1e9)
-        yield Row(card.name, job, flags, float(cells[4].replace(",", "")), peak)
+        yield Row(card.name, settle_for(job, card.memory_gb * 1e9), flags, float(cells[4].replace(",", "")), peak)
 
 
 def estimated(row: Row, facts: Path | None = None) -> StepTime:
@@ -102,16 +96,13 @@ class Published:
     def estimated(self) -> float:
         """Return the tokens per second and GPU that are estimated for the flags."""
         args = pretrain.parse_args(f"{self.flags} -x bf16 -a --dry_run".split())
-        config = load_config(args.config)
-        select_attention(config, flash_attention=True, sequence_parallel=args.sp > 1)
-        job = job_of(args, config)
+        job, _ = benchmark.load_job(args)
         if problems := job.problems():
             raise InputError(*problems)
         plan = DryRun(dry_run=True, gpu=self.gpu, gpus_per_node=self.per_host, network=self.network)
         machines, job = planned_machines(plan), settle_for(job, planned_card(plan).memory_gb * 1e9)
         assert machines is not None
-        tokens = job.batch.sequences * job.batch.max_length * job.layout.dp
-        return tokens / estimate_step(job, machines).total / job.layout.ranks
+        return job.tokens_per_step / estimate_step(job, machines).total / job.layout.ranks
 
 
 def compare_published() -> None:
@@ -151,10 +142,9 @@ def main() -> int:
         job, step = row.job, estimated(row, args.facts)
         errors.append(step.total / row.seconds - 1)
         peak = f"{row.peak_gb:.1f}" if row.peak_gb else ""
-        batch = job.batch
-        tokens = batch.sequences * batch.max_length * job.layout.dp / step.total
+        tokens, sequences = job.tokens_per_step / step.total, job.batch.sequences
         say(
-            f"| {job.layout.ranks} x {row.gpu} | {job.config.num_hidden_layers} | `{row.flags}` | {batch.sequences} | "
+            f"| {job.layout.ranks} x {row.gpu} | {job.config.num_hidden_layers} | `{row.flags}` | {sequences} | "
             f"{row.seconds * 1e3:,.1f} | {step.total * 1e3:,.1f} | {errors[-1]:+.1%} | {peak} | "
             f"{estimate_memory(job).peak.total / 1e9:.1f} | {tokens:,.0f} |"
         )

@@ -19,14 +19,12 @@ from runtime import process
 process.prepare()
 
 import benchmark
-from attn import select_attention
 from engine.job import Job
-from model_utils import load_config, model_flops_per_token
 from planning.machines import DryRun, Machines, card_problems, planned_card, planned_machines
 from planning.memory import estimate_memory, settle_for, usable
-from planning.step_time import estimate_step
+from planning.step_time import estimate_step, estimated_mfu
 from runtime.console import InputError, say
-from training.flags import ArgumentParser, add_machine_args, job_of, take
+from training.flags import ArgumentParser, add_machine_args, take
 
 HOSTS = (1, 2, 4, 8, 16, 32, 64, 128)
 JOBS = (
@@ -44,9 +42,7 @@ JOBS = (
 def job_on(gpus: int, model: str, flags: str) -> Job:
     """Return the job of a row on so many GPUs."""
     args = benchmark.parse_args(f"-c {model} {flags} -a --dry_run --gpus {gpus}".split())
-    config = load_config(args.config)
-    select_attention(config, flash_attention=True, sequence_parallel=args.sp > 1)
-    return job_of(args, config)
+    return benchmark.load_job(args)[0]
 
 
 def cell(job: Job, machines: Machines, memory: float, peak_tflops: float) -> str:
@@ -55,11 +51,9 @@ def cell(job: Job, machines: Machines, memory: float, peak_tflops: float) -> str
         return "-"
     if estimate_memory(job).peak.total > usable(memory):
         return "too large"
-    job, length = settle_for(job, memory), job.batch.max_length
+    job = settle_for(job, memory)
     step = estimate_step(job, machines)
-    flops = job.batch.sequences * length * job.layout.dp * model_flops_per_token(job.config, length)
-    mfu = flops / step.total / job.layout.ranks / (peak_tflops * 1e12)
-    return f"{mfu:.1%}, {step.exchange / step.total:.0%}"
+    return f"{estimated_mfu(job, step, peak_tflops):.1%}, {step.exchange / step.total:.0%}"
 
 
 def main() -> int:

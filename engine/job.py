@@ -174,6 +174,11 @@ class Job:
         )
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step of all ranks, in sequences of the largest length."""
+        return self.batch.sequences * self.batch.max_length * self.layout.dp
+
+    @property
     def dtype(self) -> torch.dtype:
         """Working precision."""
         return DTYPES[self.compute.mixed_precision]

@@ -102,7 +102,7 @@ _A100 = replace(
     host_link=26,
     origin="of an A100, as others published",
 )
-MEASURED = {
+BUILT_IN = {
     "H100": _H100,
     "H200": replace(_H100, card="H200", memory=3580, origin="of an H200"),
     "A100": _A100,
@@ -131,8 +131,8 @@ def facts_of(card: Card, file: Path | None = None) -> Facts | None:
     """
     if file:
         return replace(read_facts(file), origin=f"in {file}")
-    if card.name in MEASURED:
-        return MEASURED[card.name]
+    if card.name in BUILT_IN:
+        return BUILT_IN[card.name]
     known, basis = find_card(card.name), find_card(_H100.card)
     if known is None:
         return None

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from engine.float8 import E4M3, E5M2, Factor, factor, multiply
 from engine.job import FLOAT8_ALIGNMENT
 from planning.cards import find_card
-from planning.facts import MEASURED, Curve, Facts, facts_of
+from planning.facts import BUILT_IN, Curve, Facts, facts_of
 from runtime.collectives import gather
 from runtime.console import local_rank, local_world_size, rank, say, world_size
 
@@ -89,9 +89,10 @@ def measure() -> tuple[Facts, list[Shortfall]]:
     if world_size() > 1:
         say("measuring links")
         near, far = _links(sizes, device)
+    copies = _copies(sizes)
     fallback = known.collectives if known else link
-    latency = known.latency if known else MEASURED["H100"].latency
-    overlap = known.overlap if known else MEASURED["H100"].overlap
+    latency = known.latency if known else BUILT_IN["H100"].latency
+    overlap = known.overlap if known else BUILT_IN["H100"].overlap
     hosts = world_size() // local_world_size()
     where = f"{world_size()} x {name}" + (f" in {hosts} hosts" if hosts > 1 else "")
     assumed = "" if near else "; links as in its data sheet" if known else "; links as fast as that to the host"
@@ -108,16 +109,16 @@ def measure() -> tuple[Facts, list[Shortfall]]:
         attention=(slowest[2], back * slowest[2] / ahead),
         memory=slowest[1],
         collectives=near.speed if near else fallback,
-        copies=(_copies(sizes) or (near.speed if near else None)) or (known.copies if known else link),
+        copies=copies or (near.speed if near else known.copies if known else link),
         network=far.speed if far else 0,
         latency=(near.latency if near else latency[0], far.latency if far else latency[1]),
         overlap=(near.overlap if near else overlap[0], far.overlap if far else overlap[1]),
-        spread=MEASURED["H100"].spread if on_gpu else 0,
+        spread=BUILT_IN["H100"].spread if on_gpu else 0,
         host_link=slowest[3],
         host_adam=adam,
         loader=loader,
-        idle=MEASURED["H100"].idle if on_gpu else 0,
-        launch=MEASURED["H100"].launch if on_gpu else 0,
+        idle=BUILT_IN["H100"].idle if on_gpu else 0,
+        launch=BUILT_IN["H100"].launch if on_gpu else 0,
         origin=f"measured on {where}, {datetime.date.today()}{assumed}",
     )
     return facts, list(_shortfalls(known, everywhere, hosts_links)) if known else []

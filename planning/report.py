@@ -11,7 +11,7 @@ from engine.job import AUTO, MICRO_BATCH, STEP, Job, reenters
 from model_utils import model_flops_per_token
 from planning.machines import DryRun, Machines, planned_card, planned_machines
 from planning.memory import checkpoint_memory, estimate_memory
-from planning.step_time import StepTime, estimate_step
+from planning.step_time import estimate_step
 from runtime.console import say, size_text
 
 
@@ -134,13 +134,9 @@ def say_time(job: Job, plan: DryRun, tokens_per_step: int, total_tokens: float, 
         step = estimate_step(replace(job, batch=replace(batch, max_length=round(length))), machines, loaders)
         seconds = step.total
         say(f"estimated time of a step in ms ({describe_machines(machines, layout.ranks)}):")
-        names = [field.name for field in fields(StepTime)]
-        widths = [max(len(name), 8) + 2 for name in names]
-        shown = zip(names, widths, strict=True)
-        say("  " + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in shown) + f"{'total':>10}")
-        figures = [getattr(step, name) * 1e3 for name in names]
-        shown_figures = zip(figures, widths, strict=True)
-        say("  " + "".join(f"{figure:{width},.1f}" for figure, width in shown_figures) + f"{seconds * 1e3:10,.1f}")
+        components = {name: max(len(name), 8) + 2 for name in (*(field.name for field in fields(step)), "total")}
+        say("  " + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in components.items()))
+        say("  " + "".join(f"{getattr(step, name) * 1e3:{width},.1f}" for name, width in components.items()))
     else:
         say(f"time: the speed of {card.name} is unknown; name a known GPU with --gpu, or give --mfu or --facts")
         return

@@ -9,10 +9,9 @@ from transformers import LlamaConfig
 from attn import select_attention
 from engine.job import MICRO_BATCH, STEP, Compute, Job
 from engine.layout import Batch, Parallelism
-from model_utils import model_flops_per_token
 from planning.machines import Machines
 from planning.memory import estimate_memory, settle_for, usable
-from planning.step_time import StepTime, estimate_step
+from planning.step_time import StepTime, estimate_step, estimated_mfu
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # sequences
 RECOMPUTED = ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (1.0, True), (1.0, False))  # fraction, --keep_...
@@ -22,7 +21,7 @@ ALIKE = 0.05  # relative difference of two estimates that says little: their lar
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be trained on which GPUs.
+    """A wish: the model to train, the GPUs, and the batch.
 
     Attributes:
         tokens: of an optimizer step.
@@ -69,17 +68,15 @@ class Found:
 
     @property
     def tokens_per_second(self) -> float:
-        batch = self.job.batch
-        return batch.sequences * batch.max_length * self.job.layout.dp / self.step.total
+        return self.job.tokens_per_step / self.step.total
 
     def mfu(self, peak_tflops: float) -> float:
         """Return the fraction of the GPUs' peak, as in `benchmark.py`."""
-        flops = model_flops_per_token(self.job.config, self.job.batch.max_length)
-        return self.tokens_per_second * flops / self.job.layout.ranks / (peak_tflops * 1e12)
+        return estimated_mfu(self.job, self.step, peak_tflops)
 
     @property
     def bound(self) -> str:
-        """What takes most of the step beside the work itself: link, bubble or memory; compute if it is little."""
+        """Largest loss of the step beside the work itself: link, bubble or memory; compute if it is small."""
         step = self.step
         lost = {"link": step.exchange, "bubble": step.bubble, "memory": self.recomputation + step.host}
         largest = max(lost, key=lambda name: lost[name])

@@ -13,7 +13,7 @@ from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted
 from engine.job import ROWWISE, Job, recomputed_layers, reenters
 from engine.overlap import PARTS
-from model_utils import attention_size, trained_specs
+from model_utils import attention_size, model_flops_per_token, trained_specs
 from planning.facts import Curve, Facts, at
 from planning.machines import Machines
 from planning.memory import FP32, MASTER_AND_MOMENTS, stage_specs
@@ -175,6 +175,12 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
         data=max(loading - compute, 0),
         idle=count * busiest.idle + facts.idle / 1e3,
     )
+
+
+def estimated_mfu(job: Job, step: StepTime, peak_tflops: float) -> float:
+    """Return the fraction of the GPUs' peak that a job reaches by the estimate, counted as in `benchmark.py`."""
+    flops = job.tokens_per_step * model_flops_per_token(job.config, job.batch.max_length)
+    return flops / step.total / job.layout.ranks / (peak_tflops * 1e12)
 
 
 def _share(job: Job, stage: int) -> _Share:

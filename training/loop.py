@@ -28,13 +28,14 @@ from runtime.collectives import gather
 from runtime.console import RunError, rank, say
 from runtime.process import StopRequest
 from runtime.watchdog import REDUCE, Watchdog, mark
+from training.announcements import stage_lines
 from training.batches import Batches, StepBatch
 from training.evaluation import evaluate
 from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_start, spend
 from training.inspection import Inspector
 from training.legs import Leg
 from training.metrics import Metrics, StepResult, step_row
-from training.plan import Plan, Run, TrainState, stage_lines
+from training.plan import Plan, Run, TrainState
 from training.schedule import build_scheduler
 from training.spikes import remember
 from training.step_times import StepTimes

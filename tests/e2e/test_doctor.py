@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launching import ROOT, ForkedRun, Run
-from planning.facts import MEASURED, read_facts
+from planning.facts import BUILT_IN, read_facts
 from planning.measure import _shortfalls
 from processes import run_ranks
 from scripts import doctor
@@ -46,8 +46,8 @@ def test_measured_speeds_are_facts_for_dry_runs_and_the_benchmark(tmp_path):
     found = read_facts(facts)
     assert found.card == "CPU"
     assert found.origin.startswith("measured on 2 x CPU, 20")
-    assert found.latency[0] != MEASURED["H100"].latency[0]  # measured between the ranks
-    assert found.collectives < MEASURED["H100"].collectives / 10
+    assert found.latency[0] != BUILT_IN["H100"].latency[0]  # measured between the ranks
+    assert found.collectives < BUILT_IN["H100"].collectives / 10
 
     flags = ["-c", "test", "-l", 64, "-p", "zero2", "--mixed_precision", "fp32", "--facts", facts]
     with ForkedRun([ROOT / "benchmark.py", *flags, "--json", tmp_path / "figures.json", "-s", 3], tmp_path) as run:
@@ -69,7 +69,7 @@ def test_a_measurement_that_could_not_be_written_is_refused_first(tmp_path):
 
 
 def test_slow_cards_and_links_are_named():
-    known = MEASURED["H100"]
+    known = BUILT_IN["H100"]
     good = [known.products[-1][1], known.memory, known.attention[0], known.host_link]
     throttled = [0.6 * good[0], *good[1:]]
     everywhere = [

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from launching import ROOT, ForkedRun
-from planning.facts import MEASURED
+from planning.facts import BUILT_IN
 
 PLAN = ROOT / "scripts" / "plan.py"
 
@@ -39,8 +39,8 @@ def test_rows_and_commands(tmp_path):
 def test_by_measured_speeds(tmp_path):
     """A card of half the speed takes twice as long, and a measured network needs no --network."""
     slow = replace(
-        MEASURED["H100"],
-        products=tuple((size, speed / 10) for size, speed in MEASURED["H100"].products),
+        BUILT_IN["H100"],
+        products=tuple((size, speed / 10) for size, speed in BUILT_IN["H100"].products),
         network=10.0,
         origin="measured somewhere",
     )
@@ -55,7 +55,7 @@ def test_by_measured_speeds(tmp_path):
 
 def test_a_card_without_data_sheet_and_a_short_context(tmp_path):
     """Neither is a reason to refuse: the card's peak is not needed, and the context is the length that counts."""
-    facts = asdict(replace(MEASURED["H100"], card="a new card"))
+    facts = asdict(replace(BUILT_IN["H100"], card="a new card"))
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     flags = ["-c", "30b", "--gpus", 32, "--facts", tmp_path / "facts.json", "--gpu_memory", 80, "-n", 1]
     run = plan(tmp_path, *flags)
@@ -124,7 +124,7 @@ def test_weak_scaling_of_the_hosts_that_are_given(tmp_path):
     ],
 )
 def test_mistakes_of_benchmarks(program, flags, message, tmp_path):
-    (tmp_path / "facts.json").write_text(json.dumps(asdict(MEASURED["H100"])))
+    (tmp_path / "facts.json").write_text(json.dumps(asdict(BUILT_IN["H100"])))
     with ForkedRun([ROOT / "benchmarks" / program, *flags.format(tmp_path).split()], tmp_path) as run:
         assert run.wait() == 2, run.output()
     assert run.stdout == ""

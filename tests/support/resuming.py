@@ -1,4 +1,4 @@
-"""What an uninterrupted run and its resume share, and changes of pretrain.py for tests of both."""
+"""Comparison of an uninterrupted run with its resume, and changes of pretrain.py for tests of both."""
 
 import json
 from pathlib import Path

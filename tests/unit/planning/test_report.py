@@ -7,6 +7,7 @@ import pytest
 import benchmark
 import pretrain
 from model_utils import load_config
+from planning.facts import BUILT_IN, write_facts
 from planning.machines import DryRun
 from planning.report import memory_remedies
 from runtime.console import InputError
@@ -30,12 +31,22 @@ def checked(flags: str) -> None:
         ),
         ("--gpu H100-96GB", "--gpu: 'H100-96GB' would be taken for H100 with 80 GB; give --gpu_memory 96"),
         ("--gpu_memory -1", "--gpu_memory: must be a positive number of GB, not -1.0"),
+        ("--facts missing.json", "--facts: missing.json cannot be read as JSON"),
         ("--mfu 1.5", "--mfu: must be above 0 and at most 1, not 1.5"),
     ],
 )
 def test_mistakes(flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
         checked(f"--dry_run {flags}")
+
+
+def test_facts_of_another_card_are_one_line(tmp_path):
+    write_facts(tmp_path / "facts.json", BUILT_IN["A100"])
+    for flags, line in (("--gpu H100", "has the speeds of A100, not of H100"), ("--fp8", "A100 has no float8")):
+        with pytest.raises(InputError) as raised:
+            checked(f"--dry_run --facts {tmp_path}/facts.json {flags}")
+        assert [line in problem for problem in raised.value.problems].count(True) == 1
+        assert len(raised.value.problems) == len(set(raised.value.problems))
 
 
 @pytest.mark.parametrize("card", ["A100-SXM4-80GB", "L40S-48GB", "A100-PCIE-40GB", "A100-40GB --gpu_memory 40"])

@@ -12,20 +12,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from attn import select_attention
 from benchmarks.estimated_steps import PUBLISHED, RESULTS, Published, estimated, measured_rows
 from engine.job import Job
 from model_utils import build_model, load_config
 from planning.cards import CARDS, find_card
-from planning.facts import MEASURED, Facts, at, facts_of, read_facts, write_facts
+from planning.facts import BUILT_IN, Facts, at, facts_of, read_facts, write_facts
 from planning.machines import DryRun, Machines, planned_machines
 from planning.step_time import StepTime, estimate_step
 from runtime.console import InputError
-from training.flags import job_of
 
 ROWS = list(measured_rows(RESULTS.read_text(encoding="utf-8")))
 TIMELESS = replace(  # everything but what a test sets takes no time
-    MEASURED["H100"],
+    BUILT_IN["H100"],
     **dict.fromkeys(("products", "float8_products", "rowwise_products"), ((1.0, 1e30),)),
     **dict.fromkeys(("float32", "memory", "collectives", "copies", "host_link", "host_adam", "loader"), 1e30),
     **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0, launch=0.0),
@@ -33,21 +31,17 @@ TIMELESS = replace(  # everything but what a test sets takes no time
 
 
 def planned(flags: str) -> Job:
-    args = benchmark.parse_args(f"--dry_run {flags}".split())
-    config = load_config(args.config)
-    select_attention(config, args.flash_attention, sequence_parallel=args.sp > 1)
-    job = job_of(args, config)
+    job, _ = benchmark.load_job(benchmark.parse_args(f"--dry_run {flags}".split()))
     assert not job.problems()
     return job
 
 
-def step(flags: str, facts: Facts = MEASURED["H100"], per_host: int = 8, network: float = 40.0) -> StepTime:
+def step(flags: str, facts: Facts = BUILT_IN["H100"], per_host: int = 8, network: float = 40.0) -> StepTime:
     return estimate_step(planned(flags), Machines(facts, per_host, network))
 
 
 def tokens_per_second(flags: str, **machines) -> float:
-    batch, layout = planned(flags).batch, planned(flags).layout
-    return batch.sequences * batch.max_length * layout.dp / step(flags, **machines).total
+    return planned(flags).tokens_per_step / step(flags, **machines).total
 
 
 class TestMeasured:
@@ -119,7 +113,7 @@ class TestFlops:
     def test_of_attention_in_fp32_are_slower(self):
         job = planned("-c 7b -p zero2 -a -b 2")
         in_fp32 = replace(job, compute=replace(job.compute, mixed_precision="fp32"))
-        here = Machines(MEASURED["H100"], 8, 1)
+        here = Machines(BUILT_IN["H100"], 8, 1)
         assert estimate_step(in_fp32, here).attention > 10 * estimate_step(job, here).attention
 
     def test_of_adapters_leave_out_the_frozen_weights_gradients(self):
@@ -245,7 +239,7 @@ class TestExchange:
         assert found.exchange == pytest.approx(4 * 32 * 2 * 4096 * 4096 * 2 / 2 / 1e9)
 
     def test_beside_kernels_costs_less_than_after_them(self):
-        hidden = replace(MEASURED["H100"], overlap=(0.0, 0.0))
+        hidden = replace(BUILT_IN["H100"], overlap=(0.0, 0.0))
         assert (
             step("-c 7b -p zero2 -a -b 2 --gpus 8", hidden).exchange < step("-c 7b -p zero2 -a -b 2 --gpus 8").exchange
         )
@@ -282,11 +276,11 @@ class TestMore:
 
     def test_a_small_model_waits_for_the_host(self):
         many, once = (step(f"-c tiny -l 256 -p zero2 -a -b {size}").idle for size in (1, 512))
-        assert many > once == MEASURED["H100"].idle / 1e3
-        assert many == pytest.approx(once + 4 * MEASURED["H100"].launch / 1e3, rel=0.1)
+        assert many > once == BUILT_IN["H100"].idle / 1e3
+        assert many == pytest.approx(once + 4 * BUILT_IN["H100"].launch / 1e3, rel=0.1)
 
     def test_waiting_for_a_slow_loader(self):
-        machines = Machines(replace(MEASURED["H100"], loader=0.001), 8, 40)
+        machines = Machines(replace(BUILT_IN["H100"], loader=0.001), 8, 40)
         job = planned("-c 7b -p zero2 -a -b 2")
         found = estimate_step(job, machines, loaders=2)
         assert found.total == pytest.approx(2 * 4096 / 2000, rel=0.01)
@@ -299,8 +293,8 @@ class TestFacts:
         assert [at(curve, size) for size in (0.1, 1, 10, 100, 1e9)] == [100, 100, 200, 300, 300]
 
     def test_written_and_read(self, tmp_path):
-        write_facts(tmp_path / "facts.json", MEASURED["H200"])
-        assert read_facts(tmp_path / "facts.json") == MEASURED["H200"]
+        write_facts(tmp_path / "facts.json", BUILT_IN["H200"])
+        assert read_facts(tmp_path / "facts.json") == BUILT_IN["H200"]
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -321,7 +315,7 @@ class TestFacts:
         ],
     )
     def test_mistakes_in_a_file(self, change, message, tmp_path):
-        (tmp_path / "facts.json").write_text(json.dumps(asdict(MEASURED["H100"]) | change))
+        (tmp_path / "facts.json").write_text(json.dumps(asdict(BUILT_IN["H100"]) | change))
         with pytest.raises(InputError) as error:
             read_facts(tmp_path / "facts.json")
         assert message in str(error.value)

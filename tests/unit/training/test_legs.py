@@ -15,9 +15,10 @@ from data_utils import MixtureDataset, PackedDataset, TrainingData, epochs_of
 from engine.layout import Batch
 from runs import run_from
 from runtime.console import InputError
+from training.announcements import stage_lines
 from training.batches import ShardedSampler
 from training.legs import largest_job
-from training.plan import Plan, Run, TrainState, make_plan, stage_lines
+from training.plan import Plan, Run, TrainState, make_plan
 from training.stages import Stage, Stages
 
 TOKENS = {"web": 9000, "code": 2100, "math": 1300}  # in each data set

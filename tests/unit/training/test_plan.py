@@ -15,7 +15,8 @@ from model_utils import load_config
 from runs import run_from
 from runtime.console import InputError
 from training import plan
-from training.plan import TrainState, announce, check_folders, claim_folders, complete, make_plan, resume_state
+from training.announcements import announce
+from training.plan import TrainState, check_folders, claim_folders, complete, make_plan, resume_state
 
 FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
 
