@@ -61,7 +61,7 @@ def train(run: Run, first: dict[str, float], state: TrainState, stop: int | None
     """Train up to step `stop` or the end; return the sequences of each step, as the ranks read them, and the plan."""
     datasets = datasets_of(run, first)
     plan, steps = make_plan(run, datasets, state), []
-    while state.step < (plan.total_steps if stop is None else stop):
+    while state.step < (plan.total_steps if stop is None else min(stop, plan.total_steps)):
         leg = plan.leg_at(state.step)
         parts = []
         for rank in range(plan.layout.dp):
