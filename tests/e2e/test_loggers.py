@@ -1,11 +1,9 @@
 """W&B beside the other logs, against the files of its offline mode; and runs with names in one folder of logs."""
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
 
-import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from launching import start_pretrain
@@ -37,7 +35,6 @@ def history_of(record) -> dict:
     return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs the package wandb")
 def test_offline_files_of_wandb_hold_each_row_of_one_run_over_a_resume(sample_flags, sample_dataset, tmp_path):
     flags = [*sample_flags, "-p", "zero2", "-x", "fp32", "-b", 4, "-i", 2, "--wandb", "llamas", "--run_name", "first"]
     flags += ["--lr_schedule", "constant"]
