@@ -46,6 +46,7 @@ def main() -> int:
     config = load_config(args.config)
     say(select_attention(config, args.flash_attention, args.sp > 1, deterministic=args.deterministic))
     job = job_of(args, config)
+    config.torch_dtype = job.dtype  # as it is saved
     launch(args.seed, args.deterministic)
     engine = boost(job)
     initialize_weights(engine)

@@ -12,13 +12,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from checkpointing.folder import (
     CHECKPOINT,
@@ -152,11 +154,11 @@ class CheckpointWriter:
         files: dict[str, dict] = {}
         staged: list[File] = []
         if self.background and self._fits_in_memory(shards_by_file):
-            staged = [self._gathered(shards, self._staged) for shards in shards_by_file]
-            device.synchronize()
+            staged = self._staged(shards_by_file)
         else:
             for shards in shards_by_file:  # join before the next exchange, which would time out on a slow disk
-                self._start(self._write, *self._gathered(shards, lambda _, tensor: tensor.cpu()), files)
+                tensors = {name: tensor.cpu() for shard in shards for name, tensor in self._gathered(shard)}
+                self._start(self._write, shards[0].spec.group if shards else "", tensors, files)
                 self._join()
         stall = time.perf_counter() - started
         self._start(self._finish, staged, json_files, files, started, stall)
@@ -242,22 +244,26 @@ class CheckpointWriter:
         ]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
-    def _gathered(self, shards: list[LocalShard], copied: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
-        """Return copies of a file's full tensors on the rank that writes it, none on the others. Collective."""
-        tensors = {}
-        for shard in shards:
-            for key in (MASTER, *MOMENTS):
-                full = shard.gather(key, self._positions[shard.spec.group])
-                if full is not None:
-                    name = f"{shard.spec.name}.{key}"
-                    tensors[name] = copied(name, full.detach())
-        return (shards[0].spec.group if shards else ""), tensors
+    def _gathered(self, shard: LocalShard) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a parameter's full tensors, by name, on the rank that writes it, none on the others. Collective."""
+        for key in (MASTER, *MOMENTS):
+            full = shard.gather(key, self._positions[shard.spec.group])
+            if full is not None:
+                yield f"{shard.spec.name}.{key}", full.detach()
 
-    def _staged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy to a host buffer that later checkpoints reuse; it is pinned if the tensor is on a GPU."""
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._buffers[name].copy_(tensor, non_blocking=True)
+    def _staged(self, shards_by_file: list[list[LocalShard]]) -> list[File]:
+        """Return copies in host buffers, which later checkpoints reuse, of the files that this rank writes. Collective.
+
+        Files have different writers in turn. Their parameters are gathered in turn, so that all ranks copy at once.
+        """
+        copies, staged = device.HostCopies(), defaultdict[str, dict[str, torch.Tensor]](dict)
+        for shard in in_turn(shards_by_file, dist.get_world_size()):
+            for name, full in self._gathered(shard):
+                if name not in self._buffers:
+                    self._buffers[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+                staged[shard.spec.group][name] = copies.copy(self._buffers[name], full)
+        copies.wait()
+        return list(staged.items())
 
     def _written(self, shards_by_file: list[list[LocalShard]]) -> list[LocalShard]:
         """Return the parameters that this rank writes."""
@@ -365,6 +371,13 @@ class CheckpointWriter:
             files.update(part["files"])
             path.unlink()
         return files
+
+
+def in_turn(files: list[list[LocalShard]], count: int) -> Iterator[LocalShard]:
+    """Yield the parameters of every `count` successive files: the first of each, then the second of each."""
+    for first in range(0, len(files), count):
+        for shards in itertools.zip_longest(*files[first : first + count]):
+            yield from filter(None, shards)
 
 
 def remove_old_checkpoints(save_dir: Path, retention: Retention) -> None:
