@@ -10,7 +10,7 @@ import statistics
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,7 @@ class Published:
     tokens: float
     per_host: int = GPUS_PER_HOST
     network: float = NOMINAL_GBITS
+    bandwidth: float | None = None
     why: str = ""
 
     def estimated(self) -> float:
@@ -100,8 +101,12 @@ class Published:
         if problems := job.problems():
             raise InputError(*problems)
         plan = DryRun(dry_run=True, gpu=self.gpu, gpus_per_node=self.per_host, network=self.network)
-        machines, job = planned_machines(plan), settle_for(job, planned_card(plan).memory_gb * 1e9)
+        card = planned_card(plan)
+        machines, job = planned_machines(plan), settle_for(job, card.memory_gb * 1e9)
         assert machines is not None
+        if self.bandwidth:
+            memory = machines.facts.memory * self.bandwidth / card.bandwidth
+            machines = replace(machines, facts=replace(machines.facts, memory=memory))
         return job.tokens_per_step / estimate_step(job, machines).total / job.layout.ranks
 
 

@@ -76,8 +76,8 @@ def main() -> int:
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "torch, eager": torch_loss,
         "torch, compiled": torch.compile(torch_loss),
-        "engine/loss.py, `-a` or not, eager layers": summed_cross_entropy,
-        "engine/loss.py, compiled layers": partial(summed_cross_entropy, compiled=True),
+        "engine/loss.py, --no-compile": summed_cross_entropy,
+        "engine/loss.py": partial(summed_cross_entropy, compiled=True),
     }
     say(f"{args.tokens:,} tokens, {args.vocabulary:,} in the vocabulary, logits of {logits.nbytes / 1e9:.2f} GB")
     say("| loss | ms | GB | error |")

@@ -25,7 +25,9 @@ class Facts:
         float8_products: the same with float8 operands that are scaled as a whole; empty: the GPU has none.
         rowwise_products: the same, scaled by rows.
         float32: TFLOPS of matrix products in float32.
-        attention: TFLOPS of a fused causal attention kernel, forward and backward; half of the scores count.
+        attention: TFLOPS of a fused causal attention kernel's forward pass, by the sequence's tokens; half of the
+            scores count.
+        attention_backward: the same of its backward pass.
         memory: GB/s that element-wise kernels read and write.
         collectives: GB/s that each GPU sends in collective operations within a host.
         copies: GB/s of copies from another GPU of the host by copy engines.
@@ -47,7 +49,8 @@ class Facts:
     float8_products: Curve
     rowwise_products: Curve
     float32: float
-    attention: tuple[float, float]
+    attention: Curve
+    attention_backward: Curve
     memory: float
     collectives: float
     copies: float
@@ -64,15 +67,16 @@ class Facts:
 
 
 # From profiles of single kernels on an H100 and an H200 with torch 2.11 (docs/planner.md), then fitted to the rows of
-# docs/results.md, all at once. Not measured, but assumed: float32, launch, the speed and latency between hosts, and
-# what products lose beside a collective operation between hosts.
+# docs/results.md, all at once; attention of 32,768 tokens from a single step. Not measured, but assumed: float32,
+# launch, the speed and latency between hosts, and what products lose beside a collective operation between hosts.
 _H100 = Facts(
     card="H100",
     products=((1, 150), (10, 340), (100, 650), (500, 690), (2000, 672)),
     float8_products=((1, 150), (10, 500), (100, 930), (500, 1350), (2000, 1160)),
     rowwise_products=((1, 100), (10, 400), (100, 1100), (500, 1300)),
     float32=50,
-    attention=(478, 399),
+    attention=((4096, 478), (32768, 640)),
+    attention_backward=((4096, 399), (32768, 535)),
     memory=3160,
     collectives=345,
     copies=370,
@@ -95,7 +99,8 @@ _A100 = replace(
     float8_products=(),
     rowwise_products=(),
     float32=17,
-    attention=(185, 165),
+    attention=((4096, 185),),
+    attention_backward=((4096, 165),),
     memory=1680,
     collectives=225,
     copies=270,
@@ -109,7 +114,11 @@ BUILT_IN = {
     "A800": replace(_A100, card="A800", collectives=150, copies=180),
 }
 SLOWEST, FASTEST = 1e-6, 1e9  # that a fact in a file may be
-PRODUCTS = ("products", "float8_products", "rowwise_products")
+FLOAT8_CURVES = ("float8_products", "rowwise_products")  # empty if the GPU has no float8
+CURVES = {
+    **dict.fromkeys(("products", *FLOAT8_CURVES), "GFLOP"),
+    **dict.fromkeys(("attention", "attention_backward"), "tokens"),
+}
 
 
 def at(curve: Curve, size: float) -> float:
@@ -151,7 +160,8 @@ def facts_of(card: Card, file: Path | None = None) -> Facts | None:
         float8_products=scaled(_H100.float8_products) if float8 else (),
         rowwise_products=scaled(_H100.rowwise_products) if float8 else (),
         float32=_H100.float32 * speed,
-        attention=(_H100.attention[0] * speed, _H100.attention[1] * speed),
+        attention=scaled(_H100.attention),
+        attention_backward=scaled(_H100.attention_backward),
         memory=_H100.memory * memory,
         collectives=_H100.collectives * link,
         copies=_H100.copies * link,
@@ -199,15 +209,15 @@ def _problem(name: str, value: Any) -> str | None:
 
     if name in ("card", "origin"):
         return None if isinstance(value, str) else f"{name} is not a text"
-    if name in PRODUCTS:
+    if name in CURVES:
         points = isinstance(value, tuple) and all(isinstance(point, tuple) and len(point) == 2 for point in value)
         if not points or not all(map(is_speed, (number for point in value for number in point))):
-            return f"{name} is not a list of pairs of GFLOP and TFLOPS"
+            return f"{name} is not a list of pairs of {CURVES[name]} and TFLOPS"
         sizes = [size for size, _ in value]
-        if sizes != sorted(set(sizes)) or (name == "products" and not value):
+        if sizes != sorted(set(sizes)) or (not value and name not in FLOAT8_CURVES):
             return f"the sizes of {name} do not ascend"
         return None
-    pair = name in ("attention", "latency", "overlap")
+    pair = name in ("latency", "overlap")
     numbers = value if pair and isinstance(value, tuple) else (value,)
     if len(numbers) != (2 if pair else 1) or not all(map(is_speed, numbers)):
         return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'} up to {FASTEST:g}"

@@ -245,9 +245,10 @@ def _attention(job: Job, facts: Facts, share: _Share) -> tuple[float, float]:
     """Return the seconds of a fused attention kernel in the forward and the backward pass."""
     if job.config._attn_implementation == EAGER:
         return 0.0, 0.0
-    tflop = 2 * share.tokens * job.batch.max_length * share.queries / 1e12
     slower = facts.products[-1][1] / facts.float32 if job.dtype.itemsize == FP32 else 1
-    ahead, back = (speed / slower for speed in facts.attention)
+    length = job.batch.max_length
+    ahead, back = (at(curve, length) / slower for curve in (facts.attention, facts.attention_backward))
+    tflop = 2 * share.tokens * length * share.queries / 1e12
     again = 0 if job.compute.keep_attention else share.again
     return tflop * share.layers / ahead, tflop * (again / ahead + BACKWARD_ATTENTION * share.layers / back)
 

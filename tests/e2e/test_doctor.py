@@ -70,19 +70,27 @@ def test_a_measurement_that_could_not_be_written_is_refused_first(tmp_path):
 
 def test_slow_cards_and_links_are_named():
     known = BUILT_IN["H100"]
-    good = [known.products[-1][1], known.memory, known.attention[0], known.host_link]
+    good = [known.products[-1][1], known.memory, known.attention[0][1], known.host_link]
     throttled = [0.6 * good[0], *good[1:]]
     everywhere = [
         ("node1, GPU 0", good),
         ("node1, GPU 1", throttled),
         ("node2, GPU 0", [0.95 * speed for speed in good]),
     ]
-    links = [("node1", known.collectives), ("node2", 0.5 * known.collectives)]
+    links = [("node1", 255.0), ("node2", 127.5)]
     assert list(map(str, _shortfalls(known, everywhere, links))) == [
         "node1, GPU 1: matrix products 403 TFLOPS, expected 672",
-        "node2: collective operations within the host 172 GB/s, expected 345",
+        "node2: collective operations within the host 128 GB/s, expected 255",
     ]
     assert not list(_shortfalls(known, [("node1, GPU 0", good)], links[:1]))
+
+
+@pytest.mark.parametrize("known", [None, BUILT_IN["H100"]], ids=["unknown card", "faster than the built-in speeds"])
+def test_a_card_that_is_slower_than_the_others_is_named(known):
+    speeds = [1e4, 1e4, 1e4, 1e4]
+    everywhere = [("node1, GPU 0", speeds), ("node1, GPU 1", speeds), ("node2, GPU 0", [1e4, 8e3, 1e4, 1e4])]
+    found = list(map(str, _shortfalls(known, everywhere, [])))
+    assert found == ["node2, GPU 0: memory 8,000 GB/s, expected 10,000"]
 
 
 def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):

@@ -26,7 +26,15 @@ TIMELESS = replace(  # everything but what a test sets takes no time
     BUILT_IN["H100"],
     **dict.fromkeys(("products", "float8_products", "rowwise_products"), ((1.0, 1e30),)),
     **dict.fromkeys(("float32", "memory", "collectives", "copies", "host_link", "host_adam", "loader"), 1e30),
-    **dict(attention=(1e30, 1e30), latency=(0.0, 0.0), overlap=(0.0, 0.0), spread=0.0, idle=0.0, launch=0.0),
+    **dict(
+        attention=((1, 1e30),),
+        attention_backward=((1, 1e30),),
+        latency=(0.0, 0.0),
+        overlap=(0.0, 0.0),
+        spread=0.0,
+        idle=0.0,
+        launch=0.0,
+    ),
 )
 
 
@@ -84,7 +92,7 @@ class TestFlops:
         counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
         scores = sum(flops for name, flops in counted.items() if "bmm" in name)
         again = int(job.recomputed)
-        one = replace(TIMELESS, products=((1.0, 1.0),), attention=(1.0, 1.0))
+        one = replace(TIMELESS, products=((1.0, 1.0),), attention=((1, 1.0),), attention_backward=((1, 1.0),))
         found = estimate_step(job, Machines(one, 8, 1))
         assert found.products * 1e12 == pytest.approx(sum(counted.values()) - scores, rel=1e-6)
         # Plain attention has two products of whole matrices in the forward pass, and four in the backward pass. A fused
@@ -93,7 +101,7 @@ class TestFlops:
         assert found.attention * 1e12 == pytest.approx(product * (1 + 2.5 + again), rel=1e-3)
 
     def test_of_a_tensor_parallel_rank(self):
-        one = replace(TIMELESS, products=((1.0, 1.0),), attention=(1.0, 1.0))
+        one = replace(TIMELESS, products=((1.0, 1.0),), attention=((1, 1.0),), attention_backward=((1, 1.0),))
         whole, half = (step(f"-c tiny -l 128 -a -p 3d --gpus 2 --tp {tp} -b 2", one) for tp in (1, 2))
         assert half.products == pytest.approx(whole.products / 2)
         assert half.attention == pytest.approx(whole.attention / 2)
@@ -304,8 +312,10 @@ class TestFacts:
             ({"memory": True}, "memory is True"),
             ({"memory": float("nan")}, "memory is nan"),
             ({"memory": 10**400}, "memory is 1000"),
-            ({"attention": 5}, "attention is 5, not two positive numbers"),
-            ({"attention": [5, 0]}, "attention is (5, 0)"),
+            ({"latency": 5}, "latency is 5, not two positive numbers"),
+            ({"overlap": [5, -1]}, "overlap is (5, -1)"),
+            ({"attention": [[4096, 0]]}, "attention is not a list of pairs of tokens and TFLOPS"),
+            ({"attention": []}, "the sizes of attention do not ascend"),
             ({"products": []}, "the sizes of products do not ascend"),
             ({"products": [[2, 1], [1, 1]]}, "the sizes of products do not ascend"),
             ({"products": [[2, 0]]}, "products is not a list of pairs"),
