@@ -352,7 +352,9 @@ def _shortfalls(
         for measured, speed, (what, unit) in zip(values, usual, kinds, strict=True):
             if measured < FALLS_SHORT * speed:
                 yield Shortfall(place, what, measured, speed, unit)
-    of_hosts = max(ALL_GATHER * known.collectives if known else 0, statistics.median([speed for _, speed in links] or [0]))
+    of_hosts = max(
+        ALL_GATHER * known.collectives if known else 0, statistics.median([speed for _, speed in links] or [0])
+    )
     for host, speed in links:
         if speed < FALLS_SHORT * of_hosts:
             yield Shortfall(host, "collective operations within the host", speed, of_hosts, "GB/s")

@@ -24,8 +24,10 @@ from pathlib import Path
 import psutil
 
 from checkpointing.folder import complete_checkpoints
+from corpus.tokenizer import load_tokenizer, vocabulary_size
 from launching import ROOT, Run, free_port
 from machines import INTERFACE, NAMES, Machine, obstacle, two_machines
+from model_utils import load_config
 from runtime.process import INTERRUPTED
 
 HANG_SECONDS = 15  # --hang_timeout
@@ -111,7 +113,10 @@ class Cluster:
     def __init__(self, hosts: list[Machine], folder: Path, data: str, tokenizer: str):
         self.hosts, self.folder, self.disk = hosts, folder, folder / "disk"
         (folder / "hosts.txt").write_text("".join(f"{name}\n" for name in NAMES))
-        self.flags = ["-c", "test", "-p", "zero2", "-x", "fp32", "-l", 64, "-b", 2, "-s", 2, "-e", 10**6]
+        config = load_config("test")
+        config.vocab_size = max(config.vocab_size, vocabulary_size(load_tokenizer(tokenizer)))
+        config.save_pretrained(folder / "model")
+        self.flags = ["-c", folder / "model", "-p", "zero2", "-x", "fp32", "-l", 64, "-b", 2, "-s", 2, "-e", 10**6]
         self.flags += ["-d", data, "--tokenizer", tokenizer, "--lr_schedule", "constant", "--log_interval", 1]
         self.flags += ["-i", SAVE_INTERVAL, "--keep_checkpoints", 3, "--hang_timeout", HANG_SECONDS]
 
