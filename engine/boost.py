@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from attn import attend_inside_documents
 from engine import float8, fsdp, gemini, hybrid, zero
 from engine.compilation import Fusion, choose_fusion, fuse
+from engine.embedding import pad_few_tokens
 from engine.job import Job, Optimization
 from engine.launch import build_extensions
 from engine.layout import Layout
@@ -99,6 +100,7 @@ def boost(job: Job) -> Engine:
     float8.convert(model, job.compute)
     module.prepare(job, plugin, model, optimizer)
     restore_rotary_precision(model, device)
+    pad_few_tokens(model)
     fuse(model, fusion, module.compile_layers)
     model.train()
     return Engine(job, booster, model, optimizer, fusion)
