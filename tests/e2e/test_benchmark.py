@@ -354,3 +354,13 @@ def test_tied_embeddings_are_one_weight_under_every_plugin(tmp_path):
             assert run.wait() == 0, run.output()
         norms.append(json.loads((tmp_path / "result.json").read_text())["grad_norm"])
     assert norms[1:] == pytest.approx(norms[:1] * 4, rel=0.01)
+
+
+def test_checkpoint_stall(tmp_path):
+    """benchmarks/checkpoint_stall.py trains, saves in the foreground and in the background, and cleans up."""
+    flags = ["-c", "test", "-p", "zero2", "-x", "fp32", "-b", 1, "-l", 32, "--rounds", 1, "-o", tmp_path / "stall"]
+    with ForkedRun([ROOT / "benchmarks" / "checkpoint_stall.py", *flags], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    rows = re.findall(r"^\| (foreground|background) \| \d+ \(\d+\) \| [\d.]+ \|$", run.stdout, re.MULTILINE)
+    assert rows == ["foreground", "background"]
+    assert not (tmp_path / "stall").exists()
