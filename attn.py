@@ -48,6 +48,7 @@ def select_attention(
             return "attention: torch's variable-length flash kernel, inside documents"
         fused = flash_attention or sequence_parallel
         config._attn_implementation = TORCH_FUSED if fused else EAGER
+        avoid_cudnn()
         kernel = "torch's fused kernel" if fused else "plain"
         return f"attention: {kernel}, masked to stay inside documents"
     package = importlib.util.find_spec("flash_attn") is not None
@@ -70,6 +71,15 @@ def select_attention(
         return "attention: flash-attn"
     config._attn_implementation = TORCH_FUSED
     return f"attention: torch's fused kernel ({reason})"
+
+
+def avoid_cudnn() -> None:
+    """Keep torch's scaled_dot_product_attention of this process from cuDNN's kernels, where a mask is given.
+
+    With a mask, on H100 and H200, gradients may be NaN if the length is 64 modulo 128 (torch from 2.11 on; issue 196678
+    of pytorch). On B200, a model with fewer than 8 key-value heads generates wrong tokens (issue 193893).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _cudnn_is_faster(config: LlamaConfig) -> bool:

@@ -23,6 +23,7 @@ import math
 import tempfile
 from typing import Any
 
+from attn import avoid_cudnn
 from checkpointing.folder import incomplete_files
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from model_utils import load_config
@@ -59,6 +60,7 @@ def load_model(args: argparse.Namespace) -> Any:
         target = Path(folder, args.checkpoint.name)
         exporter(args.checkpoint, config, tokenizer)(target)
         dtype = "float32" if args.eval_tasks_device == CPU else "auto"  # as saved
+        avoid_cudnn()
         model = HFLM(pretrained=str(target), device=args.eval_tasks_device, dtype=dtype, batch_size=BATCH_SIZE)
     if args.work_dir:
         Path(args.work_dir, LOADED).touch()

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from attn import avoid_cudnn
 from checkpointing.folder import ADAPTER_FILE, RUNNING_STATES, is_complete
 from checkpointing.pretrained import check_pretrained, find_model
 from corpus.chat_template import prompt_ids
@@ -168,6 +169,7 @@ def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> Llama
     dtype = load_config(str(adapter)).torch_dtype if adapter and (adapter / "config.json").is_file() else None
     config.use_cache = True  # otherwise each token costs as much as the whole text
     options = {"config": config, "torch_dtype": dtype or "auto", "trust_remote_code": False}
+    avoid_cudnn()
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if adapter:
         try:
