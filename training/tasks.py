@@ -38,7 +38,7 @@ class Tasks:
 
     @property
     def device(self) -> str:
-        return self.eval_tasks_device or CPU
+        return CPU if self.eval_tasks_device is None else self.eval_tasks_device
 
     def describe(self, retention: Retention) -> str:
         every = f"every {interval:,} steps and " if (interval := self.interval(retention)) else ""

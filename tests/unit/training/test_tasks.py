@@ -46,6 +46,7 @@ class TestFlags:
             ),
             ("--eval_tasks a --eval_tasks_interval 9 -i 0", "leave it out, as only the end is saved, or give -i 9"),
             ("--eval_tasks a --eval_tasks_device cuda", "--eval_tasks_device: 'cuda' is neither cpu nor cuda:N"),
+            ("--eval_tasks a --eval_tasks_device=", "--eval_tasks_device: '' is neither cpu nor cuda:N"),
         ],
     )
     def test_mistakes(self, flags, expected):
