@@ -8,7 +8,6 @@ threads run no collective operation; the training thread raises their errors.
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import threading
 import time
@@ -42,7 +41,7 @@ from engine.shards import MASTER, MOMENTS, LocalShard, local_shards, staging_byt
 from engine.step import loss_scaler_state
 from runtime import watchdog
 from runtime.collectives import POLL_SECONDS, any_alive, gather, on_rank_zero, raise_together
-from runtime.console import RunError, below, rank, say, size_text, world_size
+from runtime.console import RunError, below, local_world_size, rank, say, size_text, world_size
 from runtime.files import checksum, replace_folder, write_json
 
 NOT_WRITTEN = "the checkpoint could not be written, and no incomplete one is left under its name"
@@ -283,7 +282,7 @@ class CheckpointWriter:
             if not shard.adam_state and not shard.storage.is_cuda
         )
         total, available = host_memory()
-        enough = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < available - SPARE_HOST_MEMORY * total
+        enough = needed * local_world_size() < available - SPARE_HOST_MEMORY * total
         fits = all(gather(enough or not written or bool(self._buffers)))
         if not fits:
             say("checkpoints: too little host memory to write them in the background; training waits for each")

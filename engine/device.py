@@ -47,7 +47,7 @@ class HostCopies:
         if self._stream is None or not source.is_cuda:
             return target.copy_(source)
         if len(self._running) == COPIES_AT_ONCE:
-            self._running.popleft()[0].synchronize()
+            self._wait_for_first()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -57,7 +57,11 @@ class HostCopies:
     def wait(self) -> None:
         """Wait until all copies are complete."""
         while self._running:
-            self._running.popleft()[0].synchronize()
+            self._wait_for_first()
+
+    def _wait_for_first(self) -> None:
+        self._running[0][0].synchronize()
+        self._running.popleft()  # only now may other threads reuse the memory of its source
 
 
 def peak_memory() -> int:

@@ -31,7 +31,7 @@ from runtime.console import InputError, RunError
 from runtime.files import file_problems, write_json
 from scripts.export_hf import exporter
 from training.flags import ArgumentParser, add_flag, add_tokenizer_arg, task_names, user_path
-from training.tasks import CPU, LOADED, inside, resolve
+from training.tasks import CPU, LOADED, device_name_problems, device_problems, inside, resolve
 
 BATCH_SIZE = 8
 WITHOUT_FILTER = "none"  # lm_eval's name
@@ -87,7 +87,9 @@ def main_scores(results: dict[str, Any], names: list[str]) -> dict[str, float | 
 
 def main() -> int:
     args = parse_args()
-    if problems := file_problems("--output", args.output):
+    device = args.eval_tasks_device
+    problems = device_name_problems(device) or device_problems(device)  # lm_eval would take another device
+    if problems := problems + file_problems("--output", args.output):
         raise InputError(*problems)
     if incomplete_files(args.checkpoint):
         raise InputError(f"--checkpoint: {args.checkpoint} is not a complete checkpoint; give a folder epochE-stepS")

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import importlib.util
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from checkpointing.writer import Retention
-from runtime.console import InputError, below, first_line, rank
+from runtime.console import InputError, below, first_line, local_world_size, rank
 from runtime.ranks import once_per_node
 from runtime.requirements import installed
 
@@ -39,7 +38,7 @@ class Tasks:
 
     @property
     def device(self) -> str:
-        return self.eval_tasks_device or CPU
+        return CPU if self.eval_tasks_device is None else self.eval_tasks_device
 
     def describe(self, retention: Retention) -> str:
         every = f"every {interval:,} steps and " if (interval := self.interval(retention)) else ""
@@ -62,9 +61,7 @@ class Tasks:
                 f"--eval_tasks_interval: {interval} is not a multiple of --save_interval {saved}, and only saved "
                 f"checkpoints can be evaluated; {remedy}, or give -i {interval}"
             )
-        if self.device != CPU and not re.fullmatch(r"cuda:\d+", self.device):
-            problems.append(f"--eval_tasks_device: '{self.device}' is neither {CPU} nor cuda:N; give one of these")
-        return problems
+        return problems + device_name_problems(self.device)
 
 
 def check_tasks(tasks: Tasks, dry_run: bool) -> None:
@@ -83,7 +80,7 @@ def check_tasks(tasks: Tasks, dry_run: bool) -> None:
         if not importlib.util.find_spec(PACKAGE):
             install = f"install it with `pip install {PACKAGE}=={VERSION}`"
             raise InputError(f"--eval_tasks: the package {PACKAGE} is not installed; {install}, or leave the flag out")
-        if problems := [] if dry_run else _device_problems(tasks.device):
+        if problems := [] if dry_run else device_problems(tasks.device, local_world_size()):
             raise InputError(*problems)
         resolve(tasks.eval_tasks)
 
@@ -91,17 +88,24 @@ def check_tasks(tasks: Tasks, dry_run: bool) -> None:
         once_per_node(check)
 
 
-def _device_problems(device: str) -> list[str]:
+def device_name_problems(device: str) -> list[str]:
+    if device == CPU or re.fullmatch(r"cuda:\d+", device):
+        return []
+    return [f"--eval_tasks_device: '{device}' is neither {CPU} nor cuda:N; give one of these"]
+
+
+def device_problems(device: str, used: int = 0) -> list[str]:
+    """Return a line if the device is a GPU that is not there, or one of the first `used`, on which ranks train."""
     if device == CPU:
         return []
-    number, gpus, used = gpu_number(device), torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    number, gpus = gpu_number(device), torch.cuda.device_count()
     if used <= number < gpus:
         return []
     free = " or ".join([*(f"cuda:{other}" for other in range(used, gpus)), CPU])
     if number < gpus:
         remedy = f"give {free}" if used < gpus else f"start fewer ranks (--nproc_per_node), or give {CPU}"
         return [f"--eval_tasks_device: the run trains on {device}; {remedy}"]
-    return [f"--eval_tasks_device: {device} is none of the {gpus} GPUs that the run sees; give {free}"]
+    return [f"--eval_tasks_device: {device} is none of the {gpus} visible GPUs; give {free}"]
 
 
 def gpu_number(device: str) -> int:

@@ -9,12 +9,18 @@ from typing import Any
 from runtime.console import first_line, say
 
 PACKAGE = "wandb"
+LONGEST_NAME, FORBIDDEN = 128, set("/\\#?%:")  # of a project (wandb.Settings)
 OFFLINE = "WANDB_MODE=offline keeps them in files, for `wandb sync`"
 
 
 def wandb_problems(project: str | None) -> list[str]:
-    """Return a line if the package is not installed."""
-    if project is None or importlib.util.find_spec(PACKAGE):
+    """Return a line if W&B would refuse the project's name, or if the package is not installed."""
+    if project is None:
+        return []
+    if not project.strip() or len(project) > LONGEST_NAME or set(project) & FORBIDDEN:
+        letters = " ".join(sorted(FORBIDDEN))
+        return [f"--wandb: {project!r} is not a project of W&B; give 1 to {LONGEST_NAME} letters, none of {letters}"]
+    if importlib.util.find_spec(PACKAGE):
         return []
     return ["--wandb: the package wandb is not installed; install it with `pip install wandb`, or leave the flag out"]
 

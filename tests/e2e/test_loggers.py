@@ -78,6 +78,9 @@ def test_mistakes_are_one_line(monkeypatch):
     assert problems_of("-p zero2 --run_name a/b") == [
         "--run_name: 'a/b' is not a name for a folder; give one without slashes"
     ]
+    for name in ("", "team/llamas", "a" * 129):
+        (problem,) = problems_of(f"-p zero2 --wandb={name}")
+        assert problem.startswith(f"--wandb: {name!r} is not a project of W&B; give 1 to 128 letters, none of # %")
     monkeypatch.setattr("training.wandb_run.PACKAGE", "no_such_package")
     assert problems_of("-p zero2 --wandb llamas") == [
         "--wandb: the package wandb is not installed; install it with `pip install wandb`, or leave the flag out"

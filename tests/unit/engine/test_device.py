@@ -1,5 +1,7 @@
 """Copies to host memory beside other work."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -26,3 +28,18 @@ def copied(device, tensors=20, elements=2**22):
 def test_copies_are_whole(device):
     for copy, value in zip(*copied(device), strict=True):
         assert bool((copy == value).all())
+
+
+def test_a_source_is_kept_until_its_copy_is_complete():
+    source, kept = torch.ones(1), []
+    reference = weakref.ref(source)
+
+    class Event:
+        def synchronize(self):
+            kept.append(reference() is not None)
+
+    copies = HostCopies()
+    copies._running.append((Event(), source))
+    del source
+    copies.wait()
+    assert (kept, reference()) == ([True], None)

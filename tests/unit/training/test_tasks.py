@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from runs import problems_of
 from runtime.console import InputError
 from runtime.process import PARENT
 from scored_tasks import write_task
-from scripts.evaluate_tasks import main_scores
+from scripts import evaluate_tasks
 from training import task_evaluator, tasks
 from training.tasks import Tasks, check_tasks, inside, resolve
 
@@ -45,6 +46,7 @@ class TestFlags:
             ),
             ("--eval_tasks a --eval_tasks_interval 9 -i 0", "leave it out, as only the end is saved, or give -i 9"),
             ("--eval_tasks a --eval_tasks_device cuda", "--eval_tasks_device: 'cuda' is neither cpu nor cuda:N"),
+            ("--eval_tasks a --eval_tasks_device=", "--eval_tasks_device: '' is neither cpu nor cuda:N"),
         ],
     )
     def test_mistakes(self, flags, expected):
@@ -76,8 +78,8 @@ class TestFlags:
             ("cuda:7", 8, 7, None),
             ("cuda:6", 8, 7, "the run trains on cuda:6; give cuda:7 or cpu"),
             ("cuda:0", 1, 1, r"the run trains on cuda:0; start fewer ranks \(--nproc_per_node\), or give cpu"),
-            ("cuda:8", 8, 7, "cuda:8 is none of the 8 GPUs that the run sees; give cuda:7 or cpu"),
-            ("cuda:0", 0, 1, "cuda:0 is none of the 0 GPUs that the run sees; give cpu"),
+            ("cuda:8", 8, 7, "cuda:8 is none of the 8 visible GPUs; give cuda:7 or cpu"),
+            ("cuda:0", 0, 1, "cuda:0 is none of the 0 visible GPUs; give cpu"),
         ],
     )
     def test_gpus_on_which_ranks_train_are_refused(self, monkeypatch, device, gpus, ranks, expected, tmp_path):
@@ -90,6 +92,24 @@ class TestFlags:
                 check_tasks(chosen, dry_run=False)
         else:
             check_tasks(chosen, dry_run=False)
+
+    def test_ranks_of_a_launcher_that_does_not_count_them_on_this_machine(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        monkeypatch.setattr(tasks, "once_per_node", lambda check: check())
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        task = (str(write_task(tmp_path, ANSWERS)),)
+        check_tasks(Tasks(task, eval_tasks_device="cuda:2"), dry_run=False)
+        with pytest.raises(InputError, match="the run trains on cuda:1"):
+            check_tasks(Tasks(task, eval_tasks_device="cuda:1"), dry_run=False)
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu", "cuda:-1", "mps"])
+    def test_the_script_takes_no_other_device(self, monkeypatch, device, tmp_path):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        flags = ["--eval_tasks=a", f"--checkpoint={tmp_path}", f"--output={tmp_path}/a.json"]
+        monkeypatch.setattr(sys, "argv", ["evaluate_tasks.py", *flags, f"--eval_tasks_device={device}"])
+        with pytest.raises(InputError, match=f"^--eval_tasks_device: '?{device}'? is "):
+            evaluate_tasks.main()
 
 
 class TestNames:
@@ -215,5 +235,5 @@ class TestEvaluation:
             "group_subtasks": {"both": ["first", "second"], "third": []},
         }
         expected = {"both/acc": 0.5, "third/exact_match/strict-match": 1.0, "third/f1": None}
-        assert main_scores(results, ["both", "third"]) == expected
-        assert main_scores(results, ["both", "second", "third"]) == expected | {"second/acc": 0.75}
+        assert evaluate_tasks.main_scores(results, ["both", "third"]) == expected
+        assert evaluate_tasks.main_scores(results, ["both", "second", "third"]) == expected | {"second/acc": 0.75}
