@@ -1,13 +1,11 @@
 """The device that this rank computes on: its GPU, or host memory (see cpu.py)."""
 
-from collections import deque
 from collections.abc import Callable
 
 import torch
 from colossalai.accelerator import get_accelerator
 
 MB = 2**20  # as in ColossalAI's published figures
-COPIES_AT_ONCE = 2  # their sources stay in the GPU's memory
 
 
 def current_device() -> torch.device:
@@ -36,32 +34,28 @@ def when_idle() -> Callable[[], bool]:
 
 
 class HostCopies:
-    """Copies to host memory; those from a GPU are on a stream of their own, beside its other work."""
+    """Copies to host memory, one at a time; those from a GPU are on a stream of their own, beside its other work."""
 
     def __init__(self) -> None:
-        self._running: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._source: torch.Tensor | None = None  # is being copied, so that its memory may not be reused yet
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """Begin to copy to a host tensor, pinned if the source is on a GPU, and return it. See `wait`."""
         if self._stream is None or not source.is_cuda:
             return target.copy_(source)
-        if len(self._running) == COPIES_AT_ONCE:
-            self._wait_for_first()
+        self.wait()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        self._running.append((self._stream.record_event(), source))
+        self._source = source
         return target
 
     def wait(self) -> None:
         """Wait until all copies are complete."""
-        while self._running:
-            self._wait_for_first()
-
-    def _wait_for_first(self) -> None:
-        self._running[0][0].synchronize()
-        self._running.popleft()  # only now may other threads reuse the memory of its source
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._source = None
 
 
 def peak_memory() -> int:

@@ -34,12 +34,12 @@ def test_a_source_is_kept_until_its_copy_is_complete():
     source, kept = torch.ones(1), []
     reference = weakref.ref(source)
 
-    class Event:
+    class Stream:
         def synchronize(self):
             kept.append(reference() is not None)
 
     copies = HostCopies()
-    copies._running.append((Event(), source))
+    copies._stream, copies._source = Stream(), source
     del source
     copies.wait()
     assert (kept, reference()) == ([True], None)
