@@ -107,9 +107,9 @@ def test_mistakes(flags, message, tmp_path):
 def test_the_command_of_a_model_whose_folder_has_a_space(tmp_path):
     config = load_config("tiny")
     config.save_pretrained(tmp_path / "my model")
-    run = plan(tmp_path, "-c", "my model", "--gpus", 1, "-l", 128, "-n", 1)
+    run = plan(tmp_path, "-c", tmp_path / "my model", "--gpus", 1, "-l", 128, "-n", 1)
     assert run.returncode == 0, run.output()
-    assert "pretrain.py -c 'my model' -p " in run.stdout
+    assert f"pretrain.py -c '{tmp_path}/my model' -p " in run.stdout
 
 
 def test_a_context_of_one_token_is_refused(tmp_path):
