@@ -3,6 +3,7 @@
 import bisect
 import json
 import math
+import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,10 @@ def read_facts(file: Path) -> Facts:
     """
     remedy = "write one with scripts/doctor.py --measure"
     try:
+        if file.exists() and not file.is_file():  # a pipe can be read only once
+            raise InputError(f"--facts: {file} is not a regular file; {remedy}")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--facts: {file} cannot be read as JSON ({error}); {remedy}") from error
     names = [field.name for field in fields(Facts)]
     if not isinstance(values, dict) or sorted(values) != sorted(names):
@@ -202,13 +205,14 @@ def _tuples(value: Any) -> Any:
 def _problem(name: str, value: Any) -> str | None:
     """Return what is wrong with a fact's value, or None."""
     may_be_zero = name in ("network", "latency", "overlap", "spread", "idle", "launch")
+    largest = 1 if name in ("overlap", "spread") else FASTEST  # these are fractions
 
     def is_speed(number: Any) -> bool:
         right = isinstance(number, int | float) and not isinstance(number, bool)
-        return right and (SLOWEST <= number <= FASTEST or (may_be_zero and number == 0))
+        return right and (SLOWEST <= number <= largest or (may_be_zero and number == 0))
 
     if name in ("card", "origin"):
-        return None if isinstance(value, str) else f"{name} is not a text"
+        return None if isinstance(value, str) and value and value.isprintable() else f"{name} is not a printable text"
     if name in CURVES:
         points = isinstance(value, tuple) and all(isinstance(point, tuple) and len(point) == 2 for point in value)
         if not points or not all(map(is_speed, (number for point in value for number in point))):
@@ -220,5 +224,6 @@ def _problem(name: str, value: Any) -> str | None:
     pair = name in ("latency", "overlap")
     numbers = value if pair and isinstance(value, tuple) else (value,)
     if len(numbers) != (2 if pair else 1) or not all(map(is_speed, numbers)):
-        return f"{name} is {value!r}, not {'two positive numbers' if pair else 'a positive number'} up to {FASTEST:g}"
+        text = reprlib.repr(value)
+        return f"{name} is {text}, not {'two positive numbers' if pair else 'a positive number'} up to {largest:g}"
     return None

@@ -85,12 +85,14 @@ def measure() -> tuple[Facts, list[Shortfall]]:
     own = [products[-1][1], memory, ahead[0][1], link]
     everywhere = gather((f"{socket.gethostname()}, GPU {local_rank()}", own))
     slowest = [min(values) for values in zip(*(values for _, values in everywhere), strict=True)]
+    single, adam, loader = map(min, zip(*gather((single, adam, loader)), strict=True))
 
     near = far = None
     if world_size() > 1:
         say("measuring links")
         near, far = _links(sizes, device)
-    copies = _copies(sizes)
+    copied = [speed for speed in gather(_copies(sizes)) if speed]
+    copies = min(copied, default=None)
     fallback = known.collectives if known else link
     latency = known.latency if known else BUILT_IN["H100"].latency
     overlap = known.overlap if known else BUILT_IN["H100"].overlap
@@ -347,13 +349,13 @@ def _shortfalls(
     kinds = (("matrix products", "TFLOPS"), ("memory", "GB/s"), ("attention", "TFLOPS"), ("link to the host", "GB/s"))
     built_in = (known.products[-1][1], known.memory, known.attention[0][1], known.host_link) if known else (0, 0, 0, 0)
     of_all = zip(*(values for _, values in everywhere), strict=True)
-    usual = [max(speed, statistics.median(values)) for speed, values in zip(built_in, of_all, strict=True)]
+    usual = [max(speed, statistics.median_high(values)) for speed, values in zip(built_in, of_all, strict=True)]
     for place, values in everywhere:
         for measured, speed, (what, unit) in zip(values, usual, kinds, strict=True):
             if measured < FALLS_SHORT * speed:
                 yield Shortfall(place, what, measured, speed, unit)
     of_hosts = max(
-        ALL_GATHER * known.collectives if known else 0, statistics.median([speed for _, speed in links] or [0])
+        ALL_GATHER * known.collectives if known else 0, statistics.median_high([speed for _, speed in links] or [0])
     )
     for host, speed in links:
         if speed < FALLS_SHORT * of_hosts:

@@ -42,12 +42,19 @@ class Wish:
         """Sequences of an optimizer step."""
         return self.tokens // self.max_length
 
+    @property
+    def even_tokens(self) -> int:
+        """Tokens nearest to those of a step that give each GPU as many whole sequences."""
+        whole = self.gpus * self.max_length
+        return max(1, round(self.tokens / whole)) * whole
+
     def problems(self) -> list[str]:
         """Return a line for each number that fits no layout."""
         problems, per_host = [], self.machines.per_host
         if self.tokens % self.max_length or not self.sequences:
             problems.append(
-                f"--batch_tokens: {self.tokens:,} is not a number of whole sequences of --max_length {self.max_length}"
+                f"--batch_tokens: {self.tokens:,} is not a number of whole sequences of --max_length "
+                f"{self.max_length}; give {self.even_tokens}"
             )
         if self.gpus > per_host and self.gpus % per_host:
             problems.append(f"--gpus: {self.gpus} is not divisible by --gpus_per_node {per_host}; take whole hosts")

@@ -18,6 +18,7 @@ process.prepare()
 
 import argparse
 import math
+import shlex
 
 from model_utils import MODEL_CONFIGS, load_config
 from planning.cards import Card
@@ -51,9 +52,9 @@ def parse_args() -> argparse.Namespace:
 def wish_of(args: argparse.Namespace) -> tuple[Wish, Card]:
     """Return what the flags ask for. Raises InputError with a line for each that is wrong."""
     config, plan = load_config(args.config), take(DryRun, args)
-    length = args.max_length or min(4096, config.max_position_embeddings)
+    length = min(4096, config.max_position_embeddings) if args.max_length is None else args.max_length
     problems = below(1, gpus=args.gpus, count=args.count, batch_tokens=args.batch_tokens)
-    problems += below(2, max_length=args.max_length)
+    problems += below(2, max_length=length)
     problems += card_problems(plan, args.fp8)
     if not 0 < args.tokens < float("inf"):
         problems.append(f"--tokens: must be a positive number, not {args.tokens}")
@@ -76,10 +77,9 @@ def refusal(wish: Wish, card: Card) -> str:
             f"--gpus: {wish.gpus} x {card.name} do not hold the model: {flags_of(job)} needs least, "
             f"{peak / 1e9:.1f} of {card.memory_gb:g} GB; take more GPUs, or larger ones"
         )
-    whole = wish.gpus * wish.max_length  # a sequence for each GPU
     return (
         f"--gpus: {wish.gpus} fit no layout, since {wish.sequences:,} sequences of a step do not divide among them; "
-        f"take a power of two, or --batch_tokens {max(1, round(wish.tokens / whole)) * whole}"
+        f"take a power of two, or --batch_tokens {wish.even_tokens}"
     )
 
 
@@ -135,7 +135,7 @@ def main() -> int:
     say(f"row {simplest(found) + 1} is the simplest of those within {ALIKE:.0%} of the fastest; the commands:")
     start = launcher(args.gpus, wish.machines.per_host)
     for number, each in enumerate(found, 1):
-        say(f"{number:2}  {start} pretrain.py -c {args.config} {flags_of(each.job)}")
+        say(f"{number:2}  {start} pretrain.py -c {shlex.quote(args.config)} {flags_of(each.job)}")
     return 0
 
 

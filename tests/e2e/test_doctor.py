@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launching import ROOT, ForkedRun, Run
+from planning import measure
 from planning.facts import BUILT_IN, read_facts
 from planning.measure import _shortfalls
 from processes import run_ranks
@@ -91,6 +92,36 @@ def test_a_card_that_is_slower_than_the_others_is_named(known):
     everywhere = [("node1, GPU 0", speeds), ("node1, GPU 1", speeds), ("node2, GPU 0", [1e4, 8e3, 1e4, 1e4])]
     found = list(map(str, _shortfalls(known, everywhere, [])))
     assert found == ["node2, GPU 0: memory 8,000 GB/s, expected 10,000"]
+
+
+def test_the_slower_of_two_cards_is_named():
+    everywhere = [("node1, GPU 0", [100.0] * 4), ("node2, GPU 0", [100.0, 100.0, 85.0, 100.0])]
+    found = list(map(str, _shortfalls(None, everywhere, [("node1", 100.0), ("node2", 85.0)])))
+    assert found == [
+        "node2, GPU 0: attention 85 TFLOPS, expected 100",
+        "node2: collective operations within the host 85 GB/s, expected 100",
+    ]
+
+
+def test_every_fact_is_of_the_slowest_rank(monkeypatch):
+    """A second rank of half the speed: each fact of this one is halved."""
+    own = {}
+
+    def gather_with_a_slow_rank(value):
+        if isinstance(value, tuple) and isinstance(value[0], str):
+            own["curves"] = value[1]
+            return [value, (value[0], [speed / 2 for speed in value[1]])]
+        if value is None:
+            return [None, None]
+        own["others"] = value
+        return [value, tuple(speed / 2 for speed in value)]
+
+    monkeypatch.setattr(measure, "gather", gather_with_a_slow_rank)
+    facts, _ = measure.measure()
+    assert [facts.products[-1][1], facts.memory, facts.attention[0][1], facts.host_link] == [
+        pytest.approx(speed / 2) for speed in own["curves"]
+    ]
+    assert (facts.float32, facts.host_adam, facts.loader) == pytest.approx([speed / 2 for speed in own["others"]])
 
 
 def test_a_problem_is_a_line_with_a_remedy_and_status_1(tmp_path):

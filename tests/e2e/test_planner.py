@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from launching import ROOT, ForkedRun
+from model_utils import load_config
 from planning.facts import BUILT_IN
 
 PLAN = ROOT / "scripts" / "plan.py"
@@ -76,8 +77,12 @@ def test_a_card_without_data_sheet_and_a_short_context(tmp_path):
         ("--gpus 0", "--gpus: must be at least 1, not 0"),
         ("", "the following arguments are required: --gpus"),
         ("--gpus 8 --gpu V100", "--gpu: 'V100' is not one of B200"),
-        ("--gpus 8 -l 3000", "--batch_tokens: 4,194,304 is not a number of whole sequences of --max_length 3000"),
+        (
+            "--gpus 8 -l 3000",
+            "--batch_tokens: 4,194,304 is not a number of whole sequences of --max_length 3000; give 4200000",
+        ),
         ("--gpus 8 -l 1", "--max_length: must be at least 2, not 1"),
+        ("--gpus 8 -l 0", "--max_length: must be at least 2, not 0"),
         ("--gpus 8 -l 8192", "--max_length: 8192 is above the model's context of 4096 tokens"),
         ("--gpus 8 --network fast", "argument --network: 'fast' is not a number of Gbit/s"),
         ("--gpus 8 --network -1", "--network: must be a positive number of Gbit/s, not -1.0"),
@@ -97,6 +102,23 @@ def test_mistakes(flags, message, tmp_path):
     assert message in run.stderr
     assert run.stderr.count("\n") == 1
     assert run.stdout == ""
+
+
+def test_the_command_of_a_model_whose_folder_has_a_space(tmp_path):
+    config = load_config("tiny")
+    config.save_pretrained(tmp_path / "my model")
+    run = plan(tmp_path, "-c", tmp_path / "my model", "--gpus", 1, "-l", 128, "-n", 1)
+    assert run.returncode == 0, run.output()
+    assert f"pretrain.py -c '{tmp_path}/my model' -p " in run.stdout
+
+
+def test_a_context_of_one_token_is_refused(tmp_path):
+    config = load_config("tiny")
+    config.max_position_embeddings = 1
+    config.save_pretrained(tmp_path)
+    run = plan(tmp_path, "-c", tmp_path, "--gpus", 1)
+    assert run.returncode == 2, run.output()
+    assert "--max_length: must be at least 2, not 1" in run.stderr
 
 
 def test_weak_scaling_of_the_hosts_that_are_given(tmp_path):

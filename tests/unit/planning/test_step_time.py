@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import statistics
 import tomllib
 from dataclasses import asdict, replace
@@ -320,7 +321,13 @@ class TestFacts:
             ({"products": [[2, 1], [1, 1]]}, "the sizes of products do not ascend"),
             ({"products": [[2, 0]]}, "products is not a list of pairs"),
             ({"products": 7}, "products is not a list of pairs"),
-            ({"card": 7}, "card is not a text"),
+            ({"overlap": [0.5, 1.5]}, "overlap is (0.5, 1.5), not two positive numbers up to 1;"),
+            ({"spread": 2}, "spread is 2, not a positive number up to 1;"),
+            ({"memory": [1] * 1000}, "memory is (1, 1, 1, 1, 1, 1, ...), not"),
+            ({"card": 7}, "card is not a printable text"),
+            ({"card": ""}, "card is not a printable text"),
+            ({"card": "H100\n"}, "card is not a printable text"),
+            ({"card": "\ud800"}, "card is not a printable text"),
             ({"speed": 7}, "missing or unknown are ['speed']"),
         ],
     )
@@ -331,10 +338,15 @@ class TestFacts:
         assert message in str(error.value)
         assert "--facts: " in str(error.value)
 
-    @pytest.mark.parametrize("text", ["", "[]", "null", "\x00", "{}"])
+    @pytest.mark.parametrize("text", ["", "[]", "null", "\x00", "{}", "[" * 100_000])
     def test_other_files(self, text, tmp_path):
         (tmp_path / "facts.json").write_text(text)
         with pytest.raises(InputError, match="--facts: "):
+            read_facts(tmp_path / "facts.json")
+
+    def test_a_pipe_is_refused(self, tmp_path):
+        os.mkfifo(tmp_path / "facts.json")
+        with pytest.raises(InputError, match="is not a regular file; write one"):
             read_facts(tmp_path / "facts.json")
 
     def test_of_a_card_without_float8(self):
