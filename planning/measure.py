@@ -193,7 +193,8 @@ def _attention(
     batch: int, heads: int, tokens: int, sizes: Sizes, device: torch.device
 ) -> tuple[tuple[int, float], tuple[int, float]]:
     """Return the tokens and TFLOPS of causal attention with heads of 128, forward and backward, for the curves."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dtype = half if device.type == "cuda" else torch.float32  # a fused kernel needs what the GPU has
     shape = (batch, heads, tokens, 128)
     query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, device=device, dtype=dtype)
