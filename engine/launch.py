@@ -19,7 +19,7 @@ from engine import cpu
 from engine.determinism import make_deterministic
 from engine.patching import replace
 from runtime import ranks
-from runtime.console import InputError, local_rank, rank, say, world_size
+from runtime.console import InputError, local_rank, local_world_size, rank, say, world_size
 from runtime.files import exclusive_lock
 
 EXTENSIONS = {"cpu_adam_x86": CPUAdamLoader, "fused_optim_cuda": FusedOptimizerLoader}  # C++ and CUDA code for Adam
@@ -71,7 +71,7 @@ def launch(seed: int, deterministic: bool = False) -> None:
 def use_own_cores() -> None:
     """With a GPU, compute with this rank's share of the cores; torchrun sets one thread, too few for Adam there."""
     if torch.cuda.is_available():
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
 
