@@ -1,10 +1,12 @@
 """Compare every attention kernel of this machine with plain float64 attention, forward and backward.
 
     python benchmarks/attention_accuracy.py
+    python benchmarks/attention_accuracy.py --shift 0 -30 -60 -120 --spread 1 10
 
 An error is the norm of the difference over the norm of the reference, the largest of the output and three gradients.
 bf16 itself rounds to 2e-3. All kernels get the same random inputs, of even and odd lengths, with and without grouped
-heads.
+heads. Trained models have heads whose logits are far from zero, or far apart: --shift adds a number to all logits, and
+--spread multiplies the rest, whose standard deviation is 1.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +33,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from attn import VARIABLE_LENGTH, document_boundaries
 
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-SHAPES = ((2, 32, 32, 4096, 128), (2, 32, 8, 2047, 128), (2, 12, 4, 129, 64))  # batch, heads, KV heads, length, width
+SHAPES = (
+    (2, 32, 32, 4096, 128),
+    (2, 32, 8, 2047, 128),
+    (2, 12, 4, 129, 64),
+    (2, 16, 16, 1024, 64),
+)  # batch, heads, KV heads, length, width
 REPETITIONS = 5  # of the timed passes
 NO_KERNEL = ("No available kernel", "No viable backend")  # starts of torch's messages about unsupported inputs
 Tensors = Sequence[torch.Tensor]
@@ -72,16 +80,22 @@ def kernels(inside_documents: bool, visible: torch.Tensor, boundaries: torch.Ten
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shift", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--spread", type=float, nargs="+", default=[1.0])
+    args = parser.parse_args()
     warnings.simplefilter("ignore")  # about kernels that do not support an input; the table says so
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    shapes = SHAPES if device.type == "cuda" else SHAPES[2:]
-    print("| batch, heads, KV heads, length, width | documents | kernel | error | forward and backward, ms |")
-    print("|---|---|---|---|---|")
-    for batch, heads, kv_heads, length, width in shapes:
+    shapes = SHAPES if device.type == "cuda" else SHAPES[2:3]
+    print("| batch, heads, KV heads, length, width | logits | documents | kernel | error | forward and backward, ms |")
+    print("|---|---|---|---|---|---|")
+    for (batch, heads, kv_heads, length, width), shift, spread in product(shapes, args.shift, args.spread):
         sizes = ((batch, heads), (batch, kv_heads), (batch, kv_heads), (batch, heads))
         *inputs, cotangent = (torch.randn(*size, length, width, device=device).bfloat16() for size in sizes)
+        inputs[0] *= spread
+        if shift:
+            inputs[0][..., 0], inputs[1][..., 0] = 1, shift * math.sqrt(width)
         for documents in (1, 5):
             starts = torch.arange(length) % -(-length // documents)
             boundaries = document_boundaries(starts.expand(batch, -1)).to(device)
@@ -90,7 +104,8 @@ def main() -> int:
             wide = tuple(tensor.double() for tensor in inputs)
             expected = result(partial(reference, visible=visible), wide, cotangent.double())
             for name, attention in kernels(documents > 1, visible, boundaries).items():
-                row = f"| {batch}, {heads}, {kv_heads}, {length}, {width} | {documents} | {name} "
+                logits = f"{shift:g} ± {spread:g}"
+                row = f"| {batch}, {heads}, {kv_heads}, {length}, {width} | {logits} | {documents} | {name} "
                 try:
                     found = result(attention, inputs, cotangent)
                 except RuntimeError as error:

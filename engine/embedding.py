@@ -1,8 +1,7 @@
 """Gradients of the embedding for micro-batches of few tokens.
 
-Symptom: on a GPU, with 1,025 to 3,072 tokens in a micro-batch, the embedding's gradient is wrong in rare steps. It was
-    probably this that gave a step of 2,048 tokens a norm of 9.1; with all its tokens in one micro-batch it was 2.7.
-    With fewer tokens the gradient is inexact, by 0.3 to 0.6% in bf16.
+Symptom: on a GPU, with 1,025 to 3,072 tokens in a micro-batch, rows of the embedding's gradient may be wrong in rare
+    steps. With fewer than 3,073 it is inexact, by 0.3 to 0.6% in bf16.
 Cause: torch's kernel for up to 3,072 tokens, `embedding_backward_feature_kernel`. It takes 1,024 tokens at a time, and
     reads the next ones into shared memory while the last ones are still in use (pytorch pull request 187687). It adds
     sums of 32 tokens in the precision of the weight.

@@ -99,7 +99,6 @@ def test_in_every_layout(ranks, flags):
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [512, 2048, 3072])
 def test_gradients_are_exact_on_a_gpu(count):
-    """In torch without the repair, one of some hundred gradients of 2,048 tokens is wrong."""
     model = Model("cuda", torch.bfloat16)
     pad_few_tokens(model)
     for _ in range(300):
