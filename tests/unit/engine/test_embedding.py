@@ -1,13 +1,16 @@
 """Micro-batches of few tokens are padded for the embedding, which changes nothing but the kernel that torch takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from engine import embedding, shards
+from engine.boost import boost
 from engine.embedding import pad_few_tokens
 from engine.step import forward_backward, optimizer_step
-from processes import boosted, random_states, run_ranks
+from processes import job, random_states, run_ranks
 
 MOST = 500  # tokens that are few, here
 LAYOUTS = [
@@ -18,6 +21,7 @@ LAYOUTS = [
     (2, "-p hybrid_parallel --tp 1 --pp 2 -x fp32"),
     (2, "-p hybrid_parallel --tp 1 --pp 1 --sp 2 -x fp32"),
     (2, "-p zero2 -g --accumulation_steps 2 -x fp32"),
+    (2, "-p fsdp -x bf16"),
 ]
 
 
@@ -68,9 +72,13 @@ def test_without_a_gradient_nothing_is_padded(few):
 def steps_of(flags, most):
     """Return loss and gradient norm of two optimizer steps, and how many tokens the embedding took."""
     embedding.FEW_TOKENS["cpu"] = most
-    engine = boosted(f"{flags} -b 2 -l 64")
-    values = random_states(engine.config)
-    shards.restore(engine, lambda name, key: values[name, key], 0)
+    asked = job(f"{flags.replace('fsdp', 'zero2')} -b 2 -l 64 --seed 0")
+    if "fsdp" in flags:
+        asked = replace(asked, parallelism=replace(asked.parallelism, plugin="fsdp"))
+    engine = boost(asked)
+    if "fsdp" not in flags:  # it sets its weights itself
+        values = random_states(engine.config)
+        shards.restore(engine, lambda name, key: values[name, key], 0)
     seen = []
     for name, module in engine.model.named_modules():
         if name.endswith("embed_tokens"):
