@@ -89,6 +89,7 @@ def check_tasks(tasks: Tasks, dry_run: bool) -> None:
 
 
 def device_name_problems(device: str) -> list[str]:
+    """Return a line if the name is neither the CPU's nor a GPU's."""
     if device == CPU or re.fullmatch(r"cuda:\d+", device):
         return []
     return [f"--eval_tasks_device: '{device}' is neither {CPU} nor cuda:N; give one of these"]
