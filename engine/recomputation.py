@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import LlamaForCausalLM
 
@@ -14,13 +15,28 @@ from engine.patching import replace
 
 
 def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function, keep only its inputs, and call it again in the backward pass."""
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    """Call a function, keep only its inputs, and call it again in the backward pass.
+
+    Symptom: with torch 2.11 a compiled layer keeps the outputs of its float8, tensor- and sequence-parallel products.
+    Cause: torch.compile does not mark as recomputed what autograd functions compute (pytorch pull request 177396).
+    Fix: say of each operation that it is recomputed, which reaches all of them.
+    Remove when: torch is 2.12 or later.
+    """
+    chosen = {"context_fn": _keeping_nothing} if torch.compiler.is_compiling() else {}
+    return checkpoint(function, *args, use_reentrant=False, **chosen, **kwargs)
 
 
 def recomputed_but_attention(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function and recompute all but the output of its fused attention kernel, which runs once."""
     return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_attention, **kwargs)
+
+
+def _keeping_nothing() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(_keep_nothing)
+
+
+def _keep_nothing(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _keeping_attention() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -4,18 +4,22 @@ from functools import partialmethod
 
 import pytest
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.nn.functional as F
 from colossalai.tensor.colo_tensor import ColoTensor
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._higher_order_ops import wrap
+from torch.fx import Interpreter
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode, checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from attn import TORCH_FUSED
 from engine import compilation, patching
 from engine.compilation import Fusion, forget_shapes, fuse
 from engine.loss import summed_cross_entropy
-from engine.recomputation import checkpoint_layers
+from engine.recomputation import checkpoint_layers, recomputed
 from model_utils import IGNORE_INDEX, build_model, load_config
 from processes import job
 
@@ -173,6 +177,66 @@ def test_a_recomputed_layer_skips_its_last_product_and_kept_attention(monkeypatc
     assert found == {"forward": [(7, 1)], "backward": [(2 * 7 + 6, attentions)]}
     for ours, theirs in zip(gradients, operations(monkeypatch, "-g", compiled=False)[1], strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+class Product(torch.autograd.Function):
+    """A matrix product as those of float8 and of tensor parallelism are written."""
+
+    @staticmethod
+    def forward(ctx, left, right):
+        ctx.save_for_backward(left, right)
+        return left @ right
+
+    @staticmethod
+    def backward(ctx, gradient):
+        left, right = ctx.saved_tensors
+        return gradient @ right.t(), left.t() @ gradient
+
+
+def marked_as_by_torch_2_11(module, *inputs, **options):
+    """Mark what is recomputed as torch 2.11 does: the operations of this graph, and not those of functions in it."""
+    with fx_traceback.preserve_node_meta():
+        if context := module.meta.get("_checkpoint_context_fn"):
+            options |= {"preserve_rng_state": False, "context_fn": context}
+            return checkpoint(Interpreter(module).run, *inputs, **options)
+        for node in module.graph.nodes:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        return Interpreter(module).run(*inputs)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_products_of_autograd_functions_are_recomputed(monkeypatch, old):
+    if old:
+        monkeypatch.setattr(wrap, "tag_activation_checkpoint_impl", marked_as_by_torch_2_11, raising=False)
+        monkeypatch.setattr(
+            _CachingTorchDispatchMode, "ac_graph_id", property(lambda self: 0, lambda self, value: None), raising=False
+        )
+    kept = []
+
+    def forward_compiler(module, inputs):
+        outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
+        kept.extend(output for output in outputs if output.op != "placeholder")
+        return make_boxed_func(module.forward)
+
+    def backward_compiler(module, inputs):
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward_compiler,
+        bw_compiler=backward_compiler,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    weights = [torch.randn(8, 8, requires_grad=True) for _ in range(3)]
+
+    def layer(hidden):
+        for weight in weights:
+            hidden = Product.apply(hidden, weight).sin()
+        return hidden
+
+    torch.compiler.set_stance("default")
+    compiled = torch.compile(lambda hidden: recomputed(layer, hidden), backend=backend)
+    compiled(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert len(kept) == 1  # the result itself
 
 
 def test_layers_or_pieces():
