@@ -37,6 +37,8 @@ class Facts:
         overlap: fraction of the time of a collective operation by which kernels that run beside it are delayed, within
             a host and between hosts.
         spread: fraction of a step by which the slowest of several GPUs is late.
+        bubble: fraction of the time that pipeline stages wait for one another by which a step is longer. A GPU that waits
+            takes less power, with which it computes faster before and after.
         host_link: GB/s between the GPU and host memory.
         host_adam: 10^9 parameters that a GPU's share of the host updates per second.
         loader: 10^6 tokens per second that a loader process prepares, already tokenized.
@@ -59,6 +61,7 @@ class Facts:
     latency: tuple[float, float]
     overlap: tuple[float, float]
     spread: float
+    bubble: float
     host_link: float
     host_adam: float
     loader: float
@@ -85,6 +88,7 @@ _H100 = Facts(
     latency=(3, 8),
     overlap=(0.78, 0.2),
     spread=0.029,
+    bubble=0.65,
     host_link=50,
     host_adam=3.2,
     loader=100,
@@ -204,8 +208,8 @@ def _tuples(value: Any) -> Any:
 
 def _problem(name: str, value: Any) -> str | None:
     """Return what is wrong with a fact's value, or None."""
-    may_be_zero = name in ("network", "latency", "overlap", "spread", "idle", "launch")
-    largest = 1 if name in ("overlap", "spread") else FASTEST  # these are fractions
+    may_be_zero = name in ("network", "latency", "overlap", "spread", "bubble", "idle", "launch")
+    largest = 1 if name in ("overlap", "spread", "bubble") else FASTEST  # these are fractions
 
     def is_speed(number: Any) -> bool:
         right = isinstance(number, int | float) and not isinstance(number, bool)

@@ -118,6 +118,7 @@ def measure() -> tuple[Facts, list[Shortfall]]:
         latency=(near.latency if near else latency[0], far.latency if far else latency[1]),
         overlap=(near.overlap if near else overlap[0], far.overlap if far else overlap[1]),
         spread=BUILT_IN["H100"].spread if on_gpu else 0,
+        bubble=BUILT_IN["H100"].bubble if on_gpu else 1,
         host_link=slowest[3],
         host_adam=adam,
         loader=loader,

@@ -159,7 +159,7 @@ def estimate_step(job: Job, machines: Machines, loaders: int = 0) -> StepTime:
     count = batch.sequences // layout.microbatch_size if layout.pp > 1 else batch.accumulation_steps
     # The first microbatch passes through all stages. Interleaved, a stage starts once the first of its ranges has come
     # (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
-    bubble = (sum(each.total for each in passes) - busiest.total) / layout.chunks
+    bubble = facts.bubble * (sum(each.total for each in passes) - busiest.total) / layout.chunks
     optimizer, host, exchange = _update(job, machines, stage, busiest, count)
     late = facts.spread * (count * busiest.total + bubble) if layout.ranks > 1 else 0
     compute = count * busiest.total + bubble + optimizer
