@@ -276,6 +276,8 @@ def _stage_estimate(job: Job, stage: int) -> MemoryEstimate:
     last = stage == layout.pp - 1
     final_norm = tokens / layout.token_parts * (FP32 + 2 * width) * hidden if last else 0
     activations = in_flight * (recomputed * kept + (layers - recomputed) * layer)
+    # The outputs of all ranges of layers but the model's last wait for the gradients that will come back.
+    activations += in_flight * (layout.chunks - last) * tokens * width * hidden if layout.pp > 1 else 0
     # In the last layer's backward: recomputed activations, gradients of its output and of the FFN's inner values.
     working = max(tokens * width * (hidden + 2 * ffn / layout.tp), _deterministic_attention(job, sequences, tokens))
     working += layer if all_recomputed else 0
