@@ -37,8 +37,8 @@ class Facts:
         overlap: fraction of the time of a collective operation by which kernels that run beside it are delayed, within
             a host and between hosts.
         spread: fraction of a step by which the slowest of several GPUs is late.
-        bubble: fraction of the time that pipeline stages wait for one another by which a step is longer. A GPU that
-            waits takes less power, with which it computes faster before and after.
+        bubble: fraction of the time that pipeline stages wait for one another by which a step is longer; probably a
+            GPU that waits takes less power, and computes faster before and after.
         host_link: GB/s between the GPU and host memory.
         host_adam: 10^9 parameters that a GPU's share of the host updates per second.
         loader: 10^6 tokens per second that a loader process prepares, already tokenized.
