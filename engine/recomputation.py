@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import LlamaForCausalLM
 
 from engine.compilation import plain
@@ -22,8 +22,8 @@ def recomputed(function: Callable, *args: Any, **kwargs: Any) -> Any:
     Fix: say of each operation that it is recomputed, which reaches all of them.
     Remove when: torch is 2.12 or later.
     """
-    chosen = {"context_fn": _keeping_nothing} if torch.compiler.is_compiling() else {}
-    return checkpoint(function, *args, use_reentrant=False, **chosen, **kwargs)
+    contexts = _keeping_nothing if torch.compiler.is_compiling() else noop_context_fn
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def recomputed_but_attention(function: Callable, *args: Any, **kwargs: Any) -> Any:
