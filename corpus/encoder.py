@@ -238,6 +238,11 @@ class _PlainText:
         visible = {token["content"] for token in self.tables["added_tokens"]} - self.hidden.keys()
         if self._fast.get_vocab() != ids or any(self._hiding.token_to_id(token) != ids[token] for token in visible):
             raise InputError("--tokenizer: its added tokens get other ids once it is saved; number them without gaps")
+        if doubtful := self._registered_twice():
+            raise InputError(
+                f"--tokenizer: {doubtful!r} is both a piece of its model and an added token with other settings, and "
+                "copies of the tokenizer disagree about it; remove it from the added tokens"
+            )
         self._unknown = self.hidden.get(str(tokenizer.unk_token))
         self._wrong = set(self.hidden.values()) - {self._unknown}
 
@@ -251,6 +256,19 @@ class _PlainText:
                 if self._makes_special(text, encoded[number]):
                     encoded[number] = self._hiding.encode(text, add_special_tokens=False).ids
         return encoded
+
+    def _registered_twice(self) -> str | None:
+        """Return an added token that the tokenizer and its own copy split texts at differently, or None.
+
+        transformers adds a token again if its settings are others than the model's. Both then count in this tokenizer,
+        and in a copy the last.
+        """
+        tokens = [token["content"] for token in self.tables["added_tokens"] if not token["special"]]
+        texts = [f"{token} {token}" for token in tokens]
+        own = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+        copied = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        pairs = zip(tokens, own, copied, strict=True)
+        return next((token for token, ids, encoding in pairs if ids != encoding.ids), None)
 
     def _makes_special(self, text: str, ids: list[int]) -> bool:
         """Return True if the ids have a hidden token. The unknown token counts only if the text spells it."""

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from corpora import error_of
 from corpus.chat_template import prompt_ids
 from corpus.encoder import TextEncoder
 from corpus.tokenizer import check_vocabulary, load_tokenizer
+from runtime.console import InputError
 
 CASES = 100
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>"]
@@ -204,7 +206,16 @@ class TestKinds:
 
     def check(self, folder: Path, tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> None:
         loaded = load_tokenizer(str(folder))
-        encoder = TextEncoder(loaded)
+        try:
+            encoder = TextEncoder(loaded)
+        except InputError as refusal:
+            token = re.search("--tokenizer: '(.*)' is both a piece of its model and an added token", str(refusal))[1]
+            copied = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            copied.encode_special_tokens = True
+            assert (
+                truth(tokenizer, f"{token} {token}") != copied.encode(f"{token} {token}", add_special_tokens=False).ids
+            )
+            return
         event(f"SentencePiece {bool(encoder.sentencepiece)}")
         many = "".join(documents) * 50
         documents = [*documents, *PROBES, many[: 2**12]]
@@ -252,6 +263,20 @@ def write(tmp_path):
         return folder
 
     return write
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_piece_added_again_with_other_settings_is_refused(write, normalized):
+    """Copies of the tokenizer, such as the one that training saves, would make other ids."""
+    folder = write({"user_defined_symbols": ["self"]})
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("self", normalized=normalized)])
+    tokenizer.save_pretrained(folder)
+    if normalized:
+        with pytest.raises(InputError, match="--tokenizer: 'self' is both a piece of its model and an added token"):
+            encoder_of(folder)
+    else:
+        assert encoder_of(folder).tokenize(["aself b"]) == [truth(AutoTokenizer.from_pretrained(folder), "aself b")]
 
 
 def encoder_of(folder: Path) -> TextEncoder:
