@@ -265,8 +265,11 @@ class _PlainText:
         """
         tokens = [token["content"] for token in self.tables["added_tokens"] if not token["special"]]
         texts = [f"{token} {token}" for token in tokens]
-        own = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-        copied = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        if not texts:
+            return None
+        with unknown_refused():
+            own = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            copied = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         pairs = zip(tokens, own, copied, strict=True)
         return next((token for token, ids, encoding in pairs if ids != encoding.ids), None)
 
