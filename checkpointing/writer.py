@@ -156,7 +156,7 @@ class CheckpointWriter:
             staged = self._staged(shards_by_file)
         else:
             for shards in shards_by_file:  # join before the next exchange, which would time out on a slow disk
-                tensors = {name: tensor.cpu() for shard in shards for name, tensor in self._gathered(shard)}
+                tensors = {name: tensor.cpu() for shard in shards for name, tensor, _ in self._gathered(shard)}
                 self._start(self._write, shards[0].spec.group if shards else "", tensors, files)
                 self._join()
         stall = time.perf_counter() - started
@@ -243,25 +243,29 @@ class CheckpointWriter:
         ]
         return files + [[]] * (max(gather(len(files))) - len(files))
 
-    def _gathered(self, shard: LocalShard) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a parameter's full tensors, by name, on the rank that writes it, none on the others. Collective."""
+    def _gathered(self, shard: LocalShard) -> Iterator[tuple[str, torch.Tensor, bool]]:
+        """Yield a parameter's full tensors on the rank that writes it, none on the others. Collective.
+
+        Yields:
+            The name, the tensor, and True if it is not the optimizer's own, which updates change.
+        """
         for key in (MASTER, *MOMENTS):
             full = shard.gather(key, self._positions[shard.spec.group])
             if full is not None:
-                yield f"{shard.spec.name}.{key}", full.detach()
+                yield f"{shard.spec.name}.{key}", full.detach(), full.data_ptr() != shard.tensor(key).data_ptr()
 
     def _staged(self, shards_by_file: list[list[LocalShard]]) -> list[File]:
-        """Return copies in host buffers, which later checkpoints reuse, of the files that this rank writes. Collective.
+        """Begin to copy the files that this rank writes to host buffers, which later checkpoints reuse. Collective.
 
-        Files have different writers in turn. Their parameters are gathered in turn, so that all ranks copy at once.
+        Files have different writers in turn. Their parameters are gathered in turn, so that all ranks copy at once. The
+        copies go on while training does; see `_finish`.
         """
-        copies, staged = device.HostCopies(), defaultdict[str, dict[str, torch.Tensor]](dict)
+        staged = defaultdict[str, dict[str, torch.Tensor]](dict)
         for shard in in_turn(shards_by_file, dist.get_world_size()):
-            for name, full in self._gathered(shard):
+            for name, full, temporary in self._gathered(shard):
                 if name not in self._buffers:
                     self._buffers[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
-                staged[shard.spec.group][name] = copies.copy(self._buffers[name], full)
-        copies.wait()
+                staged[shard.spec.group][name] = self.engine.copies.copy(self._buffers[name], full, temporary)
         return list(staged.items())
 
     def _written(self, shards_by_file: list[list[LocalShard]]) -> list[LocalShard]:
@@ -313,6 +317,10 @@ class CheckpointWriter:
     def _finish(
         self, staged: list[File], json_files: dict, files: dict[str, dict], started: float, stall: float
     ) -> None:
+        try:
+            self.engine.copies.wait()
+        except RuntimeError as error:
+            self.error = f"{type(error).__name__}: {error}"
         for group, tensors in staged:
             self._write(group, tensors, files)
         try:

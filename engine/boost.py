@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from colossalai.accelerator import get_accelerator
@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from attn import attend_inside_documents
 from engine import float8, fsdp, gemini, hybrid, zero
 from engine.compilation import Fusion, choose_fusion, fuse
+from engine.device import HostCopies
 from engine.embedding import pad_few_tokens
 from engine.job import Job, Optimization
 from engine.launch import build_extensions
@@ -35,6 +36,7 @@ class Engine:
     model: ModelWrapper
     optimizer: OptimizerWrapper
     fusion: Fusion
+    copies: HostCopies = field(default_factory=HostCopies)  # of its state, for checkpoints
 
     @property
     def plugin(self) -> Plugin:

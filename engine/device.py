@@ -1,11 +1,13 @@
 """The device that this rank computes on: its GPU, or host memory (see cpu.py)."""
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
 from colossalai.accelerator import get_accelerator
 
 MB = 2**20  # as in ColossalAI's published figures
+RESERVE = 0.05  # fraction of a GPU's memory that copies to the host leave free
 
 
 def current_device() -> torch.device:
@@ -34,28 +36,56 @@ def when_idle() -> Callable[[], bool]:
 
 
 class HostCopies:
-    """Copies to host memory, one at a time; those from a GPU are on a stream of their own, beside its other work."""
+    """Copies to host memory; those from a GPU go on while it computes.
+
+    Temporary sources are kept until they are copied, as many as there is room for: GPU memory that nothing has used so
+    far, less a reserve.
+    """
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        self._source: torch.Tensor | None = None  # is being copied, so that its memory may not be reused yet
+        self._temporary: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._last: torch.cuda.Event | None = None  # of a source that will change
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """Begin to copy to a host tensor, pinned if the source is on a GPU, and return it. See `wait`."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, temporary: bool) -> torch.Tensor:
+        """Begin to copy to a host tensor, pinned if the source is on a GPU, and return it. See `wait`.
+
+        Args:
+            temporary: the source does not change; else call `protect` before it does.
+        """
         if self._stream is None or not source.is_cuda:
             return target.copy_(source)
-        self.wait()
+        if temporary:
+            self._make_room(source.nbytes)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        self._source = source
+        copied = self._stream.record_event()
+        if temporary:
+            self._temporary.append((copied, source))
+        else:
+            self._last = copied
         return target
+
+    def _make_room(self, size: int) -> None:
+        """Wait for the oldest temporary sources until one of this size fits beside the others, or is alone."""
+        free, total = torch.cuda.mem_get_info()
+        room = free - RESERVE * total
+        while self._temporary and sum(source.nbytes for _, source in self._temporary) + size > room:
+            copied, _ = self._temporary.popleft()
+            copied.synchronize()
+
+    def protect(self) -> None:
+        """Let the work that is submitted from now on wait until sources that may change are copied."""
+        if self._last is not None:
+            torch.cuda.current_stream().wait_event(self._last)
+            self._last = None
 
     def wait(self) -> None:
         """Wait until all copies are complete."""
         if self._stream is not None:
             self._stream.synchronize()
-        self._source = None
+        self._temporary.clear()
 
 
 def peak_memory() -> int:

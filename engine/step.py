@@ -177,6 +177,7 @@ def optimizer_step(engine: Engine, rejects: Callable[[float], bool] | None = Non
         The norm, infinite if fp16 overflowed, and True if the update was skipped.
     """
     watchdog.mark(watchdog.UPDATE)
+    engine.copies.protect()
     scaler = loss_scaler(engine)
     scale = scaler.loss_scale if scaler else 1.0
     rejected = False

@@ -5,41 +5,57 @@ import weakref
 import pytest
 import torch
 
+from engine import device
 from engine.device import HostCopies
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-def copied(device, tensors=20, elements=2**22):
-    """Copy tensors whose memory is reused at once, and return the copies and what they should be."""
-    copies, found, expected = HostCopies(), [], []
-    for number in range(tensors):
-        source = torch.full((elements,), float(number), device=device)
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("reserve", [0.05, 1.0])
+def test_temporary_sources_are_copied_whole(monkeypatch, where, reserve):
+    monkeypatch.setattr(device, "RESERVE", reserve)  # 1: no room, so one at a time
+    copies, found = HostCopies(), []
+    for number in range(20):
+        source = torch.full((2**22,), float(number), device=where)
         for _ in range(20):
             source = source + 1  # still being computed when its copy begins
-        target = torch.empty(elements, pin_memory=source.is_cuda)
-        found.append(copies.copy(target, source))
-        expected.append(number + 20.0)
+        target = torch.empty(2**22, pin_memory=source.is_cuda)
+        found.append(copies.copy(target, source, temporary=True))
         del source
-        torch.full((elements,), -1.0, device=device)
+        torch.full((2**22,), -1.0, device=where)  # takes the memory if it is free
     copies.wait()
-    return found, expected
+    assert all(bool((copy == number + 20).all()) for number, copy in enumerate(found))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_copies_are_whole(device):
-    for copy, value in zip(*copied(device), strict=True):
-        assert bool((copy == value).all())
-
-
-def test_a_source_is_kept_until_its_copy_is_complete():
-    source, kept = torch.ones(1), []
-    reference = weakref.ref(source)
-
-    class Stream:
-        def synchronize(self):
-            kept.append(reference() is not None)
-
-    copies = HostCopies()
-    copies._stream, copies._source = Stream(), source
-    del source
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_source_may_change_after_it_is_protected(where):
+    copies, source = HostCopies(), torch.zeros(2**26, device=where)
+    targets = [torch.empty(2**26, pin_memory=source.is_cuda) for _ in range(3)]
+    for number, target in enumerate(targets):
+        copies.copy(target, source, temporary=False)
+        copies.protect()
+        source += number + 1
     copies.wait()
-    assert (kept, reference()) == ([True], None)
+    assert [target.unique().tolist() for target in targets] == [[0.0], [1.0], [3.0]]
+
+
+class Copied:
+    """A CUDA event that is never over by itself."""
+
+    def __init__(self, waited):
+        self.synchronize = lambda: waited.append(self)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 1), (39, 1), (45, 2), (95, 4)])
+def test_as_many_sources_are_kept_as_there_is_room_for(monkeypatch, free, kept):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100))
+    copies, waited, references = HostCopies(), [], []
+    for _ in range(6):
+        copies._make_room(20)
+        source = torch.empty(5)  # 20 bytes
+        references.append(weakref.ref(source))
+        copies._temporary.append((Copied(waited), source))
+        del source
+    assert [reference() is not None for reference in references] == [False] * (6 - kept) + [True] * kept
+    assert len(waited) == 6 - kept
