@@ -89,6 +89,8 @@ def main() -> int:
             if writer is foreground:
                 writer.wait()
             stall = time.perf_counter() - started
+            if writer is background:  # the next update waits until what it changes is copied
+                stall += max(0.0, train_step() - statistics.median(quiet))
             while writer.writing:
                 during.append(train_step())
             writer.wait()
