@@ -7,7 +7,7 @@ M is the number of tokens, K and N are the sizes of a layer's input and output.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +193,7 @@ def linear(
             instead of whole tensors.
     """
     if has_torch_function((weight,)):  # Gemini gathers its parameters in the calls that it sees
-        return handle_torch_function(linear, (weight,), hidden, weight, rowwise)
+        return handle_torch_function(linear, (weight,), hidden, weight, rowwise, weight8, weight_scale)
     output = _compiled_linear(hidden.flatten(0, -2), weight, rowwise, weight8, weight_scale)
     return output.unflatten(0, hidden.shape[:-1])
 
@@ -242,12 +242,13 @@ def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
     return sum(_is_large(size, on_gpu) for size in sizes) if job.compute.fp8 else 0, len(sizes)
 
 
-def stored_elements(job: Job, sizes: dict[str, int], on_gpu: bool) -> int:
-    """Return how many of a rank's weights are stored in float8 alone, of `sizes` by name; see `store_weights`."""
-    compute, layout = job.compute, job.layout
-    if compute.recipe != TENSORWISE or job.adapters or layout.traits.on_host:
-        return 0
-    return sum(size for name, size in sizes.items() if "_proj.weight" in name and _is_large(size, on_gpu))
+def stored(job: Job, sizes: dict[str, int], on_gpu: bool) -> set[str]:
+    """Return which of a rank's weights are stored in float8 alone, of `sizes` by name; see `store_weights`."""
+    placement = job.placement
+    moves = job.layout.traits.on_host or placement.offload_optim_frac + placement.offload_param_frac > 0
+    if job.compute.recipe != TENSORWISE or job.adapters or moves:
+        return set()
+    return {name for name, size in sizes.items() if "_proj.weight" in name and _is_large(size, on_gpu)}
 
 
 def describe(job: Job, on_gpu: bool) -> str:
@@ -294,8 +295,20 @@ def convert_alike(layer: LlamaDecoderLayer, pattern: LlamaDecoderLayer) -> None:
     """Convert a decoder layer's linear layers as those of `pattern` are."""
     for name, module in pattern.named_modules():
         if isinstance(module, _Float8):
-            own = layer.get_submodule(name)
+            own: Any = layer.get_submodule(name)
             own.__class__, own.rowwise = type(module), module.rowwise
+            own.weight8, own.weight_scale = module.weight8, module.weight_scale
+
+
+def stored_tensors(layer: LlamaDecoderLayer) -> dict[str, Tensor]:
+    """Return the float8 values and scales of a decoder layer's weights that are stored so, by attribute name."""
+    modules = [(name, module) for name, module in layer.named_modules() if isinstance(module, _Float8)]
+    return {
+        f"{name}.{attribute}": tensor
+        for name, module in modules
+        for attribute in ("weight8", "weight_scale")
+        if (tensor := getattr(module, attribute)) is not None
+    }
 
 
 class StoredWeight(NamedTuple):
@@ -310,24 +323,29 @@ class StoredWeight(NamedTuple):
     scale: Tensor
 
 
-def store_weights(model: nn.Module, padded_sizes: dict[nn.Parameter, int]) -> dict[nn.Parameter, StoredWeight]:
+def store_weights(
+    model: nn.Module, allocate: Callable[[nn.Parameter], Tensor | None]
+) -> dict[nn.Parameter, StoredWeight]:
     """Replace converted layers' weights in working precision by float8 values, not yet set, where each has one scale.
 
-    The parameters keep their shape and precision, for their gradients, but their values are NaN and take no memory.
-
     Args:
-        padded_sizes: elements to allocate, for the parameters to replace if their layers are converted.
+        allocate: returns memory for a parameter's float8 values, flat, perhaps padded; None: its layer stays as it is.
     """
     stored = {}
     for module in model.modules():
-        if not isinstance(module, _Float8) or module.rowwise or module.weight not in padded_sizes:
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(module, _Float8) or module.rowwise or (whole := allocate(weight)) is None:
             continue
-        weight: Any = module.weight
-        whole = weight.new_empty(padded_sizes[weight], dtype=E4M3)
-        stored[weight] = StoredWeight(whole, weight.new_zeros((), dtype=torch.float32))
-        module.weight8, module.weight_scale = whole[: weight.numel()].view(weight.shape), stored[weight].scale
-        weight.data = weight.new_full((), math.nan).expand(weight.shape)
+        stored[weight] = StoredWeight(whole, torch.zeros((), device=whole.device))
+        values = whole if len(whole) == weight.numel() else whole[: weight.numel()]  # no slices of freed storages
+        module.weight8, module.weight_scale = values.view(weight.shape), stored[weight].scale
+        empty_values(weight, weight.dtype)
     return stored
+
+
+def empty_values(parameter: Tensor, dtype: torch.dtype) -> None:
+    """Set a parameter's values to NaN that take no memory; it keeps its shape, and a precision for its gradients."""
+    parameter.data = torch.full((), math.nan, dtype=dtype, device=parameter.device).expand(parameter.shape)
 
 
 @torch.no_grad()

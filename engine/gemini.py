@@ -6,7 +6,7 @@ Gemini keeps parameters in chunks. Hooks around each operation on a parameter ga
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from colossalai.interface import ModelWrapper
 from colossalai.lazy import LazyInitContext
 from colossalai.tensor.d_tensor import is_distributed_tensor
 from colossalai.tensor.param_op_hook import ColoParamOpHookManager
-from colossalai.zero import GeminiOptimizer
+from colossalai.zero import GeminiDDP, GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.chunk import chunk as chunk_module
 from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine import float8
 from engine.compilation import plain, take_checkpoint_function
+from engine.float8 import E4M3
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
@@ -40,11 +41,13 @@ from model_utils import build_model, count_parameters, parameter_specs
 from runtime.console import say
 
 OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
+_INITIALIZE, _ACCESS, _OPTIM_UPDATE = GeminiDDP._init_chunks, Chunk.access_chunk, Chunk.optim_update
 
 
 def build(job: Job) -> GeminiPlugin:
     """Return GeminiPlugin for `gemini` and `gemini_auto`."""
     on_host = not torch.cuda.is_available()
+    store_in_float8(job)
     automatic = job.layout.plugin == "gemini_auto"
     if automatic and on_host:
         say("gemini_auto: without a GPU placement is static, as with gemini")
@@ -57,7 +60,7 @@ def build(job: Job) -> GeminiPlugin:
         search_range_m=0 if keeps_whole(job) else smallest // 8 / 2**20,
         max_prefetch=prefetched_chunks(job),
         hidden_dim=job.config.hidden_size,
-        enable_gradient_accumulation=job.batch.accumulation_steps > 1,
+        enable_gradient_accumulation=keeps_gradients_apart(job),
         pin_memory=not on_host,
         enable_async_reduce=not on_host,
         shard_param_frac=placement.shard_param_frac,
@@ -78,7 +81,7 @@ def empty_model(job: Job, device: torch.device) -> LlamaForCausalLM:
 def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: GeminiOptimizer) -> None:
     """Patch Gemini's memory, prefetching and gradient norm."""
     compute_norm_on_device(plugin.tp_size)
-    sum_gradients_in_float32(model)
+    keep_gradients_in(torch.float32 if job.accumulates else job.dtype, model)
     reduce_chunks_in(job, Reduction(plugin.zero_group, job.reduce_dtype))
     if job.exchanges_at_update and job.layout.dp > 1:
         keep_gradients_until_update(model)
@@ -88,6 +91,7 @@ def prepare(job: Job, plugin: GeminiPlugin, model: ModelWrapper, optimizer: Gemi
     measure_waits(model)
     if plugin.tp_size > 1:
         reduce_norm_over_tensor_parallel(optimizer, plugin.tp_group)
+    optimizer.stored = float8.store_weights(model, model.float8_values.get)
 
 
 def may_evaluate(model: ModelWrapper) -> bool:
@@ -115,6 +119,8 @@ def step(optimizer: GeminiOptimizer, rejects: Callable[[float], bool] | None = N
     replace(optimizer.optim, "rejects", rejects_step)
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
+    _round_weights(optimizer)
+    _free_gradients(optimizer)
     norm = optimizer.get_grad_norm()
     return math.inf if norm is None else float(norm)  # None until a step has not been skipped
 
@@ -136,6 +142,36 @@ def update_working_weights(optimizer: GeminiOptimizer) -> None:
     """Copy the master weights to the working weights."""
     for chunk in optimizer.chunk16_set:
         chunk.optim_update()
+    _round_weights(optimizer)
+
+
+def _free_gradients(optimizer: GeminiOptimizer) -> None:
+    """Free chunks of gradients after an update.
+
+    Symptom: forward passes have less memory, by all gradients of the rank.
+    Cause: Gemini keeps chunks of gradients until the next backward pass overwrites them.
+    Fix: free them; `init_grad_chunk` allocates them again.
+    Remove when: Gemini frees them.
+    """
+    for gradients in filter(None, (chunk.grad_chunk for chunk in optimizer.chunk16_set)):
+        if gradients.is_gathered:
+            chunk_module.free_storage(gradients.cuda_global_chunk)
+        replace(gradients, "cuda_shard", None)
+
+
+def _round_weights(optimizer: GeminiOptimizer) -> None:
+    """Set the weights that are stored in float8; each rank rounds the parts in its shards. Collective."""
+    nothing, parts = torch.zeros(1, device=get_accelerator().get_current_device()), []
+    for weight, stored in optimizer.stored.items():
+        chunk = optimizer.chunk_manager.get_chunk(weight)
+        values, masters, place = chunk.payload, chunk.paired_chunk.payload, chunk.tensors_info[weight]
+        first = 0 if chunk.is_gathered else chunk.shard_begin
+        part = slice(max(0, place.offset - first), max(0, min(len(values), place.end - first)))
+        empty = part.start >= part.stop  # yet the rank takes part in the scale
+        value, master = (nothing.to(E4M3), nothing) if empty else (values[part], masters[part])
+        parts.append((value, master, stored.scale))
+    if parts:
+        float8.round_weights(parts, chunk.torch_pg)
 
 
 def keeps_whole(job: Job) -> bool:
@@ -184,14 +220,96 @@ def chunk_sizes(sizes: tuple[int, ...], smallest: int, hidden: int) -> list[int]
     packed = [size for size in sizes if size <= bound]
     start = math.ceil(max(smallest, *packed) / hidden) * hidden
     candidates = range(start, start + smallest // 8 + 1, hidden)
-    best = min(candidates, key=lambda size: _get_unused_byte(packed, size))
+    return filled(sizes, min(candidates, key=lambda size: _get_unused_byte(packed, size)))
+
+
+def filled(sizes: Iterable[int], chunk: int) -> list[int]:
+    """Return the sizes of the chunks that these parameters fill in order; one larger than `chunk` has its own."""
     chunks, left = [], 0
     for size in sizes:
         if size > left:
-            left = max(best, size)
+            left = max(chunk, size)
             chunks.append(left)
         left -= size
     return chunks
+
+
+def float8_chunks(job: Job, sizes: dict[str, int], on_gpu: bool) -> tuple[set[str], int, int]:
+    """Return which parameters have chunks in float8, and the sizes of these chunks and of the others.
+
+    A chunk in float8 has a layer's weights. A chunk of others has all that is small: RMSNorm's weights. Embeddings are
+    larger and have chunks of their own.
+
+    Args:
+        sizes: of all parameters, by name.
+    """
+    names = float8.stored(job, sizes, on_gpu)
+    inside = sum(sizes[name] for name in names) // job.config.num_hidden_layers
+    others = [size for name, size in sizes.items() if name not in names and ".layers." in name]
+    return names, inside, max(*others, min(sum(others), OFFLOADED_CHUNK_PARAMETERS))
+
+
+def keeps_gradients_apart(job: Job) -> bool:
+    """Return True if gradients have chunks of their own; else they overwrite weights, where float8 has no room."""
+    sizes = {spec.name: spec.shape.numel() for spec in parameter_specs(job.config)}
+    return job.accumulates or bool(float8.stored(job, sizes, torch.cuda.is_available()))
+
+
+def store_in_float8(job: Job) -> None:
+    """Keep, gather and release the weights in float8 whose layers multiply in it; see `float8.store_weights`.
+
+    Symptom: each pass gathers weights in working precision, and each layer rounds them again.
+    Cause: `_init_chunks` gives all parameters chunks in working precision. A chunk has one precision, and its tensors
+        are its parameters' values.
+    Fix: `_init_chunks` registers these parameters as float8, so that they get chunks of their own. `float8_values` has
+        their views of chunks, and the parameters get their precision back, for gradients, without values. Gathering
+        such a chunk exchanges bytes, which all backends can, and sets no parameters; `optim_update` leaves it to
+        `_round_weights`.
+    Remove when: Gemini has chunks in float8 with scales.
+    """
+
+    def _init_chunks(self: GeminiDDP, **options: Any) -> None:
+        manager, world = self.chunk_manager, dist.get_world_size(self.zero_group)
+        sizes = {name: parameter.numel() for parameter, name in self.param2name.items()}
+        names, inside, outside = float8_chunks(job, sizes, torch.cuda.is_available())
+        register, dtype, key = manager.register_tensor, self.mixed_precision, ""
+        for name, size in ("float8", inside), ("others", outside):
+            manager.dp_degree_chunk_size_dict[name] = size + -size % world
+            manager.kwargs_config[name] = manager.kwargs_config[world]
+
+        def register_tensor(tensor: torch.Tensor, group_type: str, config_key: int, **options: Any) -> None:
+            nonlocal key
+            if group_type == "fp16_param":  # its master weight follows
+                key = "float8" if self.param2name[tensor] in names else "others"
+                tensor.data = tensor.data.to(E4M3 if key == "float8" else dtype)
+            register(tensor, group_type, key if names else config_key, **options)
+
+        replace(manager, "register_tensor", register_tensor)
+        _INITIALIZE(self, **options)
+        self.float8_values = {}
+        for parameter, name in self.param2name.items():
+            if name in names:
+                self.float8_values[parameter] = plain(parameter).detach().view(-1)
+                float8.empty_values(parameter, dtype)
+
+    def access_chunk(self: Chunk, async_access: bool = False) -> dist.Work | None:
+        if self.dtype != E4M3:
+            return _ACCESS(self, async_access)
+        if self.is_gathered:
+            return None
+        chunk_module.alloc_storage(self.cuda_global_chunk)
+        whole, own = self.cuda_global_chunk.view(torch.uint8), self.cuda_shard.view(torch.uint8)
+        work = dist.all_gather_into_tensor(whole, own, self.torch_pg, async_op=async_access)
+        self.cuda_shard, self.is_gathered = None, True
+        return work
+
+    def optim_update(self: Chunk) -> None:
+        if self.dtype != E4M3:
+            _OPTIM_UPDATE(self)
+
+    replace(GeminiDDP, "_init_chunks", _init_chunks)
+    replace(Chunk, "access_chunk", access_chunk)
+    replace(Chunk, "optim_update", optim_update)
 
 
 def prefetched_chunks(job: Job) -> int:
@@ -247,13 +365,13 @@ def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:
     replace(manager, "init_grad_chunk", init_grad_chunk)
 
 
-def sum_gradients_in_float32(model: ModelWrapper) -> None:
-    """Accumulate gradients in float32, in the shard that the rank keeps.
+def keep_gradients_in(dtype: torch.dtype, model: ModelWrapper) -> None:
+    """Keep gradients that have chunks of their own in this precision, float32 if they are accumulated.
 
     Symptom: gradients accumulated over many micro-batches lose as much precision as the working one has.
     Cause: `Chunk.init_grad_chunk` gives the chunk of accumulated gradients the weights' precision, and
         `rearrange_accumulated_grad_chunk` puts the sum so far into the next reduction.
-    Fix: the chunk of gradients is float32. `rearrange_accumulated_grad_chunk` keeps the sum aside as the chunk's
+    Fix: the chunk of gradients is in `dtype`. `rearrange_accumulated_grad_chunk` keeps the sum aside as the chunk's
         `summed`, `add_tensor_to_chunk_slice` then copies instead, and `reduce` (see `reduce_chunks_in`) adds the sum
         to the reduced shard. A chunk that is not reduced stays where it is, and is added to.
     Remove when: Gemini accumulates in float32.
@@ -261,11 +379,11 @@ def sum_gradients_in_float32(model: ModelWrapper) -> None:
     manager, init, add = model.chunk_manager, Chunk.init_grad_chunk, Chunk.add_tensor_to_chunk_slice
 
     def init_grad_chunk(self: Chunk) -> Chunk:
-        working, self.dtype = self.dtype, torch.float32
+        weights, self.dtype = self.dtype, dtype
         try:
             return init(self)
         finally:
-            self.dtype = working
+            self.dtype = weights
 
     def rearrange_accumulated_grad_chunk(chunk: Chunk) -> Chunk:
         gradients = chunk.grad_chunk
@@ -542,7 +660,7 @@ class _Plain(torch.autograd.Function):
 
 def _hooked_once(layer: LlamaDecoderLayer, empty: LlamaDecoderLayer, compute: Callable) -> Callable:
     names, parameters = zip(*layer.named_parameters(), strict=True)
-    converted = float8.is_converted(layer)
+    converted, stored = float8.is_converted(layer), float8.stored_tensors(layer)
 
     def forward(*args, **kwargs):
         empty.train(layer.training)
@@ -552,9 +670,9 @@ def _hooked_once(layer: LlamaDecoderLayer, empty: LlamaDecoderLayer, compute: Ca
             gathered = ColoParamOpHookManager.pre_op(parameters, *parameters) if hooked else parameters
             gathered = _Plain.apply(*gathered)
         if converted:
-            for tensor in gathered:
+            for tensor in (*gathered, *stored.values()):
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        outputs = compute(dict(zip(names, gathered, strict=True)), args, kwargs)
+        outputs = compute(dict(zip(names, gathered, strict=True)) | stored, args, kwargs)
         return ColoParamOpHookManager.post_op(parameters, outputs) if hooked else outputs
 
     return forward

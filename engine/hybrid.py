@@ -15,6 +15,7 @@ from colossalai.zero import LowLevelZeroOptimizer
 from transformers import LlamaForCausalLM
 
 from engine import compilation, float8, zero
+from engine.float8 import E4M3
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
@@ -85,7 +86,9 @@ def prepare(job: Job, plugin: HybridParallelPlugin, model: ModelWrapper, optimiz
         trained = filter(lambda parameter: parameter.requires_grad, model.parameters())
         optimizer.reducer = GradientReducer(job, trained, plugin.mixed_dp_group, partitions=False)
         masters = optimizer.working_to_master_map if isinstance(optimizer, MixedPrecisionOptimizer) else {}
-        optimizer.stored = float8.store_weights(model, {weight: weight.numel() for weight in masters})
+        optimizer.stored = float8.store_weights(
+            model, lambda weight: weight.new_empty(weight.numel(), dtype=E4M3) if weight in masters else None
+        )
     if plugin.tp_size > 1:
         shared = split_tokens(model.unwrap(), plugin.tp_group, _layer_runs(job, plugin))
         optimizer.reducer.sum_over(plugin.tp_group, shared)

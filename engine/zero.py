@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from engine import float8
 from engine.compilation import compile_layers as compile_layers
+from engine.float8 import E4M3
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import LocalPart, common_options
@@ -67,8 +68,12 @@ def prepare(job: Job, plugin: LowLevelZeroPlugin, model: ModelWrapper, optimizer
     parameters = itertools.chain.from_iterable(optimizer._working_param_groups.values())
     optimizer.reducer = GradientReducer(job, parameters, group)
     padded = optimizer._working_param_to_padded_working_param
-    on_device = {} if job.layout.traits.on_host else {weight: whole.numel() for weight, whole in padded.items()}
-    optimizer.stored = float8.store_weights(model, on_device)
+
+    def allocate(weight: Parameter) -> Tensor | None:
+        on_device = weight in padded and not job.layout.traits.on_host
+        return padded[weight].new_empty(padded[weight].numel(), dtype=E4M3) if on_device else None
+
+    optimizer.stored = float8.store_weights(model, allocate)
     padded.update({weight: stored.whole for weight, stored in optimizer.stored.items()})
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from attn import EAGER
 from engine import gemini, zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted, stored_elements
+from engine.float8 import converted, stored
 from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from engine.loss import EAGER_LOGITS
@@ -118,24 +118,31 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
 
     Two chunks are gathered at a time, besides those that are prefetched.
     """
-    sizes = [spec.shape.numel() for spec in specs]
+    by_name = {spec.name: spec.shape.numel() for spec in specs}
+    sizes = list(by_name.values())
     parameters = sum(sizes)
-    chunks = [parameters]
-    if not gemini.keeps_whole(job):
+    names, inside, outside = gemini.float8_chunks(job, by_name, on_gpu=True)
+    in_float8 = gemini.filled([size for name, size in by_name.items() if name in names], inside)
+    if names:
+        chunks = in_float8 + gemini.filled([size for name, size in by_name.items() if name not in names], outside)
+    elif gemini.keeps_whole(job):
+        chunks = [parameters]
+    else:
         chunks = gemini.chunk_sizes(tuple(sizes), gemini.chunk_parameters(job), job.config.hidden_size)
     room, chunk = sum(chunks), max(chunks)
     unsharded = 1 - job.placement.shard_param_frac
     prefetched = gemini.prefetched_chunks(job) * chunk
     at_update = job.layout.gradient_ranks > 1 and job.exchanges_at_update
-    # A gradient overwrites its weight, unless gradients are accumulated.
+    # A gradient overwrites its weight, unless gradients are accumulated or weights are in float8.
     second_chunk = (FP32 if job.accumulates and not at_update else width) * chunk
+    kept = FP32 if job.accumulates else width if names else 0
     reduction = FP32 * chunk / shards + (0 if job.reduce_dtype.itemsize == FP32 else width * chunk)
     return _State(
-        weights=width * room * (unsharded + (1 - unsharded) / shards),
+        weights=(width * room - (width - 1) * sum(in_float8)) * (unsharded + (1 - unsharded) / shards),
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
-        gradients=FP32 * room / (1 if at_update else shards) if job.accumulates else 0,
+        gradients=kept * room / (1 if at_update else shards),
         exchange=reduction if at_update else 0,
-        gathered=width * (chunk + prefetched) if shards > 1 else 0,
+        gathered=(1 if names else width) * (chunk + prefetched) if shards > 1 else 0,
         gathered_layers=second_chunk + (0 if at_update else _reduced_copy(job, chunk)) if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )
@@ -155,7 +162,7 @@ def _zero_state(job: Job, specs: list[ParameterSpec], width: int, shards: int) -
     held = parameters / shards if layout.zero_stage else parameters
     gradients = FP32 * parameters if several and job.exchanges_at_update else kept * held
     by_name = {spec.name: size for spec, size in zip(specs, sizes, strict=True)}
-    in_float8 = stored_elements(job, by_name, on_gpu=True) if job.compute.fp8 else 0
+    in_float8 = sum(by_name[name] for name in stored(job, by_name, on_gpu=True))
     large = [size for size in sizes if size >= zero.SMALL]
     in_layers = [size for name, size in by_name.items() if size >= zero.SMALL and ".layers." in name]
     # At the end of the pass, the embeddings' gradient is reduced while those before it may still be; then the small

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from attn import EAGER
 from engine import zero
 from engine.compilation import Fusion, choose_fusion
-from engine.float8 import converted
+from engine.float8 import converted, stored
 from engine.job import ROWWISE, Job, recomputed_layers, reenters
 from engine.overlap import PARTS
 from model_utils import attention_size, model_flops_per_token, trained_specs
@@ -295,8 +295,7 @@ def _in_float8(job: Job) -> bool:
 
 def _stored_in_float8(job: Job) -> bool:
     """Return True if weights are kept in float8, and exchanged so (see `engine.float8.store_weights`)."""
-    traits, tensorwise = job.layout.traits, job.compute.fp8 and job.compute.recipe != ROWWISE
-    return tensorwise and traits.module in ("zero", "hybrid") and not traits.on_host
+    return bool(stored(job, {spec.name: spec.shape.numel() for spec in stage_specs(job.config, job.layout, 0)}, True))
 
 
 def _sums(job: Job, stage: int) -> float:
@@ -356,9 +355,10 @@ def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int
     kept = FP32 if job.accumulates or (several and job.reduce_dtype.itemsize == FP32) else width
     moved = own * (2 * kept + 2 * MASTER_AND_MOMENTS + width)  # the norm reads gradients too
     host = 0.0
+    per_weight = 1 if _stored_in_float8(job) else width
     if module == "gemini":  # gradients to float32, and master weights to the chunk
-        moved += own * 2 * (width + FP32)
-    if _stored_in_float8(job):
+        moved += own * (2 if per_weight == width else 1) * (width + FP32)
+    if per_weight < width:
         moved += own * (2 * FP32 + 1)
     offloaded = 1.0 if "optimizer" in layout.traits.on_host else job.placement.offload_optim_frac
     if offloaded:
@@ -385,13 +385,12 @@ def _update(job: Job, machines: Machines, stage: int, busiest: _Pass, count: int
     if narrow and job.reduce_dtype.itemsize > width:
         summing = (width * parameters + FP32 * own) / (facts.memory * 1e9)
     if in_chunks:
-        gathering = group.exchange(width * parameters, operations)
+        gathering = group.exchange(per_weight * parameters, operations)
         both = gathering if at_end else gathering + reduction
         added = gathering.beside(busiest.kernels - busiest.backward) + both.beside(busiest.backward)
         return update, host, count * added + (reduction.seconds if at_end else 0) + (1 if at_end else count) * summing
     added = reduction.seconds if at_end else count * reduction.beside(busiest.backward)
     added += (1 if at_end else count) * summing
     if layout.zero_stage:
-        per_weight = 1 if _stored_in_float8(job) else width
         added += group.exchange(per_weight * parameters, operations).beside(update + host)
     return update, host, added

@@ -233,7 +233,6 @@ MEASURED_ON_TWO = [
     (8, "-p zero2 -b 4 --reduce_dtype fp32", 36.09),
     (8, "-p gemini -b 4 --reduce_dtype fp32", 35.82),
     (8, "-p zero2 -b 4 --fp8 --reduce_dtype fp32", 28.37),
-    (8, "-p gemini -b 4 --fp8 --reduce_dtype fp32", 29.71),
     (8, "-p 3d --tp 2 --pp 1 -b 8 --reduce_dtype fp32", 35.06),
     (8, "-p 3d --tp 1 --pp 1 --sp 2 --zero 1 -b 8 --reduce_dtype fp32", 36.09),
     (8, "-p 3d --tp 1 --pp 2 -b 16 --microbatch_size 2 --reduce_dtype fp32", 26.64),
