@@ -38,14 +38,16 @@ def when_idle() -> Callable[[], bool]:
 class HostCopies:
     """Copies to host memory; those from a GPU go on while it computes.
 
-    Temporary sources are kept until they are copied, as many as there is room for: GPU memory that nothing has used so
-    far, less a reserve.
+    Temporary sources are kept until they are copied, as many as there is room for: GPU memory beyond what training has
+    needed until the first copy, less a reserve.
     """
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._temporary: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
         self._last: torch.cuda.Event | None = None  # of a source that will change
+        self._needed: int | None = None  # bytes that training needs
+        self._room = 0.0
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, temporary: bool) -> torch.Tensor:
         """Begin to copy to a host tensor, pinned if the source is on a GPU, and return it. See `wait`.
@@ -69,9 +71,11 @@ class HostCopies:
 
     def _make_room(self, size: int) -> None:
         """Wait for the oldest temporary sources until one of this size fits beside the others, or is alone."""
-        free, total = torch.cuda.mem_get_info()
-        room = free - RESERVE * total
-        while self._temporary and sum(source.nbytes for _, source in self._temporary) + size > room:
+        if not self._temporary:
+            free, total = torch.cuda.mem_get_info()
+            self._needed = self._needed or torch.cuda.max_memory_allocated()
+            self._room = free + torch.cuda.memory_reserved() - self._needed - RESERVE * total
+        while self._temporary and sum(source.nbytes for _, source in self._temporary) + size > self._room:
             copied, _ = self._temporary.popleft()
             copied.synchronize()
 

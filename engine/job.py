@@ -14,6 +14,7 @@ from engine.layout import Batch, Layout, Parallelism, layout_problems, resolve_l
 AUTO, MICRO_BATCH, STEP = "auto", "micro_batch", "step"  # --exchange
 TENSORWISE, ROWWISE = "tensorwise", "rowwise"  # --fp8_recipe
 FLOAT8_ALIGNMENT = 16  # elements: kernels for float8 take sizes divisible by it
+FLOAT32 = torch.finfo(torch.float32)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -100,6 +101,9 @@ class Optimization:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 problems.append(f"--{name}: {value} is not a {'positive' if positive else 'non-negative'} number")
+            elif value and not FLOAT32.tiny <= value <= FLOAT32.max:
+                bounds = f"{FLOAT32.tiny:.2g} to {FLOAT32.max:.2g}"
+                problems.append(f"--{name}: {value} is outside the range of float32, {bounds}")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             first, second = self.adam_betas
             problems.append(f"--adam_betas: must be at least 0 and below 1, not {first} {second}")
@@ -128,7 +132,7 @@ class Exchange:
             problems.append(
                 f"--reduce_dtype: must be fp32 or the --mixed_precision {precision}, not {self.reduce_dtype}"
             )
-        if self.exchange == STEP and accumulation_steps == layout.pp == 1:
+        if self.exchange != AUTO and accumulation_steps == layout.pp == 1:
             problems.append("--exchange: takes effect only with --accumulation_steps; give that too, or leave it out")
         if self.exchange == STEP and layout.traits.module == "gemini" and layout.traits.on_host:
             problems.append(f"--exchange: {layout.plugin} keeps gradients in host memory; leave it out")

@@ -77,7 +77,8 @@ class LocalShard:
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return this rank's range of the master weight or a moment, flat; a view of the optimizer's storage."""
-        whole = self.storage if key == MASTER else self.adam_state.get(key, torch.zeros_like(self.storage))
+        whole = self.storage if key == MASTER else self.adam_state.get(key)
+        whole = torch.zeros_like(self.storage) if whole is None else whole
         return whole.view(-1)[: self.stop - self.start]
 
     def read(self, full: Any) -> torch.Tensor:

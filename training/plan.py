@@ -462,6 +462,8 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
     total_sequences = length.num_epochs * len(dataset)
     legs = _legs(run, datasets, state, begun, total_sequences)
     if steps := run.outputs.skip_data:
+        if state.step == 0:
+            raise InputError("--skip_data: there is no checkpoint to resume from; give -f, or leave it out")
         leg = next((leg for leg in legs if leg.steps), legs[-1])
         if leg is not legs[-1] and steps[1] > leg.stop:
             raise InputError(
@@ -469,6 +471,10 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
             )
         end = ENDLESS if run.stages.later else total_sequences
         say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end))
+        if steps[1] > legs[-1].stop:
+            raise InputError(
+                f"--skip_data: the run ends after step {legs[-1].stop}; give earlier steps, or a larger --max_steps"
+            )
         legs = _legs(run, datasets, state, begun, total_sequences)
     total_steps, global_batch = legs[-1].stop, legs[0].global_batch
     if total_steps == 0:

@@ -49,13 +49,20 @@ class Copied:
 
 @pytest.mark.parametrize(("free", "kept"), [(0, 1), (39, 1), (45, 2), (95, 4)])
 def test_as_many_sources_are_kept_as_there_is_room_for(monkeypatch, free, kept):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100))
-    copies, waited, references = HostCopies(), [], []
-    for _ in range(6):
-        copies._make_room(20)
-        source = torch.empty(5)  # 20 bytes
-        references.append(weakref.ref(source))
-        copies._temporary.append((Copied(waited), source))
-        del source
-    assert [reference() is not None for reference in references] == [False] * (6 - kept) + [True] * kept
-    assert len(waited) == 6 - kept
+    """In each save; torch keeps the memory of the first one's sources, and its peak has them."""
+    copies, reserved = HostCopies(), 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - reserved, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 200 + reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 200 + reserved)
+    for _ in range(2):
+        waited, references = [], []
+        for _ in range(6):
+            copies._make_room(20)
+            source = torch.empty(5)  # 20 bytes
+            references.append(weakref.ref(source))
+            copies._temporary.append((Copied(waited), source))
+            del source
+        assert [reference() is not None for reference in references] == [False] * (6 - kept) + [True] * kept
+        assert len(waited) == 6 - kept
+        copies.wait()
+        reserved = min(free, 20 * kept)

@@ -32,6 +32,12 @@ class TestChecks:
             ("--lr inf", "--lr: inf is not a positive number"),
             ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
             ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
+            ("--adam_eps 1e-60", "--adam_eps: 1e-60 is outside the range of float32, 1.2e-38 to 3.4e+38"),
+            ("--lr 1e300", "--lr: 1e+300 is outside the range of float32, 1.2e-38 to 3.4e+38"),
+            (
+                "--exchange micro_batch",
+                "--exchange: takes effect only with --accumulation_steps; give that too, or leave it out",
+            ),
             ("--eval_interval 0", "--eval_interval: must be at least 1, not 0"),
             ("--eval_fraction 1", "--eval_fraction: must be at least 0 and below 1, not 1.0"),
             ("--shuffle_buffer 0", "--shuffle_buffer: must be at least 1, not 0"),

@@ -415,6 +415,14 @@ class TestDataLeftOut:
         with pytest.raises(InputError, match="--skip_data: stage 0 ends after step 50; give steps of one stage"):
             self.plan("48-52", 10)
 
+    def test_steps_after_the_end_are_refused(self):
+        with pytest.raises(InputError, match="--skip_data: the run ends after step 100; give earlier steps"):
+            self.plan("98-101", 90)
+
+    def test_a_new_run_is_refused(self):
+        with pytest.raises(InputError, match="--skip_data: there is no checkpoint to resume from; give -f"):
+            self.plan("20-24", 0)
+
     def test_a_stage_does_not_begin_inside_what_is_left_out(self):
         state = resumed_at(10, TWO)
         state.left_out = {"40-44": [156, 176]}
