@@ -1,4 +1,4 @@
-"""Gemini: the sizes of its chunks, and patches of its memory, prefetching, gradient norm and compilation.
+"""Gemini: patches of its memory, prefetching, gradient norm and compilation, and its weights in float8.
 
 Gemini keeps parameters in chunks. Hooks around each operation on a parameter gather its chunk and release it.
 """
@@ -6,7 +6,7 @@ Gemini keeps parameters in chunks. Hooks around each operation on a parameter ga
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,26 +21,25 @@ from colossalai.tensor.param_op_hook import ColoParamOpHookManager
 from colossalai.zero import GeminiDDP, GeminiOptimizer
 from colossalai.zero.gemini.chunk import Chunk, TensorState
 from colossalai.zero.gemini.chunk import chunk as chunk_module
-from colossalai.zero.gemini.chunk.search_utils import _get_unused_byte
 from colossalai.zero.gemini.gemini_hook import TrainingPhase
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine import float8
 from engine.compilation import plain, take_checkpoint_function
 from engine.float8 import E4M3
+from engine.gemini_chunks import chunk_parameters, float8_chunks, keeps_gradients_apart, keeps_whole, prefetched_chunks
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
 from engine.recomputation import checkpoint_layers as checkpoint_layers
 from engine.reduction import Reduction
 from engine.waits import waiting
-from model_utils import build_model, count_parameters, parameter_specs
+from model_utils import build_model
 from runtime.console import say
 
-OFFLOADED_CHUNK_PARAMETERS = 32 * 2**20
 _INITIALIZE, _ACCESS, _OPTIM_UPDATE = GeminiDDP._init_chunks, Chunk.access_chunk, Chunk.optim_update
 
 
@@ -174,87 +173,6 @@ def _round_weights(optimizer: GeminiOptimizer) -> None:
         float8.round_weights(parts, chunk.torch_pg)
 
 
-def keeps_whole(job: Job) -> bool:
-    """Return True if there is only one data-parallel rank and nothing is offloaded.
-
-    Gemini then keeps the model in one chunk that is never sharded. Sharding over one rank would copy each chunk four
-    times per step.
-    """
-    return job.layout.dp == 1 and not _offloads(job)
-
-
-def _offloads(job: Job) -> bool:
-    fractions = job.placement.offload_optim_frac + job.placement.offload_param_frac
-    return job.layout.plugin == "gemini_auto" or fractions > 0
-
-
-def chunk_parameters(job: Job) -> int:
-    """Return the smallest chunk size, in parameters: that of a decoder layer, whose parameters are gathered at once.
-
-    Chunks that move between GPU and host memory are smaller. Gemini replicates a model smaller than one chunk, and then
-    counts accumulated gradients once too often per rank. A small model therefore gets small chunks and is sharded like
-    a large one, unless a rank keeps it whole.
-    """
-    parameters = count_parameters(job.config)
-    if keeps_whole(job):
-        return parameters + 1
-    smallest = OFFLOADED_CHUNK_PARAMETERS if _offloads(job) else layer_parameters(job.config)
-    return min(smallest, parameters // 8) // job.layout.tp
-
-
-def layer_parameters(config: LlamaConfig) -> int:
-    """Return the number of parameters of one decoder layer."""
-    return sum(spec.shape.numel() for spec in parameter_specs(config) if spec.group == "model.layers.0")
-
-
-@functools.cache
-def chunk_sizes(sizes: tuple[int, ...], smallest: int, hidden: int) -> list[int]:
-    """Return the sizes of Gemini's chunks for parameters of these sizes, filled in order as ColossalAI does.
-
-    ColossalAI takes the chunk size that wastes least memory, leaving out parameters more than three standard deviations
-    above the mean (search_chunk_configuration). A parameter larger than a chunk gets a chunk of its own
-    (ChunkManager.register_tensor).
-    """
-    mean = sum(sizes) / len(sizes)
-    bound = mean + 3 * math.sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
-    packed = [size for size in sizes if size <= bound]
-    start = math.ceil(max(smallest, *packed) / hidden) * hidden
-    candidates = range(start, start + smallest // 8 + 1, hidden)
-    return filled(sizes, min(candidates, key=lambda size: _get_unused_byte(packed, size)))
-
-
-def filled(sizes: Iterable[int], chunk: int) -> list[int]:
-    """Return the sizes of the chunks that these parameters fill in order; one larger than `chunk` has its own."""
-    chunks, left = [], 0
-    for size in sizes:
-        if size > left:
-            left = max(chunk, size)
-            chunks.append(left)
-        left -= size
-    return chunks
-
-
-def float8_chunks(job: Job, sizes: dict[str, int], on_gpu: bool) -> tuple[set[str], int, int]:
-    """Return which parameters have chunks in float8, and the sizes of these chunks and of the others.
-
-    A chunk in float8 has a layer's weights. A chunk of others has all that is small: RMSNorm's weights. Embeddings are
-    larger and have chunks of their own.
-
-    Args:
-        sizes: of all parameters, by name.
-    """
-    names = float8.stored(job, sizes, on_gpu)
-    inside = sum(sizes[name] for name in names) // job.config.num_hidden_layers
-    others = [size for name, size in sizes.items() if name not in names and ".layers." in name]
-    return names, inside, max(*others, min(sum(others), OFFLOADED_CHUNK_PARAMETERS))
-
-
-def keeps_gradients_apart(job: Job) -> bool:
-    """Return True if gradients have chunks of their own; else they overwrite weights, where float8 has no room."""
-    sizes = {spec.name: spec.shape.numel() for spec in parameter_specs(job.config)}
-    return job.accumulates or bool(float8.stored(job, sizes, torch.cuda.is_available()))
-
-
 def store_in_float8(job: Job) -> None:
     """Keep, gather and release the weights in float8 whose layers multiply in it; see `float8.store_weights`.
 
@@ -310,16 +228,6 @@ def store_in_float8(job: Job) -> None:
     replace(GeminiDDP, "_init_chunks", _init_chunks)
     replace(Chunk, "access_chunk", access_chunk)
     replace(Chunk, "optim_update", optim_update)
-
-
-def prefetched_chunks(job: Job) -> int:
-    """Return the number of chunks to prefetch: as many as a layer has.
-
-    It is 0 if a rank holds all chunks, or if some are in host memory: the GPU may not have room for more.
-    """
-    if job.layout.dp == 1 or _offloads(job):
-        return 0
-    return math.ceil(layer_parameters(job.config) / job.layout.tp / chunk_parameters(job))
 
 
 def allocate_chunks_on_one_stream(model: ModelWrapper) -> None:

@@ -14,9 +14,17 @@ import torch
 from transformers import LlamaConfig
 
 from attn import EAGER
-from engine import gemini, zero
+from engine import zero
 from engine.compilation import Fusion, choose_fusion
 from engine.float8 import converted, stored
+from engine.gemini_chunks import (
+    chunk_parameters,
+    chunk_sizes,
+    filled,
+    float8_chunks,
+    keeps_whole,
+    prefetched_chunks,
+)
 from engine.job import AUTO, STEP, Job, recomputed_layers, reenters
 from engine.layout import Layout
 from engine.loss import EAGER_LOGITS
@@ -121,17 +129,17 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
     by_name = {spec.name: spec.shape.numel() for spec in specs}
     sizes = list(by_name.values())
     parameters = sum(sizes)
-    names, inside, outside = gemini.float8_chunks(job, by_name, on_gpu=True)
-    in_float8 = gemini.filled([size for name, size in by_name.items() if name in names], inside)
+    names, inside, outside = float8_chunks(job, by_name, on_gpu=True)
+    in_float8 = filled([size for name, size in by_name.items() if name in names], inside)
     if names:
-        chunks = in_float8 + gemini.filled([size for name, size in by_name.items() if name not in names], outside)
-    elif gemini.keeps_whole(job):
+        chunks = in_float8 + filled([size for name, size in by_name.items() if name not in names], outside)
+    elif keeps_whole(job):
         chunks = [parameters]
     else:
-        chunks = gemini.chunk_sizes(tuple(sizes), gemini.chunk_parameters(job), job.config.hidden_size)
+        chunks = chunk_sizes(tuple(sizes), chunk_parameters(job), job.config.hidden_size)
     room, chunk = sum(chunks), max(chunks)
     unsharded = 1 - job.placement.shard_param_frac
-    prefetched = gemini.prefetched_chunks(job) * chunk
+    prefetched = prefetched_chunks(job) * chunk
     at_update = job.layout.gradient_ranks > 1 and job.exchanges_at_update
     # A gradient overwrites its weight, unless gradients are accumulated or weights are in float8.
     second_chunk = (FP32 if job.accumulates and not at_update else width) * chunk
