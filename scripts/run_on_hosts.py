@@ -73,6 +73,8 @@ def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
     if problem:
         say(f"error: {problem}")
         return NOTHING_STARTED
+    if note := restarts.note():
+        say(note)
     attempt = attempts(fleet)
     options["user_script"] = options["user_script"] and as_one_word(options["user_script"])
     while True:
