@@ -176,8 +176,6 @@ def test_an_indivisible_batch_is_rounded_and_reported(run_script, without_progra
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),
         ("node1\n", {}, "NPROC_PER_NODE: cannot be derived, since this machine has no GPU; set it"),
-        (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
-        (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
         (None, {"LLAMA_PYTHON": "/nowhere/python"}, "LLAMA_PYTHON='/nowhere/python' is not a Python that runs"),
     ],
 )
@@ -191,6 +189,17 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
     (line,) = run.stderr.splitlines()
     assert line.startswith("gemini: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5", "-1", "08"])
+@pytest.mark.parametrize(
+    ("name", "least"), [("NPROC_PER_NODE", 1), ("BATCH_TOKENS", 1), ("SPARE_HOSTS", 0), ("MAX_RESTARTS", 0)]
+)
+def test_variables_that_are_no_whole_numbers(name, least, value, run_script, without_program):
+    run = run_script("pretrain_7B.sh", **{"NPROC_PER_NODE": "1", **without_program, name: value})
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == f"pretrain_7B: error: {name}: must be a whole number of at least {least}, not '{value}'\n"
 
 
 def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
