@@ -245,6 +245,33 @@ def test_a_host_without_its_launcher(tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        ("--max_restarts nan", "Invalid value for '--max_restarts': 'nan' is not a valid integer."),
+        ("--max_restarts 1.5", "Invalid value for '--max_restarts': '1.5' is not a valid integer."),
+        ("--max_restarts", "Invalid value for '--max_restarts': 'train.py' is not a valid integer."),
+        ("--max_restart 2", "No such option '--max_restart'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, options, problem):
+    with Run([*RUN_ON_HOSTS, *options.split(), "train.py", "-o", "x"], tmp_path) as run:
+        assert run.wait() == USAGE_ERROR
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"run_on_hosts.py: error: {problem}")
+    assert "--max_restarts" in line  # the suggestion for a wrong name
+    assert run.stdout == ""
+
+
+def test_options_after_the_program_are_its_own(tmp_path):
+    (tmp_path / "train.py").write_text("import sys; print(*sys.argv[1:])")
+    flags = "-m 9 --nproc_per_node 7 other.py --max_restart 1"
+    command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--master_port", free_port(), tmp_path / "train.py"]
+    with Run([*command, *flags.split()], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    assert run.stdout == f"{flags}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
         (["--max_restarts", -1], "--max_restarts: must be at least 0, not -1"),
         (["--spare_hosts", -2], "--spare_hosts: must be at least 0, not -2"),
         (["--spare_hosts", 2], "--spare_hosts: takes effect only with --hostfile; give that too, or leave it out"),
