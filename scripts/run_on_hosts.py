@@ -40,9 +40,10 @@ from runtime.console import below
 from scripts.launcher.attempt import NOTHING_STARTED, Fleet, attempts
 from scripts.launcher.hosts import SERVE, name_of, read_hostfile, say
 from scripts.launcher.ranks import Ranks
-from scripts.launcher.restarts import Restarts
+from scripts.launcher.restarts import Restarts, last_step, logs_of
 
 LIST_HOSTS = "--list_hosts"  # internal flag, for the shell scripts: print the names in a hosts file
+LAST_STEP = "--last_step"  # the same: print the folder of the program's logs, and the last step in it
 
 
 def list_hosts(hostfile: str) -> int:
@@ -51,6 +52,12 @@ def list_hosts(hostfile: str) -> int:
     except ValueError as error:
         print(error)
         return NOTHING_STARTED
+    return 0
+
+
+def print_last_step(program: list[str]) -> int:
+    logs = logs_of(program)
+    print(logs, last_step(logs) or 0, sep="\n")
     return 0
 
 
@@ -131,4 +138,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == [LIST_HOSTS]:
         sys.exit(list_hosts(sys.argv[2]))
+    if sys.argv[1:2] == [LAST_STEP]:
+        sys.exit(print_last_step(sys.argv[2:]))
     sys.exit(Ranks().run() if sys.argv[1:] == [SERVE] else main())
