@@ -22,6 +22,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/setup.sh
 source "$root/scripts/setup.sh"
 
+# Ends with status 2 unless a variable's value is a whole number of at least LEAST.
+check_number() { # NAME VALUE LEAST
+    [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] && (($2 >= $3)) && return
+    (fail "$1: must be a whole number of at least $3, not '$2'") || exit 2
+}
+
 find_python() {
     if [[ -n ${LLAMA_PYTHON:-} ]]; then
         check_given_python
@@ -66,8 +72,7 @@ count_processes() {
         fi
         nproc_per_node=$((gpus > 0 ? gpus : 1))
     fi
-    [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] ||
-        fail "NPROC_PER_NODE: '$nproc_per_node' is not a number of processes; give one per GPU"
+    check_number NPROC_PER_NODE "$nproc_per_node" 1
     if [[ -z ${HOSTFILE:-} ]] && ((gpus > 0 && nproc_per_node > gpus)); then
         fail "NPROC_PER_NODE: $nproc_per_node processes need as many GPUs, but this machine has $gpus"
     fi
@@ -103,7 +108,7 @@ accumulation_steps() { # BATCH_SIZE MAX_LENGTH MODEL_PARALLEL_RANKS
         fi
     done
     local tokens=${BATCH_TOKENS:-4194304} once steps
-    [[ $tokens =~ ^[1-9][0-9]*$ ]] || fail "BATCH_TOKENS: '$tokens' is not a number of tokens"
+    check_number BATCH_TOKENS "$tokens" 1
     once=$(($1 * $2 * (processes > $3 ? processes / $3 : 1)))
     steps=$(((tokens + once / 2) / once))
     ((steps > 0)) || steps=1
@@ -130,6 +135,8 @@ prepare() { # "$@" of the calling script
         sed -n '/^# Environment:/,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
         exit
     fi
+    check_number SPARE_HOSTS "${SPARE_HOSTS:-0}" 0
+    check_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0
     find_python
     read_hostfile
     count_processes

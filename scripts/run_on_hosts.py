@@ -32,15 +32,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime.console import below
 from scripts.launcher.attempt import NOTHING_STARTED, Fleet, attempts
 from scripts.launcher.hosts import SERVE, name_of, read_hostfile, say
 from scripts.launcher.ranks import Ranks
-from scripts.launcher.restarts import Restarts
+from scripts.launcher.restarts import Restarts, last_step, logs_of
 
 LIST_HOSTS = "--list_hosts"  # internal flag, for the shell scripts: print the names in a hosts file
+LAST_STEP = "--last_step"  # the same: print the folder of the program's logs, and the last step in it
 
 
 def list_hosts(hostfile: str) -> int:
@@ -49,6 +52,12 @@ def list_hosts(hostfile: str) -> int:
     except ValueError as error:
         print(error)
         return NOTHING_STARTED
+    return 0
+
+
+def print_last_step(program: list[str]) -> int:
+    logs = logs_of(program)
+    print(logs, last_step(logs) or 0, sep="\n")
     return 0
 
 
@@ -73,6 +82,8 @@ def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
     if problem:
         say(f"error: {problem}")
         return NOTHING_STARTED
+    if note := restarts.note():
+        say(note)
     attempt = attempts(fleet)
     options["user_script"] = options["user_script"] and as_one_word(options["user_script"])
     while True:
@@ -83,32 +94,40 @@ def launch(max_restarts: int, spare_hosts: int, **options: Any) -> int:
 
 def command_line() -> Any:
     """Return the click.Command of `colossalai run` with our own options."""
-    click: Any = importlib.import_module("click")
     theirs = importlib.import_module("colossalai.cli.launcher").run
     number: dict[str, Any] = {"type": int, "default": 0}
     text = "after a failure, start the run again from its newest checkpoint, up to this often (default: 0)"
     options = [click.Option(["--max_restarts"], help=text, **number)]
     text = "the last hosts of the file, to take the place of those that fail twice or cannot be reached (default: 0)"
     options.append(click.Option(["--spare_hosts"], help=text, **number))
+    params = [*theirs.params, *options]
+
+    def start(**given: Any) -> None:
+        script = given["user_script"] or ""
+        if script.startswith("-") and not given["m"]:  # an unknown option; after -m MODULE, one of the module's
+            known = [name for param in params for name in param.opts]
+            raise click.NoSuchOption(script.partition("=")[0], possibilities=known)
+        sys.exit(launch(**given))
+
     return click.Command(
         None,
-        params=[*theirs.params, *options],
-        callback=lambda **given: sys.exit(launch(**given)),
+        params=params,
+        callback=start,
         help=theirs.help,
-        context_settings=theirs.context_settings,
+        # The program's flags stay its own, also those that are spelled like ours, such as -m.
+        context_settings=theirs.context_settings | {"allow_interspersed_args": False},
     )
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    script = next((position for position, word in enumerate(arguments) if word.endswith(".py")), None)
-    if script is not None:
-        # Without `--`, `colossalai run` would take the program's flags that are spelled like its own, such as -m.
-        arguments.insert(script, "--")
     try:
-        command_line().main(arguments, prog_name="run_on_hosts.py")
+        return command_line().main(prog_name="run_on_hosts.py", standalone_mode=False)
     except SystemExit as end:
         return int(end.code or 0)
+    except click.ClickException as error:
+        say(f"error: {error.format_message()}")
+    except click.Abort:
+        say("SIGINT: nothing was started")
     except Exception as error:
         if not str(error).startswith("Hostname "):  # --include or --exclude names an unknown host
             raise
@@ -119,4 +138,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == [LIST_HOSTS]:
         sys.exit(list_hosts(sys.argv[2]))
+    if sys.argv[1:2] == [LAST_STEP]:
+        sys.exit(print_last_step(sys.argv[2:]))
     sys.exit(Ranks().run() if sys.argv[1:] == [SERVE] else main())

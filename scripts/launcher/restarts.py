@@ -1,6 +1,7 @@
 """Restarts of a run that failed: the decision, the pause before it, and the program's arguments."""
 
 import json
+import os.path
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,17 @@ def value_of(arguments: Sequence[str], short: str, long: str, default: str | Non
     return value
 
 
+def folder_of(arguments: Sequence[str], short: str, long: str, default: str) -> Path:
+    """Return the folder that a flag names, with `~` expanded as the program does."""
+    return Path(os.path.expanduser(value_of(arguments, short, long, default) or ""))
+
+
+def logs_of(arguments: Sequence[str]) -> Path:
+    """Return the folder where a program writes metrics.jsonl."""
+    name = value_of(arguments, "--run_name", "--run_name") or ""
+    return folder_of(arguments, "-t", "--tensorboard_dir", "tb_logs") / name
+
+
 def last_step(logs: Path) -> int | None:
     """Return the step in the last complete row of metrics.jsonl, or None."""
     try:
@@ -48,9 +60,8 @@ class Restarts:
             program: the program's own arguments.
         """
         self.limit, self.program, self.fleet = limit, program, fleet
-        self.save_dir = Path(value_of(program, "-o", "--save_dir", "checkpoint") or "")
-        logs = value_of(program, "-t", "--tensorboard_dir", "tb_logs") or ""
-        self.logs = Path(logs, value_of(program, "--run_name", "--run_name") or "")
+        self.save_dir = folder_of(program, "-o", "--save_dir", "checkpoint")
+        self.logs = logs_of(program)
         self.restarted = 0
         self.failed_after: list[int | None] = []  # the last step before each failure of the program
         self.reached: tuple[int | None] | None = None  # the last step before the latest end
@@ -61,6 +72,12 @@ class Restarts:
         if not self.limit or value_of(self.program, "-o", "--save_dir") or self._load() == "latest":
             return None
         return "--max_restarts: give the program --save_dir or -f latest, so that a restart finds its checkpoints"
+
+    def note(self) -> str | None:
+        """Return a line if a restart would repeat the whole attempt."""
+        if not self.limit or value_of(self.program, "-i", "--save_interval") != "0":
+            return None
+        return "note: --save_interval 0 saves only at the end, so a restart repeats every step"
 
     def _load(self) -> str | None:
         return value_of(self.program, "-f", "--load")

@@ -86,6 +86,24 @@ class TestArguments:
         (tmp_path / "epoch0-step4" / "manifest.json").touch()
         assert run.arguments() == program + after
 
+    def test_folders_that_the_shell_does_not_expand(self, monkeypatch, tmp_path):
+        """The launcher and the program find the same folders in `--flag=~/x`."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        flags = ["--save_dir=~/saved", "--tensorboard_dir=~/logs", "--run_name", "first", "-f", "base/epoch0-step2"]
+        run = Restarts(5, flags, Fleet())
+        (tmp_path / "saved" / "epoch0-step4").mkdir(parents=True)
+        (tmp_path / "saved" / "epoch0-step4" / "manifest.json").touch()
+        run.restarted = 1
+        assert run.arguments() == [*flags, "-f", "latest"]
+        assert run.logs == tmp_path / "logs" / "first"
+
+    @pytest.mark.parametrize("interval", ["-i 0", "--save_interval=0"])
+    def test_a_run_that_saves_at_its_end_alone(self, interval):
+        expected = "note: --save_interval 0 saves only at the end, so a restart repeats every step"
+        assert Restarts(1, f"-o x {interval}".split(), Fleet()).note() == expected
+        assert Restarts(0, f"-o x {interval}".split(), Fleet()).note() is None
+        assert Restarts(1, f"-o x {interval} -i 5".split(), Fleet()).note() is None
+
     @pytest.mark.parametrize("flags", ["-c 7b", "-f epoch0-step2"])
     def test_a_run_without_a_folder_is_refused(self, flags):
         expected = "--max_restarts: give the program --save_dir or -f latest, so that a restart finds its checkpoints"
@@ -198,10 +216,11 @@ def test_a_fault_of_the_program(tmp_path):
     """It fails at the same step three times; the status is the program's."""
     (tmp_path / "train.py").write_text(main_program("raise RunError('loss nan at step 8')"), encoding="utf-8")
     log_step(tmp_path / "tb_logs", 7)
-    with launch(tmp_path, tmp_path / "train.py") as run:
+    with launch(tmp_path, tmp_path / "train.py", "-i", 0) as run:
         assert run.wait() == RUN_FAILED, run.output()
     assert run.stderr.count("ended with status 1: train.py: loss nan at step 8") == 3
     assert "giving up: the run has failed 3 times after step 7" in run.stderr.splitlines()[-1]
+    assert "run_on_hosts.py: note: --save_interval 0 saves only at the end" in run.stderr.splitlines()[0]
 
 
 def test_a_host_without_its_launcher(tmp_path):
@@ -221,6 +240,33 @@ def test_a_host_without_its_launcher(tmp_path):
     finally:
         for process in (host, left):
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--max_restarts nan", "Invalid value for '--max_restarts': 'nan' is not a valid integer."),
+        ("--max_restarts 1.5", "Invalid value for '--max_restarts': '1.5' is not a valid integer."),
+        ("--max_restarts", "Invalid value for '--max_restarts': 'train.py' is not a valid integer."),
+        ("--max_restart 2", "No such option '--max_restart'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, options, problem):
+    with Run([*RUN_ON_HOSTS, *options.split(), "train.py", "-o", "x"], tmp_path) as run:
+        assert run.wait() == USAGE_ERROR
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"run_on_hosts.py: error: {problem}")
+    assert "--max_restarts" in line  # the suggestion for a wrong name
+    assert run.stdout == ""
+
+
+def test_options_after_the_program_are_its_own(tmp_path):
+    (tmp_path / "train.py").write_text("import sys; print(*sys.argv[1:])")
+    flags = "-m 9 --nproc_per_node 7 other.py --max_restart 1"
+    command = [*RUN_ON_HOSTS, "--nproc_per_node", 1, "--master_port", free_port(), tmp_path / "train.py"]
+    with Run([*command, *flags.split()], tmp_path) as run:
+        assert run.wait() == 0, run.output()
+    assert run.stdout == f"{flags}\n"
 
 
 @pytest.mark.parametrize(

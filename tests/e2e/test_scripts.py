@@ -176,8 +176,6 @@ def test_an_indivisible_batch_is_rounded_and_reported(run_script, without_progra
         (None, {"HOSTFILE": "."}, "HOSTFILE: there is no file '.'"),
         ("-oProxyCommand=true\n", {}, "has the line '-oProxyCommand=true', which is not one host name"),
         ("node1\n", {}, "NPROC_PER_NODE: cannot be derived, since this machine has no GPU; set it"),
-        (None, {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: 'two' is not a number of processes"),
-        (None, {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: '0' is not a number of processes"),
         (None, {"LLAMA_PYTHON": "/nowhere/python"}, "LLAMA_PYTHON='/nowhere/python' is not a Python that runs"),
     ],
 )
@@ -191,6 +189,17 @@ def test_mistakes_are_one_line(hosts, env, message, run_script, tmp_path):
     (line,) = run.stderr.splitlines()
     assert line.startswith("gemini: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5", "-1", "08"])
+@pytest.mark.parametrize(
+    ("name", "least"), [("NPROC_PER_NODE", 1), ("BATCH_TOKENS", 1), ("SPARE_HOSTS", 0), ("MAX_RESTARTS", 0)]
+)
+def test_variables_that_are_no_whole_numbers(name, least, value, run_script, without_program):
+    run = run_script("pretrain_7B.sh", **{"NPROC_PER_NODE": "1", **without_program, name: value})
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == f"pretrain_7B: error: {name}: must be a whole number of at least {least}, not '{value}'\n"
 
 
 def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
@@ -286,16 +295,19 @@ def test_slurm_job_saves_when_its_time_is_up_requeues_and_resumes(tmp_path, samp
 
 
 def test_slurm_job_is_requeued_after_failures_until_one_step_has_failed_three_times(tmp_path, slurm):
+    """Each job counts its own failures."""
     program = tmp_path / "bin" / "program"
     program.write_text(f'#!/bin/bash\n[[ $1 != pretrain.py ]] || exit "$STATUS"\nexec {sys.executable} "$@"\n')
     program.chmod(0o755)
-    logs = tmp_path / "logs"
-    logs.mkdir()
+    logs = tmp_path / "logs" / "first"
+    logs.mkdir(parents=True)
 
-    def requeued(status: int, step: int, restarts: int = 0) -> bool:
+    def requeued(status: int, step: int, restarts: int = 0, job: int = 1) -> bool:
         (logs / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 7.0}}\n')
         env = {**slurm, "LLAMA_PYTHON": str(program), "STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
-        with start_script(Path("slurm") / "pretrain.sbatch", "-t", logs, folder=tmp_path / "job", **env) as run:
+        env |= {"HOME": str(tmp_path), "SLURM_JOB_ID": str(job)}
+        flags = ["--tensorboard_dir=~/logs", "--run_name", "first"]
+        with start_script(Path("slurm") / "pretrain.sbatch", *flags, folder=tmp_path / "job", **env) as run:
             assert run.wait() == status, run.output()
         ended = status in (0, 75) or (status == 2 and not restarts)
         assert ("giving up: " in run.stderr) == (not ended and "requeued" not in run.stdout)
@@ -305,5 +317,6 @@ def test_slurm_job_is_requeued_after_failures_until_one_step_has_failed_three_ti
     assert not requeued(2, 8)
     assert requeued(75, 8)
     assert [requeued(1, step) for step in (8, 8, 9, 9, 9)] == [True, True, True, True, False]
+    assert [requeued(1, 9, job=job) for job in (2, 3, 2, 3, 2)] == [True, True, True, True, False]
     assert [requeued(74, 20) for _ in range(4)] == [True] * 4
     assert [requeued(2, 30, restarts=1) for _ in range(3)] == [True, True, False]
