@@ -82,7 +82,7 @@ class Machine:
         _call(*self.command(*command))
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Return the processes of this host whose command lines have all of `words`."""
+        """Return the processes of this host whose command lines have all of `words`, the oldest first."""
         namespace, found = os.readlink(f"/proc/{self.init}/ns/pid"), []
         for process in psutil.process_iter():
             try:
@@ -91,7 +91,7 @@ class Machine:
                     found.append(process)
             except (psutil.NoSuchProcess, OSError):
                 continue
-        return found
+        return sorted(found, key=psutil.Process.create_time)  # process ids start again at some number
 
     def shut_down(self) -> None:
         self.holder.kill()
