@@ -14,5 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 prepare "$@"
 tp=$(flag_value 4 --tp --tp "$@")
 pp=$(flag_value 2 --pp --pp "$@")
+check_number --tp "$tp" 1
+check_number --pp "$pp" 1
 set_batch "$((tp * pp))" "$@"
 launch pretrain.py -c 70b -p hybrid_parallel --tp "$tp" --pp "$pp" -x bf16 -a -g --lr 1.5e-4 "${batch_flags[@]}" "$@"

@@ -202,6 +202,13 @@ def test_variables_that_are_no_whole_numbers(name, least, value, run_script, wit
     assert run.stderr == f"pretrain_7B: error: {name}: must be a whole number of at least {least}, not '{value}'\n"
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--tp", "abc"), ("--pp", "0")])
+def test_ranks_of_a_replica_that_are_no_whole_numbers(flag, value, run_script, without_program):
+    run = run_script("pretrain_70B.sh", flag, value, NPROC_PER_NODE="8", **without_program)
+    assert run.returncode == 2
+    assert run.stderr == f"pretrain_70B: error: {flag}: must be a whole number of at least 1, not '{value}'\n"
+
+
 def test_hosts_file_next_to_the_script_is_used(tmp_path, without_program):
     """Use a copy of the scripts, so that no hosts.txt is left in the repository."""
     for room in ("scripts", "runtime"):
