@@ -30,7 +30,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from engine import float8
 from engine.compilation import plain, take_checkpoint_function
 from engine.float8 import E4M3
-from engine.gemini_chunks import chunk_parameters, float8_chunks, keeps_gradients_apart, keeps_whole, prefetched_chunks
+from engine.gemini_chunks import (
+    chunk_parameters,
+    float8_chunks,
+    keeps_gradients_apart,
+    keeps_whole,
+    offloads,
+    prefetched_chunks,
+)
 from engine.job import Job
 from engine.patching import replace
 from engine.plugin import UNPADDED_VOCABULARY, LocalPart, common_options
@@ -60,7 +67,7 @@ def build(job: Job) -> GeminiPlugin:
         max_prefetch=prefetched_chunks(job),
         hidden_dim=job.config.hidden_size,
         enable_gradient_accumulation=keeps_gradients_apart(job),
-        pin_memory=not on_host,
+        pin_memory=offloads(job) and not on_host,  # else each chunk would also have a pinned copy
         enable_async_reduce=not on_host,
         shard_param_frac=placement.shard_param_frac,
         offload_optim_frac=placement.offload_optim_frac,
@@ -152,10 +159,13 @@ def _free_gradients(optimizer: GeminiOptimizer) -> None:
     Fix: free them; `init_grad_chunk` allocates them again.
     Remove when: Gemini frees them.
     """
+    manager = optimizer.chunk_manager
     for gradients in filter(None, (chunk.grad_chunk for chunk in optimizer.chunk16_set)):
+        manager._ChunkManager__sub_memory_usage(gradients.memory_usage)
         if gradients.is_gathered:
             chunk_module.free_storage(gradients.cuda_global_chunk)
         replace(gradients, "cuda_shard", None)
+        manager._ChunkManager__add_memory_usage(gradients.memory_usage)
 
 
 def _round_weights(optimizer: GeminiOptimizer) -> None:

@@ -132,14 +132,15 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
     names, inside, outside = float8_chunks(job, by_name, on_gpu=True)
     in_float8 = filled([size for name, size in by_name.items() if name in names], inside)
     if names:
-        chunks = in_float8 + filled([size for name, size in by_name.items() if name not in names], outside)
+        others = filled([size for name, size in by_name.items() if name not in names], outside)
     elif keeps_whole(job):
-        chunks = [parameters]
+        others = [parameters]
     else:
-        chunks = chunk_sizes(tuple(sizes), chunk_parameters(job), job.config.hidden_size)
-    room, chunk = sum(chunks), max(chunks)
+        others = chunk_sizes(tuple(sizes), chunk_parameters(job), job.config.hidden_size)
+    room, chunk = sum(in_float8) + sum(others), max(in_float8 + others)
     unsharded = 1 - job.placement.shard_param_frac
-    prefetched = prefetched_chunks(job) * chunk
+    largest = width * max(others)
+    prefetched = prefetched_chunks(job) * (max(in_float8) if names else largest)
     at_update = job.layout.gradient_ranks > 1 and job.exchanges_at_update
     # A gradient overwrites its weight, unless gradients are accumulated or weights are in float8.
     second_chunk = (FP32 if job.accumulates and not at_update else width) * chunk
@@ -150,7 +151,7 @@ def _gemini_state(job: Job, specs: list[ParameterSpec], width: int, shards: int)
         optimizer=(FP32 * room + 2 * FP32 * parameters) / shards,
         gradients=kept * room / (1 if at_update else shards),
         exchange=reduction if at_update else 0,
-        gathered=(1 if names else width) * (chunk + prefetched) if shards > 1 else 0,
+        gathered=max([*in_float8, largest]) + prefetched if shards > 1 else 0,
         gathered_layers=second_chunk + (0 if at_update else _reduced_copy(job, chunk)) if shards > 1 else 0,
         step=2 * FP32 * max(sizes) / shards,  # one parameter at a time
     )
