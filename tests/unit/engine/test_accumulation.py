@@ -41,7 +41,7 @@ def plain_gradients(number: int) -> dict[str, torch.Tensor]:
 def errors(flags: str, number: int, references: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
     """Return this rank's squared errors and squares of the first moments, embeddings left out."""
     replicas = dist.get_world_size()
-    if "pp 2" in flags or "tp 2" in flags:
+    if any(split in flags for split in ("pp 2", "tp 2", "sp 2")):
         replicas //= 2
     run = boosted(f"{flags} -b 1 --accumulation_steps {number // replicas} --gradient_clipping 0")
     initialize_weights(run)
@@ -68,6 +68,7 @@ def relative_error(ranks: int, flags: str, number: int) -> float:
         (1, "-p zero2"),
         (2, "-p zero2"),
         (2, "-p zero2 --exchange step"),
+        (1, "-p zero2_cpu"),
         (1, "-p gemini"),
         (1, "-p gemini_auto"),
         (2, "-p gemini_auto"),
@@ -77,6 +78,7 @@ def relative_error(ranks: int, flags: str, number: int) -> float:
         (2, f"{HYBRID} --tp 1 --zero 1"),
         (2, f"{HYBRID} --tp 1 --zero 2"),
         (2, f"{HYBRID} --tp 2"),
+        (2, f"{HYBRID} --tp 1 --sp 2 --zero 1 -a"),
         (2, "-p hybrid_parallel --tp 1 --pp 2"),
     ],
 )
