@@ -157,12 +157,17 @@ class TestKilled:
 
     @pytest.mark.slow
     def test_two_jobs_and_other_ranks_build_once(self, tokenizer_folder, slow_source, tmp_path):
-        arguments = (slow_source, tokenizer_folder, tmp_path / "cache", 1)
+        cache = tmp_path / "cache"
+        arguments = (slow_source, tokenizer_folder, cache, 1)
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environments = [{}, *({**place, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")]
-        processes = [run_python(PREPARE, *arguments, **environment) for environment in environments]
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        first = run_python(PREPARE, *arguments)
+        wait_until(lambda: list(cache.glob("*/.preparation/unit-*.json")))
+        first.send_signal(signal.SIGSTOP)  # until the second job has seen it at work
+        second = [run_python(PREPARE, *arguments, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        assert any("another job is preparing" in line for line in second[0].stdout)
+        first.send_signal(signal.SIGCONT)
+        outputs = [process.communicate(timeout=120)[0] for process in (first, *second)]
         assert "".join(outputs).count("tokenized 160 documents") == 1
-        assert "".join(outputs[:2]).count("another job is preparing") == 1
+        assert "another job is preparing" not in "".join(outputs)
         assert len({output.splitlines()[-1] for output in outputs}) == 1
         assert (Path(outputs[0].splitlines()[-1]) / "manifest.json").is_file()
