@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from corpus.manifest import MANIFEST_NAME
 from engine.determinism import environment_problems
 from engine.device import device_name, has_float8
-from engine.job import Job
+from engine.job import ROWWISE, Compute, Job
 from engine.launch import launch_problems
 from engine.layout import layout_problems
 from model_utils import mixed_length_problem
@@ -49,7 +49,7 @@ def check_job(
     if job.compute.deterministic:
         problems += environment_problems()
     problems += _length_problems(config, job.batch.max_length, mixed_lengths)
-    problems += _plan_problems(plan, asked.gpus, job.compute.fp8)
+    problems += _plan_problems(plan, asked.gpus, job.compute)
     if problems := problems or job.problems():
         raise InputError(*problems)
 
@@ -90,9 +90,9 @@ def stage_problems(run: "Run", mixed_lengths: bool) -> list[str]:
     return problems
 
 
-def _plan_problems(plan: DryRun, gpus: int | None, fp8: bool) -> list[str]:
+def _plan_problems(plan: DryRun, gpus: int | None, compute: Compute) -> list[str]:
     if plan.dry_run:
-        return card_problems(plan, fp8) + ranks.launch_problems()
+        return card_problems(plan, compute.fp8) + ranks.launch_problems()
     names = ("gpu", "gpu_memory", "gpus_per_node", "network", "facts", "mfu")
     flags = {"gpus": gpus, **{name: getattr(plan, name) for name in names}}
     problems = launch_problems() + [
@@ -100,7 +100,9 @@ def _plan_problems(plan: DryRun, gpus: int | None, fp8: bool) -> list[str]:
         for name, value in flags.items()
         if value is not None
     ]
-    if fp8 and not problems and not has_float8():
+    if compute.recipe == ROWWISE and compute.compile and not torch.cuda.is_available():  # torch 2.13
+        problems.append("--compile: without a GPU torch compiles --fp8_recipe rowwise to NaN gradients; leave it out")
+    if compute.fp8 and not problems and not has_float8():
         problems.append(f"--fp8: {device_name()} has no float8, which needs compute capability 8.9; leave --fp8 out")
     return problems
 

@@ -51,7 +51,7 @@ def reference(ranks: int, flags: str) -> list[list[tuple[float, float, bool]]]:
     return run_ranks(ranks, trained, flags)
 
 
-FLAGS = ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"]
+FLAGS = ["-x bf16", "-x bf16 --fp8", "-x bf16 --accumulation_steps 2 -g", "-x fp16"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -61,11 +61,12 @@ class TestLayers:
         assert run_ranks(ranks, trained, flags, "whole layers") == reference(ranks, flags)
 
 
-def test_compiled_layers_differ_by_rounding():
-    compiled = run_ranks(2, trained, FLAGS[1], "compiled layers")
-    for ours, theirs in zip(compiled, reference(2, FLAGS[1]), strict=True):
+@pytest.mark.parametrize("flags", FLAGS[1:3])
+def test_compiled_layers_differ_by_rounding(flags):
+    compiled = run_ranks(2, trained, flags, "compiled layers")
+    for ours, theirs in zip(compiled, reference(2, flags), strict=True):
         for (loss, norm, _), (other_loss, other_norm, _) in zip(ours, theirs, strict=True):
-            assert loss == pytest.approx(other_loss, rel=2e-4)
+            assert loss == pytest.approx(other_loss, rel=1e-3 if "fp8" in flags else 2e-4)  # zero2's differ as much
             assert norm == pytest.approx(other_norm, rel=2e-2)
 
 
@@ -106,7 +107,7 @@ def with_prefetching(flags: str, chunks: int) -> tuple[list, int]:
     return losses, len(fetched)
 
 
-@pytest.mark.parametrize("flags", ["-x bf16", "-x bf16 --accumulation_steps 2 -g", "-x fp16"])
+@pytest.mark.parametrize("flags", FLAGS)
 def test_prefetching_does_not_change_the_results(flags):
     plain = run_ranks(2, with_prefetching, flags, 0)
     prefetching = run_ranks(2, with_prefetching, flags, 3)
@@ -155,7 +156,15 @@ def storage_hazards(flags: str) -> list[str]:
     return sorted(storages.hazards)
 
 
-STEPS = ["", "-g", "-g --keep_attention", "--accumulation_steps 3", "--accumulation_steps 3 --exchange step"]
+STEPS = [
+    "",
+    "-g",
+    "-g --keep_attention",
+    "--accumulation_steps 3",
+    "--accumulation_steps 3 --exchange step",
+    "--fp8",
+    "--fp8 -g --accumulation_steps 3",
+]
 
 
 class TestMemory:

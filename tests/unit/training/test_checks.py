@@ -33,6 +33,10 @@ class TestChecks:
             ("-w -0.1", "--weight_decay: -0.1 is not a non-negative number"),
             ("--gradient_clipping nan", "--gradient_clipping: nan is not a non-negative number"),
             ("--adam_eps 1e-60", "--adam_eps: 1e-60 is outside the range of float32, 1.2e-38 to 3.4e+38"),
+            (
+                "--compile -x bf16 --fp8 --fp8_recipe rowwise",
+                "--compile: without a GPU torch compiles --fp8_recipe rowwise to NaN gradients; leave it out",
+            ),
             ("--lr 1e300", "--lr: 1e+300 is outside the range of float32, 1.2e-38 to 3.4e+38"),
             (
                 "--exchange micro_batch",
