@@ -244,9 +244,7 @@ def converted(job: Job, on_gpu: bool) -> tuple[int, int]:
 
 def stored(job: Job, sizes: dict[str, int], on_gpu: bool) -> set[str]:
     """Return which of a rank's weights are stored in float8 alone, of `sizes` by name; see `store_weights`."""
-    placement = job.placement
-    moves = job.layout.traits.on_host or placement.offload_optim_frac + placement.offload_param_frac > 0
-    if job.compute.recipe != TENSORWISE or job.adapters or moves:
+    if job.compute.recipe != TENSORWISE or job.adapters or job.offloads:
         return set()
     return {name for name, size in sizes.items() if "_proj.weight" in name and _is_large(size, on_gpu)}
 

@@ -35,7 +35,6 @@ from engine.gemini_chunks import (
     float8_chunks,
     keeps_gradients_apart,
     keeps_whole,
-    offloads,
     prefetched_chunks,
 )
 from engine.job import Job
@@ -67,7 +66,7 @@ def build(job: Job) -> GeminiPlugin:
         max_prefetch=prefetched_chunks(job),
         hidden_dim=job.config.hidden_size,
         enable_gradient_accumulation=keeps_gradients_apart(job),
-        pin_memory=offloads(job) and not on_host,  # else each chunk would also have a pinned copy
+        pin_memory=job.offloads and not on_host,  # else each chunk would also have a pinned copy
         enable_async_reduce=not on_host,
         shard_param_frac=placement.shard_param_frac,
         offload_optim_frac=placement.offload_optim_frac,

@@ -21,13 +21,7 @@ def keeps_whole(job: Job) -> bool:
     Gemini then keeps the model in one chunk that is never sharded. Sharding over one rank would copy each chunk four
     times per step.
     """
-    return job.layout.dp == 1 and not offloads(job)
-
-
-def offloads(job: Job) -> bool:
-    """Return True if chunks move between GPU and host memory."""
-    fractions = job.placement.offload_optim_frac + job.placement.offload_param_frac
-    return job.layout.plugin == "gemini_auto" or fractions > 0
+    return job.layout.dp == 1 and not job.offloads
 
 
 def chunk_parameters(job: Job) -> int:
@@ -40,7 +34,7 @@ def chunk_parameters(job: Job) -> int:
     parameters = count_parameters(job.config)
     if keeps_whole(job):
         return parameters + 1
-    smallest = OFFLOADED_CHUNK_PARAMETERS if offloads(job) else layer_parameters(job.config)
+    smallest = OFFLOADED_CHUNK_PARAMETERS if job.offloads else layer_parameters(job.config)
     return min(smallest, parameters // 8) // job.layout.tp
 
 
@@ -102,6 +96,6 @@ def prefetched_chunks(job: Job) -> int:
 
     It is 0 if a rank holds all chunks, or if some are in host memory: the GPU may not have room for more.
     """
-    if job.layout.dp == 1 or offloads(job):
+    if job.layout.dp == 1 or job.offloads:
         return 0
     return math.ceil(layer_parameters(job.config) / job.layout.tp / chunk_parameters(job))

@@ -198,6 +198,12 @@ class Job:
         return self.batch.accumulation_steps > 1 or self.layout.pp > 1
 
     @property
+    def offloads(self) -> bool:
+        """True if weights or optimizer states are in host memory, all or some."""
+        fractions = self.placement.offload_optim_frac + self.placement.offload_param_frac
+        return bool(self.layout.traits.on_host) or fractions > 0
+
+    @property
     def exchanges_at_update(self) -> bool:
         """True if gradients are reduced once a step, after all micro-batches or a pipeline's microbatches."""
         return self.accumulates and self.exchange.exchange == STEP
