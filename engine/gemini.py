@@ -124,8 +124,9 @@ def step(optimizer: GeminiOptimizer, rejects: Callable[[float], bool] | None = N
     replace(optimizer.optim, "rejects", rejects_step)
     optimizer.step()
     replace(optimizer.chunk_manager, "accumulating_grads", False)
-    _round_weights(optimizer)
-    _free_gradients(optimizer)
+    if optimizer.stored:
+        _round_weights(optimizer)
+        _free_gradients(optimizer)
     norm = optimizer.get_grad_norm()
     return math.inf if norm is None else float(norm)  # None until a step has not been skipped
 
@@ -147,7 +148,8 @@ def update_working_weights(optimizer: GeminiOptimizer) -> None:
     """Copy the master weights to the working weights."""
     for chunk in optimizer.chunk16_set:
         chunk.optim_update()
-    _round_weights(optimizer)
+    if optimizer.stored:
+        _round_weights(optimizer)
 
 
 def _free_gradients(optimizer: GeminiOptimizer) -> None:
@@ -178,8 +180,7 @@ def _round_weights(optimizer: GeminiOptimizer) -> None:
         empty = part.start >= part.stop  # yet the rank takes part in the scale
         value, master = (nothing.to(E4M3), nothing) if empty else (values[part], masters[part])
         parts.append((value, master, stored.scale))
-    if parts:
-        float8.round_weights(parts, chunk.torch_pg)
+    float8.round_weights(parts, chunk.torch_pg)
 
 
 def store_in_float8(job: Job) -> None:

@@ -32,7 +32,13 @@ def sequences_between(position: int, stop: int, ranges: Iterable[Range]) -> int:
 
 
 def leave_out(
-    left_out: dict[str, Range], steps: tuple[int, int], step: int, position: int, global_batch: int, end: int
+    left_out: dict[str, Range],
+    steps: tuple[int, int],
+    step: int,
+    position: int,
+    global_batch: int,
+    end: int,
+    last_step: int,
 ) -> str:
     """Add the sequences of some later steps to those left out, once, and return a line that says so.
 
@@ -41,9 +47,10 @@ def leave_out(
         steps: the first and the last.
         step, position: those of the checkpoint.
         end: number of sequences in the run's data.
+        last_step: that of the run.
 
     Raises:
-        InputError: the steps are behind the checkpoint, or beyond the data.
+        InputError: the steps are behind the checkpoint, or beyond the data or the end of the run.
     """
     first, last = steps
     name = f"{first}-{last}"
@@ -57,6 +64,10 @@ def leave_out(
     start, stop = (position_after(position, (number - step) * global_batch, ranges) for number in (first - 1, last))
     if stop > end:
         raise InputError(f"--skip_data: the data end before step {last}; give earlier steps, or more --num_epochs")
+    if last > last_step:
+        raise InputError(
+            f"--skip_data: the run ends after step {last_step}; give earlier steps, or a larger --max_steps"
+        )
     left_out[name] = [start, stop]
     return (
         f"--skip_data: the {sequences_between(start, stop, ranges):,} sequences of steps {name} are left out; step "

@@ -470,11 +470,7 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
                 f"--skip_data: stage {leg.number} ends after step {leg.stop}; give steps of one stage, and resume in it"
             )
         end = ENDLESS if run.stages.later else total_sequences
-        say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end))
-        if steps[1] > legs[-1].stop:
-            raise InputError(
-                f"--skip_data: the run ends after step {legs[-1].stop}; give earlier steps, or a larger --max_steps"
-            )
+        say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end, legs[-1].stop))
         legs = _legs(run, datasets, state, begun, total_sequences)
     total_steps, global_batch = legs[-1].stop, legs[0].global_batch
     if total_steps == 0:

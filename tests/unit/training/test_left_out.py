@@ -46,15 +46,16 @@ def test_positions(ranges, start, count, replicas):
 
 
 def test_steps_are_left_out_once():
+    """Also if the run ends earlier without them, when it is started again."""
     left_out: dict[str, list[int]] = {}
-    line = leave_out(left_out, (12, 14), 10, 80, 8, 1000)
+    line = leave_out(left_out, (12, 14), 10, 80, 8, 1000, 105)
     assert left_out == {"12-14": [88, 112]}
     assert line.endswith(
         "the 24 sequences of steps 12-14 are left out; step 12 trains on those that step 15 would have had"
     )
-    assert "are left out already" in leave_out(left_out, (12, 14), 13, 120, 8, 1000)
+    assert "are left out already" in leave_out(left_out, (12, 14), 13, 120, 8, 1000, 13)
     assert left_out == {"12-14": [88, 112]}
-    leave_out(left_out, (11, 12), 10, 80, 8, 1000)  # step 12 reads the data after the first range
+    leave_out(left_out, (11, 12), 10, 80, 8, 1000, 105)  # step 12 reads the data after the first range
     assert merged(left_out.values()) == [[80, 120]]
 
 
@@ -62,12 +63,13 @@ def test_steps_are_left_out_once():
     ("steps", "message"),
     [
         ((10, 12), "step 10 is behind the checkpoint, which is at step 10; resume from an earlier one"),
+        ((104, 106), "the run ends after step 105; give earlier steps, or a larger --max_steps"),
         ((120, 126), "the data end before step 126; give earlier steps, or more --num_epochs"),
     ],
 )
 def test_steps_that_cannot_be_left_out(steps, message):
     with pytest.raises(InputError, match=re.escape(f"--skip_data: {message}")):
-        leave_out({}, steps, 10, 80, 8, 1000)
+        leave_out({}, steps, 10, 80, 8, 1000, 105)
 
 
 def test_only_a_resume_leaves_out_data():
