@@ -34,8 +34,15 @@ def launch_problems() -> list[str]:
     return [f"--nproc_per_node: rank {rank()} is process {process} of a machine that has {gpus} GPUs; start fewer"]
 
 
+def may_share_gpus() -> bool:
+    """Return True if the environment tells NCCL, from 2.31 on, to let ranks share a GPU. See CONTRIBUTING.md."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
 def gpu_index() -> int:
     """Return the index of this rank's GPU among those visible to it: 0 if the launcher shows each rank one GPU."""
+    if may_share_gpus() and (gpus := torch.cuda.device_count()):
+        return local_rank() % gpus
     return 0 if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1 else local_rank()
 
 
@@ -62,8 +69,11 @@ def launch(seed: int, deterministic: bool = False) -> None:
     if not torch.cuda.is_available():
         cpu.install()
     get_dist_logger().set_level("ERROR")  # it warns about our defaults, and about LoRA's learning rate
-    gpu = str(torch.cuda.get_device_properties(gpu_index()).uuid) if torch.cuda.is_available() else ""
+    own_gpu = torch.cuda.is_available() and not may_share_gpus()
+    gpu = str(torch.cuda.get_device_properties(gpu_index()).uuid) if own_gpu else ""
     ranks.assemble(gpu)
+    if may_share_gpus() and local_world_size() > torch.cuda.device_count() > 0:
+        say("ranks share GPUs (NCCL_MULTI_RANK_GPU_ENABLE): right results, slowly")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     colossalai_launch(rank(), world_size(), address, port, local_rank=gpu_index(), seed=seed, verbose=False)
 

@@ -140,6 +140,17 @@ class TestLaunch:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpu_index() == index
 
+    @pytest.mark.parametrize(("gpus", "index"), [(1, 0), (2, 1), (4, 3)])
+    def test_ranks_take_shared_gpus_in_turn(self, monkeypatch, gpus, index):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        place = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        assert bool(launch_problems()) == (gpus < 4)
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+        assert launch_problems() == []
+        assert gpu_index() == index
+
     @pytest.mark.parametrize(
         ("environment", "problem"),
         [
