@@ -58,7 +58,9 @@ from training.flags import (
     take,
     user_name,
 )
-from training.plan import Run, check_folders, complete, make_plan, resume_state
+from training.folders import check_folders, resume_state
+from training.plan import make_plan
+from training.run import Run, complete
 from training.session import execute
 from training.tasks import check_tasks
 

@@ -60,8 +60,10 @@ from training.flags import (
     user_name,
     user_path,
 )
+from training.folders import check_folders, resume_state
 from training.legs import largest_job
-from training.plan import Run, check_folders, complete, make_plan, resume_state
+from training.plan import make_plan
+from training.run import Run, complete
 from training.session import execute
 from training.stages import Stages, read_stages, short_name
 from training.tasks import check_tasks

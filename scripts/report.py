@@ -35,7 +35,7 @@ from runtime.console import InputError, below, size_text
 from runtime.files import file_problems
 from scripts.plot_run import X_LABELS, LoggedRun, Panel, panels_of, read_run, summary
 from training.flags import ArgumentParser, add_flag, user_path
-from training.plan import OWNER
+from training.folders import OWNER
 
 PAGE = Path(__file__).with_name("report_page.html")
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")

@@ -7,7 +7,8 @@ from model_utils import count_parameters
 from runtime.console import say
 from training.left_out import sequences_between
 from training.legs import describe
-from training.plan import Plan, Run
+from training.plan import Plan
+from training.run import Run
 
 
 def say_schedule(plan: Plan, lr: float) -> None:

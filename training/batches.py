@@ -28,7 +28,8 @@ from runtime.process import follow_rank
 from runtime.watchdog import DATA, mark
 from training.left_out import Range, position_after
 from training.legs import Leg
-from training.plan import Plan, Run
+from training.plan import Plan
+from training.run import Run
 
 PREFETCHED_BATCHES = 8  # per loader process: a long document in a stream can take longer than a step of a small model
 ENDING_SECONDS = 2  # to wait for the end of a failed loader process

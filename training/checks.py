@@ -22,7 +22,7 @@ from runtime.console import InputError, below
 from runtime.files import existing_part
 
 if TYPE_CHECKING:  # benchmark.py imports no checkpointing
-    from training.plan import Outputs, Run
+    from training.run import Outputs, Run
 
 LARGEST_SEED = 2**32 - 1
 NCCL_SECONDS = 600  # default_pg_nccl_timeout in torch.distributed.constants, which is None without CUDA

@@ -22,7 +22,7 @@ from training.stages import Stages, weights_problem
 
 if TYPE_CHECKING:
     from checkpointing.adapters import Lora
-    from training.plan import Run
+    from training.run import Run
 
 CLOSE = 0.75  # similarity of two spellings of a flag, from 0 to 1 (difflib)
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf(inity)?|-nan", re.IGNORECASE)
@@ -214,7 +214,7 @@ def run_of(
     """Return the run that the flags of pretrain.py or finetune.py describe."""
     from checkpointing.writer import Retention  # here, since benchmark.py imports no checkpointing
     from training.inspection import Inspection
-    from training.plan import Length, Outputs, Run
+    from training.run import Length, Outputs, Run
     from training.schedule import CONSTANT, Schedule
     from training.spikes import SpikeRule
     from training.tasks import Tasks

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from training.plan import OWNER, Outputs, TrainState
+from training.folders import OWNER
+from training.run import Outputs, TrainState
 
 STEPS, SAVES, EVALUATIONS, STALLS = "steps", "saves", "evaluations", "stalls"
 USUAL_STEPS = 50  # whose median is a usual step

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_utils import MixtureDataset, PackedDataset, TrainingData, epochs_of
 from engine.job import Job
@@ -12,11 +12,9 @@ from engine.layout import Batch
 from planning.memory import estimate_memory
 from runtime.console import InputError
 from training.left_out import Range, position_after
+from training.run import Run, TrainState
 from training.schedule import CONSTANT, Curve
 from training.stages import END, Stages, tokens_text
-
-if TYPE_CHECKING:
-    from training.plan import Run, TrainState
 
 LAID_DOWN = ("from_token", "max_length")  # of a stage that has begun; its data and learning rate may change
 
@@ -57,7 +55,7 @@ class Leg:
 
 
 def lay_out(
-    run: "Run", datasets: Sequence[TrainingData], state: "TrainState", begun: Sequence[int], left_out: Sequence[Range]
+    run: Run, datasets: Sequence[TrainingData], state: TrainState, begun: Sequence[int], left_out: Sequence[Range]
 ) -> tuple[Leg, ...]:
     """Return the legs of a run with stages, from the stage that its state is in.
 
@@ -93,7 +91,7 @@ def _alone(first: TrainingData, mixture: MixtureDataset) -> dict[str, Any] | Non
     return MixtureDataset({mixture.alone: first}, {mixture.alone: 1.0}).state
 
 
-def _steps(run: "Run", number: int, at: tuple[int, int], tokens_per_step: int, last_step: int) -> int:
+def _steps(run: Run, number: int, at: tuple[int, int], tokens_per_step: int, last_step: int) -> int:
     """Return the number of steps from a place to the end of a stage; negative if that lies behind.
 
     Args:
@@ -113,7 +111,7 @@ def _steps(run: "Run", number: int, at: tuple[int, int], tokens_per_step: int, l
     return max(0, steps) if stop > tokens - last_step else steps
 
 
-def _check(run: "Run", legs: list[Leg], left_out: Sequence[Range]) -> None:
+def _check(run: Run, legs: list[Leg], left_out: Sequence[Range]) -> None:
     """Raise InputError if the last leg cannot begin where it would; the first has begun, if only now."""
     leg, stages = legs[-1], run.stages
     place, after = stages.place(leg.number, "from_token"), f"it would begin after step {leg.first_step:,}"
@@ -135,7 +133,7 @@ def _check(run: "Run", legs: list[Leg], left_out: Sequence[Range]) -> None:
         raise InputError(f"{place}: {after}, before the data that --skip_data leaves out; begin it later")
 
 
-def largest_job(run: "Run") -> Job:
+def largest_job(run: Run) -> Job:
     """Return the job of the stage that takes most memory by the estimate, perhaps not yet settled."""
     job, least = run.job, min(2, run.job.batch.accumulation_steps)  # an engine that sums up micro-batches always does
     if not run.stages.later:
@@ -150,7 +148,7 @@ def largest_job(run: "Run") -> Job:
     return replace(job, parallelism=parallelism, batch=max(batches, key=memory))
 
 
-def stage_settings(run: "Run", datasets: Sequence[TrainingData], first_steps: Sequence[int]) -> list[dict[str, Any]]:
+def stage_settings(run: Run, datasets: Sequence[TrainingData], first_steps: Sequence[int]) -> list[dict[str, Any]]:
     """Return what checkpoints keep of each stage after stage 0.
 
     Args:

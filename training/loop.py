@@ -35,7 +35,8 @@ from training.goodput import EVALUATIONS, SAVES, StepSeconds, describe, first_st
 from training.inspection import Inspector
 from training.legs import Leg
 from training.metrics import Metrics, StepResult, step_row
-from training.plan import Plan, Run, TrainState
+from training.plan import Plan
+from training.run import Run, TrainState
 from training.schedule import build_scheduler
 from training.spikes import remember
 from training.step_times import StepTimes
@@ -92,7 +93,7 @@ def train(
             inspector.begin(state.step + 1)
             batch = batches.take()
             if batch.ranks_without:
-                unsaved = state.step > first_step and not run.saves_after(state.step, plan)
+                unsaved = state.step > first_step and not plan.saves_after(state.step, run.retention)
                 _end_without_data(state if unsaved else None, batch, writer, metrics)
             torch.manual_seed(step_seed(run.job.seed, state.step))
             loss_sum = torch.zeros(())
@@ -106,7 +107,7 @@ def train(
             result = _update(engine, run, scheduler, agreed.loss_sum, batch.label_tokens, guard, state)
             scheduler.step()
             times.end(batches.waited)
-            state.advance(plan, batch.tokens, batch.stream, result.skipped)
+            plan.advance(state, batch.tokens, batch.stream, result.skipped)
             lap = speed.lap(batch.tokens)
             seconds.add(state, lap.seconds, batches.waited)
             row = step_row(state, result, lap, batches.waited, batch.padding) | times.figures
@@ -120,7 +121,7 @@ def train(
             metrics.log(row)
             metrics.note([*times.reports, *inspector.end(state.step), *writer.take_reports()])
             tasks.log(metrics)
-            if run.saves_after(state.step, plan) or last or stopping:
+            if plan.saves_after(state.step, run.retention) or last or stopping:
                 writer.save(state.saved())
                 spend(state, SAVES, speed.restart())
             if stopping:

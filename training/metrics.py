@@ -22,8 +22,9 @@ from engine.device import peak_memory
 from planning.throughput import Throughput
 from runtime.console import rank, say, world_size
 from runtime.files import write_json
+from training.folders import OWNER, log_owner
 from training.goodput import goodput
-from training.plan import OWNER, TrainState, log_owner
+from training.run import TrainState
 from training.wandb_run import WandbRun
 
 LOG_FILE = "metrics.jsonl"

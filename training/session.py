@@ -17,9 +17,11 @@ from runtime.console import say
 from runtime.process import INTERRUPTED, StopRequest
 from training.batches import Batches, build_dataloader
 from training.evaluation import MapDataset, evaluation_loader
+from training.folders import claim_folders, resume_together
 from training.inspection import Inspector
 from training.loop import open_metrics, train
-from training.plan import Plan, Run, TrainState, check_agreement, claim_folders, make_plan, resume_together
+from training.plan import Plan, check_agreement, make_plan
+from training.run import Run, TrainState
 from training.task_evaluator import TaskEvaluator
 
 GENERATE = Path("scripts", "generate.py")
@@ -63,7 +65,7 @@ def execute(
     with Inspector(run.inspection, outputs.tensorboard_dir) as inspector:
         engine = boost(run.job)
         writer = CheckpointWriter(outputs.save_dir, engine, run.retention, latest=checkpoint, completed=tasks.begin)
-        if any(run.saves_after(step, plan) for step in range(state.step + 1, plan.total_steps)):
+        if any(plan.saves_after(step, run.retention) for step in range(state.step + 1, plan.total_steps)):
             writer.allocate()  # while the weights are loaded, the first batches read, and the model compiled
         set_weights(engine, checkpoint, pretrained)
         if checkpoint:

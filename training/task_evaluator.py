@@ -19,7 +19,7 @@ from runtime.console import first_line, rank
 from runtime.process import PARENT, StopRequest
 from runtime.requirements import ROOT
 from training.metrics import Metrics, steps_with_tasks
-from training.plan import Outputs
+from training.run import Outputs
 from training.tasks import CPU, LOADED, Tasks, gpu_number
 
 SCRIPT = ROOT / "scripts" / "evaluate_tasks.py"

@@ -13,7 +13,7 @@ from model_utils import load_config
 from runtime.console import InputError
 from training.checks import run_problems
 from training.flags import job_of
-from training.plan import Run
+from training.run import Run
 
 HYBRID = "-p hybrid_parallel"
 

@@ -8,7 +8,7 @@ from model_utils import load_config
 from pretrain import check, parse_args
 from runtime.console import InputError
 from training.flags import job_of, run_of
-from training.plan import Run
+from training.run import Run
 from training.stages import read_stages
 
 SEQUENCE_LENGTH = 64

@@ -46,7 +46,8 @@ from processes import boosted, job, random_states, run_ranks
 from runtime.collectives import on_rank_zero
 from runtime.console import InputError, RunError
 from runtime.files import checksum
-from training.plan import TrainState, check_agreement
+from training.plan import check_agreement
+from training.run import TrainState
 
 pytestmark = pytest.mark.slow
 

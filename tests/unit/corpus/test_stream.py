@@ -32,7 +32,8 @@ from pretrain import parse_args
 from runs import run_from
 from runtime.console import InputError
 from training.batches import ShardedSampler
-from training.plan import TrainState, make_plan
+from training.plan import make_plan
+from training.run import TrainState
 
 LENGTH = 16
 SLICES = {"arxiv": (2, 30), "c4": (3, 60), "github": (1, 15)}  # files and documents of each

@@ -15,7 +15,8 @@ from engine.layout import Layout
 from processes import boosted, run_ranks
 from training.batches import Batches, StepBatch, build_dataloader, check_same_batch
 from training.legs import Leg
-from training.plan import Plan, Run
+from training.plan import Plan
+from training.run import Run
 
 ONE_RANK = Layout("zero2", tp=1, pp=1, sp=1, dp=1, zero_stage=2)
 

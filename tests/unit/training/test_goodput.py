@@ -7,7 +7,7 @@ import pytest
 
 from runs import run_from
 from training.goodput import SAVES, STALLS, STEPS, StepSeconds, describe, first_start, goodput, spend
-from training.plan import TrainState
+from training.run import TrainState
 
 
 @pytest.mark.parametrize(

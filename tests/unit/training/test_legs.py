@@ -18,7 +18,8 @@ from runtime.console import InputError
 from training.announcements import stage_lines
 from training.batches import ShardedSampler
 from training.legs import largest_job
-from training.plan import Plan, Run, TrainState, make_plan
+from training.plan import Plan, make_plan
+from training.run import Run, TrainState
 from training.stages import Stage, Stages
 
 TOKENS = {"web": 9000, "code": 2100, "math": 1300}  # in each data set
@@ -71,7 +72,7 @@ def train(run: Run, first: dict[str, float], state: TrainState, stop: int | None
             share, first_step = leg.global_batch // plan.layout.dp, state.step - leg.first_step
             parts.append([*itertools.islice(sampler, first_step * share, (first_step + 1) * share)])
         rows = [leg.dataset[index] for together in zip(*parts, strict=True) for index in together]
-        state.advance(plan, sum(length for *_, length in rows), None, skipped=False)
+        plan.advance(state, sum(length for *_, length in rows), None, skipped=False)
         steps.append(rows)
     return steps, plan
 

@@ -14,9 +14,11 @@ from engine.job import Job
 from model_utils import load_config
 from runs import run_from
 from runtime.console import InputError
-from training import plan
+from training import folders
 from training.announcements import announce
-from training.plan import TrainState, check_folders, claim_folders, complete, make_plan, resume_state
+from training.folders import check_folders, claim_folders, resume_state
+from training.plan import make_plan
+from training.run import TrainState, complete
 
 FOUR_RANKS = ("-c", "test", "-p", "zero2", "--gpus", "4")
 
@@ -274,15 +276,15 @@ class TestResumeState:
         logs.mkdir()
         (logs / name).touch()
         if owner:
-            (logs / plan.OWNER).write_text(json.dumps(plan.log_owner(tmp_path / owner, logs)))
+            (logs / folders.OWNER).write_text(json.dumps(folders.log_owner(tmp_path / owner, logs)))
         outputs = outputs_of("-o", str(tmp_path / "run"), "-t", str(logs))
         if refused:
             with pytest.raises(InputError, match=f"^--tensorboard_dir: {logs} holds the logs of another run"):
-                plan.refuse_foreign_logs(outputs, step)
+                folders.refuse_foreign_logs(outputs, step)
         else:
-            plan.refuse_foreign_logs(outputs, step)
+            folders.refuse_foreign_logs(outputs, step)
         (logs / name).unlink()
-        plan.refuse_foreign_logs(outputs, step)
+        folders.refuse_foreign_logs(outputs, step)
 
     def test_latest_without_a_checkpoint_starts_a_new_run(self, tmp_path, capsys):
         """As when a job is killed before its first checkpoint and queued again."""
