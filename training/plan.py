@@ -168,29 +168,59 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
         InputError: the data are too few for a step, the checkpoint is past the end of the run, the default warm-up is
             longer than the run, a stage begins in the past, or settings differ from the checkpoint's.
     """
-    dataset, length = datasets[0], run.length
-    stages_before = state.settings.get("stages", [])
+    dataset, stages_before = datasets[0], state.settings.get("stages", [])
     begun = [stage["step"] for stage in stages_before if stage["step"] < state.step]
     check_begun(run.stages, len(begun))
     _settle_position(run, dataset, state, len(begun))
-    total_sequences = length.num_epochs * len(dataset)
+    total_sequences = run.length.num_epochs * len(dataset)
     legs = _legs(run, datasets, state, begun, total_sequences)
-    if steps := run.outputs.skip_data:
-        if state.step == 0:
-            raise InputError("--skip_data: there is no checkpoint to resume from; give -f, or leave it out")
-        leg = next((leg for leg in legs if leg.steps), legs[-1])
-        if leg is not legs[-1] and steps[1] > leg.stop:
-            raise InputError(
-                f"--skip_data: stage {leg.number} ends after step {leg.stop}; give steps of one stage, and resume in it"
-            )
-        end = ENDLESS if run.stages.later else total_sequences
-        say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end, legs[-1].stop))
+    if run.outputs.skip_data:
+        _leave_out(run, run.outputs.skip_data, state, legs, total_sequences)
         legs = _legs(run, datasets, state, begun, total_sequences)
-    total_steps, global_batch = legs[-1].stop, legs[0].global_batch
+    _check_length(run, dataset, state, legs)
+    stages = stage_settings(run, datasets, [*begun, *(leg.began for leg in legs[1:])])
+    curve = _learning_rate(run, state, legs[-1].stop, stages)
+    left_out = merged(state.left_out.values())
+    plan = Plan(run.job.layout, legs, total_sequences, run.length.num_epochs, curve, left_out)
+    settings = run.settings(curve) | {"data": dataset.fingerprint}
+    settings |= dataset.fix_order(state.settings, plan.global_batch)
+    if state.settings:
+        changes = _changes(run, state, curve, settings, stages, len(begun))
+        _accept(changes, run, state, plan)
+    if plan.total_steps > state.step > 0:
+        _tell_of_next_steps(run, state, plan)
+    state.settings, state.mixture = settings | ({"stages": stages} if stages else {}), legs[0].mixture
+    state.global_batch, state.fp8 = plan.global_batch, run.job.compute.recipe
+    return plan
+
+
+def _leave_out(run: Run, steps: tuple[int, int], state: TrainState, legs: Sequence[Leg], total_sequences: int) -> None:
+    """Add the sequences of the steps of --skip_data to those that the state leaves out.
+
+    Args:
+        legs: of the run as if it left out no more.
+
+    Raises:
+        InputError: the run is new, or the steps are not all ahead and of one stage.
+    """
+    if state.step == 0:
+        raise InputError("--skip_data: there is no checkpoint to resume from; give -f, or leave it out")
+    leg = next((leg for leg in legs if leg.steps), legs[-1])
+    if leg is not legs[-1] and steps[1] > leg.stop:
+        raise InputError(
+            f"--skip_data: stage {leg.number} ends after step {leg.stop}; give steps of one stage, and resume in it"
+        )
+    end = ENDLESS if run.stages.later else total_sequences
+    say(leave_out(state.left_out, steps, state.step, state.sequences, leg.global_batch, end, legs[-1].stop))
+
+
+def _check_length(run: Run, dataset: TrainingData, state: TrainState, legs: Sequence[Leg]) -> None:
+    """Raise InputError if the run has no steps, ends before the checkpoint, or is too short for a flag."""
+    length, total_steps = run.length, legs[-1].stop
     if total_steps == 0:
         raise InputError(
             f"--dataset: {len(dataset)} sequences x --num_epochs {length.num_epochs} do not fill one global batch of "
-            f"{global_batch}; lower --batch_size, --accumulation_steps or --max_length"
+            f"{legs[0].global_batch}; lower --batch_size, --accumulation_steps or --max_length"
         )
     if total_steps < state.step:
         remedy = END if run.stages.end_token else "--max_steps" if run.stages.later else "--max_steps or --num_epochs"
@@ -203,38 +233,67 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
             f"give a shorter one, such as -s {max(1, total_steps // 20)}"
         )
     run.inspection.check_end(total_steps)
+
+
+def _learning_rate(run: Run, state: TrainState, total_steps: int, stages: Sequence[dict[str, Any]]) -> Curve:
+    """Return the learning rate of the run with its stages.
+
+    Raises:
+        InputError: warm-up, decay and the stages' own schedules do not fit into the run.
+    """
     curve = run.curve(total_steps, state.settings)
     if curve.decay_steps is not None and curve.decay_start < curve.warmup_steps:
         raise InputError(
             f"--decay_steps: {curve.warmup_steps} steps of warm-up and {curve.decay_steps} of decay do not fit into "
             f"the run of {total_steps} steps; shorten one"
         )
-    stages = stage_settings(run, datasets, [*begun, *(leg.began for leg in legs[1:])])
     curve = curve.with_parts(stages, run.job.optimization.lr)
     check_parts(run.stages, curve)
-    left_out = merged(state.left_out.values())
-    plan = Plan(run.job.layout, legs, total_sequences, length.num_epochs, curve, left_out)
-    settings = run.settings(curve) | {"data": dataset.fingerprint}
-    settings |= dataset.fix_order(state.settings, global_batch)
-    before = state.settings and LATER_SETTINGS | state.settings
+    return curve
+
+
+def _changes(
+    run: Run,
+    state: TrainState,
+    curve: Curve,
+    settings: dict[str, Any],
+    stages: Sequence[dict[str, Any]],
+    begun: int,
+) -> dict[str, str]:
+    """Return a line for each setting that differs from the checkpoint's and matters to the steps that are left.
+
+    Args:
+        begun: number of stages that have begun.
+
+    Raises:
+        InputError: a stage was changed that lies behind.
+    """
+    before, stages_before = LATER_SETTINGS | state.settings, state.settings.get("stages", [])
     changes = {
         name: f"--load: {_setting(name)} was {before.get(name)} in the checkpoint and is {value} now"
         for name, value in settings.items()
-        if before and before.get(name) != value
+        if before.get(name) != value
     }
     if "mixture" in changes:
         changes.pop("data", None)  # whose change the mixture tells too
-    if before and changes.keys() <= curve.settings.keys():
+    if changes.keys() <= curve.settings.keys():
         earlier = Curve(**{name: before[name] for name in curve.settings})
         if curve.agrees(earlier.with_parts(stages_before, run.job.optimization.lr), state.step):
             for change in changes.values():
                 say(f"{change}; the learning rate so far is the same")
             changes = {}
-    if before:
-        lines = stage_changes(run.stages, stages_before, stages, len(begun))
-        changes |= {f"stages {number}": line for number, line in enumerate(lines)}
+    lines = stage_changes(run.stages, stages_before, stages, begun)
+    return changes | {f"stages {number}": line for number, line in enumerate(lines)}
+
+
+def _accept(changes: dict[str, str], run: Run, state: TrainState, plan: Plan) -> None:
+    """Tell of changed settings if --allow_changes allows them.
+
+    Raises:
+        InputError: it does not, or cannot.
+    """
     if sizes := [change for name, change in changes.items() if name in LORA_SIZES]:
-        raise InputError(sizes[0])  # --allow_changes does not cover them
+        raise InputError(sizes[0])
     if state.stream and "shuffle_buffer" in changes:
         buffer = state.settings["shuffle_buffer"]
         raise InputError(f"{changes['shuffle_buffer']}; give {buffer}, or the stream cannot continue exactly")
@@ -245,18 +304,18 @@ def make_plan(run: Run, datasets: Sequence[TrainingData], state: TrainState) -> 
         raise InputError(*others, f"{last}; --allow_changes resumes anyway")
     for change in changes.values():
         say(f"{change}, as --allow_changes allows")
-    state.settings, state.mixture = settings | ({"stages": stages} if stages else {}), legs[0].mixture
-    if state.global_batch not in (0, global_batch) and total_steps > state.step:
+
+
+def _tell_of_next_steps(run: Run, state: TrainState, plan: Plan) -> None:
+    """Tell if the next step has another number of sequences, or another precision, than the checkpoint's last."""
+    if state.global_batch not in (0, plan.global_batch):
         say(
-            f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {global_batch} now; "
+            f"--load: a step had {state.global_batch} sequences up to the checkpoint and has {plan.global_batch} now; "
             "--batch_size and --accumulation_steps can restore it"
         )
-    state.global_batch = global_batch
-    if state.fp8 != run.job.compute.recipe and total_steps > state.step > 0:
-        earlier_steps = f"with --fp8 {state.fp8}" if state.fp8 else "without it"
-        say(f"--fp8: steps up to the checkpoint were trained {earlier_steps}, unlike the next")
-    state.fp8 = run.job.compute.recipe
-    return plan
+    if state.fp8 != run.job.compute.recipe:
+        earlier = f"with --fp8 {state.fp8}" if state.fp8 else "without it"
+        say(f"--fp8: steps up to the checkpoint were trained {earlier}, unlike the next")
 
 
 def _setting(name: str) -> str:
