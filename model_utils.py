@@ -232,6 +232,17 @@ def shape_problems(config: LlamaConfig) -> list[str]:
     return problems
 
 
+def rotates_alike(first: LlamaConfig, second: LlamaConfig) -> bool:
+    """Return True if two configurations rotate positions alike, up to the shorter context of both."""
+    context = min(first.max_position_embeddings, second.max_position_embeddings)
+
+    def rotations(config: LlamaConfig, length: int) -> torch.Tensor:
+        frequencies, scaling = LlamaRotaryEmbedding(config).rope_init_fn(config, torch.device("cpu"), length)
+        return torch.cat([frequencies, torch.tensor([scaling])])
+
+    return all(torch.equal(rotations(first, length), rotations(second, length)) for length in (1, context))
+
+
 def mixed_length_problem(config: LlamaConfig, max_length: int) -> str | None:
     """Return a line if rotary frequencies depend on the longest sequence of a batch, for batches of several lengths.
 

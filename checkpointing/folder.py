@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from engine.job import Job
-from model_utils import load_config, parameter_specs, trained_specs
+from model_utils import load_config, parameter_specs, rotates_alike, trained_specs
 from runtime.collectives import gather, on_rank_zero
 from runtime.console import InputError, rank, say, size_text
 from runtime.files import checksum, claim_folder, existing_part, sync, write_json
@@ -286,8 +286,11 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
     """Raise InputError if a folder's config.json describes another model than `config`."""
     saved = load_config(str(folder))
     different = [key for key in MODEL_KEYS if getattr(saved, key) != getattr(config, key)]
+    if not different and not rotates_alike(saved, config):  # as yarn and longrope do in another context
+        keys = ("max_position_embeddings", "original_max_position_embeddings")
+        different = [key for key in keys if getattr(saved, key, None) != getattr(config, key, None)]
     if different:
-        listing = ", ".join(f"{key} {getattr(saved, key)} (not {getattr(config, key)})" for key in different)
+        listing = ", ".join(f"{key} {getattr(saved, key, None)} (not {getattr(config, key, None)})" for key in different)
         raise InputError(f"{flag}: {folder} holds another model than this run's: {listing}")
 
 

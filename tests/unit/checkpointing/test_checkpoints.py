@@ -1,5 +1,6 @@
 """Checkpoints on real disks and ranks: the same bytes from every plugin, complete or absent, loaded and refused."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import checkpointing.folder
 import checkpointing.writer
@@ -411,6 +413,9 @@ def load_in_fp16(folder):
     return loss_scaler(engine).loss_scale
 
 
+HALF_HEAD = load_config("test").head_dim // 2
+
+
 class TestCheckModel:
     def test_the_same_sizes(self, saved):
         config = load_config("test")
@@ -432,6 +437,37 @@ class TestCheckModel:
         other = {bool: True, str: "gelu", float: 0.5, type(None): {"rope_type": "linear", "factor": 2.0}}
         setattr(config, key, other.get(type(value)) or value * 2)
         assert key in error_of(check_model, saved / "model", config, "--load")
+
+    @pytest.mark.parametrize(
+        ("scaling", "alike"),
+        [
+            (None, True),
+            ({"rope_type": "linear", "factor": 4.0}, True),
+            ({"rope_type": "dynamic", "factor": 4.0}, True),
+            (load_config("llama3.2-1b").rope_scaling, True),
+            ({"rope_type": "yarn", "factor": 4.0}, False),
+            ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, False),
+            ({"rope_type": "longrope", "short_factor": [1.0] * HALF_HEAD, "long_factor": [2.0] * HALF_HEAD}, False),
+        ],
+    )
+    def test_a_context_that_changes_the_rotation(self, tmp_path, scaling, alike):
+        """As transformers' own frequencies tell."""
+        config = load_config("test")
+        config.rope_scaling, config.max_position_embeddings = scaling, 128
+        if (scaling or {}).get("rope_type") == "longrope":
+            config.original_max_position_embeddings = 64
+        config.save_pretrained(tmp_path)
+        longer = copy.deepcopy(config)
+        check_model(tmp_path, longer, "--load")
+        longer.max_position_embeddings = 512
+        before, after = LlamaRotaryEmbedding(config), LlamaRotaryEmbedding(longer)
+        same = before.attention_scaling == after.attention_scaling and before.inv_freq.equal(after.inv_freq)
+        assert same == alike
+        if alike:
+            check_model(tmp_path, longer, "--load")
+        else:
+            problem = error_of(check_model, tmp_path, longer, "--load")
+            assert problem.endswith("holds another model than this run's: max_position_embeddings 128 (not 512)")
 
 
 def bf16_config():
