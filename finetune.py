@@ -34,7 +34,7 @@ from corpus.examples import prepare_examples
 from corpus.instructions import ExampleEncoder, find_shape
 from corpus.sources import Source, resolve_source
 from corpus.splits import NotFound
-from corpus.tokenizer import check_vocabulary, load_tokenizer
+from corpus.tokenizer import check_same_ids, check_vocabulary, load_tokenizer
 from data_utils import InstructionDataset
 from engine.job import Job
 from model_utils import load_config
@@ -194,6 +194,7 @@ def main() -> int:
     check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
+    check_same_ids(tokenizer, folder, "--model_path")
     pretrained = check_pretrained(folder, config, "--model_path")
     json_files = generation_config(folder, tokenizer, "--model_path")
     if run.job.adapters:

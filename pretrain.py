@@ -30,7 +30,7 @@ from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT, read_manifest
 from corpus.prepare import is_prepared, prepare_dataset
 from corpus.sources import REDPAJAMA_SAMPLE, Source, resolve_source
-from corpus.tokenizer import check_vocabulary, load_tokenizer
+from corpus.tokenizer import check_same_ids, check_vocabulary, load_tokenizer
 from data_utils import MixtureDataset, PackedDataset, StreamedDataset, TrainingData
 from engine.job import Job
 from model_utils import MODEL_CONFIGS, load_config
@@ -317,6 +317,8 @@ def main() -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer, config)
     pretrained = check_pretrained(args.init_from, config) if args.init_from else None
+    if args.init_from:
+        check_same_ids(tokenizer, args.init_from, "--init_from")
     state, checkpoint = resume_state(run.outputs)
     if checkpoint:
         check_model(checkpoint / "model", config, "--load")

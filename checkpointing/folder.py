@@ -290,7 +290,9 @@ def check_model(folder: Path, config: LlamaConfig, flag: str) -> None:
         keys = ("max_position_embeddings", "original_max_position_embeddings")
         different = [key for key in keys if getattr(saved, key, None) != getattr(config, key, None)]
     if different:
-        listing = ", ".join(f"{key} {getattr(saved, key, None)} (not {getattr(config, key, None)})" for key in different)
+        listing = ", ".join(
+            f"{key} {getattr(saved, key, None)} (not {getattr(config, key, None)})" for key in different
+        )
         raise InputError(f"{flag}: {folder} holds another model than this run's: {listing}")
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from corpus.vocabulary import tables_of
+from corpus.vocabulary import dropped_characters, tables_of
 from runtime import hub
 from runtime.console import InputError, first_line
 
@@ -63,7 +63,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     missing = [kind for kind in FRAME if not getattr(tokenizer, kind)]
     if missing:
         raise InputError(f"--tokenizer: {name} has no {' and no '.join(missing)}; set it in its tokenizer_config.json")
-    ids, unknown = tokenizer.get_vocab(), _unknown_id(tokenizer)
+    ids, tables = tokenizer.get_vocab(), tables_of(tokenizer) if tokenizer.is_fast else None
+    unknown = _unknown_id(tokenizer, tables)
     for kind in FRAME:
         token = getattr(tokenizer, kind)
         if token not in ids or ids[token] == unknown:
@@ -71,17 +72,45 @@ def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             raise InputError(
                 f"--tokenizer: {name} has '{token}' as its {kind}, which {problem}; correct its tokenizer_config.json"
             )
-    if tokenizer.is_fast and (dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None)):
+    if tables and (dropout := tables["model"].get("dropout")):
         raise InputError(
             f"--tokenizer: {name} has a dropout of {dropout}, so its ids are random; set it to null in tokenizer.json"
         )
+    if tables and (dropped := dropped_characters(tables)):
+        raise InputError(
+            f"--tokenizer: {name} drops {dropped} from texts, since its model has no unknown token; train it with an "
+            "unk_token, or with ByteLevel.alphabet() as its initial_alphabet"
+        )
 
 
-def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of unknown text, or None if the model knows all text, as GPT-2's does despite its `unk_token`."""
-    if not tokenizer.is_fast:
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, flag: str) -> None:
+    """Raise InputError if a model folder has a tokenizer with other tokens for the same ids.
+
+    Added tokens may differ, since models have ids in reserve for them.
+    """
+    try:
+        own = _from_folder(folder)
+    except Exception:  # it has none, or one that cannot be read
+        return
+    added = {*own.get_added_vocab().values(), *tokenizer.get_added_vocab().values()}
+    tokens = {id_: token for token, id_ in own.get_vocab().items() if id_ not in added}
+    for token, id_ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if tokens.get(id_, token) != token:
+            raise InputError(
+                f"--tokenizer: its token {id_} is {token!r}, and that of {flag} {folder} is {tokens[id_]!r}; give "
+                f"--tokenizer {folder}, or remove its tokenizer files if its weights are to learn other tokens"
+            )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase, tables: dict[str, Any] | None) -> int | None:
+    """Return the id of unknown text, or None if the model knows all text, as GPT-2's does despite its `unk_token`.
+
+    Args:
+        tables: `tables_of` a fast tokenizer.
+    """
+    if tables is None:
         return tokenizer.unk_token_id
-    model = tables_of(tokenizer)["model"]
+    model = tables["model"]
     return model.get("unk_id", tokenizer.get_vocab().get(model.get("unk_token")))
 
 

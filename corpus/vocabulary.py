@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 Piece = ModelProto.SentencePiece
 FOUND_IN_TEXT = (Piece.NORMAL, Piece.USER_DEFINED, Piece.UNUSED)
@@ -60,6 +61,23 @@ def letters(tables: dict[str, Any]) -> set[str]:
     if tables["model"].get("byte_fallback"):
         return set()
     return {token for token in _special_words(tables) if len(token) == 1}
+
+
+def dropped_characters(tables: dict[str, Any]) -> str:
+    """Return the characters that a tokenizer leaves out of texts without a trace, in words; empty if there are none.
+
+    A byte-pair model without unknown token has nothing for characters that are no tokens.
+    """
+    model = tables["model"]
+    if model["type"] != "BPE" or model["unk_token"] is not None or model["byte_fallback"]:
+        return ""
+    if '"ByteLevel"' not in json.dumps([tables["normalizer"], tables["pre_tokenizer"]]):
+        return "characters that are no tokens"
+    used = (*range(0xC0), *range(0xC2, 0xF5))  # by UTF-8
+    missing = [
+        byte for byte, letter in sorted(bytes_to_unicode().items()) if byte in used and letter not in model["vocab"]
+    ]
+    return f"{len(missing)} of UTF-8's {len(used)} bytes" if missing else ""
 
 
 def _special_words(tables: dict[str, Any]) -> set[str]:

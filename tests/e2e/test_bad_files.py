@@ -174,3 +174,11 @@ def test_init_from(problems, finished_run, checkpoint, tmp_path):
         (problem,) = problems(*changed)
         assert problem.startswith("--init_from: ")
         assert expected in problem
+
+
+def test_another_tokenizer_than_the_models(problems, finished_run, byte_level_tokenizer, tmp_path):
+    byte_level_tokenizer.save_pretrained(tmp_path)
+    model = finished_run.save_dir / "final"
+    (problem,) = problems("--init_from", model, "--tokenizer", tmp_path)
+    assert problem.startswith("--tokenizer: its token ")
+    assert f"that of --init_from {model} is " in problem

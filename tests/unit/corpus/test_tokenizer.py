@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from corpora import error_of, run_python
 from corpus.encoder import TextEncoder
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import check_same_ids, load_tokenizer
 from hub_server import Branches, HubServer
 
 
@@ -54,6 +55,45 @@ class TestTokenizer:
         assert last_line.startswith("runtime.console.InputError: --tokenizer: nobody/nothing")
         assert reason in last_line
         assert "Retrying" not in stderr
+
+    @pytest.mark.parametrize(
+        ("bytewise", "alphabet", "unknown"),
+        [(True, "", None), (True, "all", None), (True, "", "<unk>"), (False, "", None), (False, "", "<unk>")],
+    )
+    def test_characters_that_leave_no_trace(self, tmp_path, bytewise, alphabet, unknown):
+        """The tokenizer itself tells which: without an unknown token it drops what it has no token for."""
+        trained = Tokenizer(models.BPE(unk_token=unknown))
+        trained.pre_tokenizer = (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            if bytewise
+            else pre_tokenizers.Whitespace()
+        )
+        special = ["<s>", "</s>", *filter(None, [unknown])]
+        letters = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        trained.train_from_iterator(["hello world this is plain ascii text"], trainer)
+        PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+        dropped = any(not trained.encode(character).ids for character in "é日😀~Z")
+        if dropped:
+            assert " from texts, since its model has no unknown token; " in error_of(load_tokenizer, str(tmp_path))
+        else:
+            load_tokenizer(str(tmp_path))
+        assert dropped == (not alphabet and not unknown)
+
+    def test_the_tokens_of_a_model_folder(self, byte_level_tokenizer, tokenizer, tmp_path):
+        check_same_ids(tokenizer, tmp_path, "--init_from")  # it has no tokenizer
+        byte_level_tokenizer.save_pretrained(tmp_path)
+        own = load_tokenizer(str(tmp_path))
+        check_same_ids(own, tmp_path, "--init_from")
+        problem = error_of(check_same_ids, tokenizer, tmp_path, "--init_from")
+        first = min(i for i in range(3, 600) if own.convert_ids_to_tokens(i) != tokenizer.convert_ids_to_tokens(i))
+        there, here = (model.convert_ids_to_tokens(first) for model in (own, tokenizer))
+        line = f"--tokenizer: its token {first} is {here!r}, and that of --init_from {tmp_path} is {there!r}; give "
+        assert problem.startswith(line)
+        own.add_tokens(["<tool>"])
+        check_same_ids(own, tmp_path, "--init_from")
 
     @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c"])
     def test_missing_path(self, name):
