@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils import Trie
 
-from corpus.tokenizer import vocabulary_size
+from corpus.tokenizer import unknown_id, vocabulary_size
 from corpus.vocabulary import (
     FOUND_IN_TEXT,
     RESERVED,
@@ -60,6 +60,7 @@ class TextEncoder:
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
         self._plain_text = _PlainText(tokenizer)
+        self.unknown = unknown_id(tokenizer, self._plain_text.tables)
         self.letters = self._plain_text.letters  # special tokens that text may contain
         # SentencePiece puts a space before every text; some tokenizers do not if the text begins with a space.
         self.sentencepiece, self.bare_leading_space = equal_sentencepiece(

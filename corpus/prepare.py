@@ -261,6 +261,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
         return False
     shards = [shard for record in records for shard in record["shards"]]
     skipped = sum((Counter(record["skipped"]) for record in records), Counter())
+    unknown = sum(record.get("unknown", 0) for record in records)
     documents, tokens = Counter(), Counter()
     for shard in shards:
         documents[shard["slice"]] += shard["documents"]
@@ -292,6 +293,7 @@ def _merge(preparation: Preparation, seconds: float) -> bool:
     say(
         f"tokenized {documents.total():,} documents into {tokens.total():,} tokens in {seconds:.1f} s; "
         f"skipped rows: {list_skipped(skipped)}"
+        + (f"; {unknown:,} tokens stand for text that the tokenizer does not know" if unknown else "")
     )
     return True
 

@@ -64,7 +64,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if missing:
         raise InputError(f"--tokenizer: {name} has no {' and no '.join(missing)}; set it in its tokenizer_config.json")
     ids, tables = tokenizer.get_vocab(), tables_of(tokenizer) if tokenizer.is_fast else None
-    unknown = _unknown_id(tokenizer, tables)
+    unknown = unknown_id(tokenizer, tables)
     for kind in FRAME:
         token = getattr(tokenizer, kind)
         if token not in ids or ids[token] == unknown:
@@ -102,7 +102,7 @@ def check_same_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, flag: str) 
             )
 
 
-def _unknown_id(tokenizer: PreTrainedTokenizerBase, tables: dict[str, Any] | None) -> int | None:
+def unknown_id(tokenizer: PreTrainedTokenizerBase, tables: dict[str, Any] | None) -> int | None:
     """Return the id of unknown text, or None if the model knows all text, as GPT-2's does despite its `unk_token`.
 
     Args:

@@ -150,7 +150,7 @@ class ShardWriter:
 def tokenize_unit(preparation: Preparation, progress: "Progress", number: int) -> None:
     """Write the shards of a unit, then its record."""
     writers: dict[tuple[str, str], ShardWriter] = {}
-    skipped = Counter()
+    skipped, unknown = Counter(), 0
     try:
         for documents in _batches(preparation, preparation.units[number], skipped, progress):
             encoded = preparation.encoder.encode([document.text for document in documents], preparation.threads)
@@ -162,13 +162,15 @@ def tokenize_unit(preparation: Preparation, progress: "Progress", number: int) -
                     name = f"tokens-{number:05d}{suffix}.bin"
                     writers[kind] = ShardWriter(preparation, name, *kind)
                 writers[kind].append(tokens)
+                if preparation.encoder.unknown is not None:
+                    unknown += int(np.count_nonzero(tokens == preparation.encoder.unknown))
         shards = [writer.close() for writer in writers.values()]
     except BaseException:
         for writer in writers.values():
             writer.discard()
         raise
     sync(preparation.folder)
-    write_json(preparation.record_path(number), {"shards": shards, "skipped": skipped})
+    write_json(preparation.record_path(number), {"shards": shards, "skipped": skipped, "unknown": unknown})
 
 
 def _batches(preparation: Preparation, unit: Unit, skipped: Counter, progress: "Progress") -> Iterator[list[Document]]:

@@ -13,6 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from corpora import ROWS, error_of, reference_stream, run_python, stream_of, write_jsonl
 from corpus import rows
@@ -273,3 +275,14 @@ def test_the_command_that_follows_can_be_pasted(words, tokenizer_folder, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("train on it: "))
     assert shlex.split(line)[3:] == ["pretrain.py", "-d", str(output), "--tokenizer", str(tokenizer_folder)]
+
+
+def test_unknown_text_is_counted(tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    write_jsonl(tmp_path / "some.jsonl", [{"text": text} for text in ("a b", "a c b", "d e")])
+    write_jsonl(tmp_path / "none.jsonl", [{"text": "a b"}])
+    for name, expected in (("some", "; 3 tokens stand for text that the tokenizer does not know"), ("none", "")):
+        prepare_dataset(str(tmp_path / f"{name}.jsonl"), tokenizer, tmp_path / "cache")
+        assert capsys.readouterr().out.splitlines()[0].endswith(f"skipped rows: none{expected}")
