@@ -165,7 +165,7 @@ def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: st
     The tokenizer's EOS, which fine-tuning teaches, is added to the tokens that end a text.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or its eos_token_id is no token id or list of them.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -176,6 +176,8 @@ def generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, flag: st
         raise InputError(f"{flag}: {path} cannot be read ({first_line(error)}); restore or remove it") from error
     ends = content.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if any(type(end) is not int for end in ends):
+        raise InputError(f"{flag}: {path}: eos_token_id must be a token id or a list of them; correct or remove it")
     if tokenizer.eos_token_id not in ends:
         content["eos_token_id"] = [*ends, tokenizer.eos_token_id]
     return {GENERATION_CONFIG: content}

@@ -80,7 +80,7 @@ class ChatTemplate:
             ask: append the opening of an answer.
 
         Raises:
-            Unusable: the template fails, or refuses the messages.
+            Unusable: the template fails, or refuses the messages, or they contain MARK.
         """
         self.given.update(*messages)
         watched = [_Watched(self._marked(message), self.used.add) for message in messages]
@@ -98,6 +98,8 @@ class ChatTemplate:
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
+            if MARK in value:  # `tokenize` would remove it
+                raise Unusable("the character U+FDD0 in messages or tools")
             return self._special.sub(lambda token: f"{MARK}{token[0]}{MARK}", value)
         if isinstance(value, dict):
             return {self._marked(key): self._marked(field) for key, field in value.items()}

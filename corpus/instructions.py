@@ -30,6 +30,10 @@ USED_COLUMNS = {
 FRAME = "Instruction: {}{}\nOutput:"
 TURN_END = "\n\n"  # after `system` and each turn of `history`
 LEARNED = ("weight", "train")  # keys of a message by which OpenAI and axolotl mark it as learned or not
+SHAREGPT = (
+    "rename 'conversations' to 'messages', in it the keys 'from' to 'role' and 'value' to 'content', "
+    "and the roles 'human' to 'user' and 'gpt' to 'assistant'"
+)
 SHAPE_ROWS = 1000  # rows in which find_shape looks for the columns
 Segment = tuple[str, bool]  # text; True if the model learns it
 
@@ -311,4 +315,5 @@ def find_shape(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
                 return shape
     wanted = ", or ".join(" and ".join(f"'{column}'" for column in shape) for shape in SHAPES)
     found = ", ".join(rows[0] if rows else ()) or "(none)"
-    raise InputError(f"--dataset: {file.path} has the columns {found}, not {wanted}; rename them")
+    remedy = SHAREGPT if rows and "conversations" in rows[0] else "rename them"
+    raise InputError(f"--dataset: {file.path} has the columns {found}, not {wanted}; {remedy}")

@@ -25,13 +25,19 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from attn import avoid_cudnn
 from checkpointing.folder import ADAPTER_FILE, RUNNING_STATES, is_complete
-from checkpointing.pretrained import check_pretrained, find_model
+from checkpointing.pretrained import GENERATION_CONFIG, check_pretrained, find_model, generation_config
 from corpus.chat_template import prompt_ids
 from corpus.tokenizer import check_vocabulary, load_tokenizer
 from engine.shards import is_finite
@@ -165,12 +171,15 @@ class Printer(BaseStreamer):
 
 
 def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> LlamaForCausalLM:
-    """Load the model with its adapters merged, in the precision they were trained in, on the GPU if there is one."""
+    """Load the model with its adapters merged, in the precision they were trained in, on the GPU if there is one.
+
+    Its generation_config holds only defaults: the folder's would add to the arguments of `generate`, such as a penalty.
+    """
     dtype = load_config(str(adapter)).torch_dtype if adapter and (adapter / "config.json").is_file() else None
     config.use_cache = True  # otherwise each token costs as much as the whole text
     options = {"config": config, "torch_dtype": dtype or "auto", "trust_remote_code": False}
     avoid_cudnn()
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, generation_config=GenerationConfig(), **options)
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -185,6 +194,12 @@ def open_model(folder: Path, config: LlamaConfig, adapter: Path | None) -> Llama
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """Return the ids that end the text: the tokenizer's EOS, and those of the folder's generation_config.json."""
+    content = generation_config(folder, tokenizer, "--model").get(GENERATION_CONFIG, {})
+    return content.get("eos_token_id", [tokenizer.eos_token_id])
+
+
 def main() -> int:
     args = parse_args()
     check_args(args)
@@ -193,6 +208,7 @@ def main() -> int:
     check_pretrained(folder, config, "--model")
     tokenizer = open_tokenizer(args, tokenizers)
     check_vocabulary(tokenizer, config)
+    ends = stop_tokens(folder, tokenizer)
     ids, prompt = read_prompt(args, tokenizer, config.max_position_embeddings)
 
     logging.disable_progress_bar()
@@ -204,7 +220,7 @@ def main() -> int:
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
         streamer=Printer(tokenizer, prompt),
         **(sampling if args.temperature > 0 else {"do_sample": False}),

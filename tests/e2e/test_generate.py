@@ -63,6 +63,46 @@ def test_most_probable_tokens_are_those_of_transformers(write, final):
     assert write("--temperature", 0) == tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
 
 
+def with_settings(final, folder, name="generation_config.json", **settings):
+    """Copy the model to `folder` with these settings in its file `name`, and return the folder."""
+    file = shutil.copytree(final, folder) / name
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(content | settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("generation_config.json", {"repetition_penalty": 50.0}),
+        ("generation_config.json", {"num_beams": 4}),
+        ("generation_config.json", {"num_return_sequences": 2}),
+        ("config.json", {"repetition_penalty": 50.0}),
+        ("config.json", {"num_beams": 4}),
+    ],
+)
+def test_only_the_flags_choose_the_tokens(write, final, tmp_path, name, settings):
+    model = with_settings(final, tmp_path / "model", name, **settings)
+    assert write("--temperature", 0, model=model) == write("--temperature", 0)
+    sampled = ("--temperature", 1, "--top_p", 0.9)
+    assert write(*sampled, model=model) == write(*sampled)
+
+
+def test_text_ends_at_the_tokens_of_the_generation_config_too(write, final, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    third = model.generate(tokens, do_sample=False, max_new_tokens=12)[0, tokens.shape[1] + 2].item()
+    folder = with_settings(final, tmp_path / "model", eos_token_id=[tokenizer.eos_token_id, third])
+    (expected,) = AutoModelForCausalLM.from_pretrained(folder).generate(tokens, do_sample=False, max_new_tokens=12)
+    assert len(expected) <= tokens.shape[1] + 3
+    assert write("--temperature", 0, model=folder) == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    # The tokenizer's own EOS ends it even if the file names another.
+    folder = with_settings(final, tmp_path / "another", eos_token_id=tokenizer.unk_token_id)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(third)
+    tokenizer.save_pretrained(folder)
+    assert len(write("--temperature", 0, model=folder)) < len(write("--temperature", 0))
+
+
 def test_a_model_saved_by_transformers_5(final, tmp_path):
     """The pinned transformers, left to itself, ignores the rope_theta that version 5 saves."""
     shutil.copytree(final, tmp_path / "newer")

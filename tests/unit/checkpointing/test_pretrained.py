@@ -93,6 +93,12 @@ class TestGenerationConfig:
         assert "generation_config.json cannot be read" in error_of(
             generation_config, tmp_path, sample_tokenizer, "--model_path"
         )
+        for ends in ("</s>", [2, "</s>"], True):
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+            assert error_of(generation_config, tmp_path, sample_tokenizer, "--model_path") == (
+                f"--model_path: {tmp_path}/generation_config.json: eos_token_id must be a token id or a list of them; "
+                "correct or remove it"
+            )
 
 
 class TestLoading:

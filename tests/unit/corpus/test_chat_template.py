@@ -234,6 +234,9 @@ class TestMessages:
                 {"messages": [user("a", name="\ud800"), answer("b")], "template": NAMES},
                 "messages with unpaired surrogates",
             ),
+            ({"messages": [user("a"), answer("a\ufdd0b")]}, "the character U+FDD0 in messages or tools"),
+            ({"system": "\ufdd0"}, "the character U+FDD0 in messages or tools"),
+            ({"tools": [{"a\ufdd0b": 1}]}, "the character U+FDD0 in messages or tools"),
             ({"messages": [SYSTEM, user("a"), answer("b")], "system": "x"}, "a system message beside a column system"),
             (
                 {"template": "{{ messages[0].content + 1 }}"},
@@ -246,6 +249,11 @@ class TestMessages:
     def test_what_cannot_be_used(self, tokenizer, row, reason):
         tokenizer.chat_template = row.pop("template", CHATML)
         assert encoded(tokenizer, {"messages": [user("a"), answer("b")], **row}, shape=CHAT) == [reason]
+
+    def test_a_prompt_with_the_character_that_marks_special_tokens(self, tokenizer):
+        assert error_of(prompt_ids, tokenizer, "a\ufdd0b", True) == (
+            "--chat: the character U+FDD0 in messages or tools; change --prompt, or leave the flag out"
+        )
 
     def test_what_the_template_does_not_ask_for_is_named(self, tokenizer):
         encoder = ExampleEncoder(tokenizer, CHAT, 100, False)

@@ -227,6 +227,16 @@ class TestFindShape:
             "or 'instruction' and 'output', or 'messages'; rename them"
         )
 
+    def test_tells_what_to_rename_in_sharegpt(self, tmp_path, sample_tokenizer):
+        talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        source = write_rows(tmp_path / "rows.jsonl", [{"id": "1", "conversations": talk}])
+        line = error_of(find_shape, source, sample_tokenizer)
+        assert line.startswith("--dataset: rows.jsonl has the columns id, conversations, not 'prompt' and 'completion'")
+        assert line.endswith(
+            "; rename 'conversations' to 'messages', in it the keys 'from' to 'role' and 'value' to 'content', "
+            "and the roles 'human' to 'user' and 'gpt' to 'assistant'"
+        )
+
     def test_a_chat_needs_a_template(self, tmp_path, sample_tokenizer):
         source = write_rows(tmp_path / "rows.jsonl", [{"messages": turns("a", "b")}])
         assert "--tokenizer: it has no chat template" in error_of(find_shape, source, sample_tokenizer)
