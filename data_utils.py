@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from corpus.encoder import TextEncoder
 from corpus.manifest import HELD_OUT, MANIFEST_NAME, TRAIN, list_skipped, read_manifest
@@ -129,7 +129,12 @@ class PackedDataset(TextDataset):
         *,
         split: str = TRAIN,
         slice_weights: dict[str, float] | None = None,
+        name: str | None = None,
     ):
+        """
+        Args:
+            name: of the data set in messages, as the user gave it; by default the folder.
+        """
         super().__init__(max_length, document_ends, slice_weights)
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -151,15 +156,15 @@ class PackedDataset(TextDataset):
             self.order(seed=0)  # checks the weights
         if len(self) == 0 and split == HELD_OUT:
             raise InputError(
-                f"--eval_fraction: {self._first_tokens[-1]} tokens are held out, and a sequence takes {max_length}; "
-                "give a larger fraction"
+                f"--eval_fraction: {self._first_tokens[-1]} tokens of {name or folder} are held out, and a sequence "
+                f"takes {max_length}; give a larger fraction"
             )
         if len(self) == 0:
             share = self.manifest.get("eval_fraction")
             held_out = f" beside the {share:g} of it that --eval_fraction holds out" if share else ""
             raise InputError(
                 f"--max_length: one sequence takes {max_length} tokens, but the whole data set has "
-                f"{self._first_tokens[-1]}{held_out} ({self.folder}); lower --max_length or give more data"
+                f"{self._first_tokens[-1]}{held_out} ({name or folder}); lower --max_length or give more data"
             )
 
     def __len__(self) -> int:
@@ -413,15 +418,15 @@ class StreamedDataset(TextDataset):
 
     def check(self) -> None:
         """Read a document of every slice. Raises InputError if a slice has none or its file is damaged."""
-        for reader in self._open(None).readers.values():
+        for reader in self._open(None, report=False).readers.values():  # these rows are read again
             reader.next_text()
 
     def resume(self, stream: dict | None) -> None:
         """Continue from the `stream` of an item of an earlier run."""
         self.start = stream
 
-    def _open(self, state: dict | None) -> TokenStream:
-        return TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights, state)
+    def _open(self, state: dict | None, report: bool) -> TokenStream:
+        return TokenStream(self.source, self.encoder, self.max_length, self.seed, self.slice_weights, state, report)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -429,7 +434,9 @@ class StreamedDataset(TextDataset):
     def __getitem__(self, position: int) -> dict:
         if self._stream is None:  # in the process that reads
             start = self.start or {"buffer": 0, "state": None}
-            self._read, self._stream = start["buffer"] * self.buffer, self._open(start["state"])
+            worker = get_worker_info()  # of several, each reads all
+            stream = self._open(start["state"], report=worker is None or worker.id == 0)
+            self._read, self._stream = start["buffer"] * self.buffer, stream
         number, place = divmod(position, self.buffer)
         # Reads the next buffer bit by bit while this one is used, so that no step waits for a whole buffer.
         self._read_until(self._stream, max((number + 1) * self.buffer, position + self.buffer), keep=number)

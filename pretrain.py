@@ -165,15 +165,18 @@ class Data:
         """Return the folder with the tokens of a data set."""
         return prepare_dataset(name, tokenizer, self.cache_dir, eval_fraction=self.eval_fraction, **self.choice)
 
-    def packed(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedDataset:
-        """Return the training data in a prepared folder."""
-        return PackedDataset(folder, max_length, self.document_ends(tokenizer), slice_weights=self.slice_weights)
+    def packed(self, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedDataset:
+        """Return the training data in the prepared folder of a data set."""
+        ends = self.document_ends(tokenizer)
+        return PackedDataset(folder, max_length, ends, slice_weights=self.slice_weights, name=name)
 
-    def held_out(self, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedDataset | None:
-        """Return the held-out data in a prepared folder; None if it has none."""
+    def held_out(
+        self, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> PackedDataset | None:
+        """Return the held-out data in the prepared folder of a data set; None if it has none."""
         if not read_manifest(folder).get("eval_fraction"):
             return None
-        return PackedDataset(folder, max_length, self.document_ends(tokenizer), split=HELD_OUT)
+        return PackedDataset(folder, max_length, self.document_ends(tokenizer), split=HELD_OUT, name=name)
 
 
 def open_mixture(
@@ -216,8 +219,8 @@ def open_data(
     if not data.eval_fraction and not is_prepared(Path(name)):
         refuse_evaluation(data.given, "give --eval_fraction")
     folder = data.prepare(name, tokenizer)
-    dataset = data.packed(folder, tokenizer, max_length)
-    if (held_out := data.held_out(folder, tokenizer, max_length)) is None:
+    dataset = data.packed(name, folder, tokenizer, max_length)
+    if (held_out := data.held_out(name, folder, tokenizer, max_length)) is None:
         refuse_evaluation(data.given, "prepare them with --eval_fraction")
         return dataset, {}
     return dataset, {"": held_out}
@@ -237,8 +240,11 @@ def open_stages(
         assert alone is not None
         assert isinstance(first, PackedDataset)
         weights, folders = {alone: 1.0}, {alone: first.folder}
+    paths = [data.dataset] if isinstance(data.dataset, str) else [*data.dataset]
+    written = {short_name(path): path for path in paths}
     for number, stage in enumerate(stages.later, start=1):
         for path in stage.data or ():
+            written.setdefault(short_name(path), path)
             if short_name(path) not in folders:
                 with stages.errors(number, "data"):
                     folders[short_name(path)] = data.prepare(path, tokenizer)
@@ -247,7 +253,7 @@ def open_stages(
     for number, (stage, length) in enumerate(zip(stages.later, lengths[1:], strict=True), start=1):
         weights = {short_name(path): weight for path, weight in (stage.data or {}).items()} or weights
         with stages.errors(number, "max_length"):
-            parts = {name: data.packed(folders[name], tokenizer, length) for name in weights}
+            parts = {name: data.packed(written[name], folders[name], tokenizer, length) for name in weights}
         datasets.append(MixtureDataset(parts, weights, alone))
     held_out = [open_held_out(data, folders, tokenizer, length) for length in lengths]
     if not any(held_out):
@@ -262,7 +268,7 @@ def open_held_out(
     opened = {}
     for name, folder in folders.items():
         try:
-            part = data.held_out(folder, tokenizer, max_length)
+            part = data.held_out(name, folder, tokenizer, max_length)
         except InputError as error:
             (problem,) = error.problems
             say(f"held out of {name}: left out of evaluations on {max_length} tokens: {problem}")

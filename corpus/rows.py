@@ -1,6 +1,7 @@
 """Reads one file of a data set, JSONL (also .gz, .zst), Parquet or Arrow: its rows, or the documents in them."""
 
 import codecs
+import collections
 import contextlib
 import io
 import json
@@ -26,13 +27,16 @@ MAGIC = {  # first bytes by suffix; a .zst file may begin with frames to be skip
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }
 AFTER_GZIP = "Unknown bytes after the last member"
+UNFINISHED = "the mark at its end is missing"
 REMEDIES = {  # for errors that another copy of the file would not mend, by a part of their text
     "too much memory": "its window is above 128 MB, so unpack it: zstd -d --rm --long=31 FILE",
+    UNFINISHED: "copy it again, or write it anew if its writer was stopped",
     "Unknown frame": "other bytes follow its end, so keep what is before them: zstd -dc FILE | zstd > NEW",
     AFTER_GZIP: "other bytes follow its end, so keep what is before them: gzip -dc FILE | gzip > NEW",
 }
 COLUMNAR_ROWS = 64  # read at a time
 ARROW_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has none
+STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")  # of Arrow's stream format; the second before Arrow 0.15
 STATE = "state.json"  # in a folder that `datasets` saved
 SLICE_COLUMN = "red_pajama_subset"
 MEANINGS = {"text": "documents", "prompt": "prompts", "completion": "answers"}  # of columns
@@ -316,12 +320,22 @@ def _open_arrow(raw: pa.NativeFile) -> pa.ipc.RecordBatchStreamReader | pa.ipc.R
 def _batches(
     reader: pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader, raw: pa.NativeFile
 ) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Yield each batch with the bytes of the file up to its end."""
+    """Yield each batch with the bytes of the file up to its end.
+
+    Raises:
+        OSError: a stream has no mark at its end, which pyarrow would not miss: it was cut off, or never finished.
+    """
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
         count = reader.num_record_batches
         yield from ((reader.get_batch(number), raw.size() * (number + 1) // count) for number in range(count))
-    else:
-        yield from ((batch, raw.tell()) for batch in reader)
+        return
+    end = raw.tell()
+    for batch in reader:
+        end = raw.tell()
+        yield batch, end
+    raw.seek(end)
+    if not raw.read(len(STREAM_ENDS[0])).startswith(STREAM_ENDS):
+        raise OSError(UNFINISHED)
 
 
 def _selected_rows(path: Path, query: Query) -> Iterator[Row]:
@@ -329,6 +343,9 @@ def _selected_rows(path: Path, query: Query) -> Iterator[Row]:
     from datasets import Dataset, concatenate_datasets  # takes seconds to import
 
     names = [file["filename"] for file in json.loads((path.parent / STATE).read_bytes())["_data_files"]]
+    for part in (path, *(path.parent / name for name in names)):
+        with pa.memory_map(str(part)) as raw, _open_arrow(raw) as reader:
+            collections.deque(_batches(reader, raw), maxlen=0)  # `datasets` would not miss the end of a file
     data = concatenate_datasets([Dataset.from_file(str(path.parent / name)) for name in names])
     _require(data.column_names, query.required, path)
     columns = _present(data.data.schema, query.only)

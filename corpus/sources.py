@@ -145,7 +145,9 @@ def resolve_source(
     if root.exists():
         if revision:
             raise InputError(f"--dataset_revision: {name} is on this machine and has no revisions; leave the flag out")
-        return _pick(_local_source(name, root, request), slices)
+        source = _pick(_local_source(name, root, request), slices)
+        _refuse_copies(source)
+        return source
     check_name(name.rstrip("/"), "--dataset", "a file, a folder")
     hub_name, pinned = split_revision(name.rstrip("/"))
     if pinned and revision and pinned != revision:
@@ -198,6 +200,19 @@ def _local_source(name: str, root: Path, request: Request) -> Source:
         file._replace(slice=slice) for path, slice in choice.files.items() for file in _files_at(root, path)
     )
     return Source(name, list(files), remark=choice.remark and f"left out in {name}: {choice.remark}")
+
+
+def _refuse_copies(source: Source) -> None:
+    """Raise InputError if a file is there packed and unpacked, as `gzip -k` and `zstd -d` leave it."""
+    seen: dict[tuple[str, str], SourceFile] = {}
+    for file in source.files:
+        plain = re.sub(r"\.(gz|zst)$", "", file.path, flags=re.IGNORECASE)
+        if other := seen.get((file.origin, plain)):
+            raise InputError(
+                f"--dataset: {source.name} has both {other.path} and {file.path}, which seem to be one file packed "
+                "and unpacked; remove one of them, rename it if they differ, or give one of them"
+            )
+        seen[file.origin, plain] = file
 
 
 def _single_file(name: str, path: Path, request: Request) -> Source:
@@ -265,10 +280,19 @@ def _walk(root: Path, hidden: bool = False) -> list[str]:
         folders.add(place)
         subfolders[:] = visible(subfolders)
         paths += [os.path.join(folder, name) for name in visible(names)]
-    files: dict[str, str] = {}  # by real path; the file itself comes before links to it
+    files: dict[str | tuple[int, int], str] = {}  # the file itself comes before symbolic links to it
     for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):
-        files.setdefault(os.path.realpath(path), path)
+        files.setdefault(_identity(path), path)
     return sorted(os.path.relpath(path, root) for path in files.values())
+
+
+def _identity(path: str) -> str | tuple[int, int]:
+    """Return what all links to a file have in common: its real path, or its inode if it has several names."""
+    with contextlib.suppress(OSError):  # a broken link
+        status = os.stat(path)
+        if status.st_nlink > 1:  # else never by inode, which some network file systems make up
+            return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def _local_file(root: Path, path: str) -> SourceFile:

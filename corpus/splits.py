@@ -52,6 +52,7 @@ UNPACK = {  # by the suffix of files that hold data but are not read
     ".tgz": "tar -xf FILE",
 }
 PACKED_SUFFIXES = tuple(f".{rows}{packed}" for rows in ("jsonl", "json", "ndjson", "parquet") for packed in UNPACK)
+MAPPED = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # what `datasets` keeps of each .map() beside the data
 NAMES_A_SPLIT = re.compile(r"train|val|dev|test|-of-")  # each keyword of `datasets` has one of these in it
 COMMON_CRAWL_DUMP = re.compile(r"cc_\d{4}-\d\d$")
 
@@ -179,6 +180,7 @@ def choose(name: str, paths: Sequence[str], card: Card | None, as_datasets: bool
     groups = {
         "of other splits": of_others,
         "hidden": set(filter(_is_hidden, paths)),
+        "made by .map()": _mapped(paths),
         "of another kind than most": of_split,
         "of other configurations" if card else "of no split": set(paths),
     }
@@ -204,10 +206,18 @@ def _candidates(paths: Sequence[str], settings: Mapping[str, Any], as_datasets: 
     """Return the files that may hold data, by their names."""
     candidates = list(paths)
     if settings.get("data_files") is None:
-        candidates = [path for path in candidates if PurePosixPath(path).name not in DESCRIPTIONS]
+        mapped = _mapped(paths)
+        candidates = [p for p in paths if PurePosixPath(p).name not in DESCRIPTIONS and p not in mapped]
     if not as_datasets:
         candidates = [path for path in candidates if path.lower().endswith(FILE_SUFFIXES + PACKED_SUFFIXES)]
     return candidates
+
+
+def _mapped(paths: Iterable[str]) -> set[str]:
+    """Return the files in which `datasets` keeps the results of .map(), in the folders of its own cache."""
+    places = [PurePosixPath(path) for path in paths]
+    own = {place.parent for place in places if place.name == "dataset_info.json"}
+    return {str(place) for place in places if MAPPED.fullmatch(place.name) and place.parent in own}
 
 
 def _sort_by_split(
@@ -364,7 +374,10 @@ def find_named(name: str, paths: Sequence[str], request: Request, others: Sequen
     names: set[str] = set(others)
     chosen = []
     splits = {keyword for keywords in SPLIT_KEYWORDS.values() for keyword in keywords}
+    mapped = _mapped(paths)
     for path in filter(is_data, paths):
+        if path in mapped:
+            continue
         name_of_path = first_name(path)
         if request.configuration in (*PurePosixPath(path).parts[:-1], name_of_path, slice_of_path(path)):
             chosen.append(path)

@@ -6,16 +6,18 @@ sequences. So there is one global order for any number of ranks, as with a prepa
 data-parallel rank reads and tokenizes the whole stream and keeps only its share.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from corpus.encoder import TextEncoder
+from corpus.manifest import list_skipped
 from corpus.order import Permutation, splitmix64
 from corpus.rows import Document, read_documents, unusable
 from corpus.sources import Source, SourceFile
-from runtime.console import InputError
+from runtime.console import InputError, say
 
 
 @dataclass
@@ -35,10 +37,21 @@ class SlicePosition:
 
 
 class SliceReader:
-    """Reads the usable documents of a slice endlessly, the files in a new order every epoch."""
+    """Reads the usable documents of a slice endlessly, the files in a new order every epoch.
 
-    def __init__(self, files: list[SourceFile], weight: float | None, seed: int, position: SlicePosition):
-        self.files, self.weight, self.seed = files, weight, seed
+    Attributes:
+        skipped: the rows that this reader has skipped, by reason.
+    """
+
+    def __init__(
+        self, files: list[SourceFile], weight: float | None, seed: int, position: SlicePosition, report: bool = True
+    ):
+        """
+        Args:
+            report: print a line about skipped rows, now and then.
+        """
+        self.files, self.weight, self.seed, self.report = files, weight, seed, report
+        self.skipped: Counter[str] = Counter()
         self.size = sum(file.size for file in files)
         self.position = position
         self._start_epoch()
@@ -68,8 +81,9 @@ class SliceReader:
             for document in self._documents:
                 position.row += 1
                 position.bytes_read = self._file_start + document.position
-                if not unusable(document.text):
+                if not (reason := unusable(document.text)):
                     return document.text
+                self._count_skipped(reason, file)
             self._documents = None
             self._file_start += file.size
             position.file, position.row, position.bytes_read = position.file + 1, 0, self._file_start
@@ -81,6 +95,15 @@ class SliceReader:
             f"--dataset: the slice {self.files[0].slice} has no usable document; give documents in the column 'text'"
         )
 
+    def _count_skipped(self, reason: str, file: SourceFile) -> None:
+        self.skipped[reason] += 1
+        total = self.skipped.total()
+        if self.report and (self.skipped[reason] == 1 or total == 10 ** (len(str(total)) - 1)):
+            say(
+                f"slice {file.slice}: skipped rows so far: {list_skipped(self.skipped)}; "
+                f"the last is row {self.position.row} of {file.path}"
+            )
+
 
 class TokenStream:
     """Cuts the documents of all slices into sequences of S tokens.
@@ -88,6 +111,7 @@ class TokenStream:
     Args:
         weights: relative weights of the slices to read; default: all slices, by size.
         state: the `state` of an earlier stream, which this one continues.
+        report: print lines about skipped rows.
     """
 
     def __init__(
@@ -98,6 +122,7 @@ class TokenStream:
         seed: int,
         weights: dict[str, float] | None = None,
         state: dict | None = None,
+        report: bool = True,
     ):
         self.encoder, self.max_length = encoder, max_length
         by_slice: dict[str, list[SourceFile]] = {}
@@ -111,6 +136,7 @@ class TokenStream:
                 weights[name] if weights else None,
                 splitmix64(splitmix64(seed) ^ number),
                 SlicePosition(**state["slices"].get(name, {})),
+                report,
             )
             for number, name in enumerate(sorted(by_slice))
         }

@@ -4,18 +4,20 @@ import gzip
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from corpora import documents_in, write_jsonl
+from corpora import documents_in, error_of, write_jsonl
 from corpus.order import InterleavedOrder, Interleaving
 from corpus.prepare import prepare_dataset
 from corpus.sources import resolve_source
 from data_utils import PackedDataset
 from model_utils import load_config
 from plain_loop import train_plainly
+from pretrain import Data, open_mixture
 from runs import SEED, SEQUENCE_LENGTH, problems_of
 
 STEPS, GLOBAL_BATCH, LR = 8, 10, 1e-3
@@ -117,6 +119,28 @@ def test_held_out_loss_of_each_data_set(mixed, sources):
     board = EventAccumulator(str(run.folder / "tb_logs"))
     board.Reload()
     assert {"eval/loss", "eval/loss/web", "eval/loss/code"} <= set(board.Tags()["scalars"])
+
+
+def test_a_data_set_that_is_too_small_is_named_as_the_user_did(tmp_path, sample_tokenizer):
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("large", "small")]
+    write_jsonl(tmp_path / "large.jsonl", [{"text": "long " * 100}])
+    write_jsonl(tmp_path / "small.jsonl", [{"text": "a"}])
+    data = Data(
+        dataset=dict.fromkeys(names, 0.5),
+        dataset_revision=None,
+        dataset_slices=(),
+        cache_dir=tmp_path / "cache",
+        eval_fraction=None,
+        streaming=False,
+        shuffle_buffer=1,
+        slice_weights=None,
+        document_mask=False,
+        given=frozenset(),
+    )
+    job = SimpleNamespace(batch=SimpleNamespace(max_length=32))
+    assert f" tokens, but the whole data set has 3 ({names[1]}); " in error_of(
+        open_mixture, data, sample_tokenizer, job
+    )
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,9 @@ class TestFolders:
         outside = write_jsonl(tmp_path.with_name(f"{tmp_path.name}.jsonl"), [{"text": "elsewhere"}])
         for name in ("b.jsonl", "c.jsonl"):
             (tmp_path / name).symlink_to(outside)
-        assert [file.path for file in resolve_source(str(tmp_path)).files] == ["b.jsonl", "z.jsonl"]
+        for name in ("x.jsonl", "y.jsonl"):
+            (tmp_path / name).hardlink_to(tmp_path / "z.jsonl")
+        assert [file.path for file in resolve_source(str(tmp_path)).files] == ["b.jsonl", "x.jsonl"]
         os.mkfifo(tmp_path / "pipe.jsonl")
         assert f"{tmp_path / 'pipe.jsonl'} is no regular file" in error_of(resolve_source, str(tmp_path))
 

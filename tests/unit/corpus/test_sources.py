@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from transformers import LlamaTokenizerFast
 
-from corpora import ROWS, TEXTS, documents_of, error_of, reference_stream, stream_of, write_jsonl
+from corpora import ROWS, TEXTS, documents_in, documents_of, error_of, reference_stream, stream_of, write_jsonl
 from corpus.prepare import prepare_dataset
 from corpus.rows import read_documents
 from corpus.sources import resolve_source
@@ -137,3 +137,45 @@ class TestNames:
     )
     def test_urls(self, url, remedy):
         assert error_of(resolve_source, url) == f"--dataset: {url} is a URL; {remedy}"
+
+
+class TestCopies:
+    """What programs leave beside the data is not read in addition to them."""
+
+    @pytest.mark.parametrize(
+        "names", [("c4.jsonl", "c4.jsonl.gz"), ("c4.jsonl", "c4.jsonl.zst"), ("c4.json.gz", "c4.json.zst")]
+    )
+    def test_packed_and_unpacked(self, tmp_path, names):
+        for name in (*names, "other.jsonl", "c4.jsonl.gz.jsonl"):
+            (tmp_path / name).write_bytes(ROW)
+        assert error_of(resolve_source, str(tmp_path)) == (
+            f"--dataset: {tmp_path} has both {names[0]} and {names[1]}, which seem to be one file packed and unpacked; "
+            "remove one of them, rename it if they differ, or give one of them"
+        )
+        assert [file.path for file in resolve_source(str(tmp_path), slices=["other"]).files] == ["other.jsonl"]
+        (tmp_path / names[0]).unlink()
+        assert len(resolve_source(str(tmp_path)).files) == 3
+
+    def test_one_name_in_two_folders(self, tmp_path):
+        for name in ("a/0.jsonl", "b/0.jsonl.gz"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(ROW)
+        assert len(resolve_source(str(tmp_path)).files) == 2
+
+    @pytest.mark.parametrize("split", ["english", "test", "train"])
+    def test_results_of_map_in_the_cache_of_datasets(self, tmp_path, split):
+        data = datasets.Dataset.from_generator(lambda: iter([{"text": "a"}]), cache_dir=str(tmp_path), split=split)
+        data.map(lambda row: {"text": "b"})
+        data.map(lambda row: {"text": "c"}, num_proc=2)
+        (path,) = (Path(file["filename"]) for file in data.cache_files)
+        assert len(list(path.parent.glob("cache-*.arrow"))) == 2
+        for root in (tmp_path, path.parent):
+            source = resolve_source(str(root))
+            assert [document.text for document in documents_in(source)] == ["a"]
+            assert "2 made by .map() (" in source.remark or split == "train"
+
+    def test_a_file_of_such_a_name_elsewhere_is_data(self, tmp_path):
+        table = pa.table({"text": ["a"]})
+        with pa.ipc.new_stream(str(tmp_path / "cache-0123456789abcdef.arrow"), table.schema) as stream:
+            stream.write_table(table)
+        assert [document.text for document in documents_in(resolve_source(str(tmp_path)))] == ["a"]

@@ -375,3 +375,23 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, encoder):
     assert error_of(dataset.__getitem__, 0) == f"--dataset: {path} has changed since it was found; start again"
     path.unlink()
     assert error_of(dataset.__getitem__, 0).startswith(f"--dataset: {path} cannot be read (No such file")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_rows_are_reported(tmp_path, encoder, num_workers, capfd, monkeypatch):
+    texts = [None, "a", "", None, *["b", None] * 8, "c"]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    dataset = StreamedDataset(
+        resolve_source(str(tmp_path)), encoder, LENGTH, seed=1, buffer=1, slice_weights={"one": 1.0}
+    )
+    dataset.check()
+    assert not capfd.readouterr().out
+    list(DataLoader(dataset, None, sampler=range(3), num_workers=num_workers))
+    assert capfd.readouterr().out.splitlines()[:3] == [
+        "slice one: skipped rows so far: 1 with text missing or null; the last is row 1 of one.jsonl",
+        "slice one: skipped rows so far: 1 with text empty, 1 with text missing or null; "
+        "the last is row 3 of one.jsonl",
+        "slice one: skipped rows so far: 1 with text empty, 9 with text missing or null; "
+        "the last is row 18 of one.jsonl",
+    ]
