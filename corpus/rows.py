@@ -259,6 +259,8 @@ def _parse_line(line: bytes, path: Path, span: Span, number: int) -> dict:
                 "data have one JSON object a line: jq -c . FILE makes one of an object over several lines; "
                 "if it is no data, leave the file out"
             )
+        elif b"\r" in line.strip():
+            remedy = "its lines end with CR alone: tr '\\r' '\\n' < FILE > NEW"
         raise refuse(f"not valid JSON ({getattr(error, 'msg', error)}); {remedy}") from error
     if not isinstance(row, dict):
         raise refuse(f"a JSON {type(row).__name__}; each line must be an object")

@@ -416,8 +416,10 @@ def _is_hidden(path: str) -> bool:
 
 
 def unpacking(paths: Sequence[str]) -> str:
-    """Return the remedy for archives and files of unknown compression; empty if there are none."""
+    """Return the remedy for JSONL of another name, archives, and unknown compression; empty if there are none."""
     for path in paths:
+        if path.lower().endswith((".ndjson", ".ndjson.gz", ".ndjson.zst")):
+            return f"; rename {path} to .jsonl instead of .ndjson"
         if command := UNPACK.get(PurePosixPath(path).suffix.lower()):
             return f"; unpack {path} first ({command})"
     return ""

@@ -59,6 +59,7 @@ class TestBadInput:
                 "line 2: not valid JSON (Unterminated string starting at); the file seems",
             ),
             ("x.jsonl", GOOD + b"{'text': 1}\n", "line 2: not valid JSON"),
+            ("x.jsonl", GOOD.strip() + b"\r" + GOOD, r"(Extra data); its lines end with CR alone: tr '\r' '\n'"),
             ("x.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: not valid JSON"),
             ("x.jsonl", GOOD * 2 + b'["text"]\n', "line 3: a JSON list"),
             ("x.json", b'[\n{"text": "a"}\n]\n', "line 1: a JSON list; write one object a line"),
@@ -107,6 +108,8 @@ class TestBadInput:
         (tmp_path / "notes.txt").write_text("hello")
         assert "holds no file of a known kind: .jsonl" in error_of(prepare, str(tmp_path))
         assert "is not of a known kind: .jsonl" in error_of(prepare, str(tmp_path / "notes.txt"))
+        (tmp_path / "rows.ndjson.gz").write_bytes(gzip.compress(GOOD))
+        assert error_of(prepare, str(tmp_path)).endswith("; rename rows.ndjson.gz to .jsonl instead of .ndjson")
         (tmp_path / "broken.jsonl").symlink_to(tmp_path / "gone.jsonl")
         assert f"{tmp_path / 'broken.jsonl'} cannot be read" in error_of(prepare, str(tmp_path))
         splits = {name: datasets.Dataset.from_dict({"text": ["x"]}) for name in ("dev", "test")}
