@@ -194,7 +194,8 @@ def main() -> int:
     check_tasks(run.tasks, args.dry_run)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     check_vocabulary(tokenizer, config)
-    check_same_ids(tokenizer, folder, "--model_path")
+    if args.tokenizer:
+        check_same_ids(tokenizer, folder, "--model_path")
     pretrained = check_pretrained(folder, config, "--model_path")
     json_files = generation_config(folder, tokenizer, "--model_path")
     if run.job.adapters:
