@@ -68,8 +68,13 @@ def exporter(
         base_model: the model under the adapters, if it is not where it was in training.
 
     Raises:
-        InputError: the model under the adapters does not fit.
+        InputError: the tokenizer is not the run's, or the model under the adapters does not fit.
     """
+    ends, ends_of_run = (tokenizer.bos_token_id, tokenizer.eos_token_id), (config.bos_token_id, config.eos_token_id)
+    if ends != ends_of_run:
+        raise InputError(
+            f"--tokenizer: its BOS and EOS have the ids {ends}, and in the run they had {ends_of_run}; give the run's"
+        )
     if (checkpoint / "model" / ADAPTER_FILE).is_file():
         base, weights = find_base(checkpoint, base_model, config)
         json_files = generation_config(base, tokenizer, "--base_model")

@@ -428,6 +428,13 @@ def test_a_checkpoint_is_not_exported_with_a_larger_tokenizer(adapted, export, s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_is_not_exported_with_another_tokenizer(adapted, export, byte_level_tokenizer, tmp_path):
+    byte_level_tokenizer.save_pretrained(tmp_path / "other")
+    line = r"--tokenizer: its BOS and EOS have the ids \(0, 1\), and in the run they had \(1, 2\); give the run's"
+    with pytest.raises(InputError, match=line):
+        export(adapted("zero2").save_dir / "epoch0-step2", "--tokenizer", tmp_path / "other")
+
+
 def test_adapters_name_their_model_by_an_absolute_path_or_hub_name(model_folder, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     for given, named in ((model_folder.name, str(model_folder)), ("meta-llama/some", "meta-llama/some")):
