@@ -27,6 +27,7 @@ SECRET = re.compile(r"\w*(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)", re.ASCII)
 CHECK_SECONDS = 30  # for a host to answer the checks before the start
 HUNG_HERE = 71  # internal status of a host whose ranks ended with HUNG since one of them did not answer
 CONNECTION_LOST = 255  # exit status of ssh
+EXIT_BARRIER = b"Error waiting on exit barrier"
 RUN = "LAUNCH_RUN"  # variable that names a run, with all its attempts, in every process that it starts on a host
 SERVE = "--serve"  # internal flag of run_on_hosts.py: run a host's ranks
 # ssh uses the first value given for an option, so LAUNCH_SSH's own options win over these. A dead host is detected
@@ -191,8 +192,16 @@ class Host:
 
 
 def _pass_on(source: IO[bytes], target: BinaryIO, prefix: str) -> None:
-    read = True
+    """Write each line to `target` after `prefix`, but not torchrun's complaint that another host ended first.
+
+    Once all ranks have ended, the host with torchrun's store may close it while others still wait for its answer.
+    """
+    read, complaint = True, b""  # time and place, with which each of the complaint's lines begins
     for line in source:
+        if EXIT_BARRIER in line:
+            complaint = line[: line.index(EXIT_BARRIER)]
+        if complaint and line.startswith(complaint):
+            continue
         try:
             if read:
                 target.write(prefix.encode() + line)

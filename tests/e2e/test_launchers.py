@@ -1,5 +1,6 @@
 """Launchers on one machine: signals save a checkpoint and set the exit status; hosts files are checked."""
 
+import io
 import signal
 import socket
 import sys
@@ -10,6 +11,7 @@ import pytest
 from launching import ROOT, Run, free_port
 from programs import main_program
 from runtime.process import INTERRUPTED
+from scripts.launcher import hosts
 from scripts.launcher.hosts import Host, read_hostfile
 
 COLOSSALAI_RUN = [Path(sys.executable).parent / "colossalai", "run"]
@@ -123,3 +125,13 @@ def test_a_file_without_hosts_starts_nothing(tmp_path):
         assert run.wait() == 2
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"run_on_hosts.py: error: --hostfile: '{tmp_path / 'hosts.txt'}' names no host")
+
+
+def test_torchruns_complaint_at_the_end_is_left_out():
+    """Each line of a log record begins with its time and place."""
+    place = "E1201 09:25:20.139000 16 torch/distributed/elastic/agent/server/api.py:1008] "
+    record = ["Error waiting on exit barrier. Elapsed: 0.005 seconds", "Traceback (most recent call last):", "  raise"]
+    lines = ["a line", *(place + line for line in record), place.replace("20.139", "20.140") + "another", "the last"]
+    target = io.BytesIO()
+    hosts._pass_on(io.BytesIO("".join(f"{line}\n" for line in lines).encode()), target, "[node2] ")
+    assert target.getvalue().decode().splitlines() == [f"[node2] {lines[number]}" for number in (0, 4, 5)]
