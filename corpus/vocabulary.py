@@ -69,15 +69,17 @@ def dropped_characters(tables: dict[str, Any]) -> str:
     A byte-pair model without unknown token has nothing for characters that are no tokens.
     """
     model = tables["model"]
-    if model["type"] != "BPE" or model["unk_token"] is not None or model["byte_fallback"]:
+    if model["type"] != "BPE" or model["unk_token"] is not None:
         return ""
-    if '"ByteLevel"' not in json.dumps([tables["normalizer"], tables["pre_tokenizer"]]):
+    if model["byte_fallback"]:  # ASCII may have tokens of its own
+        letters_of = {byte: f"<0x{byte:02X}>" for byte in range(0x80, 0x100)}
+    elif '"ByteLevel"' in json.dumps([tables["normalizer"], tables["pre_tokenizer"]]):
+        letters_of = bytes_to_unicode()
+    else:
         return "characters that are no tokens"
-    used = (*range(0xC0), *range(0xC2, 0xF5))  # by UTF-8
-    missing = [
-        byte for byte, letter in sorted(bytes_to_unicode().items()) if byte in used and letter not in model["vocab"]
-    ]
-    return f"{len(missing)} of UTF-8's {len(used)} bytes" if missing else ""
+    used = letters_of.keys() - {0xC0, 0xC1, *range(0xF5, 0x100)}  # by UTF-8
+    missing = [byte for byte in used if letters_of[byte] not in model["vocab"]]
+    return f"{len(missing)} of the {len(used)} bytes of UTF-8's characters" if missing else ""
 
 
 def _special_words(tables: dict[str, Any]) -> set[str]:

@@ -27,7 +27,7 @@ SECRET = re.compile(r"\w*(TOKEN|SECRET|PASSWORD|CREDENTIALS?|KEY)", re.ASCII)
 CHECK_SECONDS = 30  # for a host to answer the checks before the start
 HUNG_HERE = 71  # internal status of a host whose ranks ended with HUNG since one of them did not answer
 CONNECTION_LOST = 255  # exit status of ssh
-EXIT_BARRIER = b"Error waiting on exit barrier"
+EXIT_BARRIER = re.compile(rb"(E\d{4} .*?\] )Error waiting on exit barrier")  # a log record's time and place, and text
 RUN = "LAUNCH_RUN"  # variable that names a run, with all its attempts, in every process that it starts on a host
 SERVE = "--serve"  # internal flag of run_on_hosts.py: run a host's ranks
 # ssh uses the first value given for an option, so LAUNCH_SSH's own options win over these. A dead host is detected
@@ -198,8 +198,8 @@ def _pass_on(source: IO[bytes], target: BinaryIO, prefix: str) -> None:
     """
     read, complaint = True, b""  # time and place, with which each of the complaint's lines begins
     for line in source:
-        if EXIT_BARRIER in line:
-            complaint = line[: line.index(EXIT_BARRIER)]
+        if found := EXIT_BARRIER.match(line):
+            complaint = found[1]
         if complaint and line.startswith(complaint):
             continue
         try:

@@ -131,7 +131,8 @@ def test_torchruns_complaint_at_the_end_is_left_out():
     """Each line of a log record begins with its time and place."""
     place = "E1201 09:25:20.139000 16 torch/distributed/elastic/agent/server/api.py:1008] "
     record = ["Error waiting on exit barrier. Elapsed: 0.005 seconds", "Traceback (most recent call last):", "  raise"]
-    lines = ["a line", *(place + line for line in record), place.replace("20.139", "20.140") + "another", "the last"]
+    own = "my Error waiting on exit barrier"
+    lines = [own, *(place + line for line in record), place.replace("20.139", "20.140") + "another", "my last"]
     target = io.BytesIO()
     hosts._pass_on(io.BytesIO("".join(f"{line}\n" for line in lines).encode()), target, "[node2] ")
     assert target.getvalue().decode().splitlines() == [f"[node2] {lines[number]}" for number in (0, 4, 5)]

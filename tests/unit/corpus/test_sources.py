@@ -140,7 +140,7 @@ class TestNames:
 
 
 class TestCopies:
-    """What programs leave beside the data is not read in addition to them."""
+    """Files that programs leave beside the data are not read in addition to them."""
 
     @pytest.mark.parametrize(
         "names", [("c4.jsonl", "c4.jsonl.gz"), ("c4.jsonl", "c4.jsonl.zst"), ("c4.json.gz", "c4.json.zst")]

@@ -82,6 +82,19 @@ class TestTokenizer:
             load_tokenizer(str(tmp_path))
         assert dropped == (not alphabet and not unknown)
 
+    @pytest.mark.parametrize("missing", [[], ["<0xC3>"], ["<0xC0>", "<0xF5>"], ["<0x20>"]])
+    def test_bytes_that_leave_no_trace(self, tmp_path, missing):
+        """Two of them occur in no text, and a space has a token of its own."""
+        tokens = ["<s>", "</s>", " ", *(f"<0x{byte:02X}>" for byte in range(256))]
+        vocabulary = {token: number for number, token in enumerate(token for token in tokens if token not in missing)}
+        model = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+        if any(not model.encode(character).ids for character in "é日😀 "):
+            assert "drops 1 of the 115 bytes" in error_of(load_tokenizer, str(tmp_path))
+            assert missing == ["<0xC3>"]
+        else:
+            load_tokenizer(str(tmp_path))
+
     def test_the_tokens_of_a_model_folder(self, byte_level_tokenizer, tokenizer, tmp_path):
         check_same_ids(tokenizer, tmp_path, "--init_from")  # it has no tokenizer
         byte_level_tokenizer.save_pretrained(tmp_path)
